@@ -1,0 +1,110 @@
+package wire
+
+import "time"
+
+// Role is what a key permits. Keys are separate: a reader's key cannot write or control.
+type Role uint8
+
+// Roles. Control includes read; Write includes read.
+const (
+	RoleRead Role = iota + 1
+	RoleWrite
+	RoleControl
+)
+
+// The HTTP control endpoint of a worker. /healthz and /readyz and /metrics answer anybody; everything
+// else wants a request signed with the control key (SignRequest, VerifyRequest).
+const (
+	PathHealth    = "/healthz"
+	PathReady     = "/readyz"
+	PathMetrics   = "/metrics"
+	PathStatus    = "/v1/status"    // GET: WorkerStatus
+	PathLoads     = "/v1/loads"     // POST LoadRequest; GET all []LoadStatus; GET and DELETE /v1/loads/{id}
+	PathResidency = "/v1/residency" // GET: Residency (?prefix=)
+	PathRefresh   = "/v1/refresh"   // POST: list the bucket again now; answers the new snapshot's digest
+)
+
+// WorkerStatus is what one worker says of itself.
+type WorkerStatus struct {
+	Dataset  string `json:"dataset"`
+	ID       string `json:"id"`
+	Epoch    uint64 `json:"epoch"`
+	Snapshot string `json:"snapshot,omitempty"` // hex digest; empty until there is one
+	Files    int64  `json:"files"`
+	Bytes    int64  `json:"bytes"`
+	// Skipped counts keys that the snapshot cannot show, by reason.
+	Skipped map[string]int64 `json:"skipped,omitempty"`
+	// Quota, Used and Pinned are the store's, in bytes.
+	Quota  int64 `json:"quota"`
+	Used   int64 `json:"used"`
+	Pinned int64 `json:"pinned"`
+	// SourceBytes and SourceRequests count what was read from the bucket; ServedBytes what readers got.
+	SourceBytes    int64 `json:"sourceBytes"`
+	SourceRequests int64 `json:"sourceRequests"`
+	ServedBytes    int64 `json:"servedBytes"`
+	// OpenedBytes counts bytes of files handed out as descriptors: reads of those are not seen again.
+	OpenedBytes int64 `json:"openedBytes"`
+	// Verified, Unverified, Corrupt count whole objects checked against the bucket's own digest.
+	Verified   int64 `json:"verified"`
+	Unverified int64 `json:"unverified"`
+	Corrupt    int64 `json:"corrupt"`
+	// Refetched counts blocks whose checksum failed inside the tier and were fetched again.
+	Refetched int64 `json:"refetched"`
+	// Problem is the current reason why the worker cannot serve (missing credentials, no bucket), for
+	// people; empty when it can.
+	Problem string `json:"problem,omitempty"`
+}
+
+// LoadRequest asks a worker to fetch the blocks it owns of the files that match.
+type LoadRequest struct {
+	ID string `json:"id"`
+	// Snapshot is a hex digest; empty: the worker's current one.
+	Snapshot string `json:"snapshot,omitempty"`
+	// Paths are doublestar patterns matched against the path in the dataset ("/shards/**"); empty: all.
+	Paths []string `json:"paths,omitempty"`
+	// Copies makes the first N owners each hold the blocks; zero means the Dataset's.
+	Copies int `json:"copies,omitempty"`
+	// Pin keeps the blocks from eviction until the load is deleted.
+	Pin bool `json:"pin,omitempty"`
+}
+
+// LoadStatus is one worker's part of a load.
+type LoadStatus struct {
+	ID       string    `json:"id"`
+	Snapshot string    `json:"snapshot"`
+	Started  time.Time `json:"started"`
+	Finished time.Time `json:"finished,omitzero"`
+	// Total is what this worker has to hold, Resident what it holds now of that, Fetched what it has read
+	// from the bucket or a peer for it, all in bytes.
+	Files    int64 `json:"files"`
+	Total    int64 `json:"total"`
+	Resident int64 `json:"resident"`
+	Fetched  int64 `json:"fetched"`
+	Done     bool  `json:"done"`
+	// Failures are the first of what could not be loaded; FailedFiles counts all.
+	Failures    []LoadFailure `json:"failures,omitempty"`
+	FailedFiles int64         `json:"failedFiles,omitempty"`
+	// Problem says why the load as a whole cannot succeed (does not fit memory, no snapshot).
+	Problem string `json:"problem,omitempty"`
+}
+
+// LoadFailure is one file that could not be loaded, and why.
+type LoadFailure struct {
+	Path   string `json:"path"`
+	Reason string `json:"reason"`
+}
+
+// FileResidency is how much of one file a worker holds.
+type FileResidency struct {
+	Path     string `json:"path"`
+	Size     int64  `json:"size"`
+	Resident int64  `json:"resident"`
+}
+
+// Residency is how much a worker holds of each file that it holds any of.
+type Residency struct {
+	Snapshot string          `json:"snapshot"`
+	Files    []FileResidency `json:"files"`
+	// Truncated is set when there were more files than the answer holds.
+	Truncated bool `json:"truncated,omitempty"`
+}
