@@ -1,0 +1,48 @@
+package bucket
+
+import (
+	"bytes"
+	"context"
+	"testing"
+
+	"github.com/minio/minio-go/v7"
+)
+
+type faultKey struct{}
+
+func withFault(ctx context.Context, f Fault) context.Context {
+	return context.WithValue(ctx, faultKey{}, f)
+}
+
+// StartT runs a server for the length of a test.
+func StartT(t testing.TB, o Options) *Server {
+	t.Helper()
+	s, err := Start(context.Background(), o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(s.Close)
+	return s
+}
+
+// PutT puts an object past the limits and returns its ETag, making the bucket where it is missing.
+func (s *Server) PutT(t testing.TB, bucket, key string, content []byte) string {
+	t.Helper()
+	c, err := s.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := context.Background()
+	ok, err := c.BucketExists(ctx, bucket)
+	if err == nil && !ok {
+		err = s.MakeBucket(ctx, bucket)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	info, err := c.PutObject(ctx, bucket, key, bytes.NewReader(content), int64(len(content)), minio.PutObjectOptions{})
+	if err != nil {
+		t.Fatalf("put %s/%s: %v", bucket, key, err)
+	}
+	return info.ETag
+}
