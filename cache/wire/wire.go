@@ -54,8 +54,8 @@ const (
 	// OpRead asks for bytes of one file of a snapshot: [Off, Off+Length) within one block. The reply
 	// carries one sum for each SumSize of the payload.
 	OpRead
-	// OpPrefetch asks a worker to make blocks [Off, Off+Length) of a file resident; answered at once,
-	// before they are. A hint: a busy or full worker drops it.
+	// OpPrefetch asks a worker to make the blocks that the bytes [Off, Off+Length) of a file touch
+	// resident; answered at once, before they are. A hint: a busy or full worker drops it.
 	OpPrefetch
 	// OpSnapshot asks for bytes [Off, Off+Length) of the encoded snapshot named by Snapshot; zero digest:
 	// the current one, whose digest comes back in the reply's Body. The reply's Size is its whole length.
@@ -88,6 +88,9 @@ const (
 	// FlagPeer: the sender is a worker that fills its own copy. The receiver treats itself as the first
 	// owner: it goes to the bucket and asks no other worker, so that two workers never wait for each other.
 	FlagPeer
+	// FlagVerify: the sender received bytes that failed their sums. The receiver reads what it holds again
+	// and compares; a block that is bad in its memory is dropped, fetched anew and counted before it answers.
+	FlagVerify
 )
 
 // Status of a reply.
