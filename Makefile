@@ -1,0 +1,58 @@
+# `make help` lists the targets. Everything made goes to .bin, bench/out and Go's own caches.
+SHELL := /usr/bin/env bash
+.SHELLFLAGS := -euo pipefail -c
+BIN := .bin
+VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
+LDFLAGS := -s -w -X main.version=$(VERSION)
+
+# The demo's scale: parallel steps, the large file's size, and how many steps the direct leg runs.
+STEPS ?= 100
+SIZE ?= 256MiB
+DIRECT_STEPS ?= 100
+DEMO_FLAGS ?=
+TEST_FLAGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help build demo test lint generate bench image clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+build: $(BIN)/stepcache ## the stepcache binary, in .bin
+
+demo: $(BIN)/stepcache $(BIN)/demo $(BIN)/versitygw ## the main job on this machine: STEPS steps read one dataset, direct, cold and warm
+	@$(BIN)/demo --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw --steps $(STEPS) --size $(SIZE) --direct-steps $(DIRECT_STEPS) $(DEMO_FLAGS)
+
+test: $(BIN)/versitygw $(BIN)/gotestsum ## every test, with the race detector
+	$(BIN)/gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 20m $(TEST_FLAGS) ./...
+
+lint: $(BIN)/staticcheck ## gofmt, go vet and staticcheck
+	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$unformatted" ]; then echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; fi
+	go vet ./...
+	$(BIN)/staticcheck ./...
+
+bench: $(BIN)/stepcache $(BIN)/versitygw ## ratios to native tmpfs, side by side in one run (bench/README.md)
+	go run ./bench/layers --stepcache $(BIN)/stepcache $(BENCH_FLAGS)
+
+image: $(BIN)/image ## an OCI image, in .bin/stepcache.tar, without Docker
+	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/linux/stepcache ./cmd/stepcache
+	$(BIN)/image -binary $(BIN)/linux/stepcache -arch "$$(go env GOARCH)" -tag stepcache:$(VERSION) -o $(BIN)/stepcache.tar
+
+clean: ## remove what was built
+	rm -rf $(BIN) bench/out
+
+# Programs. Go's build cache decides what is out of date, so these rules always run it.
+.PHONY: $(BIN)/stepcache $(BIN)/demo
+$(BIN)/stepcache:
+	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/stepcache
+$(BIN)/demo:
+	@CGO_ENABLED=0 go build -trimpath -o $@ ./bench/demo
+$(BIN)/versitygw: tools/bucket/go.mod
+	@echo "building the S3 server of tests and demo (once, about a minute)"
+	@CGO_ENABLED=0 go -C tools/bucket build -o ../../$@ github.com/versity/versitygw/cmd/versitygw
+$(BIN)/staticcheck: tools/lint/go.mod
+	@CGO_ENABLED=0 go -C tools/lint build -o ../../$@ honnef.co/go/tools/cmd/staticcheck
+$(BIN)/gotestsum: tools/lint/go.mod
+	@CGO_ENABLED=0 go -C tools/lint build -o ../../$@ gotest.tools/gotestsum
+$(BIN)/image: tools/image/go.mod tools/image/main.go
+	@CGO_ENABLED=0 go -C tools/image build -o ../../$@ .
