@@ -8,7 +8,8 @@
 // sentinel errors below where one applies, names the object (scheme://bucket/key) and says what the
 // user can do; retry is decided by errors.Is against them, never by text.
 //
-// It may import the standard library, client libraries of stores and nothing else of this module.
+// It may import the standard library, general libraries and the client libraries of stores; outside its
+// own folder nothing of this module.
 package source
 
 import (
@@ -104,6 +105,31 @@ type Lister interface {
 	List(ctx context.Context, prefix string, yield func(Object) error) error
 }
 
+// PageRequest asks for one page of a listing.
+type PageRequest struct {
+	// Prefix is what every key starts with.
+	Prefix string
+	// After: only keys greater than it (in order of bytes) are wanted; empty means from the start.
+	After string
+	// Delimited asks for the level below Prefix only: objects without a further slash, and the common
+	// prefixes (ending in a slash) of the others.
+	Delimited bool
+}
+
+// Page is a page of a listing, of at most 1,000 objects and prefixes together.
+type Page struct {
+	Objects  []Object
+	Prefixes []string
+	// More says that there may be more keys after the last of this page.
+	More bool
+}
+
+// Pager lists one page with one request. Stores that list in pages implement it and let ListPages do
+// their List; the decorators then work on each page, so that a page that fails is tried again alone.
+type Pager interface {
+	Page(ctx context.Context, r PageRequest) (Page, error)
+}
+
 // Stater describes an object.
 type Stater interface {
 	// Stat returns the current version of key. Errors: ErrNotFound, ErrNoBucket, ErrDenied, ErrUnversioned.
@@ -122,7 +148,10 @@ type Getter interface {
 type Putter interface {
 	// Put streams r to key and returns the version it became. size is the length of r in bytes, or -1
 	// when unknown; large bodies go in parts with constant memory. After an error no object is visible
-	// under key that was not there before, and no parts are left behind.
+	// under key that was not there before, and no parts are left behind. An r that ends before size, or
+	// does not end there, is ErrInvalid. A stream cannot be read twice, so the Retry decorator does not
+	// repeat a Put: an implementation repeats the requests whose bytes it holds itself, with Try.
+	// ModTime of the answer is this machine's clock where the store does not tell.
 	Put(ctx context.Context, key string, r io.Reader, size int64) (Object, error)
 }
 

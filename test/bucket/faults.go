@@ -8,6 +8,7 @@ import (
 	"net/http"
 	"net/http/httptest"
 	"net/http/httputil"
+	"net/url"
 	"sync/atomic"
 	"testing"
 )
@@ -42,13 +43,26 @@ type FaultProxy struct {
 // Faults starts a proxy in front of s for the length of the test.
 func Faults(t testing.TB, s *Server) *FaultProxy {
 	t.Helper()
+	return faults(t, "bucket", s.transport())
+}
+
+// FaultsAt starts a proxy in front of the server at an http:// URL, which need not be a Server.
+func FaultsAt(t testing.TB, target string) *FaultProxy {
+	t.Helper()
+	u, err := url.Parse(target)
+	if err != nil || u.Scheme != "http" {
+		t.Fatalf("%q is not an http:// URL: %v", target, err)
+	}
+	return faults(t, u.Host, &http.Transport{})
+}
+
+func faults(t testing.TB, host string, transport *http.Transport) *FaultProxy {
 	f := &FaultProxy{}
-	transport := s.transport()
 	closed := make(chan struct{})
 	proxy := &httputil.ReverseProxy{
 		Transport: transport,
 		Rewrite: func(r *httputil.ProxyRequest) {
-			r.Out.URL.Scheme, r.Out.URL.Host = "http", "bucket"
+			r.Out.URL.Scheme, r.Out.URL.Host = "http", host
 			r.Out.Host = r.In.Host
 		},
 		ErrorHandler: func(w http.ResponseWriter, _ *http.Request, _ error) { panic(http.ErrAbortHandler) },
