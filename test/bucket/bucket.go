@@ -21,12 +21,13 @@ import (
 	"path/filepath"
 	"runtime"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/local/process"
 )
 
 // Credentials and region of every Server.
@@ -58,8 +59,7 @@ type Server struct {
 	folders []string
 	limited *Limiter
 	direct  *Limiter
-	exited  chan struct{}
-	kill    func()
+	process *process.Process
 }
 
 // Start runs a server until Close, or until ctx ends.
@@ -68,7 +68,7 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	if err != nil {
 		return nil, err
 	}
-	s := &Server{AccessKey: AccessKey, SecretKey: SecretKey, Region: Region, exited: make(chan struct{})}
+	s := &Server{AccessKey: AccessKey, SecretKey: SecretKey, Region: Region}
 	// A folder of its own with a short name: a Unix socket's path holds 107 bytes.
 	run, err := os.MkdirTemp("", "s3-")
 	if err != nil {
@@ -94,13 +94,13 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 		}
 		args = append(args, "--sidecar", meta)
 	}
-	logs := filepath.Join(run, "log")
-	if err := s.start(program, append(args, o.Dir), logs); err != nil {
+	s.process, err = process.Start(exec.Command(program, append(args, o.Dir)...), filepath.Join(run, "log"))
+	if err != nil {
 		s.Close()
-		return nil, fmt.Errorf("start the S3 server %s: %w", program, err)
+		return nil, fmt.Errorf("the S3 server: %w", err)
 	}
 	if err := s.ready(ctx); err != nil {
-		text, _ := os.ReadFile(logs)
+		text := s.process.Tail()
 		s.Close()
 		return nil, fmt.Errorf("the S3 server did not start: %w\n%s", err, text)
 	}
@@ -115,34 +115,6 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	return s, nil
 }
 
-// start runs the program on a thread of its own: the kernel kills the child when that thread ends, so
-// it must live as long as the child, and then nothing is left behind when this process is killed.
-func (s *Server) start(program string, args []string, logs string) error {
-	out, err := os.Create(logs)
-	if err != nil {
-		return err
-	}
-	cmd := exec.Command(program, args...)
-	cmd.Stdout, cmd.Stderr = out, out
-	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
-	started := make(chan error, 1)
-	go func() {
-		runtime.LockOSThread()
-		defer close(s.exited)
-		defer out.Close()
-		err := cmd.Start()
-		started <- err
-		if err == nil {
-			_ = cmd.Wait() // the exit status of a killed server says nothing
-		}
-	}()
-	if err := <-started; err != nil {
-		return err
-	}
-	s.kill = func() { _ = cmd.Process.Kill() }
-	return nil
-}
-
 func (s *Server) ready(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
@@ -152,7 +124,7 @@ func (s *Server) ready(ctx context.Context) error {
 			return c.Close()
 		}
 		select {
-		case <-s.exited:
+		case <-s.process.Done():
 			return errors.New("it ended at once")
 		case <-ctx.Done():
 			return err
@@ -197,9 +169,8 @@ func (s *Server) Close() {
 			l.Close()
 		}
 	}
-	if s.kill != nil {
-		s.kill()
-		<-s.exited
+	if s.process != nil {
+		s.process.Kill()
 	}
 	for _, f := range s.folders {
 		_ = os.RemoveAll(f)

@@ -1,6 +1,7 @@
 package bucket
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io"
@@ -29,6 +30,12 @@ type Fault struct {
 	Flip int64
 	// Header changes the answer's header.
 	Header func(http.Header)
+}
+
+type faultKey struct{}
+
+func withFault(ctx context.Context, f Fault) context.Context {
+	return context.WithValue(ctx, faultKey{}, f)
 }
 
 // FaultProxy is an HTTP proxy in front of a Server whose behaviour a test sets. It keeps the Host header,

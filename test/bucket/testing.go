@@ -8,12 +8,6 @@ import (
 	"github.com/minio/minio-go/v7"
 )
 
-type faultKey struct{}
-
-func withFault(ctx context.Context, f Fault) context.Context {
-	return context.WithValue(ctx, faultKey{}, f)
-}
-
 // StartT runs a server for the length of a test.
 func StartT(t testing.TB, o Options) *Server {
 	t.Helper()
