@@ -121,7 +121,7 @@ const (
 	Internal
 )
 
-// Digest names a snapshot: the SHA-256 of its encoding.
+// Digest names a snapshot; package catalog says what it is a SHA-256 of.
 type Digest = [32]byte
 
 // Request is one request. Its encoding is a fixed header with a CRC32C of its own.
