@@ -16,3 +16,6 @@
 // +kubebuilder:object:generate=true
 // +groupName=data.stepcache.dev
 package v1alpha1
+
+//go:generate go tool -modfile=../../tools/generate/go.mod controller-gen object crd paths=. output:object:dir=. output:crd:dir=../../config/crd
+//go:generate go tool -modfile=../../tools/generate/go.mod controller-gen crd paths=. output:crd:dir=../manifest/crd

@@ -1,0 +1,131 @@
+package manifest
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"strings"
+
+	utiljson "k8s.io/apimachinery/pkg/util/json"
+	"sigs.k8s.io/yaml"
+)
+
+// document is one object's text within a file.
+type document struct {
+	line int // of its first line, from 1
+	text []byte
+}
+
+// documents splits the content of a file. A document of a YAML file ends at a line of ---, which may
+// have a comment behind it; a JSON file holds one value after another.
+func documents(name string, content []byte) ([]document, error) {
+	if len(content) > maxFile {
+		return nil, fmt.Errorf("larger than %d MiB; a manifest is not data, split it into files", maxFile>>20)
+	}
+	content = bytes.TrimPrefix(content, []byte("\ufeff"))
+	if i := bytes.IndexByte(content, 0); i >= 0 {
+		return nil, errors.New("holds a zero byte: this is not a text file in UTF-8")
+	}
+	if filepath.Ext(name) == ".json" {
+		return jsonDocuments(content)
+	}
+	var docs []document
+	current := document{line: 1}
+	line := 1
+	for len(content) > 0 {
+		var text []byte
+		if i := bytes.IndexByte(content, '\n'); i >= 0 {
+			text, content = content[:i+1], content[i+1:]
+		} else {
+			text, content = content, nil
+		}
+		if rest, ok := bytes.CutPrefix(text, []byte("---")); ok && separates(rest) {
+			docs = append(docs, current)
+			current = document{line: line + 1}
+			if rest = bytes.TrimSpace(rest); len(rest) > 0 && rest[0] != '#' {
+				// "--- {kind: Dataset}": the document begins on the separator's own line.
+				current = document{line: line, text: append(rest, '\n')}
+			}
+		} else {
+			current.text = append(current.text, text...)
+		}
+		line++
+	}
+	return append(docs, current), nil
+}
+
+// separates says whether what follows --- on its line makes the line a separator.
+func separates(rest []byte) bool {
+	return len(rest) == 0 || strings.ContainsRune(" \t\r\n", rune(rest[0]))
+}
+
+func jsonDocuments(content []byte) ([]document, error) {
+	var docs []document
+	d := json.NewDecoder(bytes.NewReader(content))
+	for {
+		var raw json.RawMessage
+		before := d.InputOffset()
+		err := d.Decode(&raw)
+		if errors.Is(err, io.EOF) {
+			return docs, nil
+		}
+		line := 1 + bytes.Count(content[:before], []byte("\n"))
+		if err != nil {
+			var syntax *json.SyntaxError
+			if errors.As(err, &syntax) {
+				line = 1 + bytes.Count(content[:min(syntax.Offset, int64(len(content)))], []byte("\n"))
+			}
+			return docs, fmt.Errorf("line %d: not JSON: %w", line, err)
+		}
+		gap := content[before:]
+		line += bytes.Count(gap[:len(gap)-len(bytes.TrimLeft(gap, " \t\r\n"))], []byte("\n"))
+		docs = append(docs, document{line: line, text: raw})
+	}
+}
+
+// decode turns a document into an object; nil for one with nothing in it but comments.
+func (d document) decode() (map[string]any, error) {
+	if len(d.text) > MaxDocument {
+		return nil, fmt.Errorf("the document is %.1f MiB, above the %d MiB that an API server takes; split it", float64(len(d.text))/(1<<20), MaxDocument>>20)
+	}
+	// Strict: a key written twice is a mistake, whichever of the two would win.
+	j, err := yaml.YAMLToJSONStrict(d.text)
+	if err != nil {
+		return nil, fmt.Errorf("not YAML: %s", d.explain(err))
+	}
+	if len(j) > 8*MaxDocument {
+		return nil, errors.New("the document's aliases expand to too much; write the values out")
+	}
+	var v any
+	if err := utiljson.Unmarshal(j, &v); err != nil {
+		return nil, fmt.Errorf("not an object: %w", err)
+	}
+	switch v := v.(type) {
+	case nil:
+		return nil, nil
+	case map[string]any:
+		return v, nil
+	default:
+		return nil, errors.New("not an object: a manifest begins with apiVersion, kind and metadata")
+	}
+}
+
+// explain makes the text of a YAML error a user's.
+func (d document) explain(err error) string {
+	text := strings.TrimPrefix(err.Error(), "error converting YAML to JSON: ")
+	text = strings.TrimPrefix(text, "yaml: ")
+	text = strings.ReplaceAll(text, "\n", " ")
+	var n int
+	if _, scan := fmt.Sscanf(text, "line %d:", &n); scan == nil {
+		// The YAML library counts within the document.
+		_, rest, _ := strings.Cut(text, ":")
+		text = fmt.Sprintf("line %d:%s", d.line+n-1, rest)
+	}
+	if strings.Contains(text, "cannot start any token") && bytes.Contains(d.text, []byte("\t")) {
+		text += " (indent with spaces, not tabs)"
+	}
+	return text
+}

@@ -1,0 +1,135 @@
+package manifest
+
+import (
+	"fmt"
+
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// link checks the references between the objects that were read. A cluster reports these in the
+// objects' conditions, since there they may be applied in any order; here nothing comes later.
+func (r *reader) link() {
+	for _, d := range r.set.Datasets {
+		r.linkMounts(d)
+	}
+	for _, l := range r.set.DataLoads {
+		r.linkLoad(l)
+	}
+	if len(r.errs) == 0 {
+		r.linkOrder()
+	}
+}
+
+func (r *reader) wrong(kind, namespace, name string, err *field.Error) {
+	id := object{kind, namespace, name}
+	r.fail(r.seen[id].error(id.String(), err))
+}
+
+func (r *reader) linkMounts(d *v1alpha1.Dataset) {
+	for i := range d.Spec.Mounts {
+		target, _, ok := d.Spec.Mounts[i].Dataset()
+		if !ok {
+			continue
+		}
+		path := field.NewPath("spec", "mounts").Index(i).Child("source")
+		source := d.Spec.Mounts[i].Source
+		t, found := r.set.Dataset(target)
+		switch {
+		case !found:
+			r.wrong(v1alpha1.KindDataset, d.Namespace, d.Name, field.Invalid(path, source,
+				fmt.Sprintf("there is no Dataset %s in these manifests; add it", target)))
+		case t == d:
+			r.wrong(v1alpha1.KindDataset, d.Namespace, d.Name, field.Invalid(path, source, "a Dataset cannot mount itself"))
+		case !t.SharesWith(d.Namespace):
+			r.wrong(v1alpha1.KindDataset, d.Namespace, d.Name, field.Invalid(path, source,
+				fmt.Sprintf("Dataset %s does not share with namespace %s; add it to that Dataset's shareWith", target, d.Namespace)))
+		case r.reaches(t, d, map[*v1alpha1.Dataset]bool{}):
+			r.wrong(v1alpha1.KindDataset, d.Namespace, d.Name, field.Invalid(path, source,
+				fmt.Sprintf("Dataset %s leads back to this one", target)))
+		}
+	}
+}
+
+// reaches says whether from mounts to, directly or through others.
+func (r *reader) reaches(from, to *v1alpha1.Dataset, seen map[*v1alpha1.Dataset]bool) bool {
+	if seen[from] {
+		return false
+	}
+	seen[from] = true
+	for i := range from.Spec.Mounts {
+		target, _, ok := from.Spec.Mounts[i].Dataset()
+		if !ok {
+			continue
+		}
+		if t, found := r.set.Dataset(target); found && (t == to || r.reaches(t, to, seen)) {
+			return true
+		}
+	}
+	return false
+}
+
+func (r *reader) linkLoad(l *v1alpha1.DataLoad) {
+	spec := field.NewPath("spec")
+	d, ok := r.set.Dataset(types.NamespacedName{Namespace: l.Namespace, Name: l.Spec.DatasetRef.Name})
+	if !ok {
+		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("datasetRef", "name"), l.Spec.DatasetRef.Name,
+			fmt.Sprintf("there is no Dataset of that name in namespace %s in these manifests; add it or correct the name", l.Namespace)))
+	} else if c := l.CopiesOf(d); c > d.Spec.Workers.Replicas {
+		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("copies"), c,
+			fmt.Sprintf("must not exceed the %d workers of Dataset %s/%s: each copy is on a worker of its own", d.Spec.Workers.Replicas, d.Namespace, d.Name)))
+	}
+	if l.Spec.RunAfter != nil && r.set.load(l.Namespace, l.Spec.RunAfter.Name) == nil {
+		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("runAfter", "name"), l.Spec.RunAfter.Name,
+			fmt.Sprintf("there is no DataLoad of that name in namespace %s in these manifests; add it or correct the name", l.Namespace)))
+	}
+}
+
+// linkOrder refuses loads that wait for each other.
+func (r *reader) linkOrder() {
+	for _, l := range r.set.DataLoads {
+		path := field.NewPath("spec", "runAfter", "name")
+		seen := map[*v1alpha1.DataLoad]bool{l: true}
+		for at := l; at.Spec.RunAfter != nil; {
+			at = r.set.load(at.Namespace, at.Spec.RunAfter.Name)
+			if seen[at] {
+				r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(path, l.Spec.RunAfter.Name,
+					"these loads wait for each other, so that none would run; remove one runAfter"))
+				break
+			}
+			seen[at] = true
+		}
+	}
+}
+
+func (s *Set) load(namespace, name string) *v1alpha1.DataLoad {
+	for _, l := range s.DataLoads {
+		if l.Namespace == namespace && l.Name == name {
+			return l
+		}
+	}
+	return nil
+}
+
+// order returns the loads so that each comes after the one it runs after, else as they were read.
+func (s *Set) order() []*v1alpha1.DataLoad {
+	done := make(map[*v1alpha1.DataLoad]bool, len(s.DataLoads))
+	ordered := make([]*v1alpha1.DataLoad, 0, len(s.DataLoads))
+	var visit func(l *v1alpha1.DataLoad)
+	visit = func(l *v1alpha1.DataLoad) {
+		if l == nil || done[l] {
+			return
+		}
+		done[l] = true
+		if l.Spec.RunAfter != nil {
+			visit(s.load(l.Namespace, l.Spec.RunAfter.Name))
+		}
+		ordered = append(ordered, l)
+	}
+	for _, l := range s.DataLoads {
+		visit(l)
+	}
+	return ordered
+}

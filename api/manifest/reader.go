@@ -1,0 +1,251 @@
+package manifest
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"strings"
+
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/util/validation/field"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// reader collects objects and errors over all files.
+type reader struct {
+	set  *Set
+	errs []error
+	// seen is where each object was read, to tell of a second one and of where a reference stands.
+	seen map[object]place
+}
+
+// object names an object; place is where one was read.
+type object struct{ kind, namespace, name string }
+
+func (o object) String() string { return fmt.Sprintf("%s %s/%s", o.kind, o.namespace, o.name) }
+
+type place struct {
+	file           string
+	document, line int
+}
+
+func newReader() *reader {
+	return &reader{set: &Set{Ignored: map[string]int{}}, seen: map[object]place{}}
+}
+
+func (r *reader) fail(e *Error) { r.errs = append(r.errs, e) }
+
+func (p place) error(object string, err error) *Error {
+	return &Error{File: p.file, Document: p.document, Line: p.line, Object: object, Err: err}
+}
+
+func (r *reader) content(name string, content []byte) {
+	docs, err := documents(name, content)
+	if err != nil {
+		r.fail(&Error{File: name, Err: err})
+	}
+	for i, doc := range docs {
+		at := place{file: name, document: i + 1, line: doc.line}
+		u, err := doc.decode()
+		if err != nil {
+			r.fail(at.error("", err))
+			continue
+		}
+		if u != nil {
+			r.add(at, u, 0)
+		}
+	}
+}
+
+// add takes one object in; depth counts the Lists that it is in.
+func (r *reader) add(at place, u map[string]any, depth int) {
+	apiVersion, _ := u["apiVersion"].(string)
+	kindName, _ := u["kind"].(string)
+	if apiVersion == "" || kindName == "" {
+		r.fail(at.error("", errors.New("not an object: it needs apiVersion and kind, such as apiVersion: "+v1alpha1.GroupVersion.String()+" and kind: Dataset")))
+		return
+	}
+	gv, err := schema.ParseGroupVersion(apiVersion)
+	if err != nil {
+		r.fail(at.error(kindName, field.Invalid(field.NewPath("apiVersion"), apiVersion, "must be group/version")))
+		return
+	}
+	switch {
+	case apiVersion == "v1" && kindName == "List":
+		r.list(at, u, depth)
+	case apiVersion == "v1" && kindName == "Secret":
+		r.secret(at, u)
+	case gv.Group == v1alpha1.Group:
+		r.own(at, gv, kindName, u)
+	default:
+		r.set.Ignored[apiVersion+", "+kindName]++
+	}
+}
+
+func (r *reader) list(at place, u map[string]any, depth int) {
+	items, ok := u["items"].([]any)
+	if !ok || depth > 0 {
+		r.fail(at.error("List", field.Invalid(field.NewPath("items"), "", "must be a list of objects that are no Lists themselves")))
+		return
+	}
+	for i, item := range items {
+		o, ok := item.(map[string]any)
+		if !ok {
+			r.fail(at.error("List", field.Invalid(field.NewPath("items").Index(i), "", "must be an object")))
+			continue
+		}
+		r.add(at, o, depth+1)
+	}
+}
+
+// own takes in an object of this group.
+func (r *reader) own(at place, gv schema.GroupVersion, kindName string, u map[string]any) {
+	if gv != v1alpha1.GroupVersion {
+		r.fail(at.error(kindName, field.NotSupported(field.NewPath("apiVersion"), gv.String(), []string{v1alpha1.GroupVersion.String()})))
+		return
+	}
+	load, ok := kinds[kindName]
+	if !ok {
+		r.fail(at.error("", field.NotSupported(field.NewPath("kind"), kindName, []string{v1alpha1.KindDataset, v1alpha1.KindDataLoad})))
+		return
+	}
+	k, err := load()
+	if err != nil {
+		r.fail(at.error(kindName, err))
+		return
+	}
+	id, ok := r.identify(at, kindName, u)
+	if !ok {
+		return
+	}
+	// No context: the rules' cost is bounded by their budget, and nothing is waited for.
+	if errs := k.admit(context.Background(), u); len(errs) > 0 {
+		for _, err := range errs {
+			r.fail(at.error(id.String(), err))
+		}
+		return
+	}
+	b, err := json.Marshal(u)
+	if err != nil {
+		r.fail(at.error(id.String(), err))
+		return
+	}
+	switch kindName {
+	case v1alpha1.KindDataset:
+		d := &v1alpha1.Dataset{}
+		if err := json.Unmarshal(b, d); err != nil {
+			r.fail(at.error(id.String(), err))
+			return
+		}
+		r.set.Datasets = append(r.set.Datasets, d)
+	case v1alpha1.KindDataLoad:
+		l := &v1alpha1.DataLoad{}
+		if err := json.Unmarshal(b, l); err != nil {
+			r.fail(at.error(id.String(), err))
+			return
+		}
+		r.set.DataLoads = append(r.set.DataLoads, l)
+	}
+}
+
+// identify finds an object's name, sets the default namespace and refuses a second object of the name.
+func (r *reader) identify(at place, kindName string, u map[string]any) (object, bool) {
+	meta, ok := u["metadata"].(map[string]any)
+	if !ok {
+		r.fail(at.error(kindName, field.Required(field.NewPath("metadata", "name"), "name the object")))
+		return object{}, false
+	}
+	name, _ := meta["name"].(string)
+	if name == "" {
+		detail := "name the object"
+		if meta["name"] != nil {
+			detail = "the name must be text; put it in quotes"
+		} else if meta["generateName"] != nil {
+			detail = "a name made by the API server (generateName) cannot be read from a file; set name"
+		}
+		r.fail(at.error(kindName, field.Required(field.NewPath("metadata", "name"), detail)))
+		return object{}, false
+	}
+	if meta["namespace"] == nil || meta["namespace"] == "" {
+		meta["namespace"] = DefaultNamespace
+	}
+	namespace, ok := meta["namespace"].(string)
+	if !ok {
+		r.fail(at.error(kindName+" "+name, field.TypeInvalid(field.NewPath("metadata", "namespace"), "", "must be text; put it in quotes")))
+		return object{}, false
+	}
+	id := object{kindName, namespace, name}
+	if before, ok := r.seen[id]; ok {
+		r.fail(at.error(id.String(), fmt.Errorf("there already is one in %s, document %d (line %d); remove one or give it another name",
+			before.file, before.document, before.line)))
+		return object{}, false
+	}
+	r.seen[id] = at
+	return id, true
+}
+
+// finish checks what holds between objects.
+func (r *reader) finish() (*Set, error) {
+	if len(r.errs) == 0 {
+		r.link()
+	}
+	if len(r.errs) > 0 {
+		return nil, errors.Join(r.errs...)
+	}
+	return r.set, nil
+}
+
+// describe is the text of an error for a user; a field error loses the API machinery's phrases.
+func describe(err error) string {
+	var e *field.Error
+	if !errors.As(err, &e) {
+		return err.Error()
+	}
+	name := strings.TrimPrefix(e.Field, ".")
+	detail := e.Detail
+	// The schema library writes "spec.workers.replicas in body should be ...".
+	if _, rest, ok := strings.Cut(detail, " in body "); ok {
+		detail = rest
+	}
+	if strings.Contains(detail, quantityPattern) {
+		detail = "must be a quantity such as 12Gi or 500Mi"
+	}
+	switch e.Type {
+	case field.ErrorTypeRequired:
+		if detail == "" {
+			detail = "add it"
+		}
+		return name + " is missing: " + detail
+	case field.ErrorTypeNotSupported, field.ErrorTypeTooLong, field.ErrorTypeTooMany:
+		detail = e.ErrorBody()
+	case field.ErrorTypeDuplicate:
+		return fmt.Sprintf("%s: %v is there twice; remove one", name, text(e.BadValue))
+	case field.ErrorTypeInvalid:
+		switch e.BadValue.(type) {
+		case string, int, int32, int64, float64, bool:
+			if e.BadValue != "" && e.BadValue != "object" && e.BadValue != "array" {
+				detail = fmt.Sprintf("%v: %s", text(e.BadValue), detail)
+			}
+		}
+	}
+	if name == "" || name == "<nil>" {
+		return detail
+	}
+	return name + ": " + detail
+}
+
+// quantityPattern is a part of the pattern that the schema of a quantity has.
+const quantityPattern = `(([KMGTPE]i)|[numkMGTPE]`
+
+func text(v any) string {
+	if s, ok := v.(string); ok {
+		return fmt.Sprintf("%q", s)
+	}
+	b, err := json.Marshal(v)
+	if err != nil {
+		return fmt.Sprint(v)
+	}
+	return string(b)
+}
