@@ -188,7 +188,7 @@ func (b *Builder) Add(mount int, o source.Object) error {
 	if rel == "" && !marker { // the prefix's own marker
 		return b.marker(mount, b.roots[mount], o)
 	}
-	if reason := badKey(rel, len(m.Path)); reason != "" {
+	if reason := badKey(m.Path, rel); reason != "" {
 		b.skips.add(reason, m.URL, o.Key)
 		return nil
 	}
@@ -206,7 +206,7 @@ func (b *Builder) Add(mount int, o source.Object) error {
 		return b.marker(mount, dir, o)
 	}
 	if o.Version == "" && !m.AllowUnversioned {
-		return fmt.Errorf("%s/%s: its bytes cannot be bound to a version; turn on ETags at the store, or set allowUnversioned on the mount to bind them by size and time: %w",
+		return fmt.Errorf("%s/%s: its bytes cannot be bound to a version; set allowUnversioned on the mount to bind them by size and time: %w",
 			m.URL, o.Key, source.ErrUnversioned)
 	}
 	b.file(mount, dir, name, o)

@@ -20,7 +20,7 @@ func (b *Builder) Encode(created time.Time) ([]byte, error) {
 	m := meta{mounts: b.mounts, skipped: skipped.sorted()}
 	for i, n := range b.seen {
 		if n == 0 {
-			m.notes = append(m.notes, fmt.Sprintf("%s/%s: no object has this prefix, so %s is empty; check the prefix and the bucket",
+			m.notes = append(m.notes, fmt.Sprintf("%s/%s: nothing is there, so %s is empty; check the bucket and the prefix",
 				b.mounts[i].URL, b.mounts[i].Prefix, b.mounts[i].Path))
 		}
 	}

@@ -1,7 +1,9 @@
 package catalog
 
 import (
+	"errors"
 	"fmt"
+	"slices"
 	"strings"
 )
 
@@ -28,9 +30,9 @@ func badName(s string) string {
 }
 
 // badKey says why rel, a key without its mount's prefix and without a marker's final slash, cannot be
-// shown below a directory whose path has dirLen bytes; "" if it can.
-func badKey(rel string, dirLen int) string {
-	if dirLen+1+len(rel) > maxPath {
+// shown below the directory dir; "" if it can.
+func badKey(dir, rel string) string {
+	if len(strings.TrimSuffix(dir, "/"))+1+len(rel) > maxPath {
 		return LongPath
 	}
 	for rest, more := rel, true; more; {
@@ -46,12 +48,17 @@ func badKey(rel string, dirLen int) string {
 // checkMounts checks the mounts of a dataset and adds the slash that a prefix lacks.
 func checkMounts(mounts []Mount) ([]Mount, error) {
 	if len(mounts) == 0 {
-		return nil, fmt.Errorf("dataset has no mounts; add one")
+		return nil, errors.New("dataset has no mounts; add one")
 	}
 	if len(mounts) >= noMount {
 		return nil, fmt.Errorf("dataset has %d mounts; at most %d are possible", len(mounts), noMount-1)
 	}
 	out := make([]Mount, len(mounts))
+	type place struct {
+		mount    int
+		segments []string
+	}
+	places := make([]place, len(mounts))
 	for i, m := range mounts {
 		if m.Prefix != "" && !strings.HasSuffix(m.Prefix, "/") {
 			m.Prefix += "/"
@@ -61,21 +68,20 @@ func checkMounts(mounts []Mount) ([]Mount, error) {
 			if !absolute {
 				return nil, fmt.Errorf("mount path %q of %s: must start with a slash", m.Path, m.URL)
 			}
-			if reason := badKey(rel, 0); reason != "" {
+			if reason := badKey("/", rel); reason != "" {
 				return nil, fmt.Errorf("mount path %q of %s: %s; use a clean path such as /a/b", m.Path, m.URL, reason)
 			}
 		}
-		for _, o := range out[:i] {
-			if within(m.Path, o.Path) || within(o.Path, m.Path) {
-				return nil, fmt.Errorf("mount paths %q of %s and %q of %s overlap; give each a path of its own", o.Path, o.URL, m.Path, m.URL)
-			}
-		}
 		out[i] = m
+		places[i] = place{i, strings.Split(m.Path, "/")}
+	}
+	// In the order of their segments, whatever is below a path follows it at once.
+	slices.SortFunc(places, func(a, b place) int { return slices.Compare(a.segments, b.segments) })
+	for k := 1; k < len(places); k++ {
+		a, b := out[places[k-1].mount], out[places[k].mount]
+		if a.Path == "/" || a.Path == b.Path || strings.HasPrefix(b.Path, a.Path+"/") {
+			return nil, fmt.Errorf("mount paths %q of %s and %q of %s overlap; give each a path of its own", a.Path, a.URL, b.Path, b.URL)
+		}
 	}
 	return out, nil
-}
-
-// within says whether path p is dir or below it.
-func within(p, dir string) bool {
-	return dir == "/" || p == dir || strings.HasPrefix(p, dir) && p[len(dir)] == '/'
 }

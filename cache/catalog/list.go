@@ -12,8 +12,8 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 )
 
-// Progress is told how many objects, and of how many bytes, were listed so far. It is never called
-// concurrently, and after the end once more with the whole.
+// Progress is told how many objects, and of how many bytes, were listed so far: every few hundred objects
+// and once at the end. It is never called concurrently.
 type Progress func(files, bytes int64)
 
 // batchSize is how many objects go from a listing to the builder at once.
@@ -89,6 +89,9 @@ func List(ctx context.Context, mounts []Mount, sources []source.Source, p Progre
 	}
 	if failed != nil {
 		return nil, failed
+	}
+	if p != nil {
+		p(files, bytes)
 	}
 	encoded, err := b.Encode(created)
 	if err != nil {
