@@ -6,9 +6,12 @@ package v1alpha1
 // +kubebuilder:validation:XValidation:rule="(has(self.credentialsSecretRef) ? 1 : 0) + (self.anonymous ? 1 : 0) + (self.ambient ? 1 : 0) <= 1",message="set at most one of credentialsSecretRef, anonymous and ambient"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || has(self.endpoint)",message="an oss:// source needs an endpoint or a region, such as region: cn-shanghai"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || !has(self.endpoint) || (self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?$') && !self.endpoint.contains('accelerate'))",fieldPath=".region",message="the region cannot be told from this endpoint, and requests to OSS are signed with it; set region, such as cn-shanghai"
+// +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || !has(self.region) || (self.region.matches('^[a-z]+(-[a-z0-9]+)+$') && !self.region.startsWith('oss-') && !self.region.endsWith('-internal'))",fieldPath=".region",message="the region of OSS is written without oss- and -internal, such as cn-shanghai"
+// +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || !has(self.region) || !has(self.endpoint) || !self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?$') || self.endpoint.contains('accelerate') || self.endpoint.contains(self.region)",fieldPath=".region",message="the endpoint is of another region; correct one of them, or leave the region out"
 type Mount struct {
 	// Source is s3://bucket/prefix/, oss://bucket/prefix/, dataset://namespace/name/folder, or in local
-	// mode file:///folder. The prefix is the text that keys begin with, as it is (no %-escapes).
+	// mode file:///folder. The prefix is a folder of keys (a slash is added where it has none) or the key
+	// of one object, written as it is, without %-escapes.
 	//
 	// +required
 	// +kubebuilder:validation:MinLength=1
@@ -16,8 +19,8 @@ type Mount struct {
 	// +kubebuilder:validation:XValidation:rule="['s3://', 'oss://', 'dataset://', 'file://'].exists(s, self.startsWith(s))",message="source must begin with s3://, oss:// or dataset:// (or file:// in local mode)"
 	// +kubebuilder:validation:XValidation:rule="!self.startsWith('s3://') || self.matches('^s3://[A-Za-z0-9][A-Za-z0-9._-]{1,61}[A-Za-z0-9](/.*)?$')",message="an S3 source is s3://bucket/prefix/: a bucket's name has 3 to 63 letters, digits, '.', '-' and '_'; credentials and the endpoint's host do not belong in it"
 	// +kubebuilder:validation:XValidation:rule="!self.startsWith('oss://') || self.matches('^oss://[a-z0-9][a-z0-9-]{1,61}[a-z0-9](/.*)?$')",message="an OSS source is oss://bucket/prefix/: a bucket's name has 3 to 63 lower-case letters, digits and '-'; credentials and the endpoint's host do not belong in it"
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('dataset://') || self.matches('^dataset://[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z]([-a-z0-9]{0,38}[a-z0-9])?(/.*)?$')",message="a source in another Dataset is dataset://namespace/name, optionally with /folder"
-	// +kubebuilder:validation:XValidation:rule="!self.startsWith('file://') || self.matches('^file:///.*$')",message="a local source is file:// and an absolute path: file:///data/genomes"
+	// +kubebuilder:validation:XValidation:rule="!self.startsWith('dataset://') || self.matches('^dataset://[a-z0-9]([-a-z0-9]{0,61}[a-z0-9])?/[a-z]([-a-z0-9]{0,38}[a-z0-9])?(/[^/]+)*/?$')",message="a source in another Dataset is dataset://namespace/name, optionally with /folder"
+	// +kubebuilder:validation:XValidation:rule="!self.startsWith('file://') || self.matches('^file://(/|(/[^/]+)+/?)$')",message="a local source is file:// and an absolute path: file:///data/genomes"
 	// +kubebuilder:validation:XValidation:rule="!(self.startsWith('file://') || self.startsWith('dataset://')) || !self.matches('/[.][.]?(/|$)')",message="the path in a dataset:// or file:// source must not have . or .. in it"
 	// +kubebuilder:validation:XValidation:rule="!self.matches('[[:cntrl:]]')",message="source must not have control characters"
 	Source string `json:"source"`
