@@ -148,6 +148,19 @@ func (r *Reader) Get(ctx context.Context) (Value, error) {
 	return Value{}, r.denied(errors.New("no credentials"), hint)
 }
 
+// FromPlatform says whether Get asks the platform, since nothing else has credentials.
+func (r *Reader) FromPlatform() bool {
+	if r.anon || r.dir != "" || r.ambient == nil {
+		return false
+	}
+	for _, e := range r.env {
+		if r.getenv(e.ID) != "" || r.getenv(e.Secret) != "" {
+			return false
+		}
+	}
+	return true
+}
+
 // stamp tells whether files were replaced or rewritten since they were read.
 type stamp [3]struct {
 	info fs.FileInfo // nil when the file is missing

@@ -1,46 +1,215 @@
-// Package s3 reads and writes the objects of a bucket (being built).
+// Package s3 reads and writes the objects of a bucket of S3, or of a store that speaks its protocol.
+//
+// It owns how the contract of package source is kept over S3 (through minio-go): which header binds a
+// read to a version, which digest is one of the whole object, what an error code means. Concurrency: a
+// Bucket is safe for concurrent use. Failure: every request is sent once and fails with a source.Error;
+// only the parts of a Put, whose bytes are held, are sent again. It may import cache/source,
+// cache/source/credentials and minio-go.
 package s3
 
 import (
 	"context"
 	"errors"
-	"io"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	miniocreds "github.com/minio/minio-go/v7/pkg/credentials"
+	"github.com/minio/minio-go/v7/pkg/s3utils"
 
 	"github.com/stepcache/stepcache/cache/source"
 )
 
-// Bucket is one bucket.
-type Bucket struct{}
+// awsEndpoint is used where a Config has none; minio-go makes the region's own of it.
+const awsEndpoint = "s3.amazonaws.com"
 
-var _ source.Source = (*Bucket)(nil)
+// Bucket is one S3 bucket.
+type Bucket struct {
+	core        minio.Core
+	name        string
+	url         string
+	config      source.Config
+	unversioned bool
+	// exists is set once the bucket answered, so that a missing object need not be told from a missing
+	// bucket with a second request.
+	exists atomic.Bool
+}
 
-var errUnbuilt = errors.New("s3: being built")
+var (
+	_ source.Source = (*Bucket)(nil)
+	_ source.Pager  = (*Bucket)(nil)
+)
 
-// Open checks config and returns the bucket it names. It sends no request.
-func Open(ctx context.Context, config source.Config) (*Bucket, error) { return nil, errUnbuilt }
+// Open checks the settings and returns the bucket. It sends no request.
+func Open(_ context.Context, c source.Config) (*Bucket, error) {
+	invalid := func(err error, hint string) (*Bucket, error) {
+		return nil, &source.Error{Op: "open", Name: c.URL, Kind: source.ErrInvalid, Err: err, Hint: hint}
+	}
+	scheme, name, _, err := source.Split(c.URL)
+	if err != nil {
+		return nil, err
+	}
+	if scheme != "s3" {
+		return invalid(errors.New("not an s3:// URL"), "write s3://bucket/prefix/")
+	}
+	if err := s3utils.CheckValidBucketName(name); err != nil {
+		return invalid(err, "a bucket's name has 3 to 63 letters, digits, dots and hyphens")
+	}
+	host, secure := awsEndpoint, true
+	if c.Endpoint != "" {
+		if host, secure, err = source.Endpoint(c.Endpoint); err != nil {
+			return nil, err
+		}
+	}
+	signer, err := newSigner(c)
+	if err != nil {
+		return nil, err
+	}
+	options := &minio.Options{
+		Creds: miniocreds.New(signer), Secure: secure, Region: c.Region,
+		Transport:  &transport{next: newTransport(c)},
+		MaxRetries: 1, // package source retries, where it is counted and bounded
+	}
+	core, err := minio.NewCore(host, options)
+	if err != nil {
+		return invalid(err, "check the endpoint")
+	}
+	b := &Bucket{core: *core, name: name, config: c, unversioned: c.AllowUnversioned, url: "s3://" + name}
+	if !s3utils.IsAmazonEndpoint(*core.EndpointURL()) {
+		b.url = "s3://" + host + "/" + name
+	}
+	return b, nil
+}
 
-// URL is the canonical name of the bucket.
-func (b *Bucket) URL() string { return "" }
+// newTransport keeps as many idle connections as there may be requests, and never decompresses: bytes
+// must be what the store holds.
+func newTransport(c source.Config) *http.Transport {
+	n := c.MaxRequests
+	if n <= 0 {
+		n = 64
+	}
+	return &http.Transport{
+		Proxy:                 http.ProxyFromEnvironment,
+		DialContext:           (&net.Dialer{Timeout: 5 * time.Second, KeepAlive: 15 * time.Second}).DialContext,
+		TLSHandshakeTimeout:   5 * time.Second,
+		ExpectContinueTimeout: time.Second,
+		MaxIdleConns:          n,
+		MaxIdleConnsPerHost:   n,
+		IdleConnTimeout:       60 * time.Second,
+		DisableCompression:    true,
+		ReadBufferSize:        64 << 10,
+		WriteBufferSize:       64 << 10,
+	}
+}
+
+// URL implements source.Source.
+func (b *Bucket) URL() string { return b.url }
+
+func (b *Bucket) object(key string) string { return fmt.Sprintf("%s/%s", b.url, key) }
+
+// Page implements source.Pager.
+func (b *Bucket) Page(ctx context.Context, q source.PageRequest) (source.Page, error) {
+	const most = 1000
+	ctx, seen := watch(ctx)
+	no := false
+	var page source.Page
+	for o := range b.core.ListObjectsIter(ctx, b.name, minio.ListObjectsOptions{
+		Prefix: q.Prefix, StartAfter: q.After, Recursive: !q.Delimited, MaxKeys: most, FetchOwner: &no,
+	}) {
+		if o.Err != nil {
+			return source.Page{}, b.fail(ctx, "list", q.Prefix, seen, o.Err)
+		}
+		// minio-go tells prefixes from objects only by what they lack.
+		if q.Delimited && strings.HasSuffix(o.Key, "/") && o.ETag == "" && o.LastModified.IsZero() {
+			page.Prefixes = append(page.Prefixes, o.Key)
+		} else {
+			page.Objects = append(page.Objects, b.listed(o))
+		}
+		// The iterator would go on to the next page by itself; one page a request keeps each retried alone.
+		if len(page.Objects)+len(page.Prefixes) == most {
+			page.More = true
+			break
+		}
+	}
+	// The iterator says nothing when it ends because the context did.
+	if err := ctx.Err(); err != nil {
+		return source.Page{}, b.fail(ctx, "list", q.Prefix, seen, err)
+	}
+	b.exists.Store(true)
+	return page, nil
+}
 
 // List implements source.Lister.
 func (b *Bucket) List(ctx context.Context, prefix string, yield func(source.Object) error) error {
-	return errUnbuilt
+	return source.ListPages(ctx, b, prefix, yield)
+}
+
+// listed leaves the digest out: a listing does not say whether an ETag is an MD5 (it is not for objects
+// encrypted with a customer's key).
+func (b *Bucket) listed(o minio.ObjectInfo) source.Object {
+	r := source.Object{Key: o.Key, Size: o.Size, ModTime: o.LastModified, Version: o.ETag}
+	if r.Version == "" && b.unversioned {
+		r.Version = timeVersion(o.LastModified)
+	}
+	return r
 }
 
 // Stat implements source.Stater.
 func (b *Bucket) Stat(ctx context.Context, key string) (source.Object, error) {
-	return source.Object{}, errUnbuilt
+	ctx, seen := watch(ctx)
+	var options minio.StatObjectOptions
+	options.Set("x-amz-checksum-mode", "ENABLED")
+	o, err := b.core.StatObject(ctx, b.name, key, options)
+	if err != nil {
+		err = b.fail(ctx, "stat", key, seen, err)
+		if errors.Is(err, source.ErrNotFound) && !b.exists.Load() {
+			return source.Object{}, b.missing(ctx, key, err)
+		}
+		return source.Object{}, err
+	}
+	b.exists.Store(true)
+	version, err := b.version("stat", key, o)
+	if err != nil {
+		return source.Object{}, err
+	}
+	if o.Size < 0 {
+		return source.Object{}, b.invalid("stat", key, errors.New("the store does not tell the object's size"))
+	}
+	return source.Object{Key: key, Size: o.Size, Version: version, ModTime: o.LastModified, Digest: digest(o, true)}, nil
 }
 
-// Get implements source.Getter.
-func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (source.Body, error) {
-	return source.Body{}, errUnbuilt
-}
-
-// Put implements source.Putter.
-func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (source.Object, error) {
-	return source.Object{}, errUnbuilt
+// missing tells a missing object from a missing bucket: the answer to HEAD has no body to say which.
+func (b *Bucket) missing(ctx context.Context, key string, notFound error) error {
+	ctx, seen := watch(ctx)
+	there, err := b.core.BucketExists(ctx, b.name)
+	switch {
+	case err == nil && !there:
+		return &source.Error{Op: "stat", Name: b.object(key), Kind: source.ErrNoBucket, Hint: b.bucketHint()}
+	case err == nil:
+		b.exists.Store(true)
+	case source.Temporary(b.fail(ctx, "stat", key, seen, err)):
+		return b.fail(ctx, "stat", key, seen, err)
+	}
+	return notFound // also where the credentials may not ask about the bucket
 }
 
 // Delete implements source.Deleter.
-func (b *Bucket) Delete(ctx context.Context, key string) error { return errUnbuilt }
+func (b *Bucket) Delete(ctx context.Context, key string) error {
+	ctx, seen := watch(ctx)
+	err := b.core.RemoveObject(ctx, b.name, key, minio.RemoveObjectOptions{})
+	if err == nil {
+		return nil
+	}
+	if err = b.fail(ctx, "delete", key, seen, err); errors.Is(err, source.ErrNotFound) {
+		return nil
+	}
+	return err
+}
+
+func (b *Bucket) invalid(op, key string, err error) error {
+	return &source.Error{Op: op, Name: b.object(key), Kind: source.ErrInvalid, Err: err}
+}

@@ -15,7 +15,10 @@ import (
 	"github.com/stepcache/stepcache/cache/source/s3"
 )
 
-// Source is an opened source with its decorators: retry around limit around measure around the store.
+// stallAfter is how long a request may show no sign of life: three tries fit into the time of a retry.
+const stallAfter = 6 * time.Second
+
+// Source is an opened source with its decorators: retry around limit around measure around stall around the store.
 // Measure is innermost, so that its figures are what the store saw, tries that failed included; retry is
 // outermost, so that a try that waits holds no place among the requests under way.
 type Source struct {
@@ -45,7 +48,7 @@ func Open(ctx context.Context, c source.Config, options ...Option) (*Source, err
 		return nil, err
 	}
 	meter := source.NewMeter(s.URL())
-	s = source.Measure(s, meter)
+	s = source.Measure(source.Stall(s, stallAfter), meter)
 	s = source.Limit(s, source.LimitOptions{Requests: c.MaxRequests, BytesPerSecond: c.BytesPerSecond})
 	return &Source{Source: source.Retry(s, retry), Meter: meter}, nil
 }

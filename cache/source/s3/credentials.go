@@ -1,0 +1,69 @@
+package s3
+
+import (
+	"context"
+	"net/http"
+	"sync"
+
+	miniocreds "github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/credentials"
+)
+
+// signer gives minio-go the credentials as they are now. minio-go asks IsExpired before each request,
+// and keeps what it got until that says true.
+type signer struct {
+	reader *credentials.Reader
+	// platform keeps the credentials of an instance or pod identity until they expire.
+	platform *miniocreds.Credentials
+
+	mu   sync.Mutex
+	last credentials.Value
+}
+
+func newSigner(c source.Config) (*signer, error) {
+	s := &signer{platform: miniocreds.NewIAM("")}
+	var err error
+	s.reader, err = credentials.Open(c, credentials.Options{Env: credentials.S3Env, Ambient: s.ambient})
+	return s, err
+}
+
+func (s *signer) ambient(ctx context.Context) (credentials.Value, error) {
+	v, err := s.platform.GetWithContext(&miniocreds.CredContext{Context: ctx, Client: http.DefaultClient})
+	return credentials.Value{AccessKeyID: v.AccessKeyID, AccessKeySecret: v.SecretAccessKey, SessionToken: v.SessionToken}, err
+}
+
+// IsExpired implements credentials.Provider of minio-go.
+func (s *signer) IsExpired() bool {
+	if s.reader.FromPlatform() {
+		return s.platform.IsExpired()
+	}
+	v, err := s.reader.Get(context.Background()) // files or the environment: nothing to wait for
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return err != nil || v != s.last
+}
+
+// RetrieveWithCredContext implements credentials.Provider of minio-go.
+func (s *signer) RetrieveWithCredContext(cc *miniocreds.CredContext) (miniocreds.Value, error) {
+	ctx := context.Background()
+	if cc != nil && cc.Context != nil {
+		ctx = cc.Context
+	}
+	v, err := s.reader.Get(ctx)
+	if err != nil {
+		return miniocreds.Value{}, err
+	}
+	s.mu.Lock()
+	s.last = v
+	s.mu.Unlock()
+	kind := miniocreds.SignatureV4
+	if v == (credentials.Value{}) {
+		kind = miniocreds.SignatureAnonymous
+	}
+	return miniocreds.Value{AccessKeyID: v.AccessKeyID, SecretAccessKey: v.AccessKeySecret, SessionToken: v.SessionToken, SignerType: kind}, nil
+}
+
+// Retrieve implements credentials.Provider of minio-go.
+func (s *signer) Retrieve() (miniocreds.Value, error) { return s.RetrieveWithCredContext(nil) }

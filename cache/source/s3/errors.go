@@ -1,0 +1,165 @@
+package s3
+
+import (
+	"context"
+	"crypto/tls"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strconv"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// answer is what the transport saw of a call's last request: minio-go keeps neither the status of a
+// success, nor Retry-After, nor the type of a network error.
+type answer struct {
+	status       int
+	after        time.Duration
+	uncompressed bool
+	err          error
+}
+
+type answerKey struct{}
+
+// watch lets the transport note what it sees during one call.
+func watch(ctx context.Context) (context.Context, *answer) {
+	a := &answer{}
+	return context.WithValue(ctx, answerKey{}, a), a
+}
+
+// transport notes answers.
+type transport struct{ next http.RoundTripper }
+
+func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	resp, err := t.next.RoundTrip(r)
+	if a, ok := r.Context().Value(answerKey{}).(*answer); ok {
+		*a = answer{err: err}
+		if err == nil {
+			a.status, a.after, a.uncompressed = resp.StatusCode, retryAfter(resp), resp.Uncompressed
+		}
+	}
+	return resp, err
+}
+
+// retryAfter reads seconds; the other form, a date, is not used by object stores.
+func retryAfter(r *http.Response) time.Duration {
+	seconds, err := strconv.Atoi(r.Header.Get("Retry-After"))
+	if err != nil || seconds < 0 {
+		return 0
+	}
+	return time.Duration(seconds) * time.Second
+}
+
+// fail turns an error of minio-go into the contract's.
+func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err error) error {
+	e := &source.Error{Op: op, Name: b.object(key), Err: err, After: seen.after}
+	var known *source.Error
+	if errors.As(err, &known) { // credentials
+		return known
+	}
+	if kind := source.ContextKind(ctx); kind != nil {
+		e.Kind, e.Err = kind, ctx.Err()
+		return e
+	}
+	var r minio.ErrorResponse
+	if !errors.As(err, &r) {
+		e.Kind, e.Hint = b.network(seen)
+		if seen.err != nil {
+			e.Err = seen.err
+		}
+		return e
+	}
+	e.Kind, e.Hint = b.kind(r)
+	e.Err = fmt.Errorf("%s: %w", r.Code, err)
+	return e
+}
+
+// network judges an error without an answer, or with one that could not be read.
+func (b *Bucket) network(seen *answer) (kind error, hint string) {
+	var certificate *tls.CertificateVerificationError
+	var dns *net.DNSError
+	switch {
+	case errors.Is(seen.err, http.ErrSchemeMismatch):
+		return source.ErrInvalid, "the store does not speak TLS: write http:// in front of the endpoint"
+	case errors.As(seen.err, &certificate):
+		return source.ErrInvalid, "the store's certificate is not trusted: add its authority to the system's, or write http:// for a connection without TLS"
+	case errors.As(seen.err, &dns) && dns.IsNotFound:
+		return source.ErrUnavailable, "the endpoint's name is not known: check endpoint and region"
+	case seen.err == nil && seen.status == http.StatusOK:
+		return source.ErrUnavailable, "the answer is cut short or not S3's"
+	}
+	return source.ErrUnavailable, ""
+}
+
+// kind judges an answer by its code, and by its status where the code is another store's own.
+func (b *Bucket) kind(r minio.ErrorResponse) (kind error, hint string) {
+	switch r.Code {
+	case "NoSuchKey", "NoSuchVersion", "NoSuchUpload":
+		return source.ErrNotFound, ""
+	case "NoSuchBucket":
+		return source.ErrNoBucket, b.bucketHint()
+	case "PreconditionFailed":
+		return source.ErrChanged, ""
+	case "SlowDown", "SlowDownRead", "SlowDownWrite", "TooManyRequests", "RequestLimitExceeded", "Throttling", "ThrottlingException":
+		return source.ErrThrottled, ""
+	case "RequestTimeTooSkewed":
+		return source.ErrDenied, "set this machine's clock"
+	case "AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "InvalidRegion", "IllegalLocationConstraintException":
+		if r.Region != "" && r.Region != b.config.Region {
+			return source.ErrInvalid, fmt.Sprintf("the bucket is in region %s: set region: %s", r.Region, r.Region)
+		}
+		return source.ErrInvalid, "the bucket is in another region or behind another endpoint: set region and endpoint"
+	case "InvalidObjectState":
+		return source.ErrInvalid, "the object is archived: restore it first"
+	case "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted":
+		if r.StatusCode != 0 { // minio-go's own InternalError is about an answer it cannot use
+			return source.ErrUnavailable, ""
+		}
+	case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired":
+		return source.ErrDenied, b.credentialsHint(r.Code)
+	}
+	switch s := r.StatusCode; {
+	case s == http.StatusNotFound:
+		return source.ErrNotFound, ""
+	case s == http.StatusPreconditionFailed:
+		return source.ErrChanged, ""
+	case s == http.StatusUnauthorized, s == http.StatusForbidden:
+		return source.ErrDenied, b.credentialsHint(r.Code)
+	case s == http.StatusTooManyRequests:
+		return source.ErrThrottled, ""
+	case s == http.StatusRequestTimeout, s >= 500 && s != http.StatusNotImplemented:
+		return source.ErrUnavailable, ""
+	case s == http.StatusMovedPermanently, s == http.StatusTemporaryRedirect:
+		return source.ErrInvalid, "the bucket is in another region or behind another endpoint: set region and endpoint"
+	case s == http.StatusBadRequest && b.plain():
+		return source.ErrInvalid, "if the store speaks TLS, leave http:// out of the endpoint"
+	}
+	return source.ErrInvalid, ""
+}
+
+func (b *Bucket) plain() bool { return b.core.EndpointURL().Scheme == "http" }
+
+func (b *Bucket) bucketHint() string {
+	return "make the bucket, or correct its name, endpoint or region"
+}
+
+func (b *Bucket) credentialsHint(code string) string {
+	where := "the environment"
+	switch {
+	case b.config.Anonymous:
+		return "requests are unsigned: set credentialsSecretRef instead of anonymous, or make the bucket public"
+	case b.config.CredentialsDir != "":
+		where = b.config.CredentialsDir
+	case b.config.Ambient:
+		where = "the environment or of the platform"
+	}
+	if code == "AccessDenied" {
+		return fmt.Sprintf("allow the access key of %s to do this in the bucket's policy", where)
+	}
+	return fmt.Sprintf("check the access key of %s", where)
+}

@@ -1,0 +1,276 @@
+package s3
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// The parts of a large object. They are equal, which some stores demand, and grow only with a size that
+// is known to need it.
+const (
+	partSize = 16 << 20
+	maxParts = 10_000
+	// inFlight bounds the bytes of parts held in memory by one Put (one part at least).
+	inFlight = 64 << 20
+)
+
+// abortTimeout bounds the removal of the parts of a Put that failed, which goes on after its context
+// ended.
+const abortTimeout = 30 * time.Second
+
+// Put implements source.Putter. Every request carries the MD5 of its bytes, which the store checks.
+func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (source.Object, error) {
+	part := int64(partSize)
+	if size > part*maxParts {
+		part = (size/maxParts + 1<<20) &^ (1<<20 - 1)
+	}
+	first, last, err := readPart(r, nil, part, size)
+	if err != nil {
+		return source.Object{}, b.unread(key, err)
+	}
+	if last {
+		return b.putWhole(ctx, key, first)
+	}
+	return b.putParts(ctx, key, first, r, part, size)
+}
+
+// unread reports an error of the reader that Put was given: it is not the store's.
+func (b *Bucket) unread(key string, err error) error {
+	if errors.Is(err, errLength) {
+		return b.invalid("put", key, err)
+	}
+	return fmt.Errorf("put %s: read the content: %w", b.object(key), err)
+}
+
+var errLength = errors.New("the content is not as long as it was said to be")
+
+// readPart reads up to n bytes into buf (grown as needed when nil), and says whether the content, of
+// which left bytes are still expected (-1: unknown), ends with them.
+func readPart(r io.Reader, buf []byte, n, left int64) (part []byte, last bool, err error) {
+	switch {
+	case left >= 0 && left <= n:
+		// One byte more than expected, to see that there is none.
+		b := bytes.NewBuffer(buf[:0])
+		b.Grow(int(left) + bytes.MinRead)
+		got, err := io.Copy(b, io.LimitReader(r, left+1))
+		if err == nil && got != left {
+			err = fmt.Errorf("%w: %d bytes before its end", errLength, left-got)
+			if got > left {
+				err = fmt.Errorf("%w: there is more", errLength)
+			}
+		}
+		return b.Bytes(), true, err
+	case buf == nil && left < 0:
+		b := &bytes.Buffer{}
+		got, err := io.Copy(b, io.LimitReader(r, n))
+		return b.Bytes(), got < n, err
+	case buf == nil:
+		buf = make([]byte, n)
+	}
+	got, err := io.ReadFull(r, buf[:n])
+	if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+		if left >= 0 {
+			return nil, true, fmt.Errorf("%w: %d bytes before its end", errLength, left-int64(got))
+		}
+		return buf[:got], true, nil
+	}
+	return buf[:got], false, err
+}
+
+// patience is how long n bytes may take to be sent: retries as ever, but a try that does move is not
+// ended while it could still be sending at 128 KiB/s.
+func patience(n int64) source.RetryOptions {
+	return source.RetryOptions{Slack: time.Duration(n/(128<<10)) * time.Second}
+}
+
+func (b *Bucket) putWhole(ctx context.Context, key string, p []byte) (source.Object, error) {
+	sum := md5.Sum(p)
+	var info minio.UploadInfo
+	err := source.Try(ctx, patience(int64(len(p))), func(ctx context.Context) (err error) {
+		ctx, seen := watch(ctx)
+		info, err = b.core.PutObject(ctx, b.name, key, bytes.NewReader(p), int64(len(p)),
+			base64.StdEncoding.EncodeToString(sum[:]), "", minio.PutObjectOptions{})
+		if err != nil {
+			return b.fail(ctx, "put", key, seen, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return source.Object{}, err
+	}
+	return b.put(ctx, key, info.ETag, int64(len(p)))
+}
+
+// put describes what was put. A store that gives no ETag is asked for what it does give.
+func (b *Bucket) put(ctx context.Context, key, etag string, size int64) (source.Object, error) {
+	b.exists.Store(true)
+	if etag == "" {
+		return b.Stat(ctx, key)
+	}
+	return source.Object{Key: key, Size: size, Version: etag, ModTime: time.Now().UTC().Truncate(time.Second),
+		Digest: digest(minio.ObjectInfo{ETag: etag}, true)}, nil
+}
+
+// putParts puts an object of several parts, a few of them at once.
+func (b *Bucket) putParts(ctx context.Context, key string, first []byte, r io.Reader, part, size int64) (o source.Object, err error) {
+	var upload string
+	err = source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) (err error) {
+		ctx, seen := watch(ctx)
+		if upload, err = b.core.NewMultipartUpload(ctx, b.name, key, minio.PutObjectOptions{}); err != nil {
+			return b.fail(ctx, "put", key, seen, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return o, err
+	}
+	defer func() {
+		if err != nil {
+			err = b.abort(ctx, key, upload, err)
+		}
+	}()
+	parts, sums, total, err := b.sendParts(ctx, key, upload, first, r, part, size)
+	if err != nil {
+		return o, err
+	}
+	etag, err := b.complete(ctx, key, upload, parts, sums, total)
+	if err != nil {
+		return o, err
+	}
+	return b.put(ctx, key, etag, total)
+}
+
+func (b *Bucket) sendParts(ctx context.Context, key, upload string, buf []byte, r io.Reader, part, size int64) (
+	parts []minio.CompletePart, sums []byte, total int64, err error,
+) {
+	// Buffers go round between the reader of the content and the senders; first counts as one.
+	spare := int(max(inFlight/part, 1)) - 1
+	free := make(chan []byte, spare+1)
+	for range spare {
+		free <- nil
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, gctx := errgroup.WithContext(ctx)
+	var results []*minio.CompletePart
+	left, last := size, false
+read:
+	for number := 1; ; number++ {
+		if number > 1 {
+			var spare []byte
+			select {
+			case spare = <-free:
+			case <-gctx.Done():
+				break read
+			}
+			if spare == nil {
+				spare = make([]byte, part, part+bytes.MinRead)
+			}
+			if buf, last, err = readPart(r, spare, part, left); err != nil {
+				err = b.unread(key, err)
+				break
+			}
+			if len(buf) == 0 {
+				break // the content ended with the part before
+			}
+		}
+		if number > maxParts {
+			err = b.invalid("put", key, fmt.Errorf("content of unknown length is longer than %d parts of %d bytes; give its size", maxParts, part))
+			break
+		}
+		total += int64(len(buf))
+		if left >= 0 {
+			left -= int64(len(buf))
+		}
+		done := &minio.CompletePart{PartNumber: number}
+		results = append(results, done)
+		p := buf // buf is the next part's by the time this one is sent
+		sum := md5.Sum(p)
+		sums = append(sums, sum[:]...)
+		g.Go(func() error {
+			defer func() { free <- p[:cap(p)] }()
+			return source.Try(gctx, patience(int64(len(p))), func(ctx context.Context) error {
+				ctx, seen := watch(ctx)
+				sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, bytes.NewReader(p), int64(len(p)),
+					minio.PutObjectPartOptions{Md5Base64: base64.StdEncoding.EncodeToString(sum[:])})
+				if err != nil {
+					return b.fail(ctx, "put", key, seen, err)
+				}
+				done.ETag = sent.ETag
+				return nil
+			})
+		})
+		if last || left == 0 {
+			break
+		}
+	}
+	if err != nil {
+		// The store has no use for the rest, but the senders must be through before the parts are removed.
+		cancel()
+		_ = g.Wait()
+		return nil, nil, 0, err
+	}
+	if err := g.Wait(); err != nil {
+		return nil, nil, 0, err
+	}
+	for _, p := range results {
+		parts = append(parts, *p)
+	}
+	return parts, sums, total, nil
+}
+
+// complete makes the parts an object. When an answer was lost the store may know the upload no more
+// because it is complete: then the object has the ETag that the parts give.
+func (b *Bucket) complete(ctx context.Context, key, upload string, parts []minio.CompletePart, sums []byte, total int64) (etag string, err error) {
+	whole := md5.Sum(sums)
+	want := fmt.Sprintf("%s-%d", hex.EncodeToString(whole[:]), len(parts))
+	tries := 0
+	err = source.Try(ctx, source.RetryOptions{Slack: time.Minute}, func(ctx context.Context) error {
+		tries++
+		ctx, seen := watch(ctx)
+		info, err := b.core.CompleteMultipartUpload(ctx, b.name, key, upload, parts, minio.PutObjectOptions{})
+		if err == nil {
+			etag = info.ETag
+			return nil
+		}
+		err = b.fail(ctx, "put", key, seen, err)
+		if tries > 1 && errors.Is(err, source.ErrNotFound) {
+			if o, serr := b.Stat(ctx, key); serr == nil && o.Version == want && o.Size == total {
+				etag = want
+				return nil
+			}
+		}
+		return err
+	})
+	return etag, err
+}
+
+// abort removes the parts of an upload that failed with err, and returns err, with a word about what is
+// left where that failed too.
+func (b *Bucket) abort(ctx context.Context, key, upload string, err error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
+	defer cancel()
+	aerr := source.Try(ctx, source.RetryOptions{Elapsed: abortTimeout}, func(ctx context.Context) error {
+		ctx, seen := watch(ctx)
+		if err := b.core.AbortMultipartUpload(ctx, b.name, key, upload); err != nil {
+			return b.fail(ctx, "put", key, seen, err)
+		}
+		return nil
+	})
+	if aerr != nil && !errors.Is(aerr, source.ErrNotFound) {
+		return fmt.Errorf("%w; its parts (upload %s) could not be removed: %v", err, upload, aerr)
+	}
+	return err
+}
