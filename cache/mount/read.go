@@ -1,0 +1,168 @@
+package mount
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/hanwen/go-fuse/v2/fuse"
+	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// Read answers with the whole range, up to the end of the file, or with an errno.
+func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (fuse.ReadResult, fuse.Status) {
+	i, n, ok := f.node(in.NodeId)
+	if !ok {
+		return nil, f.fail(unix.ESTALE)
+	}
+	if n.Dir {
+		return nil, f.fail(unix.EISDIR)
+	}
+	f.count.reads.Add(1)
+	if in.Offset >= uint64(n.Size) {
+		return fuse.ReadResultData(nil), fuse.OK
+	}
+	off := int64(in.Offset)
+	buf = buf[:min(int64(len(buf)), n.Size-off)]
+	ctx, stop := f.requestContext(cancel, in.Pid)
+	defer stop()
+	k, err := f.reader.ReadAt(ctx, i, buf, off)
+	if k < len(buf) {
+		if err == nil || err == io.EOF {
+			err = fmt.Errorf("%w: it has %d bytes, not %d", errShort, off+int64(k), n.Size)
+		}
+		return nil, f.failed(ctx, "read", i, err)
+	}
+	f.count.bytes.Add(int64(k))
+	return fuse.ReadResultVector([][]byte{buf}), fuse.OK
+}
+
+// Causes of a request's end.
+var (
+	errInterrupted = errors.New("interrupted")
+	errTimeout     = fmt.Errorf("no answer in time: %w", os.ErrDeadlineExceeded)
+	errShort       = fmt.Errorf("%w: the file ends early", source.ErrUnavailable)
+)
+
+// interruptGrace is how long a request goes on after a signal that does not kill its sender.
+const interruptGrace = time.Second
+
+// requestContext ends after the mount's ReadTimeout, with the connection, or by an interrupt.
+//
+// The kernel says interrupt for every signal, though most of them (timers, the Go runtime's preemption) are no
+// wish to stop; a failed read is what many programs do not expect from a file, and a failed page fault kills
+// them. So a request goes on for a while, in which nearly all of them finish. Only for a sender that is being
+// killed, and waits for nothing but this answer, it ends at once.
+func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
+	ctx, done := context.WithTimeoutCause(f.ctx, f.opt.ReadTimeout, errTimeout)
+	ctx, fail := context.WithCancelCause(ctx)
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		select {
+		case <-ctx.Done():
+			return
+		case <-cancel:
+		}
+		if !killed(pid) {
+			t := time.NewTimer(interruptGrace)
+			defer t.Stop()
+			select {
+			case <-ctx.Done():
+				return
+			case <-t.C:
+			}
+		}
+		fail(errInterrupted)
+	}()
+	return ctx, func() {
+		fail(nil)
+		done()
+		<-ended
+	}
+}
+
+// killed says whether a thread has SIGKILL pending, as it has once a signal has decided that it dies. A thread
+// that cannot be seen (another PID namespace) counts as killed.
+func killed(tid uint32) bool {
+	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
+	if tid == 0 || err != nil {
+		return true
+	}
+	_, b, _ = bytes.Cut(b, []byte("SigPnd:"))
+	line, _, _ := bytes.Cut(b, []byte("\n"))
+	var pending uint64
+	if _, err := fmt.Sscanf(string(line), "%x", &pending); err != nil {
+		return true
+	}
+	return pending&(1<<(unix.SIGKILL-1)) != 0
+}
+
+// failed counts and reports a failure, and gives its errno.
+func (f *fileSystem) failed(ctx context.Context, what string, i catalog.Index, err error) fuse.Status {
+	e := errnoOf(ctx, err)
+	if e != unix.EINTR {
+		f.report(what, i, err)
+	}
+	return f.fail(e)
+}
+
+// errnoOf translates the failure of a request.
+func errnoOf(ctx context.Context, err error) unix.Errno {
+	// A cause tells more than what came of it.
+	if cause := context.Cause(ctx); cause != nil {
+		err = cause
+	}
+	switch {
+	case errors.Is(err, errInterrupted):
+		return unix.EINTR
+	case errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
+		return unix.ETIMEDOUT
+	case errors.Is(err, source.ErrDenied):
+		return unix.EACCES
+	case errors.Is(err, context.Canceled):
+		return unix.ENOTCONN // The connection is at its end.
+	}
+	return unix.EIO
+}
+
+// report logs a failed request, some of them a second at most, and counts those whose object is not the one of
+// the snapshot any more.
+func (f *fileSystem) report(what string, i catalog.Index, err error) {
+	changed := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound)
+	if changed {
+		f.count.changed.Add(1)
+	}
+	if f.ctx.Err() != nil {
+		return
+	}
+	if !f.limit.Allow() {
+		f.count.unlogged.Add(1)
+		return
+	}
+	attrs := []any{"path", f.snap.Path(i), "object", f.object(i), "error", err}
+	if n := f.count.unlogged.Swap(0); n > 0 {
+		attrs = append(attrs, "unlogged", n)
+	}
+	msg := what + " failed"
+	if changed {
+		msg = "the object has changed in the bucket since the dataset was listed; refresh the dataset and start the step again"
+	}
+	f.log.Error(msg, attrs...)
+}
+
+// object names the object of a file: scheme://bucket/key.
+func (f *fileSystem) object(i catalog.Index) string {
+	m, o, ok := f.snap.Object(i)
+	if !ok {
+		return ""
+	}
+	return f.snap.Mounts()[m].URL + "/" + o.Key
+}
