@@ -1,0 +1,304 @@
+package client
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// Errors of a connection: none is an answer of the worker, all mean that its requests go elsewhere.
+var (
+	errLost   = errors.New("connection lost")
+	errHung   = errors.New("worker does not answer")
+	errWrong  = errors.New("worker answered another question")
+	errClosed = errors.New("client is closed")
+)
+
+// call is one request under way on one connection. Its fields belong to the connection until done is
+// closed, or until abandon returned true.
+type call struct {
+	req wire.Request
+	// dst receives the payload of an OK reply, which has exactly its length; nil takes any
+	// length (the decoder bounds it) into body.
+	dst  []byte
+	done chan struct{}
+
+	reply wire.Reply
+	body  []byte
+	err   error
+}
+
+// wait is for calls whose buffer is not shared with anyone: it gives up with ctx.
+func (k *call) wait(ctx context.Context, c *conn) error {
+	select {
+	case <-k.done:
+		return k.err
+	case <-ctx.Done():
+		if !c.abandon(k) {
+			<-k.done
+			return k.err
+		}
+		return ctx.Err()
+	}
+}
+
+// conn is one authenticated connection, multiplexed: many calls under way, answered in any order. It has
+// two goroutines, which end when it fails; fail is the one way to end it.
+//
+// The writer also watches liveness. Silence is counted in ticks during which the process ran, not in
+// wall-clock time, so that a process that was stopped for a while does not take its own pause for the
+// worker's.
+type conn struct {
+	nc    net.Conn
+	sends chan *call
+	// epoch is told the membership epoch of every reply.
+	epoch  func(uint64)
+	rx     atomic.Uint64 // counts reads that returned bytes
+	closed chan struct{}
+
+	mu      sync.Mutex
+	pending map[uint32]*call
+	bytes   int64 // asked for and not answered
+	nextID  uint32
+	err     error
+}
+
+// newConn starts the goroutines of an authenticated connection in wg.
+func newConn(nc net.Conn, wg *sync.WaitGroup, t timing, epoch func(uint64)) *conn {
+	c := &conn{
+		nc: nc, sends: make(chan *call, 64), epoch: epoch,
+		closed: make(chan struct{}), pending: make(map[uint32]*call),
+	}
+	wg.Add(2)
+	go func() { defer wg.Done(); c.read() }()
+	go func() { defer wg.Done(); c.write(t) }()
+	return c
+}
+
+// start sends a request. The call is done when its done channel is closed.
+func (c *conn) start(req wire.Request, dst []byte) (*call, error) {
+	k := &call{req: req, dst: dst, done: make(chan struct{})}
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return nil, c.err
+	}
+	for {
+		c.nextID++
+		if _, taken := c.pending[c.nextID]; !taken && c.nextID != pingID {
+			break
+		}
+	}
+	k.req.ID = c.nextID
+	c.pending[k.req.ID] = k
+	c.bytes += int64(len(dst))
+	c.mu.Unlock()
+	select {
+	case c.sends <- k:
+	case <-c.closed: // fail has ended the call, or is about to
+	}
+	return k, nil
+}
+
+// abandon gives a call up: its reply will be thrown away. False means that the reply is being received
+// or has been: the caller must wait for done before it touches the buffer. That wait is short: a
+// connection on which nothing moves fails.
+func (c *conn) abandon(k *call) bool {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	if c.pending[k.req.ID] != k {
+		return false
+	}
+	c.forget(k)
+	return true
+}
+
+// forget takes a call out of the pending ones. c.mu is held.
+func (c *conn) forget(k *call) {
+	delete(c.pending, k.req.ID)
+	c.bytes -= int64(len(k.dst))
+}
+
+// load is how much the connection has under way.
+func (c *conn) load() (calls int, bytes int64) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return len(c.pending), c.bytes
+}
+
+// fail ends the connection and every call on it. Only the first reason counts.
+func (c *conn) fail(err error) {
+	c.mu.Lock()
+	if c.err != nil {
+		c.mu.Unlock()
+		return
+	}
+	c.err = err
+	calls := c.pending
+	c.pending, c.bytes = nil, 0
+	close(c.closed)
+	c.mu.Unlock()
+	c.nc.Close()
+	for _, k := range calls {
+		k.err = err
+		close(k.done)
+	}
+}
+
+func (c *conn) dead() bool {
+	select {
+	case <-c.closed:
+		return true
+	default:
+		return false
+	}
+}
+
+func (c *conn) reason() error {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.err
+}
+
+// pingID marks pings: no call has it.
+const pingID = 0
+
+func (c *conn) write(t timing) {
+	tick := time.NewTicker(t.ping)
+	defer tick.Stop()
+	var (
+		frame  []byte
+		pinged bool   // a ping is out
+		seen   uint64 // c.rx when it went out
+		silent int    // ticks since, without a byte received
+	)
+	limit := int(max(1, t.pong/t.ping))
+	send := func() bool {
+		// A worker that reads nothing for this long is as hung as one that writes nothing.
+		c.nc.SetWriteDeadline(time.Now().Add(t.pong))
+		if _, err := c.nc.Write(frame); err != nil {
+			var ne net.Error
+			if errors.As(err, &ne) && ne.Timeout() {
+				c.fail(errHung)
+			} else {
+				c.fail(fmt.Errorf("%w: %w", errLost, err))
+			}
+			return false
+		}
+		return true
+	}
+	for {
+		frame = frame[:0]
+		select {
+		case k := <-c.sends:
+			frame = wire.AppendRequest(frame, k.req)
+			for more := true; more; {
+				select {
+				case k := <-c.sends:
+					frame = wire.AppendRequest(frame, k.req)
+				default:
+					more = false
+				}
+			}
+		case <-tick.C:
+			if n, _ := c.load(); n == 0 {
+				pinged, silent = false, 0
+				continue
+			}
+			if rx := c.rx.Load(); pinged && rx == seen {
+				if silent++; silent >= limit {
+					c.fail(errHung)
+					return
+				}
+				continue
+			}
+			pinged, seen, silent = true, c.rx.Load(), 0
+			frame = wire.AppendRequest(frame, wire.Request{Op: wire.OpPing, ID: pingID})
+		case <-c.closed:
+			return
+		}
+		if !send() {
+			return
+		}
+	}
+}
+
+// Read counts what arrives, for liveness: bytes of a large payload on a slow line are a sign of life.
+func (c *conn) Read(p []byte) (int, error) {
+	n, err := c.nc.Read(p)
+	if n > 0 {
+		c.rx.Add(1)
+	}
+	return n, err
+}
+
+func (c *conn) read() {
+	// Large enough for any header with its sums; most of a payload bypasses it into the caller's buffer.
+	br := bufio.NewReaderSize(c, 16<<10)
+	for {
+		if err := c.receive(br); err != nil {
+			if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) {
+				err = fmt.Errorf("%w: the worker closed it", errLost)
+			} else if !errors.Is(err, errWrong) {
+				err = fmt.Errorf("%w: %w", errLost, err)
+			}
+			c.fail(err)
+			return
+		}
+	}
+}
+
+func (c *conn) receive(br *bufio.Reader) error {
+	reply, err := wire.ReadReply(br)
+	if err != nil {
+		return err
+	}
+	c.epoch(reply.Epoch)
+	c.mu.Lock()
+	k := c.pending[reply.ID]
+	if k != nil {
+		c.forget(k)
+	}
+	c.mu.Unlock()
+	if k == nil { // a pong, or the answer to a call that was given up
+		_, err := br.Discard(int(reply.Length))
+		return err
+	}
+	err = k.receive(br, reply)
+	if err != nil {
+		k.err = fmt.Errorf("%w: %w", errLost, err)
+		if errors.Is(err, errWrong) {
+			k.err = err
+		}
+	}
+	close(k.done)
+	return err
+}
+
+func (k *call) receive(br *bufio.Reader, reply wire.Reply) error {
+	k.reply = reply
+	p := k.dst
+	switch {
+	case reply.Status != wire.OK:
+		if reply.Length > wire.MaxMessage {
+			return fmt.Errorf("%w: message of %d bytes", errWrong, reply.Length)
+		}
+		p = make([]byte, reply.Length)
+	case k.dst == nil:
+		p = make([]byte, reply.Length) // bounded by the decoder
+	case reply.Index != k.req.Index || reply.Off != k.req.Off || int(reply.Length) != len(k.dst):
+		return fmt.Errorf("%w: %d bytes at %d of file %d instead of %d at %d of %d", errWrong,
+			reply.Length, reply.Off, reply.Index, len(k.dst), k.req.Off, k.req.Index)
+	}
+	k.body = p
+	_, err := io.ReadFull(br, p)
+	return err
+}

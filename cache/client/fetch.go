@@ -1,0 +1,446 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// piece is a range of one block that is wanted: it starts on a SumSize boundary and ends on one or with
+// the object.
+type piece struct {
+	index  catalog.Index
+	object ring.Object
+	block  int64
+	off    int64 // from the object's start
+	n      int
+	urgent <-chan struct{} // closed when somebody waits for it
+}
+
+// errLate: a worker that answers pings did not answer the request in WorkerTimeout.
+var errLate = errors.New("worker did not answer in time")
+
+const (
+	// bucketTries is how many workers are asked once one has said that the bucket does not serve it: the
+	// bucket is rarely better for another, and a bucket in trouble must not be asked by a hundred.
+	bucketTries = 4
+	// patience is how many rounds a refusal is questioned while other workers cannot be reached.
+	patience = 6
+	// busyTries is how often a worker that is overloaded, or throttled by the bucket, is asked again
+	// before another one is.
+	busyTries = 6
+)
+
+// fetch receives the bytes of w into dst, whose length is w.n, from whichever worker has them. It returns
+// with an error only when the object is gone or changed, when every worker that answers refuses, or when
+// ClientTimeout or ctx ends. dst is not touched after it has returned.
+func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
+	ctx, cancel := context.WithTimeoutCause(ctx, c.timing.client, errDeadline)
+	defer cancel()
+	pause := c.pauses()
+	var last error
+	for round := 1; ; round++ {
+		changed := c.members.wait() // before planning, so that no change is missed
+		seen := c.members.view()
+		r := c.round(ctx, seen, w, dst)
+		if r.ok {
+			return nil
+		}
+		if r.err != nil {
+			last = r.err
+		}
+		switch {
+		case r.final:
+			return c.explain(w, r.err)
+		case ctx.Err() != nil:
+			return c.giveUp(ctx, w, last)
+		case r.refused && (!r.hope || round >= patience):
+			return c.explain(w, r.err)
+		case r.stale && c.members.view() != seen:
+			continue
+		}
+		c.count.rounds.Add(1)
+		c.members.refresh()
+		t := time.NewTimer(pause.NextBackOff())
+		select {
+		case <-t.C:
+		case <-changed:
+		case <-ctx.Done():
+		}
+		t.Stop()
+	}
+}
+
+var errDeadline = errors.New("deadline exceeded")
+
+func (c *Client) pauses() *backoff.ExponentialBackOff {
+	b := backoff.NewExponentialBackOff()
+	b.InitialInterval, b.MaxInterval = c.timing.retry, c.timing.retryMax
+	b.Reset()
+	return b
+}
+
+// explain names the object in an error that a worker gave.
+func (c *Client) explain(w piece, err error) error {
+	name := c.name(w.index)
+	switch {
+	case errors.Is(err, source.ErrChanged):
+		return fmt.Errorf("%s: changed in the bucket since snapshot %s was made; refresh the dataset to read the new version: %w", name, c.short(), err)
+	case errors.Is(err, source.ErrNotFound):
+		return fmt.Errorf("%s: deleted from the bucket since snapshot %s was made; refresh the dataset: %w", name, c.short(), err)
+	}
+	return fmt.Errorf("%s: %w", name, err)
+}
+
+func (c *Client) giveUp(ctx context.Context, w piece, last error) error {
+	why := context.Cause(ctx)
+	switch {
+	case errors.Is(why, errDeadline) && last != nil:
+		return fmt.Errorf("%s: no worker could serve it within %v: %w: %w", c.name(w.index), c.timing.client, context.DeadlineExceeded, last)
+	case errors.Is(why, errDeadline):
+		return fmt.Errorf("%s: no worker could serve it within %v: %w", c.name(w.index), c.timing.client, context.DeadlineExceeded)
+	}
+	return fmt.Errorf("%s: %w", c.name(w.index), why)
+}
+
+// outcome is what one round of asking came to.
+type outcome struct {
+	ok      bool
+	final   bool  // err is the object's: nobody can do better
+	refused bool  // a worker that reached the bucket was refused; err says why
+	hope    bool  // a worker could not be asked, or may answer differently later
+	stale   bool  // a worker disagreed about who owns the block
+	err     error // the most telling one
+}
+
+// add takes in the failure of one step.
+func (o *outcome) add(err error) {
+	switch {
+	case errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrNotFound):
+		o.final, o.err = true, err
+		return
+	case errors.Is(err, source.ErrDenied), errors.Is(err, source.ErrNoBucket),
+		errors.Is(err, source.ErrUnversioned), errors.Is(err, source.ErrInvalid):
+		if !o.refused {
+			o.refused, o.err = true, err
+		}
+		return
+	case errors.Is(err, wire.ErrNotOwner):
+		o.stale, o.hope = true, true
+	default:
+		o.hope = true
+	}
+	// What the bucket said tells more than that some worker is down.
+	if o.err == nil || !o.refused && bucketError(err) {
+		o.err = err
+	}
+}
+
+func bucketError(err error) bool {
+	return errors.Is(err, source.ErrUnavailable) || errors.Is(err, source.ErrThrottled) || errors.Is(err, source.ErrDenied) ||
+		errors.Is(err, source.ErrNoBucket) || errors.Is(err, source.ErrUnversioned) || errors.Is(err, source.ErrInvalid)
+}
+
+// step is one worker to ask, and how.
+type step struct {
+	peer  *peer
+	flags wire.Flag
+	hedge *peer // who else may hold the block
+}
+
+// plan is the order in which workers are asked for a block: its owners, those of this node first; then
+// everybody, as a worker that does not own the block and reads it through from the bucket. An owner is in
+// it twice, for one that does not know that it is one.
+func (c *Client) plan(v *view, w piece) []step {
+	order := v.Owners(w.object, w.block, 0)
+	owners := order[:min(c.copies, len(order))]
+	steps := make([]step, 0, len(order)+len(owners))
+	for _, here := range []bool{true, false} {
+		for _, m := range owners {
+			if (c.config.Node != "" && m.Node == c.config.Node) == here {
+				steps = append(steps, step{peer: v.peers[m.ID]})
+			}
+		}
+	}
+	for i := range steps[:max(len(steps)-1, 0)] {
+		steps[i].hedge = steps[i+1].peer
+	}
+	for _, m := range order[len(owners):] {
+		steps = append(steps, step{peer: v.peers[m.ID], flags: wire.FlagReadThrough})
+	}
+	for _, m := range owners {
+		steps = append(steps, step{peer: v.peers[m.ID], flags: wire.FlagReadThrough})
+	}
+	return steps
+}
+
+// round asks workers in the order of the plan until one answers.
+func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte) outcome {
+	var o outcome
+	bucket := 0
+	failed := make(map[*peer]bool)
+	for i, s := range c.plan(v, w) {
+		if failed[s.peer] {
+			continue
+		}
+		err := c.try(ctx, s, w, dst)
+		if err == nil {
+			if i > 0 {
+				c.count.fallbacks.Add(1)
+			}
+			o.ok = true
+			return o
+		}
+		if ctx.Err() != nil {
+			if !errors.Is(err, context.Cause(ctx)) {
+				o.add(err)
+			}
+			return o
+		}
+		o.add(err)
+		c.log.Debug("worker did not serve a block", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
+		if o.final {
+			return o
+		}
+		if !errors.Is(err, wire.ErrNotOwner) {
+			failed[s.peer] = true
+		} else if c.members.view() != v {
+			return o // there is a newer list already: plan anew
+		}
+		if bucketError(err) {
+			if bucket++; bucket >= bucketTries {
+				return o
+			}
+		}
+	}
+	if o.err == nil {
+		o.err = errors.New("no worker is ready")
+		o.hope = true
+	}
+	return o
+}
+
+// try asks one worker, again where that worker may well answer at the second attempt.
+func (c *Client) try(ctx context.Context, s step, w piece, dst []byte) error {
+	flags := s.flags
+	busy, lost, corrupt := 0, 0, 0
+	pause := c.pauses()
+	for {
+		err := c.ask(ctx, s, flags, w, dst)
+		switch {
+		case err == nil || ctx.Err() != nil:
+			return err
+		case errors.Is(err, errHung):
+			s.peer.suspect(err)
+			return err
+		case errors.Is(err, errDown):
+			return err
+		case errors.Is(err, errLost):
+			// The network, or a restart: dialling again tells which.
+			if lost++; lost > 1 {
+				return err
+			}
+		case errors.Is(err, wire.ErrCorrupt):
+			c.count.corrupt.Add(1)
+			c.log.Warn("payload failed its checksum, asking again", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
+			// The worker checks what it holds; when that is sound it was the line, for once.
+			flags |= wire.FlagVerify
+			if corrupt++; corrupt > 2 {
+				return err
+			}
+			c.count.refetched.Add(1)
+		case errors.Is(err, wire.ErrOverloaded), errors.Is(err, source.ErrThrottled):
+			if busy++; busy > busyTries {
+				return err
+			}
+			if !sleep(ctx, pause.NextBackOff()) {
+				return context.Cause(ctx)
+			}
+		default:
+			return err
+		}
+	}
+}
+
+// ask makes one request to one worker, hedged where there is another copy, and checks the answer.
+func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst []byte) error {
+	slot, err := s.peer.slots.acquire(ctx, int64(w.n), w.urgent)
+	if err != nil {
+		return err
+	}
+	defer slot.release()
+	conn, err := s.peer.get(ctx)
+	if err != nil {
+		return err
+	}
+	req := wire.Request{
+		Op: wire.OpRead, Flags: flags, Epoch: c.members.view().Epoch, Snapshot: c.digest,
+		Index: w.index, Off: w.off, Length: int32(w.n),
+	}
+	begun := time.Now()
+	first, err := conn.start(req, dst)
+	if err != nil {
+		return err
+	}
+	timer := time.NewTimer(c.timing.worker)
+	defer timer.Stop()
+	slow := time.NewTimer(c.timing.slow)
+	defer slow.Stop()
+	var hedge <-chan time.Time
+	if s.hedge != nil && flags == 0 {
+		if d, ok := c.latency.hedge(w.n); ok {
+			t := time.NewTimer(d + time.Duration(rand.Int64N(int64(d)/4+1)))
+			defer t.Stop()
+			hedge = t.C
+		}
+	}
+	var (
+		second     *hedged
+		secondDone <-chan struct{}
+	)
+	defer func() { second.end() }()
+	// quit ends the first call; false when its answer came at the last moment and counts.
+	quit := func() bool {
+		if conn.abandon(first) {
+			return true
+		}
+		<-first.done
+		return first.err != nil
+	}
+	for {
+		select {
+		case <-first.done:
+			err := check(first)
+			if err == nil {
+				c.latency.observe(w.n, time.Since(begun))
+				c.count.workerBytes.Add(int64(w.n))
+			} else if second != nil && temporary(err) {
+				// The copy was asked already: it may be about to answer.
+				select {
+				case <-second.call.done:
+					if check(second.call) == nil {
+						copy(dst, second.buf)
+						c.count.hedgeWins.Add(1)
+						c.count.workerBytes.Add(int64(w.n))
+						return nil
+					}
+				case <-timer.C:
+				case <-ctx.Done():
+				}
+			}
+			return err
+		case <-slow.C:
+			slot.yield()
+		case <-hedge:
+			hedge = nil
+			if second = c.hedge(s.hedge, req); second != nil {
+				secondDone = second.call.done
+			}
+		case <-secondDone:
+			secondDone = nil
+			if check(second.call) != nil {
+				continue // most often it does not hold the block
+			}
+			if !quit() {
+				if err := check(first); err == nil {
+					c.count.workerBytes.Add(int64(w.n))
+					return nil
+				}
+			}
+			copy(dst, second.buf)
+			c.latency.observe(w.n, time.Since(begun))
+			c.count.hedgeWins.Add(1)
+			c.count.workerBytes.Add(int64(w.n))
+			return nil
+		case <-timer.C:
+			if quit() {
+				return fmt.Errorf("worker %s: %w", s.peer.member.ID, errLate)
+			}
+			return check(first)
+		case <-ctx.Done():
+			if quit() {
+				return context.Cause(ctx)
+			}
+			return check(first)
+		}
+	}
+}
+
+// temporary says whether the failure is the worker's rather than the object's.
+func temporary(err error) bool {
+	return !errors.Is(err, source.ErrChanged) && !errors.Is(err, source.ErrNotFound)
+}
+
+// check is the verdict on a call that is done: nil only for the right bytes.
+func check(k *call) error {
+	if k.err != nil {
+		return k.err
+	}
+	if err := wire.CheckSums(k.body, k.reply.Sums); err != nil {
+		return err
+	}
+	return k.reply.Status.Err(string(k.body))
+}
+
+// hedged is a request to a second copy, with a buffer of its own.
+type hedged struct {
+	c    *Client
+	conn *conn
+	call *call
+	slot *slot
+	buf  []byte
+	size int
+}
+
+// hedge asks a second copy, if that costs nothing: a connection, a slot and a buffer are free.
+func (c *Client) hedge(p *peer, req wire.Request) *hedged {
+	conn := p.live()
+	if conn == nil || !c.latency.pay() {
+		return nil
+	}
+	slot, ok := p.slots.try(int64(req.Length))
+	if !ok {
+		return nil
+	}
+	buf, size, ok := c.cache.spare(int(req.Length))
+	if !ok {
+		slot.release()
+		return nil
+	}
+	req.Flags |= wire.FlagResidentOnly
+	call, err := conn.start(req, buf)
+	if err != nil {
+		slot.release()
+		c.cache.giveBack(buf, size)
+		return nil
+	}
+	c.count.hedges.Add(1)
+	return &hedged{c: c, conn: conn, call: call, slot: slot, buf: buf, size: size}
+}
+
+// end gives the hedge's buffer back once nobody writes into it.
+func (h *hedged) end() {
+	if h == nil {
+		return
+	}
+	last := func() {
+		<-h.call.done
+		h.slot.release()
+		h.c.cache.giveBack(h.buf, h.size)
+	}
+	if h.conn.abandon(h.call) {
+		h.slot.release()
+		h.c.cache.giveBack(h.buf, h.size)
+	} else if isClosed(h.call.done) || !h.c.spawn(last) {
+		last()
+	}
+}

@@ -1,0 +1,286 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/cenkalti/backoff/v5"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// errDown: the worker could not be reached lately and is being redialled; the error wraps why.
+var errDown = errors.New("worker is down")
+
+// connsPerPeer bounds the connections to one worker: a second one is opened once the first has more
+// than a block under way.
+const connsPerPeer = 2
+
+// peer is one worker at one address: its connections, its slots and whether it is believed alive.
+//
+// It dials on first use. When a dial fails or a connection hangs the peer is down: requests fail at once
+// and a goroutine of its own redials with jittered backoff until it succeeds or the peer is closed, so
+// that no request pays for finding out.
+type peer struct {
+	c      *Client
+	member ring.Member
+	slots  slots
+	ctx    context.Context
+	cancel context.CancelFunc
+	told   atomic.Uint64 // the newest epoch that it announced and was asked about
+
+	mu      sync.Mutex
+	conns   []*conn
+	dialing *dialing // a first connection is being made, or remade
+	second  bool     // a second one is being made
+	down    error    // why the peer is down; nil when it is not
+	closed  bool
+}
+
+// dialing is one attempt that requests may wait for.
+type dialing struct {
+	done chan struct{}
+	err  error
+}
+
+func (c *Client) newPeer(m ring.Member) *peer {
+	p := &peer{c: c, member: m}
+	p.ctx, p.cancel = context.WithCancel(c.ctx)
+	return p
+}
+
+// live is a connection that is ready now, the less busy one, or nil.
+func (p *peer) live() *conn {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.pick()
+}
+
+func (p *peer) pick() *conn {
+	alive := p.conns[:0]
+	for _, c := range p.conns {
+		if !c.dead() {
+			alive = append(alive, c)
+		}
+	}
+	clear(p.conns[len(alive):])
+	p.conns = alive
+	var best *conn
+	var least int64
+	for _, c := range alive {
+		if _, n := c.load(); best == nil || n < least {
+			best, least = c, n
+		}
+	}
+	if best != nil && least > ring.BlockSize && len(alive) < connsPerPeer && !p.second && !p.closed {
+		p.second = p.c.spawn(func() {
+			conn, err := p.dial(p.ctx)
+			p.mu.Lock()
+			defer p.mu.Unlock()
+			p.second = false
+			if err == nil {
+				p.adopt(conn)
+			} // else the first one serves; the next request tries again
+		})
+	}
+	return best
+}
+
+// adopt takes a new connection in. p.mu is held.
+func (p *peer) adopt(c *conn) {
+	if p.closed {
+		c.fail(errClosed)
+		return
+	}
+	p.conns = append(p.conns, c)
+}
+
+// get returns a connection, waiting for one to be made unless the peer is known to be down.
+func (p *peer) get(ctx context.Context) (*conn, error) {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil, fmt.Errorf("%w: it left the membership", errDown)
+	}
+	if c := p.pick(); c != nil {
+		p.mu.Unlock()
+		return c, nil
+	}
+	if p.down != nil {
+		defer p.mu.Unlock()
+		return nil, p.down
+	}
+	if p.dialing == nil {
+		p.redial(0)
+	}
+	d := p.dialing
+	p.mu.Unlock()
+	if d == nil {
+		return nil, errClosed
+	}
+	select {
+	case <-d.done:
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+	if d.err != nil {
+		return nil, d.err
+	}
+	if c := p.live(); c != nil {
+		return c, nil
+	}
+	return nil, errLost
+}
+
+// suspect is told that a connection hung: the worker's others are as good as dead, and the peer is down
+// until a handshake proves otherwise.
+func (p *peer) suspect(err error) {
+	p.mu.Lock()
+	if p.closed || p.down != nil {
+		p.mu.Unlock()
+		return
+	}
+	p.down = fmt.Errorf("%w: %w", errDown, err)
+	if p.dialing == nil {
+		p.redial(p.c.timing.redial)
+	}
+	conns := p.conns
+	p.conns = nil
+	p.mu.Unlock()
+	for _, c := range conns {
+		c.fail(err)
+	}
+}
+
+// redial starts the goroutine that dials until it succeeds. p.mu is held.
+func (p *peer) redial(first time.Duration) {
+	d := &dialing{done: make(chan struct{})}
+	p.dialing = d
+	ok := p.c.spawn(func() {
+		b := backoff.NewExponentialBackOff()
+		b.InitialInterval, b.MaxInterval = p.c.timing.redial, p.c.timing.redialMax
+		b.Reset()
+		for wait := first; ; wait = b.NextBackOff() {
+			if wait > 0 && !sleep(p.ctx, wait) {
+				p.settle(d, nil, errClosed)
+				return // the peer or the client is closed
+			}
+			conn, err := p.dial(p.ctx)
+			if p.settle(d, conn, err) {
+				return
+			}
+		}
+	})
+	if !ok {
+		p.dialing, d.err = nil, errClosed
+		close(d.done)
+	}
+}
+
+// settle records the outcome of a dial and says whether dialling is over.
+func (p *peer) settle(d *dialing, c *conn, err error) bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	over := err == nil || p.closed || p.ctx.Err() != nil
+	if err != nil {
+		err = fmt.Errorf("%w: %w", errDown, err)
+	}
+	wasDown := p.down != nil
+	p.down = err
+	if c != nil {
+		p.adopt(c)
+	}
+	if over {
+		p.dialing = nil
+	}
+	if !isClosed(d.done) {
+		d.err = err
+		close(d.done)
+	}
+	if wasDown && err == nil {
+		p.c.members.announce()
+	}
+	return over
+}
+
+// dial makes one authenticated connection. During a rotation of keys the worker may know only the older
+// one: each is tried, the current one first.
+func (p *peer) dial(ctx context.Context) (*conn, error) {
+	err := fmt.Errorf("%w: no read key: give the client the Dataset's keys", wire.ErrUnauthorized)
+	for _, key := range p.c.keys().Read {
+		var nc net.Conn
+		if nc, err = p.c.connect(ctx, "tcp", p.member.Addr); err != nil {
+			return nil, err
+		}
+		if err = wire.ClientHandshake(ctx, nc, p.c.config.Dataset, wire.RoleRead, key); err == nil {
+			return newConn(nc, &p.c.wg, p.c.timing, func(epoch uint64) { p.c.members.saw(p, epoch) }), nil
+		}
+		nc.Close()
+		if !errors.Is(err, wire.ErrUnauthorized) {
+			return nil, err
+		}
+	}
+	return nil, err
+}
+
+// small makes a request whose reply is not a block. The error of a reply that is not OK is its status's.
+func (p *peer) small(ctx context.Context, req wire.Request) (wire.Reply, []byte, error) {
+	req.Epoch = p.c.members.view().Epoch
+	conn, err := p.get(ctx)
+	if err != nil {
+		return wire.Reply{}, nil, err
+	}
+	k, err := conn.start(req, nil)
+	if err != nil {
+		return wire.Reply{}, nil, err
+	}
+	if err := k.wait(ctx, conn); err != nil {
+		if errors.Is(err, errHung) {
+			p.suspect(err)
+		}
+		return wire.Reply{}, nil, err
+	}
+	if err := wire.CheckSums(k.body, k.reply.Sums); err != nil {
+		p.c.count.corrupt.Add(1)
+		return wire.Reply{}, nil, err
+	}
+	return k.reply, k.body, k.reply.Status.Err(string(k.body))
+}
+
+// close ends the peer's connections; its calls fail and go elsewhere.
+func (p *peer) close() {
+	p.cancel()
+	p.mu.Lock()
+	p.closed = true
+	conns := p.conns
+	p.conns = nil
+	p.mu.Unlock()
+	for _, c := range conns {
+		c.fail(fmt.Errorf("%w: the worker left the membership", errLost))
+	}
+}
+
+// connect dials within DialTimeout.
+func (c *Client) connect(ctx context.Context, network, addr string) (net.Conn, error) {
+	ctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
+	defer cancel()
+	return c.dialer(ctx, network, addr)
+}
+
+// sleep waits for d; false when ctx ended first.
+func sleep(ctx context.Context, d time.Duration) bool {
+	t := time.NewTimer(d)
+	defer t.Stop()
+	select {
+	case <-t.C:
+		return true
+	case <-ctx.Done():
+		return false
+	}
+}

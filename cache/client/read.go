@@ -1,0 +1,469 @@
+package client
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"sync"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// chunks of a block, and how many pieces of one read are fetched at once.
+const (
+	blockChunks = ring.BlockSize / wire.SumSize
+	maxPieces   = 8
+)
+
+// ReadAt reads len(p) bytes of file i from off, fewer with io.EOF at its end, from memory, the node's
+// store or the workers. Sequential readers are recognised and read ahead for. It returns within
+// ClientTimeout for each block that it has to fetch, and never bytes of another version of the file: an
+// object that changed in the bucket is source.ErrChanged, and one that was deleted source.ErrNotFound,
+// unless the tier holds the bytes.
+func (c *Client) ReadAt(ctx context.Context, i catalog.Index, p []byte, off int64) (int, error) {
+	if !c.begin() {
+		return 0, errClosed
+	}
+	defer c.calls.Done()
+	o, err := c.object(i)
+	if err != nil {
+		return 0, err
+	}
+	if off < 0 {
+		return 0, fmt.Errorf("%s: offset %d: %w", c.name(i), off, source.ErrInvalid)
+	}
+	if off >= o.Size {
+		if len(p) == 0 && off == o.Size {
+			return 0, nil
+		}
+		return 0, io.EOF
+	}
+	short := int64(len(p)) > o.Size-off
+	if short {
+		p = p[:o.Size-off]
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	r := reading{c: c, index: i, object: o}
+	r.advice = c.streams.observe(i, o.Size, off, int64(len(p)), r.ready)
+	n, err := r.read(ctx, p, off)
+	if err == nil && short {
+		err = io.EOF
+	}
+	return n, err
+}
+
+// object is the placement of file i.
+func (c *Client) object(i catalog.Index) (ring.Object, error) {
+	o, ok := c.snapshot.Ring(i)
+	if !ok {
+		return ring.Object{}, fmt.Errorf("dataset %s: node %d is no file of snapshot %s: %w", c.config.Dataset, i, c.short(), source.ErrInvalid)
+	}
+	return o, nil
+}
+
+// reading is one ReadAt.
+type reading struct {
+	c      *Client
+	index  catalog.Index
+	object ring.Object
+	advice advice
+}
+
+// part is the piece of a read that lies in one block.
+type part struct {
+	block  int64
+	off    int // within the block
+	p      []byte
+	extent *extent
+	held   *store.Block
+}
+
+// blockLen is the length of a block.
+func (r *reading) blockLen(block int64) int {
+	return int(min(ring.BlockSize, r.object.Size-block*ring.BlockSize))
+}
+
+// span is the run of chunks that covers the bytes [off, off+n) of a block.
+func span(off, n int) (lo, hi int) {
+	return off / wire.SumSize, (off + n + wire.SumSize - 1) / wire.SumSize
+}
+
+func (r *reading) read(ctx context.Context, p []byte, off int64) (int, error) {
+	var (
+		open [maxPieces]part
+		n    int // of open
+		todo = p // not begun
+		at   = off
+		done int
+	)
+	defer func() {
+		for k := range open[:n] {
+			r.end(&open[k])
+		}
+	}()
+	for done < len(p) {
+		for n < len(open) && len(todo) > 0 {
+			block := at / ring.BlockSize
+			k := part{block: block, off: int(at - block*ring.BlockSize)}
+			k.p = todo[:min(len(todo), r.blockLen(block)-k.off)]
+			if !r.begin(&k) && n > 0 {
+				break // no room for more than one at a time
+			}
+			open[n] = k
+			n++
+			todo = todo[len(k.p):]
+			at += int64(len(k.p))
+		}
+		if done == 0 {
+			r.readAhead((off + int64(len(p)) - 1) / ring.BlockSize)
+		}
+		if err := r.finish(ctx, &open[0]); err != nil {
+			return done, err
+		}
+		done += len(open[0].p)
+		r.end(&open[0])
+		copy(open[:], open[1:n])
+		n--
+		open[n] = part{}
+	}
+	return done, nil
+}
+
+// begin finds where a part's bytes are or will be. False: nowhere, there is no room in memory.
+func (r *reading) begin(k *part) bool {
+	c := r.c
+	lo, hi := span(k.off, len(k.p))
+	key := blockKey{r.index, k.block}
+	if k.extent = c.cache.find(key, lo, hi); k.extent != nil {
+		if isClosed(k.extent.done) {
+			c.count.bufferHits.Add(1)
+		} else {
+			c.count.joins.Add(1)
+		}
+		return true
+	}
+	if c.config.Store != nil {
+		if b, ok := c.config.Store.Lookup(r.object, k.block); ok {
+			c.count.storeHits.Add(1)
+			k.held = b
+			return true
+		}
+	}
+	length := r.blockLen(k.block)
+	if r.advice.whole {
+		lo, hi = span(0, length)
+	}
+	k.extent = r.start(key, lo, hi, length, nil)
+	return k.extent != nil
+}
+
+// start makes an extent of a block of the given length and begins to fetch it, unless it is there. It is
+// nil when there is no room. Without ahead the caller owns a reference.
+func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent {
+	c := r.c
+	n := min(hi*wire.SumSize, length) - lo*wire.SumSize
+	e, made := c.cache.add(c.ctx, key, lo, hi, n, ahead)
+	if !made {
+		if e != nil && ahead == nil {
+			c.count.joins.Add(1)
+		}
+		return e
+	}
+	if ahead != nil {
+		c.count.ahead.Add(1)
+	} else {
+		c.count.misses.Add(1)
+	}
+	w := piece{
+		index: r.index, object: r.object, block: key.block,
+		off: key.block*ring.BlockSize + int64(lo)*wire.SumSize, n: n, urgent: e.urgent,
+	}
+	buf := e.buf
+	ok := c.spawn(func() {
+		err := c.fetch(e.ctx, w, buf)
+		c.cache.finish(e, err)
+		if err != nil {
+			return
+		}
+		if n == length {
+			c.keep(w, buf)
+		}
+		c.cache.release(e)
+	})
+	if !ok {
+		c.cache.finish(e, errClosed)
+	}
+	return e
+}
+
+// keep puts a whole block into the node's store.
+func (c *Client) keep(w piece, buf []byte) {
+	if c.config.Store == nil {
+		return
+	}
+	b, err := c.config.Store.Acquire(c.ctx, w.object, w.block, func(_ context.Context, p []byte) error {
+		copy(p, buf)
+		return nil
+	})
+	if err != nil { // the reader has its bytes all the same
+		c.log.Debug("node store did not take a block", "file", w.index, "block", w.block, "error", err)
+		return
+	}
+	b.Release()
+}
+
+// finish waits for a part's bytes and copies them out.
+func (r *reading) finish(ctx context.Context, k *part) error {
+	c := r.c
+	for {
+		switch {
+		case k.held != nil:
+			if c.readStore(k.held, k.p, k.off) {
+				c.count.storeBytes.Add(int64(len(k.p)))
+				return nil
+			}
+			// Read it past the store this time, whatever the store says of the block now.
+			r.end(k)
+		case k.extent != nil:
+			select {
+			case <-k.extent.done:
+			case <-ctx.Done():
+				return fmt.Errorf("%s: %w", c.name(r.index), context.Cause(ctx))
+			}
+			e := k.extent
+			if e.err == nil {
+				copy(k.p, e.buf[k.off-e.lo*wire.SumSize:])
+				c.count.bufferBytes.Add(int64(len(k.p)))
+				return nil
+			}
+			if !errors.Is(e.err, context.Canceled) || c.ctx.Err() != nil {
+				return e.err
+			}
+			// Those for whom it was fetched gave up as this reader joined.
+			r.end(k)
+			r.begin(k)
+			continue
+		}
+		return r.direct(ctx, k)
+	}
+}
+
+// end gives back what a part holds.
+func (r *reading) end(k *part) {
+	if k.extent != nil {
+		r.c.cache.release(k.extent)
+	}
+	if k.held != nil {
+		k.held.Release()
+	}
+	k.extent, k.held = nil, nil
+}
+
+// scratch holds buffers of directSize for readers that found no room: each has one at most, so they are
+// bounded by the number of reads under way.
+const directSize = 2 * wire.SumSize
+
+var scratch = sync.Pool{New: func() any { return new([directSize]byte) }}
+
+// direct reads a part past the buffers, which are all being received into or copied from: in small
+// pieces, but at once.
+func (r *reading) direct(ctx context.Context, k *part) error {
+	c := r.c
+	c.count.direct.Add(1)
+	length := r.blockLen(k.block)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.ctx, cancel)()
+	buf := scratch.Get().(*[directSize]byte)
+	defer scratch.Put(buf)
+	for done := 0; done < len(k.p); {
+		off := k.off + done
+		lo := off / wire.SumSize * wire.SumSize
+		n := min(directSize, length-lo)
+		// The caller's memory takes the bytes itself where it lies on the boundaries.
+		dst := buf[:n]
+		aligned := off == lo && (len(k.p)-done >= wire.SumSize || off+len(k.p)-done == length)
+		if aligned {
+			n = len(k.p) - done
+			if off+n != length {
+				n -= n % wire.SumSize
+			}
+			dst = k.p[done : done+n]
+		}
+		w := piece{index: r.index, object: r.object, block: k.block, off: k.block*ring.BlockSize + int64(lo), n: n, urgent: now}
+		if err := c.fetch(ctx, w, dst); err != nil {
+			return err
+		}
+		if aligned {
+			done += n
+		} else {
+			done += copy(k.p[done:], buf[off-lo:n])
+		}
+	}
+	c.count.directBytes.Add(int64(len(k.p)))
+	return nil
+}
+
+// now is an urgency that is there from the beginning.
+var now = func() chan struct{} { c := make(chan struct{}); close(c); return c }()
+
+// ready says whether a block is in memory, on its way or in the node's store.
+func (r *reading) ready(block int64) bool {
+	_, hi := span(0, r.blockLen(block))
+	if r.c.cache.holds(blockKey{r.index, block}, 0, hi) {
+		return true
+	}
+	return r.inStore(block)
+}
+
+func (r *reading) inStore(block int64) bool {
+	if r.c.config.Store == nil {
+		return false
+	}
+	b, ok := r.c.config.Store.Lookup(r.object, block)
+	if ok {
+		b.Release()
+	}
+	return ok
+}
+
+// readAhead fetches what the stream will want next, as far as there is room.
+func (r *reading) readAhead(last int64) {
+	if r.advice.window == 0 {
+		return
+	}
+	end := min(last+r.advice.window, ring.Blocks(r.object.Size)-1)
+	for block := last + 1; block <= end; block++ {
+		if r.ready(block) {
+			continue
+		}
+		length := r.blockLen(block)
+		_, hi := span(0, length)
+		if r.start(blockKey{r.index, block}, 0, hi, length, r.advice.stream) == nil {
+			return
+		}
+	}
+}
+
+// readStore reads from a block of the node's store and checks the sums of all chunks that it reads of.
+// False: the memory is bad, and the block was dropped.
+func (c *Client) readStore(b *store.Block, p []byte, off int) bool {
+	sums := b.Sums()
+	var buf *[directSize]byte
+	for done := 0; done < len(p); {
+		at := off + done
+		k := at / wire.SumSize
+		lo := k * wire.SumSize
+		n := min(wire.SumSize, b.Len()-lo)
+		dst := p[done:]
+		direct := at == lo && len(dst) >= n
+		if direct {
+			dst = dst[:n]
+		} else {
+			if buf == nil {
+				buf = scratch.Get().(*[directSize]byte)
+				defer scratch.Put(buf)
+			}
+			dst = buf[:n]
+		}
+		if got, err := b.ReadAt(dst, int64(lo)); (err != nil && err != io.EOF) || got != n || k >= len(sums) ||
+			wire.CheckSums(dst, sums[k:k+1]) != nil {
+			c.count.corrupt.Add(1)
+			c.count.refetched.Add(1)
+			c.log.Warn("block of the node store failed its checksum and is fetched again", "error", err)
+			c.config.Store.Verify(b)
+			return false
+		}
+		if direct {
+			done += n
+		} else {
+			done += copy(p[done:], dst[at-lo:])
+		}
+	}
+	return true
+}
+
+// Forget drops what is kept for a file that nobody has open: its streams, buffers and what is read ahead.
+func (c *Client) Forget(i catalog.Index) {
+	if !c.begin() {
+		return
+	}
+	defer c.calls.Done()
+	c.streams.forget(i)
+	if o, ok := c.snapshot.Ring(i); ok {
+		c.cache.forgetFile(i, o.Size)
+	}
+}
+
+// Prefetch tells the owners of the n bytes from off of a file that they will be wanted. It is a hint:
+// nothing is said of what becomes of it.
+func (c *Client) Prefetch(ctx context.Context, i catalog.Index, off, n int64) {
+	if !c.begin() {
+		return
+	}
+	defer c.calls.Done()
+	o, err := c.object(i)
+	if err != nil || off < 0 || n <= 0 || off >= o.Size {
+		return
+	}
+	v := c.members.view()
+	first, last := off/ring.BlockSize, (min(off+n, o.Size)-1)/ring.BlockSize
+	for block := first; block <= last; {
+		run := int64(1)
+		owner := v.Owners(o, block, 1)
+		if len(owner) == 0 {
+			return
+		}
+		if o.Size <= ring.StripeThreshold {
+			run = last - block + 1
+		}
+		if p := v.peers[owner[0].ID]; p != nil {
+			_, _, _ = p.small(ctx, wire.Request{
+				Op: wire.OpPrefetch, Snapshot: c.digest, Index: i, Off: block, Length: int32(run),
+			})
+		}
+		block += run
+	}
+}
+
+// Resident asks the workers which blocks of a file they hold: bit n of the answer, least significant
+// first, is block n. It fails only if no worker answers.
+func (c *Client) Resident(ctx context.Context, i catalog.Index) ([]byte, error) {
+	if !c.begin() {
+		return nil, errClosed
+	}
+	defer c.calls.Done()
+	o, err := c.object(i)
+	if err != nil {
+		return nil, err
+	}
+	v := c.members.view()
+	owners := v.Owners(o, 0, c.copies)
+	if o.Size > ring.StripeThreshold {
+		owners = v.Owners(o, 0, 0)
+	}
+	bitmap := make([]byte, (ring.Blocks(o.Size)+7)/8)
+	last, answered := errors.New("no worker is ready"), false
+	for _, m := range owners {
+		_, body, err := v.peers[m.ID].small(ctx, wire.Request{Op: wire.OpResident, Snapshot: c.digest, Index: i})
+		if err != nil {
+			last = err
+			continue
+		}
+		answered = true
+		for k := range min(len(body), len(bitmap)) {
+			bitmap[k] |= body[k]
+		}
+	}
+	if !answered {
+		return nil, fmt.Errorf("%s: residency: %w", c.name(i), last)
+	}
+	return bitmap, nil
+}

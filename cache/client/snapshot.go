@@ -1,0 +1,227 @@
+package client
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// Progress tells how far Dial is.
+type Progress struct {
+	// Received and Size are bytes of the snapshot; Size is zero until a worker has it.
+	Received, Size int64
+	// Waiting is why there is no snapshot yet, in the workers' words; empty once it is being received.
+	Waiting string
+}
+
+// maxSnapshot bounds what a client takes for a snapshot: some fifty million files.
+const maxSnapshot = 8 << 30
+
+// pull gets the snapshot named by want, or the current one if it is zero, from any worker, and waits
+// while there is none. It ends with ctx, or when every worker refuses the client.
+func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapshot, error) {
+	if s := c.cached(want); s != nil {
+		return s, nil
+	}
+	pause := c.pauses()
+	for {
+		changed := c.members.wait()
+		peers := c.sources()
+		last, answered, refused := errors.New("no worker is ready"), false, 0
+		for _, p := range peers {
+			s, err := c.pullFrom(ctx, p, &want)
+			if err == nil {
+				c.log.Info("snapshot", "dataset", c.config.Dataset, "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
+				return c.share(s), nil
+			}
+			// What a worker says tells more than that another is down.
+			if says := !errors.Is(err, errDown); says || !answered {
+				last, answered = fmt.Errorf("worker %s: %w", p.member.ID, err), says
+			}
+			if errors.Is(err, wire.ErrUnauthorized) {
+				refused++
+			}
+			if ctx.Err() != nil {
+				break
+			}
+		}
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("dataset %s: no snapshot: %w: %w", c.config.Dataset, context.Cause(ctx), last)
+		}
+		if refused > 0 && refused == len(peers) {
+			return nil, fmt.Errorf("dataset %s: %w", c.config.Dataset, last)
+		}
+		if c.config.Progress != nil {
+			c.config.Progress(Progress{Waiting: last.Error()})
+		}
+		c.members.refresh()
+		t := time.NewTimer(pause.NextBackOff())
+		select {
+		case <-t.C:
+		case <-changed:
+		case <-ctx.Done():
+		}
+		t.Stop()
+	}
+}
+
+// sources are the peers to ask for a snapshot: those of this node, then the others, then the seeds.
+func (c *Client) sources() []*peer {
+	v := c.members.view()
+	var here, there []*peer
+	for _, m := range v.Members {
+		switch {
+		case m.State != ring.Ready:
+		case c.config.Node != "" && m.Node == c.config.Node:
+			here = append(here, v.peers[m.ID])
+		default:
+			there = append(there, v.peers[m.ID])
+		}
+	}
+	c.shuffle(there)
+	return slices.Concat(here, there, c.members.seeds)
+}
+
+// pullFrom receives the snapshot from one worker. Once it knows the digest of the current one, want is
+// that: the tier may move on meanwhile, but what is pulled is one snapshot.
+func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*catalog.Snapshot, error) {
+	digest := *want
+	var (
+		buf     []byte
+		size    int64 // zero until the first chunk tells
+		corrupt int
+	)
+	for {
+		length := int64(wire.MaxPayload)
+		if size > 0 {
+			length = min(length, size-int64(len(buf)))
+		}
+		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, errLate)
+		reply, body, err := p.small(ctx, wire.Request{Op: wire.OpSnapshot, Snapshot: digest, Off: int64(len(buf)), Length: int32(length)})
+		if err != nil && ctx.Err() != nil {
+			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+		}
+		cancel()
+		switch {
+		case errors.Is(err, wire.ErrCorrupt) && corrupt < 3:
+			corrupt++
+			c.count.refetched.Add(1)
+			continue
+		case err != nil:
+			return nil, err
+		case reply.Off != int64(len(buf)), len(body) == 0, reply.Size > maxSnapshot, size > 0 && reply.Size != size,
+			int64(len(buf)+len(body)) > reply.Size, digest != (catalog.Digest{}) && reply.Body != digest && reply.Body != (catalog.Digest{}):
+			return nil, fmt.Errorf("%w: %d bytes at %d of a snapshot of %d", errWrong, len(body), reply.Off, reply.Size)
+		}
+		if digest == (catalog.Digest{}) {
+			if digest = reply.Body; digest == (catalog.Digest{}) {
+				return nil, fmt.Errorf("%w: a snapshot without a digest", errWrong)
+			}
+		}
+		size = reply.Size
+		buf = append(buf, body...) // grows with what has arrived, not with what was announced
+		if c.config.Progress != nil {
+			c.config.Progress(Progress{Received: int64(len(buf)), Size: size})
+		}
+		if int64(len(buf)) == size {
+			break
+		}
+	}
+	s, err := catalog.Open(buf)
+	if err == nil && s.Digest() != digest {
+		s.Close()
+		err = fmt.Errorf("%w: it is not the snapshot %x", wire.ErrCorrupt, digest[:6])
+	}
+	if err != nil {
+		c.count.corrupt.Add(1)
+		return nil, err
+	}
+	*want = digest
+	return s, nil
+}
+
+// cached opens a snapshot that this node has already.
+func (c *Client) cached(want catalog.Digest) *catalog.Snapshot {
+	if c.config.SnapshotDir == "" || want == (catalog.Digest{}) {
+		return nil
+	}
+	path := c.snapshotPath(want)
+	s, err := catalog.OpenFile(path)
+	if errors.Is(err, fs.ErrNotExist) {
+		return nil
+	}
+	if err == nil && s.Digest() == want {
+		return s
+	}
+	if err == nil {
+		s.Close()
+		err = errors.New("its content has another digest")
+	}
+	c.log.Warn("cached snapshot is not usable, pulling it anew", "file", path, "error", err)
+	return nil
+}
+
+// share keeps a snapshot in the node's folder and returns it mapped from there, so that the processes of
+// the node share its memory. Where that fails the one in memory serves.
+func (c *Client) share(s *catalog.Snapshot) *catalog.Snapshot {
+	dir := c.config.SnapshotDir
+	if dir == "" {
+		return s
+	}
+	digest := s.Digest()
+	err := func() error {
+		if err := os.MkdirAll(dir, 0o700); err != nil {
+			return err
+		}
+		f, err := os.CreateTemp(dir, "new-*")
+		if err != nil {
+			return err
+		}
+		defer os.Remove(f.Name()) // a no-op once it is renamed
+		_, err = f.Write(s.Encoded())
+		if err := errors.Join(err, f.Close()); err != nil {
+			return err
+		}
+		return os.Rename(f.Name(), c.snapshotPath(digest))
+	}()
+	if err != nil {
+		c.log.Warn("snapshot is not kept on this node", "folder", dir, "error", err)
+		return s
+	}
+	mapped := c.cached(digest)
+	if mapped == nil {
+		return s
+	}
+	s.Close()
+	return mapped
+}
+
+func (c *Client) snapshotPath(d catalog.Digest) string {
+	return filepath.Join(c.config.SnapshotDir, hex.EncodeToString(d[:])+".snapshot")
+}
+
+// short is the snapshot's digest for people.
+func (c *Client) short() string { return hex.EncodeToString(c.digest[:6]) }
+
+// name names file i for people: its path in the dataset and its object in the bucket.
+func (c *Client) name(i catalog.Index) string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "dataset %s: %s", c.config.Dataset, c.snapshot.Path(i))
+	if mount, o, ok := c.snapshot.Object(i); ok {
+		if mounts := c.snapshot.Mounts(); mount < len(mounts) {
+			fmt.Fprintf(&b, " (%s/%s)", mounts[mount].URL, o.Key)
+		}
+	}
+	return b.String()
+}
