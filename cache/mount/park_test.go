@@ -1,0 +1,3 @@
+package mount
+
+func child(what string) int { return 1 }
