@@ -1,0 +1,156 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"github.com/spf13/cobra"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/client"
+)
+
+// copyBuffer is how much is asked of the client at once: a block.
+const copyBuffer = 4 << 20
+
+func getCommand() *cobra.Command {
+	var t tierFlags
+	var force bool
+	cmd := &cobra.Command{
+		Use:   "get PATH [DEST]",
+		Short: "Copy a file or a folder out of a dataset, without a mount",
+		Long: `Copies PATH to DEST: a file, a folder it goes into, or - for standard output. Folders are copied with all
+that is below them. A file appears under its name only when it is whole; one that exists is kept unless --force.`,
+		Example: "  stepcache get /shards/0001.bin\n  stepcache get /ref/genome.fa - | head\n  stepcache get /shards ./shards",
+		Args:    args(cobra.RangeArgs(1, 2)),
+	}
+	t.add(cmd)
+	cmd.Flags().BoolVar(&force, "force", false, "overwrite files that exist")
+	cmd.RunE = func(cmd *cobra.Command, a []string) error {
+		ctx := cmd.Context()
+		c, err := t.dial(ctx)
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		i, err := lookup(c, a[0])
+		if err != nil {
+			return err
+		}
+		n, _ := c.Snapshot().Node(i)
+		dest := first(a[1:], ".")
+		if dest == "-" {
+			if n.Dir {
+				return fmt.Errorf("%s is a folder: it cannot go to standard output", a[0])
+			}
+			return copyOut(ctx, c, i, cmd.OutOrStdout(), nil)
+		}
+		// As cp does: into a folder that exists, else under the name given. The root has no name.
+		if info, err := os.Stat(dest); err == nil && info.IsDir() && n.Name != "" {
+			dest = filepath.Join(dest, n.Name)
+		}
+		return getAll(ctx, c, i, dest, force)
+	}
+	return cmd
+}
+
+// getAll copies what is at or below i to dest.
+func getAll(ctx context.Context, c *client.Client, i catalog.Index, dest string, force bool) error {
+	s := c.Snapshot()
+	base := s.Path(i)
+	var files []catalog.Index
+	var bytes int64
+	collect := func(j catalog.Index) bool {
+		if n, _ := s.Node(j); !n.Dir {
+			files = append(files, j)
+			bytes += n.Size
+		}
+		return true
+	}
+	if n, _ := s.Node(i); n.Dir {
+		// Folders come from the bucket's keys: every one is made, also an empty one.
+		if err := os.MkdirAll(dest, 0o755); err != nil {
+			return err
+		}
+		s.Walk(i, collect)
+	} else {
+		collect(i)
+	}
+	p := newProgress("get "+base, bytes)
+	defer p.finish()
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for _, j := range files {
+		g.Go(func() error {
+			// Names of a snapshot have no "..", so that the result lies below dest.
+			rel := strings.TrimPrefix(strings.TrimPrefix(s.Path(j), base), "/")
+			return getFile(ctx, c, j, filepath.Join(dest, filepath.FromSlash(rel)), force, p)
+		})
+	}
+	return g.Wait()
+}
+
+func getFile(ctx context.Context, c *client.Client, i catalog.Index, dest string, force bool, p *progress) (err error) {
+	if _, err := os.Lstat(dest); err == nil && !force {
+		return fmt.Errorf("%s exists: remove it, or use --force", dest)
+	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return err
+	}
+	if err := os.MkdirAll(filepath.Dir(dest), 0o755); err != nil {
+		return err
+	}
+	f, err := os.CreateTemp(filepath.Dir(dest), ".stepcache-*")
+	if err != nil {
+		return err
+	}
+	defer func() {
+		if err != nil {
+			_ = os.Remove(f.Name())
+		}
+	}()
+	err = copyOut(ctx, c, i, f, p)
+	if err == nil {
+		err = f.Chmod(0o644)
+	}
+	if e := f.Close(); err == nil {
+		err = e
+	}
+	if err != nil {
+		return err
+	}
+	if n, _ := c.Snapshot().Node(i); !n.ModTime.IsZero() {
+		_ = os.Chtimes(f.Name(), time.Time{}, n.ModTime) // a file system without times is no reason to fail
+	}
+	return os.Rename(f.Name(), dest)
+}
+
+// copyOut writes a file's content.
+func copyOut(ctx context.Context, c *client.Client, i catalog.Index, w io.Writer, p *progress) error {
+	n, _ := c.Snapshot().Node(i)
+	defer c.Forget(i)
+	buf := make([]byte, min(copyBuffer, max(n.Size, 1)))
+	for off := int64(0); off < n.Size; {
+		k, err := c.ReadAt(ctx, i, buf, off)
+		if k > 0 {
+			if _, err := w.Write(buf[:k]); err != nil {
+				return err
+			}
+			off += int64(k)
+			if p != nil {
+				p.add(int64(k))
+			}
+		}
+		if err != nil && (!errors.Is(err, io.EOF) || off < n.Size) {
+			return err
+		}
+	}
+	return nil
+}

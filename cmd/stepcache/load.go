@@ -1,0 +1,87 @@
+package main
+
+import (
+	"fmt"
+	"os"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+func loadCommand() *cobra.Command {
+	var t tierFlags
+	r := wire.LoadRequest{}
+	var unload bool
+	cmd := &cobra.Command{
+		Use:   "load [PATTERN ...]",
+		Short: "Warm the tier: its workers fetch what they own",
+		Long: `Makes files resident: each worker fetches the blocks that it owns, so that each byte leaves the bucket once.
+Patterns match paths in the dataset (/shards/**, /ref/*.fa); without one everything is loaded. With --pin the
+files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.`,
+		Example: "  stepcache load\n  stepcache load --pin --id shards '/shards/**'",
+	}
+	t.add(cmd)
+	output := jsonFlag(cmd)
+	f := cmd.Flags()
+	f.StringVar(&r.ID, "id", "", "name of the load (default: one made from the time)")
+	f.IntVar(&r.Copies, "copies", 0, "workers that hold each block (default: the Dataset's)")
+	f.BoolVar(&r.Pin, "pin", false, "keep the files from eviction")
+	f.BoolVar(&unload, "unload", false, "end the load with this --id and its pins")
+	cmd.RunE = func(cmd *cobra.Command, patterns []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		if unload && r.ID == "" {
+			return usage{fmt.Errorf("load --unload: name the load with --id")}
+		}
+		if r.Copies < 0 {
+			return usage{fmt.Errorf("load: --copies %d: want 1 or more", r.Copies)}
+		}
+		folder, err := t.one()
+		if err != nil {
+			return err
+		}
+		control, err := folder.Control(logger())
+		if err != nil {
+			return err
+		}
+		defer control.Close()
+		ctx, start := cmd.Context(), time.Now()
+		if unload {
+			return control.DeleteLoad(ctx, r.ID)
+		}
+		if r.ID == "" {
+			r.ID = "cli-" + start.UTC().Format("20060102T150405.000")
+		}
+		r.Paths = patterns
+		if err := control.Load(ctx, r); err != nil {
+			return err
+		}
+		p := newProgress("load "+r.ID, 0)
+		var last client.LoadProgress
+		err = control.WaitLoad(ctx, r.ID, func(s client.LoadProgress) {
+			p.set(s.Resident, s.Total)
+			last = s
+		})
+		p.finish()
+		if *output == "json" {
+			if e := printJSON(cmd.OutOrStdout(), last); err == nil {
+				err = e
+			}
+		} else if err == nil {
+			fmt.Fprintf(cmd.OutOrStdout(), "load %s: %s\n", r.ID, loadLine(last, time.Since(start)))
+		}
+		if ctx.Err() != nil {
+			fmt.Fprintf(os.Stderr, "the load goes on in the workers; `stepcache load --unload --id %s` ends it\n", r.ID)
+		}
+		if err == nil && !r.Pin {
+			// Nothing to keep: the bytes stay by themselves, as long as there is room.
+			err = control.DeleteLoad(ctx, r.ID)
+		}
+		return err
+	}
+	return cmd
+}

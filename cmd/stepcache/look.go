@@ -1,0 +1,220 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"path"
+	"text/tabwriter"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/tier"
+)
+
+// sum adds up what workers of one Dataset say; figures of the dataset itself are the first's.
+func sum(workers []wire.WorkerStatus) wire.WorkerStatus {
+	var s wire.WorkerStatus
+	for i, w := range workers {
+		if i == 0 || s.Snapshot == "" {
+			s.Dataset, s.Snapshot, s.Files, s.Bytes, s.Skipped = w.Dataset, w.Snapshot, w.Files, w.Bytes, w.Skipped
+		}
+		s.Quota += w.Quota
+		s.Used += w.Used
+		s.Pinned += w.Pinned
+		s.SourceBytes += w.SourceBytes
+		s.SourceRequests += w.SourceRequests
+		s.ServedBytes += w.ServedBytes
+		s.OpenedBytes += w.OpenedBytes
+		s.Verified += w.Verified
+		s.Unverified += w.Unverified
+		s.Corrupt += w.Corrupt
+		s.Refetched += w.Refetched
+	}
+	return s
+}
+
+func statusCommand() *cobra.Command {
+	var t tierFlags
+	cmd := &cobra.Command{
+		Use:     "status",
+		Short:   "Show what the workers hold and what they did",
+		Example: "  stepcache status\n  stepcache status -o json | jq .[].sourceBytes",
+		Args:    args(cobra.NoArgs),
+	}
+	t.add(cmd)
+	output := jsonFlag(cmd)
+	cmd.RunE = func(cmd *cobra.Command, _ []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		folders, err := tier.All(t.dir)
+		if err != nil {
+			return err
+		}
+		if t.dataset != "" || len(folders) == 1 {
+			f, err := t.one()
+			if err != nil {
+				return err
+			}
+			folders = []tier.Folder{f}
+		}
+		var all []wire.WorkerStatus
+		for _, f := range folders {
+			control, err := f.Control(logger())
+			if err != nil {
+				return err
+			}
+			workers, err := control.Status(cmd.Context())
+			_ = control.Close()
+			if err != nil && len(workers) == 0 {
+				return err
+			}
+			if err != nil {
+				fmt.Fprintln(os.Stderr, "stepcache:", err)
+			}
+			all = append(all, workers...)
+		}
+		if *output == "json" {
+			return printJSON(cmd.OutOrStdout(), all)
+		}
+		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 3, ' ', 0)
+		fmt.Fprintln(w, "WORKER\tDATASET\tFILES\tIN MEMORY\tQUOTA\tPINNED\tFROM BUCKET\tSERVED\tVERIFIED\tUNVERIFIED\tPROBLEM")
+		for _, s := range all {
+			fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%s\n", s.ID, s.Dataset, s.Files, size(s.Used), size(s.Quota),
+				size(s.Pinned), size(s.SourceBytes), size(s.ServedBytes), s.Verified, s.Unverified, s.Problem)
+		}
+		for _, f := range folders {
+			for _, s := range all {
+				if s.Dataset == f.Dataset && len(s.Skipped) > 0 {
+					fmt.Fprintf(w, "\n%s: keys that cannot be shown as files:\n", f.Dataset)
+					for reason, n := range s.Skipped {
+						fmt.Fprintf(w, "  %d\t%s\n", n, reason)
+					}
+					break
+				}
+			}
+		}
+		return w.Flush()
+	}
+	return cmd
+}
+
+// dial connects a command to its tier, waiting a bounded time for a listing.
+func (t *tierFlags) dial(ctx context.Context) (*client.Client, error) {
+	f, err := t.one()
+	if err != nil {
+		return nil, err
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, tier.DialTimeout, fmt.Errorf("dataset %s: no worker has a listing after %s; see `stepcache status`", f.Dataset, tier.DialTimeout))
+	defer cancel()
+	c, err := f.Dial(ctx)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("%w (%w)", context.Cause(ctx), err)
+	}
+	return c, err
+}
+
+// entry is one line of ls.
+type entry struct {
+	Path     string    `json:"path"`
+	Dir      bool      `json:"dir,omitempty"`
+	Size     int64     `json:"size"`
+	Modified time.Time `json:"modified,omitzero"`
+	Version  string    `json:"version,omitempty"`
+}
+
+func lsCommand() *cobra.Command {
+	var t tierFlags
+	var long, recursive bool
+	cmd := &cobra.Command{
+		Use:     "ls [PATH]",
+		Short:   "List files of a dataset",
+		Example: "  stepcache ls -l /shards\n  stepcache ls -R -o json /",
+		Args:    args(cobra.MaximumNArgs(1)),
+	}
+	t.add(cmd)
+	output := jsonFlag(cmd)
+	cmd.Flags().BoolVarP(&long, "long", "l", false, "show size, time and version")
+	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list what is below too")
+	cmd.RunE = func(cmd *cobra.Command, a []string) error {
+		if err := checkOutput(*output); err != nil {
+			return err
+		}
+		c, err := t.dial(cmd.Context())
+		if err != nil {
+			return err
+		}
+		defer c.Close()
+		i, err := lookup(c, first(a, "/"))
+		if err != nil {
+			return err
+		}
+		entries := list(c.Snapshot(), i, recursive)
+		if *output == "json" {
+			return printJSON(cmd.OutOrStdout(), entries)
+		}
+		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
+		for _, e := range entries {
+			name := e.Path
+			if e.Dir {
+				name += "/"
+			}
+			if long {
+				fmt.Fprintf(w, "%d\t%s\t%s\t%s\n", e.Size, e.Modified.UTC().Format(time.DateTime), e.Version, name)
+			} else {
+				fmt.Fprintln(w, name)
+			}
+		}
+		return w.Flush()
+	}
+	return cmd
+}
+
+func first(a []string, otherwise string) string {
+	if len(a) > 0 {
+		return a[0]
+	}
+	return otherwise
+}
+
+// lookup finds a path, which may be written without the leading slash.
+func lookup(c *client.Client, name string) (catalog.Index, error) {
+	i, ok := c.Snapshot().Lookup(path.Clean("/" + name))
+	if !ok {
+		return 0, fmt.Errorf("no file or folder %s in the dataset; `stepcache ls` shows what there is", name)
+	}
+	return i, nil
+}
+
+func list(s *catalog.Snapshot, i catalog.Index, recursive bool) []entry {
+	n, _ := s.Node(i)
+	if !n.Dir {
+		return []entry{describe(s, i)}
+	}
+	entries := []entry{}
+	if recursive {
+		s.Walk(i, func(j catalog.Index) bool {
+			entries = append(entries, describe(s, j))
+			return true
+		})
+		return entries
+	}
+	for j := n.First; j < n.First+n.Count; j++ {
+		entries = append(entries, describe(s, j))
+	}
+	return entries
+}
+
+func describe(s *catalog.Snapshot, i catalog.Index) entry {
+	n, _ := s.Node(i)
+	e := entry{Path: s.Path(i), Dir: n.Dir, Size: n.Size, Modified: n.ModTime}
+	if _, o, ok := s.Object(i); ok {
+		e.Version = o.Version
+	}
+	return e
+}

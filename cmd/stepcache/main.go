@@ -1,0 +1,83 @@
+// Command stepcache is the one binary of Stepcache: the workers and mounts that serve a dataset, local
+// mode, and the commands with which a person looks at a tier.
+//
+// Sub-commands are thin: they parse flags, call one package, and print. Exit status: 0 done, 1 failed,
+// 2 wrong usage; `stepcache local` ends with its command's own.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/signal"
+	"syscall"
+
+	"github.com/spf13/cobra"
+)
+
+// version is set by the linker.
+var version = "dev"
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	err := rootCommand().ExecuteContext(ctx)
+	stop()
+	os.Exit(exitStatus(os.Stderr, err))
+}
+
+// exit ends the program with a status and no word, since whoever failed has spoken.
+type exit int
+
+func (e exit) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
+
+// usage is an error in how the program was called.
+type usage struct{ error }
+
+func exitStatus(stderr *os.File, err error) int {
+	var status exit
+	switch {
+	case err == nil:
+		return 0
+	case errors.As(err, &status):
+		return int(status)
+	case errors.As(err, &usage{}):
+		fmt.Fprintf(stderr, "stepcache: %v\nSee `stepcache --help`.\n", err)
+		return 2
+	default:
+		fmt.Fprintln(stderr, "stepcache:", err)
+		return 1
+	}
+}
+
+func rootCommand() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "stepcache",
+		Short: "A data-locality cache for parallel workflow steps",
+		Long: `Stepcache puts a tier of in-memory cache workers between a bucket and the steps that read it.
+
+Start with "stepcache local": it runs the tier on this machine from the manifests a cluster takes.`,
+		SilenceErrors: true, SilenceUsage: true,
+		Version: version,
+	}
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage{err} })
+	root.AddCommand(
+		localCommand(), workerCommand(), mountCommand(),
+		loadCommand(), statusCommand(), lsCommand(), getCommand(), verifyCommand(),
+		&cobra.Command{
+			Use: "version", Short: "Print the version", Args: args(cobra.NoArgs),
+			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version) },
+		},
+	)
+	return root
+}
+
+// args makes wrong arguments a usage error.
+func args(check cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(cmd *cobra.Command, given []string) error {
+		if err := check(cmd, given); err != nil {
+			return usage{fmt.Errorf("%s: %w", cmd.CommandPath(), err)}
+		}
+		return nil
+	}
+}

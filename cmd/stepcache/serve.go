@@ -1,0 +1,143 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/mount"
+	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/worker"
+)
+
+func workerCommand() *cobra.Command {
+	var config string
+	cmd := &cobra.Command{
+		Use:   "worker --config FILE",
+		Short: "Serve a dataset's blocks from memory",
+		Long: `Runs one cache worker until SIGTERM. The configuration is JSON (cache/worker.Config); the controller and
+"stepcache local" write it.`,
+		Example: "  stepcache worker --config /etc/stepcache/worker.json",
+		Args:    args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if config == "" {
+				return usage{errors.New("worker: --config is missing: name the configuration file")}
+			}
+			c, err := worker.LoadConfig(config)
+			if err != nil {
+				return err
+			}
+			return worker.Run(cmd.Context(), c, worker.Deps{Logger: logger()})
+		},
+	}
+	cmd.Flags().StringVar(&config, "config", "", "configuration file")
+	return cmd
+}
+
+func mountCommand() *cobra.Command {
+	var t tierFlags
+	var cache, mode string
+	var allowOther bool
+	cmd := &cobra.Command{
+		Use:   "mount DIR",
+		Short: "Mount a dataset read-only, until SIGTERM or Ctrl-C",
+		Long: `Mounts a Dataset of a running tier at DIR, which must be an empty folder. Files are read-only and never
+change while mounted. Reads of files that a worker on this machine holds go straight to its memory
+(FUSE passthrough: Linux 6.9, root); --cache-size keeps what comes from other machines in this process's
+own memory as well.`,
+		Example: `  stepcache mount --tier "$STEPCACHE_TIER" /mnt/genomes`,
+		Args:    args(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, a []string) (err error) {
+			ctx, log := cmd.Context(), logger()
+			if err := mount.Supported(); err != nil {
+				return err
+			}
+			o := mount.Options{AllowOther: allowOther, Logger: log}
+			if o.Mode, err = mount.ParseMode(mode); err != nil {
+				return usage{err}
+			}
+			f, err := t.one()
+			if err != nil {
+				return err
+			}
+			c, err := f.ClientConfig()
+			if err != nil {
+				return err
+			}
+			c.Logger = log
+			if cache != "" {
+				n, err := humanize.ParseBytes(cache)
+				if err != nil || n > 1<<50 {
+					return usage{fmt.Errorf("mount: --cache-size %q: want a size such as 2GiB", cache)}
+				}
+				s, remove, err := nodeCache(cmd, int64(n))
+				if err != nil {
+					return err
+				}
+				defer remove()
+				c.Store = s
+			}
+			reader, err := client.Dial(ctx, c)
+			if err != nil {
+				return err
+			}
+			defer reader.Close()
+			o.Dataset = f.Dataset
+			m, err := mount.Mount(ctx, a[0], reader.Snapshot(), clientReader{reader}, o)
+			if err != nil {
+				return err
+			}
+			gone := make(chan struct{})
+			go func() { m.Wait(); close(gone) }()
+			select {
+			case <-ctx.Done():
+				err = m.Unmount()
+				<-gone
+				return err
+			case <-gone:
+				log.Info("unmounted by somebody else", "dir", a[0])
+				return nil
+			}
+		},
+	}
+	t.add(cmd)
+	cmd.Flags().StringVar(&cache, "cache-size", "", "memory of this process's own cache of what other machines' workers send")
+	cmd.Flags().StringVar(&mode, "mode", "auto", strings.Join(mount.Modes(), ", ")+": how opens are served (auto: by the sizes of the files)")
+	cmd.Flags().BoolVar(&allowOther, "allow-other", os.Geteuid() == 0, "let other users read it")
+	return cmd
+}
+
+// nodeCache is a store for one mount process, gone with it.
+func nodeCache(cmd *cobra.Command, bytes int64) (*store.Store, func(), error) {
+	dir, err := os.MkdirTemp("", "stepcache-node-")
+	if err != nil {
+		return nil, nil, err
+	}
+	note, mountErr := store.MountTmpfs(dir, bytes+bytes/16)
+	if note != "" {
+		logger().Info(note)
+	}
+	if mountErr != nil {
+		_ = os.Remove(dir)
+		if dir, err = os.MkdirTemp("/dev/shm", "stepcache-node-"); err != nil {
+			return nil, nil, fmt.Errorf("no memory for --cache-size: neither a tmpfs (%w) nor a folder in /dev/shm (%w)", mountErr, err)
+		}
+	}
+	remove := func() {
+		if mountErr == nil {
+			_ = store.Unmount(dir)
+		}
+		_ = os.RemoveAll(dir)
+	}
+	s, err := store.Open(cmd.Context(), store.Options{Dir: dir, Quota: bytes})
+	if err != nil {
+		remove()
+		return nil, nil, err
+	}
+	return s, func() { _ = s.Close(); remove() }, nil
+}

@@ -1,0 +1,90 @@
+package stepcache_test
+
+import (
+	"os/exec"
+	"strings"
+	"testing"
+)
+
+const module = "github.com/stepcache/stepcache/"
+
+// mayImport says, for each folder, which folders of this module its packages may depend on, directly or
+// not (CONTRIBUTING.md, "Import rules"). A folder's own sub-folders are always allowed. A folder that is
+// not here may not exist.
+var mayImport = map[string][]string{
+	"api/v1alpha1":  {},
+	"api/manifest":  {"api/v1alpha1"},
+	"config/crd":    {},
+	"cache/source":  {},
+	"cache/ring":    {"cache/source"},
+	"cache/catalog": {"cache/source", "cache/ring"},
+	"cache/store":   {"cache/source", "cache/ring"},
+	"cache/wire":    {"cache/source", "cache/ring"},
+	"cache/worker":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
+	"cache/client":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
+	"cache/mount":   {"cache/source", "cache/ring", "cache/catalog", "cache/wire"},
+	"tier":          {"api", "cache", "config/crd"},
+	"local":         {"api", "cache", "config/crd", "tier"},
+	"test/bucket":   {"local/process"},
+	"bench":         {"api", "cache", "config/crd", "tier", "local", "test"},
+	"cmd":           {""},
+}
+
+// The data path knows nothing of Kubernetes: it runs on one machine as it does on a cluster.
+var notInCache = []string{"k8s.io/", "sigs.k8s.io/"}
+
+func TestImportRules(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", `{{.ImportPath}} {{join .Deps " "}}`, "./...").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	seen := 0
+	for line := range strings.Lines(string(out)) {
+		fields := strings.Fields(line)
+		name, ok := strings.CutPrefix(fields[0], module)
+		if !ok {
+			continue // the root holds tests only
+		}
+		seen++
+		folder, allowed := rule(name)
+		if folder == "" {
+			t.Errorf("%s: no rule for this folder; add one here and in CONTRIBUTING.md", name)
+			continue
+		}
+		for _, dep := range fields[1:] {
+			if of, ours := strings.CutPrefix(dep, module); ours && !below(of, folder) && !anyBelow(of, allowed) {
+				t.Errorf("%s imports %s, which %s may not", name, of, folder)
+			}
+			for _, prefix := range notInCache {
+				if below(name, "cache") && strings.HasPrefix(dep, prefix) {
+					t.Errorf("%s imports %s: cache/... knows nothing of Kubernetes", name, dep)
+				}
+			}
+		}
+	}
+	if seen < len(mayImport) {
+		t.Errorf("go list named %d packages, fewer than there are rules (%d): a rule has no folder left", seen, len(mayImport))
+	}
+}
+
+func rule(name string) (folder string, allowed []string) {
+	for f, a := range mayImport {
+		if below(name, f) && len(f) > len(folder) {
+			folder, allowed = f, a
+		}
+	}
+	return folder, allowed
+}
+
+func below(name, folder string) bool {
+	return folder == "" || name == folder || strings.HasPrefix(name, folder+"/")
+}
+
+func anyBelow(name string, folders []string) bool {
+	for _, f := range folders {
+		if below(name, f) {
+			return true
+		}
+	}
+	return false
+}

@@ -1,0 +1,297 @@
+// Package local runs the tiers of Datasets as processes on this machine, from the manifests that a
+// cluster takes: no container, no cluster, and nothing left behind.
+//
+// It owns the run's state folder, the worker and mount processes, their restarts, and the order in which
+// things come up and go away. A run's folder holds a lock while the run lives; what a killed run left (its
+// folder, tmpfs and mounts) is removed by the next one. Concurrency: a Tier's methods are for one
+// goroutine, its supervision is its own. Failure: Start undoes what it did and says what to change; a
+// worker that dies later is started again and the membership's epoch grows.
+//
+// It may import api, tier and cache/...
+package local
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dustin/go-humanize"
+
+	"github.com/stepcache/stepcache/api/manifest"
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/mount"
+	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/tier"
+)
+
+// stopTimeout is what a process is given to end by itself.
+const stopTimeout = 15 * time.Second
+
+// Options of Start.
+type Options struct {
+	// Manifests is a file or a folder of YAML or JSON: Datasets, DataLoads, Secrets.
+	Manifests string
+	// Mount is the folder below which each Dataset appears under its name; empty: nothing is mounted.
+	Mount string
+	// Program is the stepcache binary that workers and mounts run.
+	Program string
+	// Workers is the most workers a Dataset gets here; zero: 4. Memory is the most memory that all workers
+	// of all Datasets hold together, in bytes; zero: half of what the machine has available.
+	Workers int
+	Memory  int64
+	// Log gets a line for what a person should know: progress, restarts, what was scaled down.
+	Log io.Writer
+	// Problems is how long a worker may be unable to serve (wrong credentials, no bucket) before Start
+	// gives up; zero: 10 s.
+	Problems time.Duration
+}
+
+// Tier is a run: the tiers of all Datasets of the manifests.
+type Tier struct {
+	options  Options
+	state    *state
+	loads    []*v1alpha1.DataLoad
+	datasets []*dataset
+}
+
+// Start brings the tiers up, mounts them, and returns when every Dataset can be read. Warm runs the
+// DataLoads. After an error everything is undone.
+func Start(ctx context.Context, o Options) (t *Tier, err error) {
+	if o.Log == nil {
+		o.Log = io.Discard
+	}
+	if o.Workers == 0 {
+		o.Workers = 4
+	}
+	if o.Problems == 0 {
+		o.Problems = 10 * time.Second
+	}
+	set, err := manifest.Read(o.Manifests)
+	if err != nil {
+		return nil, err
+	}
+	if len(set.Datasets) == 0 {
+		return nil, fmt.Errorf("%s: no Dataset in it; write one, or name another file or folder", o.Manifests)
+	}
+	if o.Mount != "" {
+		if err := mount.Supported(); err != nil {
+			return nil, fmt.Errorf("cannot mount at %s: %w; without --mount, `stepcache get` and `ls` read the dataset", o.Mount, err)
+		}
+		if o.Mount, err = filepath.Abs(o.Mount); err != nil {
+			return nil, err
+		}
+	}
+	t = &Tier{options: o, loads: set.DataLoads}
+	defer func() {
+		if err != nil {
+			t.Close()
+		}
+	}()
+	if t.state, err = openState(); err != nil {
+		return t, err
+	}
+	shares, err := t.memoryShares(set.Datasets)
+	if err != nil {
+		return t, err
+	}
+	for i := range set.Datasets {
+		d, err := t.newDataset(set.Datasets[i], set, shares[i])
+		if err != nil {
+			return t, err
+		}
+		if o.Mount != "" && slices.ContainsFunc(t.datasets, func(other *dataset) bool { return other.object.Name == d.object.Name }) {
+			return t, fmt.Errorf("two Datasets are named %s and would be mounted at the same folder: run their namespaces one at a time", d.object.Name)
+		}
+		t.datasets = append(t.datasets, d)
+		if err := d.start(); err != nil {
+			return t, err
+		}
+	}
+	for _, d := range t.datasets {
+		if err := d.waitReady(ctx); err != nil {
+			return t, err
+		}
+	}
+	if o.Mount != "" {
+		for _, d := range t.datasets {
+			if err := d.mount(ctx, o.Mount); err != nil {
+				return t, err
+			}
+		}
+	}
+	return t, nil
+}
+
+// memoryShares decides what one worker of each Dataset may hold here, so that manifests made for a
+// cluster also run on one machine; it says what it changed.
+func (t *Tier) memoryShares(datasets []*v1alpha1.Dataset) ([]int64, error) {
+	available, err := availableMemory()
+	if err != nil {
+		return nil, err
+	}
+	limit := t.options.Memory
+	if limit == 0 {
+		limit = available / 2
+	} else if limit > available {
+		return nil, fmt.Errorf("--memory %s is more than the %s that this machine has available", humanize.IBytes(uint64(limit)), humanize.IBytes(uint64(available)))
+	}
+	var total int64
+	shares := make([]int64, len(datasets))
+	for i := range datasets {
+		w := &datasets[i].Spec.Workers
+		if n := int32(t.options.Workers); w.Replicas > n {
+			t.logf("dataset %s: %d workers on this machine instead of %d (--workers)", name(datasets[i]), n, w.Replicas)
+			w.Replicas = n
+			w.Copies = min(w.Copies, n)
+		}
+		shares[i] = w.MemoryBytes()
+		total += w.TotalBytes()
+	}
+	if total <= limit {
+		return shares, nil
+	}
+	const least = 16 << 20 // as the API's own minimum
+	for i := range shares {
+		scaled := int64(float64(shares[i]) * float64(limit) / float64(total))
+		if scaled < least {
+			return nil, fmt.Errorf("the Datasets want %s of memory, and %s is to be had: lower spec.workers, or raise --memory", humanize.IBytes(uint64(total)), humanize.IBytes(uint64(limit)))
+		}
+		t.logf("dataset %s: %s a worker on this machine instead of %s (--memory)", name(datasets[i]), humanize.IBytes(uint64(scaled)), humanize.IBytes(uint64(shares[i])))
+		shares[i] = scaled
+	}
+	return shares, nil
+}
+
+func (t *Tier) logf(format string, args ...any) { fmt.Fprintf(t.options.Log, format+"\n", args...) }
+
+// Warm runs the DataLoads one after the other, those that others wait for first. A load that cannot
+// complete is reported and does not keep the command from running, since reads still go through; only a
+// load that pins, and so promises that the bytes stay, is an error.
+func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.LoadProgress)) error {
+	loads, err := inOrder(t.loads)
+	if err != nil {
+		return err
+	}
+	for _, l := range loads {
+		id := l.Namespace + "/" + l.Name
+		d := t.find(l.Namespace, l.Spec.DatasetRef.Name)
+		if d == nil {
+			return fmt.Errorf("dataload %s: no dataset %s/%s in the manifests", id, l.Namespace, l.Spec.DatasetRef.Name)
+		}
+		if l.Spec.Schedule != "" {
+			t.logf("dataload %s: run once; local mode does not keep its schedule %q", id, l.Spec.Schedule)
+		}
+		if err := d.load(ctx, l, func(s client.LoadProgress) { progress(id, s) }); err != nil {
+			if l.Spec.Pin || ctx.Err() != nil {
+				return fmt.Errorf("dataload %s: %w", id, err)
+			}
+			t.logf("dataload %s: %v; the steps read the rest from the bucket", id, err)
+		}
+	}
+	return nil
+}
+
+// inOrder sorts loads so that each comes after the one it runs after.
+func inOrder(loads []*v1alpha1.DataLoad) ([]*v1alpha1.DataLoad, error) {
+	var out []*v1alpha1.DataLoad
+	done := map[string]bool{}
+	for len(out) < len(loads) {
+		before := len(out)
+		for _, l := range loads {
+			after := l.Spec.RunAfter
+			if !done[l.Namespace+"/"+l.Name] && (after == nil || done[l.Namespace+"/"+after.Name]) {
+				done[l.Namespace+"/"+l.Name] = true
+				out = append(out, l)
+			}
+		}
+		if len(out) == before {
+			for _, l := range loads {
+				if !done[l.Namespace+"/"+l.Name] {
+					return nil, fmt.Errorf("dataload %s/%s: runAfter %q is missing or runs after this one; correct runAfter", l.Namespace, l.Name, l.Spec.RunAfter.Name)
+				}
+			}
+		}
+	}
+	return out, nil
+}
+
+func (t *Tier) find(namespace, name string) *dataset {
+	for _, d := range t.datasets {
+		if d.object.Namespace == namespace && d.object.Name == name {
+			return d
+		}
+	}
+	return nil
+}
+
+// Env is what a command run beside the tier needs: STEPCACHE_TIER, and with a mount STEPCACHE_MOUNT,
+// STEPCACHE_DATASET_NAME for each Dataset, and STEPCACHE_DATASET where there is one only.
+func (t *Tier) Env() []string {
+	dir := t.state.dir
+	if len(t.datasets) == 1 {
+		dir = t.datasets[0].folder.Dir
+	}
+	env := []string{tier.Env + "=" + dir}
+	if t.options.Mount == "" {
+		return env
+	}
+	env = append(env, "STEPCACHE_MOUNT="+t.options.Mount)
+	for _, d := range t.datasets {
+		env = append(env, "STEPCACHE_DATASET_"+envName(d.object.Name)+"="+d.target)
+		if len(t.datasets) == 1 {
+			env = append(env, "STEPCACHE_DATASET="+d.target)
+		}
+	}
+	return env
+}
+
+// envName is the name of a Dataset as a part of an environment variable's.
+func envName(s string) string {
+	return strings.Map(func(r rune) rune {
+		if r == '-' || r == '.' {
+			return '_'
+		}
+		return r
+	}, strings.ToUpper(s))
+}
+
+// Report is what the run's tiers did.
+type Report struct {
+	Dataset string              `json:"dataset"`
+	Mounted string              `json:"mounted,omitempty"`
+	Status  []wire.WorkerStatus `json:"workers"`
+}
+
+// Report asks the workers.
+func (t *Tier) Report(ctx context.Context) ([]Report, error) {
+	var out []Report
+	var errs []error
+	for _, d := range t.datasets {
+		s, err := d.control.Status(ctx)
+		if err != nil {
+			errs = append(errs, err)
+		}
+		out = append(out, Report{Dataset: name(d.object), Mounted: d.target, Status: s})
+	}
+	return out, errors.Join(errs...)
+}
+
+// Close stops everything and removes what the run made. It may be called more than once.
+func (t *Tier) Close() {
+	if t.state == nil {
+		return
+	}
+	for _, d := range slices.Backward(t.datasets) {
+		d.close()
+	}
+	t.state.close()
+	t.state = nil
+}
+
+func name(d *v1alpha1.Dataset) string { return d.Namespace + "/" + d.Name }

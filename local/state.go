@@ -1,0 +1,185 @@
+package local
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+)
+
+// socketPath is the room that Unix socket paths of a run need below its folder: /d99/w999.sock.
+const socketPath = 107 - len("/d99/w999.sock")
+
+// state is a run's folder. It is locked while the run lives, so that what a killed run left can be told.
+type state struct {
+	dir  string
+	lock *os.File
+}
+
+// openState makes the folder of this run, and first removes those of runs that were killed.
+func openState() (*state, error) {
+	// One folder a user, in the short temporary folder rather than a home: socket paths are short.
+	parent := filepath.Join(os.TempDir(), "stepcache-"+strconv.Itoa(os.Getuid()))
+	if err := os.Mkdir(parent, 0o700); err != nil && !errors.Is(err, fs.ErrExist) {
+		return nil, fmt.Errorf("make the folder of local runs: %w; set TMPDIR to a folder that you can write", err)
+	}
+	if err := private(parent); err != nil {
+		return nil, err
+	}
+	sweep(parent)
+	dir, err := os.MkdirTemp(parent, "r")
+	if err != nil {
+		return nil, err
+	}
+	if len(dir) > socketPath {
+		_ = os.Remove(dir)
+		return nil, fmt.Errorf("the temporary folder's name %s is too long for the Unix sockets below it (%d characters at most): set TMPDIR to a shorter one", dir, socketPath)
+	}
+	lock, err := lockFolder(dir)
+	if err != nil {
+		_ = os.Remove(dir)
+		return nil, err
+	}
+	return &state{dir: dir, lock: lock}, nil
+}
+
+// private refuses a folder that another user could have put there.
+func private(dir string) error {
+	info, err := os.Lstat(dir)
+	if err != nil {
+		return err
+	}
+	var st unix.Stat_t
+	if err := unix.Lstat(dir, &st); err != nil {
+		return err
+	}
+	if !info.IsDir() || int(st.Uid) != os.Getuid() || info.Mode().Perm()&0o077 != 0 {
+		return fmt.Errorf("%s is not a folder of yours alone: remove it, or set TMPDIR", dir)
+	}
+	return nil
+}
+
+func lockFolder(dir string) (*os.File, error) {
+	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		f.Close()
+		return nil, err
+	}
+	return f, nil
+}
+
+// sweep removes what killed runs left. It is best effort: a folder that cannot be removed is in nobody's
+// way.
+func sweep(parent string) {
+	entries, err := os.ReadDir(parent)
+	if err != nil {
+		return
+	}
+	for _, e := range entries {
+		dir := filepath.Join(parent, e.Name())
+		if _, err := os.Lstat(filepath.Join(dir, "lock")); err != nil {
+			continue // being made, or not a run's
+		}
+		lock, err := lockFolder(dir)
+		if err != nil {
+			continue // alive
+		}
+		(&state{dir: dir, lock: lock}).close()
+	}
+}
+
+// mounting notes a mount outside the folder, and makes its folder where there is none, for whoever
+// cleans up: only what the run made is removed.
+func (s *state) mounting(target string) error {
+	if err := s.folder(filepath.Dir(target)); err != nil {
+		return err
+	}
+	// Never a stat of the target: a mount that nobody serves would hang.
+	if err := s.folder(target); err != nil {
+		return err
+	}
+	return s.note("mounts", target)
+}
+
+// folder makes a folder and those above it, noting each one that it made.
+func (s *state) folder(dir string) error {
+	err := os.Mkdir(dir, 0o755)
+	if errors.Is(err, fs.ErrNotExist) {
+		if err := s.folder(filepath.Dir(dir)); err != nil {
+			return err
+		}
+		err = os.Mkdir(dir, 0o755)
+	}
+	if errors.Is(err, fs.ErrExist) {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	return s.note("made", dir)
+}
+
+// shared makes a folder in shared memory that goes away with the run.
+func (s *state) shared() (string, error) {
+	dir, err := os.MkdirTemp("/dev/shm", "stepcache-")
+	if err != nil {
+		return "", err
+	}
+	return dir, s.note("folders", dir)
+}
+
+// note adds a line to a file of the run's folder, and notes reads it.
+func (s *state) note(file, line string) error {
+	f, err := os.OpenFile(filepath.Join(s.dir, file), os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600)
+	if err != nil {
+		return err
+	}
+	_, err = fmt.Fprintf(f, "%q\n", line)
+	return errors.Join(err, f.Close())
+}
+
+func (s *state) notes(file string) (lines []string) {
+	b, err := os.ReadFile(filepath.Join(s.dir, file))
+	if err != nil {
+		return nil
+	}
+	for quoted := range strings.Lines(string(b)) {
+		if line, err := strconv.Unquote(strings.TrimSpace(quoted)); err == nil {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// close unmounts what is mounted in the folder or was noted, and removes it.
+func (s *state) close() {
+	for _, target := range s.notes("mounts") {
+		_ = mountinfo.Unmount(target)
+	}
+	for _, dir := range slices.Backward(s.notes("made")) {
+		_ = os.Remove(dir) // goes only if it is empty
+	}
+	for _, dir := range s.notes("folders") {
+		_ = os.RemoveAll(dir)
+	}
+	if all, err := mountinfo.List(); err == nil {
+		for _, m := range all {
+			if rel, err := filepath.Rel(s.dir, m.Point); err == nil && filepath.IsLocal(rel) {
+				_ = mountinfo.Unmount(m.Point)
+			}
+		}
+	}
+	_ = os.RemoveAll(s.dir)
+	_ = s.lock.Close()
+}
