@@ -1,0 +1,115 @@
+package oss
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// maxPage bounds a listing page's text: 1,000 keys of 1,023 bytes, each of them encoded in three.
+const maxPage = 16 << 20
+
+// List implements source.Lister.
+func (b *Bucket) List(ctx context.Context, prefix string, yield func(source.Object) error) error {
+	return source.ListPages(ctx, b, prefix, yield)
+}
+
+type listing struct {
+	XMLName      xml.Name `xml:"ListBucketResult"`
+	EncodingType string
+	IsTruncated  bool
+	Contents     []struct {
+		Key          string
+		Type         string
+		Size         int64
+		ETag         string
+		LastModified time.Time
+	}
+	CommonPrefixes []struct{ Prefix string }
+}
+
+// Page implements source.Pager.
+func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, error) {
+	r := request{op: "list", method: "GET", params: map[string]string{
+		"list-type": "2", "max-keys": "1000", "encoding-type": "url", "prefix": p.Prefix}}
+	if p.After != "" {
+		r.params["start-after"] = p.After
+	}
+	if p.Delimited {
+		r.params["delimiter"] = "/"
+	}
+	a, err := b.do(ctx, r)
+	if err != nil {
+		return source.Page{}, err
+	}
+	defer a.close()
+	var in listing
+	limited := &io.LimitedReader{R: a, N: maxPage}
+	if err := xml.NewDecoder(limited).Decode(&in); err != nil {
+		var syntax *xml.SyntaxError
+		switch {
+		case limited.N == 0:
+			return source.Page{}, b.strange(r, a, fmt.Sprintf("the page is longer than %d bytes", maxPage), "")
+		case ctx.Err() == nil && errors.As(err, &syntax):
+			return source.Page{}, b.strange(r, a, err.Error(), "does the endpoint speak the OSS protocol?")
+		}
+		return source.Page{}, b.broken(ctx, a.watch, r, maxPage-limited.N, maxPage, err)
+	}
+	decode := func(s string) (string, error) { return s, nil }
+	if in.EncodingType == "url" {
+		decode = url.QueryUnescape
+	}
+	out := source.Page{More: in.IsTruncated}
+	var links []int // symlinks among the objects
+	for _, c := range in.Contents {
+		key, err := decode(c.Key)
+		if err != nil {
+			return source.Page{}, b.strange(r, a, err.Error(), "")
+		}
+		if c.Type == "Symlink" {
+			links = append(links, len(out.Objects))
+		}
+		out.Objects = append(out.Objects, source.Object{Key: key, Size: c.Size, ModTime: c.LastModified,
+			Version: b.version(c.ETag, c.LastModified)})
+	}
+	for _, c := range in.CommonPrefixes {
+		prefix, err := decode(c.Prefix)
+		if err != nil {
+			return source.Page{}, b.strange(r, a, err.Error(), "")
+		}
+		// A page that starts within a common prefix names it once more.
+		if prefix > p.After {
+			out.Prefixes = append(out.Prefixes, prefix)
+		}
+	}
+	return out, b.follow(ctx, out.Objects, links)
+}
+
+// follow replaces symlinks by what reading them gives. A listing describes the link itself, whose ETag and
+// size no read would match. A link to nothing stays as it was listed: reading it then says what is wrong.
+func (b *Bucket) follow(ctx context.Context, objects []source.Object, links []int) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(8)
+	for _, i := range links {
+		g.Go(func() error {
+			o, err := b.Stat(ctx, objects[i].Key)
+			if errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrUnversioned) {
+				return nil
+			}
+			if err != nil {
+				return err
+			}
+			objects[i] = o
+			return nil
+		})
+	}
+	return g.Wait()
+}

@@ -1,0 +1,365 @@
+package oss
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"hash/crc64"
+	"io"
+	"net/http"
+	"strconv"
+	"strings"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+const (
+	// partSize is the least size of a part: large enough that requests cost little, small enough that
+	// parallel+2 of them are little memory.
+	partSize = 8 << 20
+	// parallel is how many parts are under way at once. One connection to OSS is far from a NIC's speed.
+	parallel = 4
+	maxParts = 10_000
+)
+
+// Bounds on uploads, longer than on reads: what was sent waits in socket buffers on a slow line, and what
+// is held here is all there is of it.
+const (
+	putQuiet   = 30 * time.Second
+	putElapsed = 2 * time.Minute
+)
+
+var ecma = crc64.MakeTable(crc64.ECMA)
+
+// Put implements source.Putter. A body of up to one part goes as one request; a longer one in parts,
+// which are invisible until the last request names them all. The store checks each request against its
+// MD5 before it keeps it.
+func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (source.Object, error) {
+	if err := b.checkKey("put", key); err != nil {
+		return source.Object{}, err
+	}
+	p := &put{Bucket: b, key: key, in: r, size: size, part: b.deps.part}
+	switch least := (size + maxParts - 1) / maxParts; {
+	case least > int64(p.part):
+		p.part = int((least + 1<<20 - 1) >> 20 << 20)
+	case size >= 0 && size <= int64(p.part):
+		p.part = int(size) + 1 // the end shows within it
+	}
+	first, err := p.next(nil)
+	if err != nil {
+		return source.Object{}, err
+	}
+	if p.ended {
+		return p.whole(ctx, first)
+	}
+	return p.parts(ctx, first)
+}
+
+// put is one Put under way. It is read by one goroutine; requests of parts run beside it.
+type put struct {
+	*Bucket
+	key   string
+	in    io.Reader
+	size  int64 // announced, or -1
+	part  int   // bytes of a part
+	read  int64 // bytes read of in
+	crc   uint64
+	ended bool // in is at its end
+}
+
+// next reads the next part, into buf where it has room. It sets ended when there is nothing behind it.
+func (p *put) next(buf []byte) ([]byte, error) {
+	if buf == nil {
+		// One byte more than is expected tells that the end is there.
+		n := min(int64(p.part), p.size-p.read+1)
+		if p.size < 0 {
+			n = min(int64(p.part), 64<<10)
+		}
+		buf = make([]byte, 0, max(n, 512))
+	}
+	buf = buf[:0]
+	for len(buf) < p.part && !p.ended {
+		if len(buf) == cap(buf) {
+			grown := make([]byte, len(buf), min(2*cap(buf), p.part))
+			copy(grown, buf)
+			buf = grown
+		}
+		n, err := io.ReadFull(p.in, buf[len(buf):min(cap(buf), p.part)])
+		buf = buf[:len(buf)+n]
+		p.read += int64(n)
+		switch {
+		case err == io.EOF || err == io.ErrUnexpectedEOF:
+			p.ended = true
+		case err != nil:
+			return nil, fmt.Errorf("put %s: reading what to put: %w", p.name(p.key), err)
+		}
+		if p.size >= 0 && (p.read > p.size || p.ended && p.read < p.size) {
+			more := "more than"
+			if p.read < p.size {
+				more = fmt.Sprintf("only %d of", p.read)
+			}
+			return nil, &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ErrInvalid,
+				Err: fmt.Errorf("what to put has %s the %d bytes announced", more, p.size)}
+		}
+	}
+	p.crc = crc64.Update(p.crc, ecma, buf)
+	return buf, nil
+}
+
+// send sends bytes held here, again while that helps.
+func (p *put) send(ctx context.Context, r request, content []byte) (header http.Header, err error) {
+	sum := md5.Sum(content)
+	r.op, r.key, r.quiet, r.length = "put", p.key, max(putQuiet, p.deps.quiet), int64(len(content))
+	r.header = map[string]string{"Content-MD5": base64.StdEncoding.EncodeToString(sum[:]), "Content-Type": contentType}
+	err = source.Try(ctx, p.retry(putElapsed), func(ctx context.Context) error {
+		r.body = bytes.NewReader(content)
+		a, err := p.do(ctx, r)
+		if err != nil {
+			return err
+		}
+		defer a.close()
+		header = a.header
+		return nil
+	})
+	return header, err
+}
+
+const contentType = "application/octet-stream"
+
+func (b *Bucket) retry(elapsed time.Duration) source.RetryOptions {
+	o := b.deps.retry
+	if o.Elapsed == 0 {
+		o.Elapsed = elapsed
+	}
+	return o
+}
+
+// whole puts an object in one request.
+func (p *put) whole(ctx context.Context, content []byte) (source.Object, error) {
+	h, err := p.send(ctx, request{method: "PUT"}, content)
+	if err != nil {
+		return p.settle(ctx, err)
+	}
+	return p.done(ctx, h.Get("ETag"), h)
+}
+
+// parts puts an object in parts, reading ahead of those under way by one.
+func (p *put) parts(ctx context.Context, first []byte) (o source.Object, err error) {
+	id, err := p.initiate(ctx)
+	if err != nil {
+		return source.Object{}, err
+	}
+	etags, err := p.sendParts(ctx, id, first)
+	if err == nil {
+		var h http.Header
+		var etag string
+		if etag, h, err = p.complete(ctx, id, etags); err == nil {
+			return p.done(ctx, etag, h)
+		}
+		// The store may have completed it although its answer did not come, or came too late.
+		if o, err = p.settle(ctx, err); err == nil {
+			return o, nil
+		}
+	}
+	return source.Object{}, p.abort(ctx, id, err)
+}
+
+func (p *put) initiate(ctx context.Context) (id string, err error) {
+	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploads": ""},
+		header: map[string]string{"Content-Type": contentType}, quiet: max(putQuiet, p.deps.quiet)}
+	err = source.Try(ctx, p.retry(putElapsed), func(ctx context.Context) error {
+		var out struct {
+			UploadID string `xml:"UploadId"`
+		}
+		if err := p.exchange(ctx, r, nil, &out, nil); err != nil {
+			return err
+		}
+		id = out.UploadID
+		return nil
+	})
+	if err == nil && id == "" {
+		err = &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ErrUnavailable, Err: errors.New("the answer names no upload")}
+	}
+	return id, err
+}
+
+// exchange sends a small request and decodes its answer.
+func (p *put) exchange(ctx context.Context, r request, content []byte, out any, header *http.Header) error {
+	if content != nil {
+		r.body, r.length = bytes.NewReader(content), int64(len(content))
+	}
+	a, err := p.do(ctx, r)
+	if err != nil {
+		return err
+	}
+	defer a.close()
+	text, err := io.ReadAll(io.LimitReader(a, 1<<20))
+	if err != nil {
+		return p.broken(ctx, a.watch, r, int64(len(text)), 1<<20, err)
+	}
+	if err := xml.Unmarshal(text, out); err != nil {
+		return p.strange(r, a, err.Error(), "does the endpoint speak the OSS protocol?")
+	}
+	if header != nil {
+		*header = a.header
+	}
+	return nil
+}
+
+func (p *put) sendParts(ctx context.Context, id string, content []byte) ([]string, error) {
+	partCtx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	g, gctx := errgroup.WithContext(partCtx)
+	g.SetLimit(parallel)
+	free := make(chan []byte, parallel+1)
+	// Slots are reserved before a part's goroutine starts, so that none of them moves the slice.
+	etags := make([]string, 0, maxParts)
+	read := func() error {
+		for {
+			if len(etags) == maxParts {
+				return &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ErrInvalid,
+					Err:  fmt.Errorf("more than %d parts of %d bytes", maxParts, p.part),
+					Hint: "announce the size, so that larger parts are chosen"}
+			}
+			etags = append(etags, "")
+			slot, number, part := &etags[len(etags)-1], len(etags), content
+			g.Go(func() error {
+				h, err := p.send(gctx, request{method: "PUT", params: map[string]string{
+					"partNumber": strconv.Itoa(number), "uploadId": id}}, part)
+				if err != nil {
+					return err
+				}
+				if *slot = h.Get("ETag"); *slot == "" {
+					return &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ErrUnavailable,
+						Err: fmt.Errorf("the answer to part %d has no ETag", number)}
+				}
+				free <- part // has room for all there are
+				return nil
+			})
+			if p.ended {
+				return nil
+			}
+			if gctx.Err() != nil {
+				return nil // Wait knows why
+			}
+			var buf []byte
+			select {
+			case buf = <-free:
+			default:
+			}
+			var err error
+			if content, err = p.next(buf); err != nil {
+				return err
+			}
+			if len(content) == 0 {
+				return nil // the part before was full and the last
+			}
+		}
+	}
+	err := read()
+	if err != nil {
+		cancel() // the parts under way
+	}
+	if werr := g.Wait(); err == nil {
+		err = werr
+	}
+	if err == nil && gctx.Err() != nil && ctx.Err() != nil {
+		err = &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ContextKind(ctx), Err: ctx.Err()}
+	}
+	return etags, err
+}
+
+func (p *put) complete(ctx context.Context, id string, etags []string) (etag string, header http.Header, err error) {
+	type part struct {
+		PartNumber int
+		ETag       string
+	}
+	in := struct {
+		XMLName xml.Name `xml:"CompleteMultipartUpload"`
+		Part    []part
+	}{}
+	for i, e := range etags {
+		in.Part = append(in.Part, part{i + 1, e})
+	}
+	content, err := xml.Marshal(in)
+	if err != nil {
+		return "", nil, err
+	}
+	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploadId": id},
+		header: map[string]string{"Content-Type": "application/xml"}, quiet: finishTimeout}
+	err = source.Try(ctx, p.retry(finishTimeout), func(ctx context.Context) error {
+		var out struct{ ETag string }
+		if err := p.exchange(ctx, r, content, &out, &header); err != nil {
+			return err
+		}
+		etag = out.ETag
+		return nil
+	})
+	return etag, header, err
+}
+
+// done makes the answer of a Put, if the store says that it holds the very bytes that were read.
+func (p *put) done(ctx context.Context, etag string, h http.Header) (source.Object, error) {
+	o := source.Object{Key: p.key, Size: p.read, Version: strings.Trim(etag, `"`), ModTime: time.Now(), Digest: digest(h)}
+	if at, err := http.ParseTime(h.Get("Date")); err == nil {
+		o.ModTime = at
+	}
+	if o.Digest.Algorithm != source.None && !bytes.Equal(o.Digest.Sum, crcDigest(p.crc).Sum) {
+		// It must not stay: whoever reads it next cannot know.
+		err := fmt.Errorf("the store holds other bytes than were sent: CRC64 %x, not %x", o.Digest.Sum, crcDigest(p.crc).Sum)
+		clean, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
+		defer cancel()
+		if derr := p.Delete(clean, p.key); derr != nil {
+			err = fmt.Errorf("%w, and could not be deleted: %v", err, derr)
+		}
+		return source.Object{}, &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ErrUnavailable, Err: err, Hint: "put it again"}
+	}
+	if o.Version == "" {
+		// An answer without ETag: ask what it became.
+		return p.Stat(ctx, p.key)
+	}
+	return o, nil
+}
+
+// settle finds out whether a put whose answer did not come succeeded all the same: when the object that
+// is there now has the very bytes. It returns the put's error otherwise.
+func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
+	var o source.Object
+	if !source.Temporary(failed) && !errors.Is(failed, errNoUpload) {
+		return o, failed
+	}
+	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
+	defer cancel()
+	err := source.Try(ctx, p.retry(cleanTimeout), func(ctx context.Context) (err error) {
+		o, err = p.Stat(ctx, p.key)
+		return err
+	})
+	if err == nil && o.Size == p.read && o.Digest.Algorithm == source.CRC64ECMA && bytes.Equal(o.Digest.Sum, crcDigest(p.crc).Sum) {
+		return o, nil
+	}
+	return source.Object{}, failed
+}
+
+// abort gives up an upload, so that its parts are neither kept nor paid for. It returns the put's error.
+func (p *put) abort(ctx context.Context, id string, failed error) error {
+	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
+	defer cancel()
+	err := source.Try(ctx, p.retry(cleanTimeout), func(ctx context.Context) error {
+		a, err := p.do(ctx, request{op: "put", method: "DELETE", key: p.key, params: map[string]string{"uploadId": id}})
+		if err == nil {
+			a.close()
+		}
+		return err
+	})
+	if err == nil || errors.Is(err, errNoUpload) {
+		return failed
+	}
+	return fmt.Errorf("%w; the parts of upload %s are left in the bucket, since giving it up failed too (%v): a lifecycle rule removes them", failed, id, err)
+}
