@@ -25,8 +25,13 @@ func (b *Builder) Encode(created time.Time) ([]byte, error) {
 		}
 	}
 	var names, extras int
+	var total int64
 	for _, i := range order {
 		e := b.entries.at(i)
+		if e.size > math.MaxInt64-total {
+			return nil, fmt.Errorf("%s/%s: its size of %d bytes makes the dataset's overflow", b.mounts[e.mount].URL, b.key(i), e.size)
+		}
+		total += e.size
 		names += int(e.nameLen)
 		extras += len(b.extra(e))
 	}
