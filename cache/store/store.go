@@ -22,11 +22,18 @@ package store
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
+	"fmt"
 	"log/slog"
 	"os"
+	"path/filepath"
+	"sync"
+
+	"github.com/maypok86/otter/v2"
 
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 // SumSize is the length in bytes that one CRC32C (Castagnoli) covers, the same as wire.SumSize: a
@@ -100,42 +107,165 @@ type Stats struct {
 	Tmpfs bool
 }
 
-// Block is one block in use: its bytes stay until Release.
-type Block struct{}
-
-// Lease is a read-only descriptor of a wholly resident object.
-type Lease struct {
-	// File may be passed to other processes. It is closed by Release.
-	File *os.File
-}
-
 // Store is an open store.
-type Store struct{}
+type Store struct {
+	dir     string
+	log     *slog.Logger
+	quota   int64
+	unit    int64 // bytes that the file system allocates at a time
+	tmpfs   bool
+	own     bool   // the file system belongs to this folder alone
+	noLease string // why Lease refuses; empty when it does not
+	lock    *os.File
+	journal *journal
+	buffers *buffers
 
-var errTODO = errors.New("store: not built yet")
+	ctx    context.Context // of all fills
+	cancel context.CancelFunc
+	wg     sync.WaitGroup // fills
 
-func Open(ctx context.Context, opts Options) (*Store, error) { return nil, errTODO }
-func (s *Store) Close() error                                { return errTODO }
-func (s *Store) Acquire(ctx context.Context, o ring.Object, block int64, fill Fill) (*Block, error) {
-	return nil, errTODO
+	mu      sync.Mutex
+	idle    sync.Cond // an eviction or a write ended
+	closed  bool
+	objects map[source.ID]*object
+	owners  map[string]map[key]struct{} // pins by owner
+
+	policy   *otter.Cache[key, *block]
+	max      int64    // the policy's maximum in bytes
+	inPolicy int64    // bytes of reserved blocks that the policy holds
+	victims  []*block // blocks that the policy let go and that still have their bytes
+	limit    int64    // the quota, or less while the file system is full below it
+	used     int64    // bytes held or promised
+	evicting int64    // part of used that evictions under way will free
+	writing  int      // blocks being written
+	changes  uint64   // grows with everything that changes pages on the file system
+	pages    int64    // bytes of pages of reserved blocks
+	live     int64    // bytes of journal records of resident blocks
+	pinned   int64
+	zombie   int64     // bytes of zombies and orphans
+	orphans  int64     // bytes that a former life's readers still hold
+	zombies  []*object // dropped objects whose pages may still be in use
+	held     []*object // objects that somebody outside still has open
+	leases   int64
+	stats    Stats // counters only
 }
-func (s *Store) Lookup(o ring.Object, block int64) (*Block, bool)      { return nil, false }
-func (b *Block) Release()                                              {}
-func (b *Block) Len() int                                              { return 0 }
-func (b *Block) Sums() []uint32                                        { return nil }
-func (b *Block) Resident() bool                                        { return false }
-func (b *Block) File() (*os.File, int64)                               { return nil, 0 }
-func (b *Block) ReadAt(p []byte, off int64) (int, error)               { return 0, errTODO }
-func (b *Block) Bytes() []byte                                         { return nil }
-func (s *Store) Verify(b *Block) bool                                  { return false }
-func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64) error { return errTODO }
-func (s *Store) Lease(o ring.Object) (*Lease, error)                   { return nil, errTODO }
-func (l *Lease) Release()                                              {}
-func (s *Store) Pin(o ring.Object, block int64, owner string) error    { return errTODO }
-func (s *Store) Unpin(owner string)                                    {}
-func (s *Store) Residency(o ring.Object) Residency                     { return Residency{} }
-func (s *Store) Bitmap(o ring.Object) []byte                           { return nil }
-func (s *Store) Drop(o ring.Object)                                    {}
-func (s *Store) Stats() Stats                                          { return Stats{} }
-func MountTmpfs(dir string, bytes int64) (note string, err error)      { return "", errTODO }
-func Unmount(dir string) error                                         { return errTODO }
+
+// key names a block to the policy, also after the block is gone: its frequency outlives it.
+type key struct {
+	id source.ID
+	n  int64
+}
+
+const (
+	// inodeCost is about what the kernel holds for an inode, its directory entry and its page tree.
+	inodeCost = 1 << 10
+	// baseCost is what the journal and its copy while it is rewritten take beyond the blocks' own records.
+	baseCost = 4 * journalSlack
+	// minQuota is the smallest that makes sense.
+	minQuota = 1 << 20
+)
+
+// Open opens the store in opts.Dir and recovers what a former process left there: blocks whose bytes match
+// their sums stay resident, everything else of this store is removed. Files that are not the store's are
+// left alone. One process at a time may have the folder open.
+func Open(ctx context.Context, opts Options) (*Store, error) {
+	if opts.Quota < minQuota {
+		return nil, fmt.Errorf("store %s: quota of %d bytes is too small, at least %d are needed: %w", opts.Dir, opts.Quota, minQuota, ErrInvalid)
+	}
+	if opts.BufferBytes == 0 {
+		opts.BufferBytes = 64 << 20
+	}
+	if opts.BufferBytes < ring.BlockSize {
+		return nil, fmt.Errorf("store %s: buffers of %d bytes hold no block, at least %d are needed: %w", opts.Dir, opts.BufferBytes, ring.BlockSize, ErrInvalid)
+	}
+	if opts.Logger == nil {
+		opts.Logger = slog.Default()
+	}
+	s := &Store{
+		dir: opts.Dir, log: opts.Logger, quota: opts.Quota, limit: opts.Quota, max: opts.Quota - baseCost,
+		buffers: newBuffers(opts.BufferBytes),
+		objects: make(map[source.ID]*object),
+		owners:  make(map[string]map[key]struct{}),
+		used:    baseCost,
+	}
+	s.idle.L = &s.mu
+	s.policy = s.newPolicy()
+	if err := s.openDir(); err != nil {
+		return nil, err
+	}
+	if err := s.recover(ctx); err != nil {
+		s.lock.Close()
+		return nil, fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	s.ctx, s.cancel = context.WithCancel(context.WithoutCancel(ctx))
+	go s.writeJournal() // ended by Close
+	return s, nil
+}
+
+// Close ends the fills under way, writes out the journal and closes every file. What is resident stays on
+// the file system for the next Open. Blocks and leases still held keep their open files until released.
+func (s *Store) Close() error {
+	s.mu.Lock()
+	if s.closed {
+		s.mu.Unlock()
+		return nil
+	}
+	s.closed = true
+	s.idle.Broadcast()
+	s.mu.Unlock()
+	s.cancel()
+	s.wg.Wait()
+	err := s.closeJournal()
+
+	s.mu.Lock()
+	zombies := s.zombies
+	s.zombies = nil
+	s.mu.Unlock()
+	for _, o := range zombies {
+		if o.last != nil {
+			o.last.Close()
+		}
+	}
+	return errors.Join(err, s.lock.Close())
+}
+
+// Stats returns the current figures.
+func (s *Store) Stats() Stats {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	st := s.stats
+	st.Quota, st.Used, st.Pinned, st.Zombie = s.quota, s.used, s.pinned, s.zombie
+	st.Leases, st.Tmpfs = s.leases, s.tmpfs
+	return st
+}
+
+// Residency says how much of an object is held.
+func (s *Store) Residency(o ring.Object) Residency {
+	r := Residency{Total: ring.Blocks(o.Size)}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ob := s.objects[o.ID]; ob != nil && ob.size == o.Size {
+		r.Blocks, r.Bytes = ob.resident, ob.bytes
+	}
+	r.Whole = r.Blocks == r.Total
+	return r
+}
+
+// Bitmap says which blocks of an object are resident, least significant bit first.
+func (s *Store) Bitmap(o ring.Object) []byte {
+	m := make([]byte, (ring.Blocks(o.Size)+7)/8)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ob := s.objects[o.ID]; ob != nil && ob.size == o.Size {
+		for n, b := range ob.blocks {
+			if b.state == resident {
+				m[n/8] |= 1 << (n % 8)
+			}
+		}
+	}
+	return m
+}
+
+func name(id source.ID) string { return hex.EncodeToString(id[:]) }
+
+func (s *Store) path(id source.ID) string { return filepath.Join(s.dir, name(id)) }

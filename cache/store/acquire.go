@@ -1,0 +1,431 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"hash/crc32"
+	"io"
+	"os"
+	"sync/atomic"
+	"syscall"
+
+	"github.com/stepcache/stepcache/cache/ring"
+)
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
+
+// Block is one block in use: its bytes stay until Release. Whoever is served from heap (not Resident)
+// holds a part of the bounded buffers until then: release it before acquiring another.
+type Block struct {
+	s        *Store
+	b        *block
+	sums     []uint32
+	file     *os.File
+	heap     *buffer
+	released atomic.Bool
+}
+
+// flight is one fill under way. Guarded by Store.mu but for done.
+type flight struct {
+	b       *block
+	done    chan struct{} // closed once the flight ended
+	cancel  context.CancelFunc
+	waiters int
+	left    bool // the last waiter left: nobody may join any more
+	ended   bool
+	err     error
+	heap    *buffer // the result, when it is not resident
+	sums    []uint32
+}
+
+// Acquire returns the block in use, filling it if it is absent. All callers that want the block while a
+// fill is under way share it; one whose context ends leaves the others' fill running, and the last one to
+// leave cancels it. An error of the fill goes to all who wait then; later callers try again. When the
+// policy refuses the block or nothing can be evicted for it, it comes from heap.
+func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) (*Block, error) {
+	if err := checkBlock(o, n); err != nil {
+		return nil, err
+	}
+	missing := false // the file was gone from the file system although it should be there
+	for {
+		if err := ctx.Err(); err != nil {
+			return nil, fmt.Errorf("block %d of object %s: %w", n, name(o.ID), err)
+		}
+		s.mu.Lock()
+		if s.closed {
+			s.mu.Unlock()
+			return nil, ErrClosed
+		}
+		ob, err := s.object(o)
+		if err != nil {
+			s.mu.Unlock()
+			return nil, err
+		}
+		b := ob.blocks[n]
+		var busy <-chan struct{}
+		switch {
+		case ob.closing != nil:
+			busy = ob.closing
+		case b != nil && b.state == evicting:
+			busy = b.done
+		case b != nil && b.flight != nil && b.flight.left:
+			busy = b.flight.done
+		}
+		if busy != nil {
+			s.mu.Unlock()
+			select {
+			case <-busy:
+			case <-ctx.Done():
+			}
+			continue
+		}
+		if b != nil && b.state == resident && b.flight == nil {
+			s.stats.Hits++
+			s.use(b)
+			s.mu.Unlock()
+			h, err := s.handle(b)
+			if err == nil || !s.vanished(ob, err, &missing) {
+				return h, wrap(b, err)
+			}
+			continue
+		}
+		if b == nil || b.flight == nil {
+			b = s.start(ctx, ob, n, b, fill)
+		} else {
+			s.stats.Shared++
+		}
+		fl := b.flight
+		fl.waiters++
+		s.mu.Unlock()
+
+		select {
+		case <-fl.done:
+		case <-ctx.Done():
+			s.leave(fl)
+			return nil, wrap(b, ctx.Err())
+		}
+		if fl.err != nil {
+			return nil, fl.err
+		}
+		if fl.heap != nil {
+			return &Block{s: s, b: b, sums: fl.sums, heap: fl.heap}, nil
+		}
+		h, err := s.handle(b)
+		if err == nil || !s.vanished(ob, err, &missing) {
+			return h, wrap(b, err)
+		}
+	}
+}
+
+func wrap(b *block, err error) error {
+	if err != nil {
+		err = fmt.Errorf("block %d of %s: %w", b.n, b.obj, err)
+	}
+	return err
+}
+
+// vanished says whether a file could not be opened because it is no longer there, so that the block must be
+// filled again: the object was dropped since it was looked up, or somebody removed the file, which is put
+// up with once.
+func (s *Store) vanished(o *object, err error, before *bool) bool {
+	if !errors.Is(err, os.ErrNotExist) {
+		return false
+	}
+	s.mu.Lock()
+	gone := o.gone
+	s.mu.Unlock()
+	if gone {
+		return true
+	}
+	if *before {
+		return false
+	}
+	*before = true
+	s.log.Warn("store: a file vanished, its blocks are fetched again", "file", s.path(o.id))
+	s.drop(o)
+	return true
+}
+
+// Lookup returns the block in use if it is resident; it fills nothing.
+func (s *Store) Lookup(o ring.Object, n int64) (*Block, bool) {
+	s.mu.Lock()
+	ob := s.objects[o.ID]
+	if s.closed || ob == nil || ob.size != o.Size || ob.closing != nil {
+		s.mu.Unlock()
+		return nil, false
+	}
+	b := ob.blocks[n]
+	if b == nil || b.state != resident || b.flight != nil {
+		s.mu.Unlock()
+		return nil, false
+	}
+	s.stats.Hits++
+	s.use(b)
+	s.mu.Unlock()
+	h, err := s.handle(b)
+	return h, err == nil
+}
+
+// use takes a reference to a resident block and tells the policy.
+func (s *Store) use(b *block) {
+	b.refs++
+	b.obj.refs++
+	s.policyAccess(b)
+}
+
+// handle makes the handle of a reference already taken; on an error the reference is given back.
+func (s *Store) handle(b *block) (*Block, error) {
+	f, err := s.openFile(b.obj, false)
+	if err != nil {
+		s.unuse(b, false)
+		return nil, openError(err)
+	}
+	return &Block{s: s, b: b, sums: b.sums, file: f}, nil
+}
+
+func openError(err error) error {
+	if errors.Is(err, syscall.EMFILE) || errors.Is(err, syscall.ENFILE) {
+		return fmt.Errorf("%w: raise the limit of open files (ulimit -n)", err)
+	}
+	return err
+}
+
+// unuse gives a reference back, and with it one use of the file.
+func (s *Store) unuse(b *block, opened bool) {
+	o := b.obj
+	s.mu.Lock()
+	b.refs--
+	o.refs--
+	var f *os.File
+	if opened {
+		f = s.unuseFile(o)
+	}
+	s.settle(o)
+	gone := o.gone
+	s.mu.Unlock()
+	if f != nil {
+		f.Close()
+	}
+	if gone {
+		s.reap(o)
+	}
+}
+
+// start begins the flight of a block that is absent (b is nil) or corrupt.
+func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill Fill) *block {
+	if b == nil {
+		b = &block{obj: o, n: n, size: int32(blockLen(o.size, n))}
+		o.blocks[n] = b
+	}
+	// The fill outlives the caller that began it, but keeps its values (traces); Close ends it too.
+	fctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
+	stop := context.AfterFunc(s.ctx, cancel)
+	fl := &flight{b: b, done: make(chan struct{}), cancel: cancel}
+	b.flight = fl
+	s.stats.Misses++
+	s.wg.Go(func() {
+		defer stop()
+		defer cancel()
+		s.run(fctx, fl, fill)
+	})
+	return b
+}
+
+// leave takes one waiter off a flight. The last one cancels the fill.
+func (s *Store) leave(fl *flight) {
+	s.mu.Lock()
+	if !fl.ended {
+		fl.waiters--
+		if fl.waiters == 0 {
+			fl.left = true
+			fl.cancel()
+		}
+		s.mu.Unlock()
+		return
+	}
+	s.mu.Unlock()
+	// It ended meanwhile and left this waiter a reference.
+	switch {
+	case fl.err != nil:
+	case fl.heap != nil:
+		fl.heap.release()
+	default:
+		s.unuse(fl.b, false)
+	}
+}
+
+// run fills, admits and writes one block.
+func (s *Store) run(ctx context.Context, fl *flight, fill Fill) {
+	b := fl.b
+	buf, err := s.buffers.get(ctx, int(b.size))
+	if err == nil {
+		if err = fill(ctx, buf.p); err != nil {
+			buf.release()
+		}
+	}
+	if err != nil {
+		if s.ctx.Err() != nil {
+			err = errors.Join(ErrClosed, err)
+		}
+		s.end(fl, nil, nil, wrap(b, err))
+		return
+	}
+	sums := sumsOf(buf.p)
+	if s.reserve(b) && s.write(b, buf.p) {
+		s.end(fl, nil, sums, nil)
+		buf.release()
+		return
+	}
+	s.end(fl, buf, sums, nil)
+}
+
+// end publishes a flight's result: an error, a buffer, or a block that was written.
+func (s *Store) end(fl *flight, heap *buffer, sums []uint32, err error) {
+	b, o := fl.b, fl.b.obj
+	s.mu.Lock()
+	fl.ended, fl.err, fl.heap, fl.sums = true, err, heap, sums
+	b.flight = nil
+	switch {
+	case err == nil && heap == nil:
+		b.sums = sums
+		if o.gone {
+			s.setState(b, corrupt) // those who waited get it, nobody else finds it
+		} else {
+			s.setState(b, resident)
+			s.journal.add(b)
+		}
+		b.refs += int32(fl.waiters)
+		o.refs += fl.waiters
+		s.settle(o)
+	case b.reserved:
+		// A corrupt block that could not be repaired stays what it was.
+		s.setState(b, corrupt)
+		s.setOut(b)
+		s.settle(o)
+	default:
+		if o.blocks[b.n] == b {
+			s.remove(b)
+		}
+		s.tidy(o)
+	}
+	if heap != nil {
+		s.stats.Uncached++
+		heap.hold(fl.waiters)
+	}
+	gone := o.gone
+	s.mu.Unlock()
+	if heap != nil {
+		heap.release()
+	}
+	close(fl.done)
+	if gone {
+		s.reap(o)
+	}
+}
+
+// write puts a reserved block's bytes into the file. When the file system refuses, the reservation is given
+// back with whatever was written, and it returns false.
+func (s *Store) write(b *block, p []byte) bool {
+	o := b.obj
+	f, err := s.openFile(o, true)
+	if err == nil {
+		_, err = f.WriteAt(p, b.off())
+		s.closeFile(o)
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o.writers--
+	s.writing--
+	s.changes++
+	defer s.idle.Broadcast()
+	if err == nil {
+		return true
+	}
+	s.noSpace(o, err)
+	if b.state == corrupt {
+		return false // still reserved, still corrupt
+	}
+	s.policyRemove(b)
+	s.punch(b)
+	return false
+}
+
+func sumsOf(p []byte) []uint32 {
+	sums := make([]uint32, 0, (len(p)+SumSize-1)/SumSize)
+	for len(p) > 0 {
+		k := min(len(p), SumSize)
+		sums = append(sums, crc32.Checksum(p[:k], castagnoli))
+		p = p[k:]
+	}
+	return sums
+}
+
+// Len is the block's length in bytes.
+func (b *Block) Len() int { return int(b.b.size) }
+
+// Sums are the CRC32Cs of each SumSize bytes of the block. They must not be changed.
+func (b *Block) Sums() []uint32 { return b.sums }
+
+// Resident is false when the block is served from heap and nobody will find it again.
+func (b *Block) Resident() bool { return b.heap == nil }
+
+// File is the file that holds the block and the block's offset in it; nil when it is served from heap. The
+// file belongs to the store and is valid until Release.
+func (b *Block) File() (*os.File, int64) {
+	if b.file == nil {
+		return nil, 0
+	}
+	return b.file, b.b.off()
+}
+
+// Bytes is the content of a block that is served from heap, nil otherwise. It must not be changed.
+func (b *Block) Bytes() []byte {
+	if b.heap == nil {
+		return nil
+	}
+	return b.heap.p
+}
+
+// ReadAt reads at an offset within the block, as io.ReaderAt says.
+func (b *Block) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 {
+		return 0, fmt.Errorf("offset %d: %w", off, ErrInvalid)
+	}
+	left := int64(b.Len()) - off
+	if left <= 0 && len(p) > 0 {
+		return 0, io.EOF
+	}
+	short := int64(len(p)) > left
+	if short {
+		p = p[:left]
+	}
+	var k int
+	var err error
+	if b.heap != nil {
+		k = copy(p, b.heap.p[off:])
+	} else {
+		k, err = b.file.ReadAt(p, b.b.off()+off)
+	}
+	if err == io.EOF && k < len(p) {
+		err = io.ErrUnexpectedEOF // somebody cut the file short: Verify will tell
+	} else if err == io.EOF {
+		err = nil
+	}
+	if err == nil && short {
+		err = io.EOF
+	}
+	return k, err
+}
+
+// Release ends the use of the block. More than one call does no harm.
+func (b *Block) Release() {
+	if !b.released.CompareAndSwap(false, true) {
+		return
+	}
+	if b.heap != nil {
+		b.heap.release()
+		return
+	}
+	b.s.unuse(b.b, true)
+}

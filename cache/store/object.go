@@ -1,0 +1,272 @@
+package store
+
+import (
+	"fmt"
+	"os"
+	"slices"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// state of a block that is in its object's map; an absent block is in no map.
+type state uint8
+
+const (
+	// filling: a flight is under way and nothing is reserved yet.
+	filling state = iota
+	// writing: reserved, its bytes are being written.
+	writing
+	// resident: its bytes are on the file system and matched their sums.
+	resident
+	// corrupt: its bytes no longer match. They stay reserved, until a new fill repairs them in place
+	// (which no reader of the file can mistake for anything but the right bytes) or they are evicted.
+	corrupt
+	// evicting: being punched out; done is closed when that ended.
+	evicting
+)
+
+// block is one block of an object. All fields are guarded by Store.mu.
+type block struct {
+	obj      *object
+	n        int64
+	size     int32
+	state    state
+	inPolicy bool
+	out      bool // in obj.outs
+	reserved bool // its weight is part of Store.used
+	refs     int32
+	sums     []uint32 // immutable once set
+	flight   *flight
+	done     chan struct{}
+}
+
+func (b *block) key() key { return key{b.obj.id, b.n} }
+
+func (b *block) off() int64 { return b.n * ring.BlockSize }
+
+// object is one object version of which something is held, filled or pinned. Guarded by Store.mu.
+type object struct {
+	id     source.ID
+	size   int64
+	blocks map[int64]*block
+	pins   map[int64][]string // owners; nil when nothing is pinned
+	// outs are reserved blocks that the policy let go while they could not be evicted; settle gives them
+	// back to it.
+	outs []*block
+
+	resident int64 // blocks in that state
+	bytes    int64 // of content of resident blocks
+	reserved int   // blocks that are reserved
+	charged  int64 // their weight
+	refs     int   // of all blocks
+	writers  int   // blocks being written
+	punches  int   // blocks being evicted
+
+	exists   bool     // the file was made and has its full size
+	file     *os.File // open while fileRefs > 0
+	fileRefs int
+
+	leases int
+	lent   bool // a descriptor of this very file left the store: it may only be unlinked
+	held   bool // and somebody outside still had it open when last looked
+	// closing is open while the file is being unlinked or looked at for that: whoever wants to touch the
+	// file waits for it and then looks again.
+	closing chan struct{}
+	gone    bool     // dropped: in no map any more
+	last    *os.File // of a dropped object: tells when the last outside reader closed it
+	reaping bool
+}
+
+func (o *object) String() string { return "object " + name(o.id) }
+
+func (o *object) pinned(n int64) bool { return len(o.pins[n]) > 0 }
+
+func (o *object) whole() bool { return o.resident == ring.Blocks(o.size) }
+
+// blockLen is the length of block n of an object of that size.
+func blockLen(size, n int64) int {
+	return int(min(size-n*ring.BlockSize, ring.BlockSize))
+}
+
+func checkBlock(o ring.Object, n int64) error {
+	if o.Size < 0 || n < 0 || n >= ring.Blocks(o.Size) {
+		return fmt.Errorf("object %s has %d blocks, block %d asked for: %w", name(o.ID), ring.Blocks(max(o.Size, 0)), n, ErrInvalid)
+	}
+	return nil
+}
+
+// weight is what a block of that many bytes holds of the quota: its pages, the share of an inode, and its
+// journal record three times, since the journal may be half garbage while it is being rewritten.
+func (s *Store) weight(size int) int64 {
+	return s.roundUp(int64(size)) + inodeCost + 3*recordLen(size)
+}
+
+func (s *Store) roundUp(n int64) int64 { return (n + s.unit - 1) / s.unit * s.unit }
+
+// charge reserves b's weight.
+func (s *Store) charge(b *block) {
+	w := s.weight(int(b.size))
+	b.reserved = true
+	b.obj.reserved++
+	b.obj.charged += w
+	s.used += w
+	s.pages += s.roundUp(int64(b.size))
+	if b.inPolicy {
+		s.inPolicy += w
+	}
+	s.changes++
+}
+
+// uncharge gives b's weight back.
+func (s *Store) uncharge(b *block) {
+	w := s.weight(int(b.size))
+	if b.inPolicy {
+		s.inPolicy -= w
+	}
+	b.reserved = false
+	b.obj.reserved--
+	b.obj.charged -= w
+	s.used -= w
+	s.pages -= s.roundUp(int64(b.size))
+	s.changes++
+}
+
+// setState moves b between states and keeps the counts of resident blocks.
+func (s *Store) setState(b *block, to state) {
+	o := b.obj
+	if b.state == resident {
+		o.resident--
+		o.bytes -= int64(b.size)
+		s.stats.Blocks--
+		s.stats.Bytes -= int64(b.size)
+		s.live -= recordLen(int(b.size))
+		if o.resident == 0 {
+			s.stats.Objects--
+		}
+	}
+	b.state = to
+	if to == resident {
+		o.resident++
+		o.bytes += int64(b.size)
+		s.stats.Blocks++
+		s.stats.Bytes += int64(b.size)
+		s.live += recordLen(int(b.size))
+		if o.resident == 1 {
+			s.stats.Objects++
+		}
+	}
+}
+
+// remove takes b out of its object: its bytes are gone.
+func (s *Store) remove(b *block) {
+	o := b.obj
+	s.policyRemove(b)
+	if b.reserved {
+		s.setState(b, evicting)
+		s.uncharge(b)
+	}
+	if b.out {
+		b.out = false
+		o.outs = slices.DeleteFunc(o.outs, func(x *block) bool { return x == b })
+	}
+	delete(o.blocks, b.n)
+}
+
+// object returns the object of that ID, making its entry if there is none.
+func (s *Store) object(o ring.Object) (*object, error) {
+	ob := s.objects[o.ID]
+	if ob == nil {
+		ob = &object{id: o.ID, size: o.Size, blocks: make(map[int64]*block, 1)}
+		s.objects[o.ID] = ob
+	}
+	if ob.size != o.Size {
+		return nil, fmt.Errorf("%s has %d bytes, not %d: %w", ob, ob.size, o.Size, ErrInvalid)
+	}
+	return ob, nil
+}
+
+// tidy forgets an object that nothing is left of.
+func (s *Store) tidy(o *object) {
+	if len(o.blocks) == 0 && len(o.pins) == 0 && o.leases == 0 && o.closing == nil && !o.exists && !o.gone {
+		delete(s.objects, o.id)
+	}
+}
+
+// wait unlocks until c is closed.
+func (s *Store) wait(c <-chan struct{}) {
+	s.mu.Unlock()
+	<-c
+	s.mu.Lock()
+}
+
+// openFile returns o's file, open for reading and writing, until closeFile. It makes the file if create
+// is set. Files are open only while somebody uses them, so that hundreds of thousands of small objects
+// take no descriptors.
+func (s *Store) openFile(o *object, create bool) (*os.File, error) {
+	s.mu.Lock()
+	if o.file != nil {
+		o.fileRefs++
+		f := o.file
+		s.mu.Unlock()
+		return f, nil
+	}
+	s.mu.Unlock()
+
+	flags := os.O_RDWR
+	if create {
+		flags |= os.O_CREATE
+	}
+	f, err := os.OpenFile(s.path(o.id), flags, 0o600)
+	if err == nil && create {
+		// The full size first: a huge-page tmpfs gives huge pages only within the file's size.
+		err = f.Truncate(o.size)
+	}
+
+	s.mu.Lock()
+	if create && f != nil {
+		o.exists = true
+	}
+	other := f
+	switch {
+	case err != nil:
+	case o.file != nil:
+		f = o.file
+		o.fileRefs++
+	case o.gone:
+		// Dropped meanwhile: the path may be another object's file by now.
+		err = os.ErrNotExist
+	default:
+		o.file, other = f, nil
+		o.fileRefs++
+	}
+	s.mu.Unlock()
+	if other != nil {
+		other.Close()
+	}
+	if err != nil {
+		return nil, err
+	}
+	return f, nil
+}
+
+// closeFile ends one use of o's file.
+func (s *Store) closeFile(o *object) {
+	s.mu.Lock()
+	f := s.unuseFile(o)
+	s.mu.Unlock()
+	if f != nil {
+		f.Close()
+	}
+}
+
+// unuseFile is closeFile for a caller that holds the mutex and closes the result, if any, after it.
+func (s *Store) unuseFile(o *object) *os.File {
+	o.fileRefs--
+	if o.fileRefs > 0 {
+		return nil
+	}
+	f := o.file
+	o.file = nil
+	return f
+}

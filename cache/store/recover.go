@@ -1,0 +1,323 @@
+package store
+
+import (
+	"cmp"
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"runtime"
+	"slices"
+	"syscall"
+
+	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+const lockName = "lock"
+
+func (s *Store) file(name string) string { return filepath.Join(s.dir, name) }
+
+// openDir makes the folder ready, takes its lock and finds out what its file system can do.
+func (s *Store) openDir() error {
+	if err := os.MkdirAll(s.dir, 0o700); err != nil {
+		return fmt.Errorf("store %s: cannot make the folder: %w", s.dir, err)
+	}
+	lock, err := os.OpenFile(s.file(lockName), os.O_RDWR|os.O_CREATE, 0o600)
+	if err != nil {
+		return fmt.Errorf("store %s: cannot write there; check its owner and mode, and that the file system has room: %w", s.dir, err)
+	}
+	if err := unix.Flock(int(lock.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		lock.Close()
+		if errors.Is(err, unix.EWOULDBLOCK) {
+			return fmt.Errorf("store %s: another process has it open; stop it or choose another folder: %w", s.dir, ErrInUse)
+		}
+		return fmt.Errorf("store %s: cannot lock %s: %w", s.dir, lockName, err)
+	}
+	if err := s.probe(); err != nil {
+		lock.Close()
+		return fmt.Errorf("store %s: %w", s.dir, err)
+	}
+	s.lock = lock
+	s.journal = &journal{path: s.file(journalName), kick: make(chan struct{}, 1), stop: make(chan struct{}), done: make(chan struct{})}
+	return nil
+}
+
+// probe finds out what kind of file system it is, how much it allocates at a time, and whether it can tell
+// when a file is open elsewhere.
+func (s *Store) probe() error {
+	var fs unix.Statfs_t
+	if err := unix.Statfs(s.dir, &fs); err != nil {
+		return err
+	}
+	s.tmpfs = fs.Type == unix.TMPFS_MAGIC
+	if !s.tmpfs {
+		s.log.Warn("store: not on a tmpfs: the cache will be as slow as this file system, and a full one hurts others; choose a folder in memory", "dir", s.dir)
+	}
+	var here, above unix.Stat_t
+	if err := errors.Join(unix.Stat(s.dir, &here), unix.Stat(filepath.Dir(filepath.Clean(s.dir)), &above)); err != nil {
+		return err
+	}
+	s.own = s.tmpfs && here.Dev != above.Dev
+
+	one, err := os.OpenFile(s.file(emptyName), os.O_RDONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	if err != nil {
+		return err
+	}
+	defer one.Close()
+	var st unix.Stat_t
+	if err := unix.Fstat(int(one.Fd()), &st); err != nil {
+		return err
+	}
+	// An empty file's preferred block is a huge page exactly where every file gets huge pages, however
+	// small it is (huge=always): then that is what a block really takes.
+	s.unit = int64(os.Getpagesize())
+	if s.tmpfs {
+		s.unit = max(s.unit, int64(st.Blksize))
+	}
+
+	two, err := os.Open(s.file(emptyName))
+	if err != nil {
+		return err
+	}
+	shared := !exclusive(one)
+	two.Close()
+	if !shared || !exclusive(one) {
+		s.noLease = "the file system cannot tell whether a file is open elsewhere (fcntl F_SETLEASE), so that its eviction could not be safe"
+	}
+	return nil
+}
+
+// recover finds what a former process left.
+func (s *Store) recover(ctx context.Context) error {
+	objects, err := s.readDir()
+	if err != nil {
+		return err
+	}
+	if err := verifyAll(ctx, s.dir, objects); err != nil {
+		return err
+	}
+	// The last used first, in case not all fit.
+	for _, f := range slices.Backward(objects) {
+		if err := s.adopt(f); err != nil {
+			return err
+		}
+	}
+	if err := s.compactJournal(); err != nil {
+		return fmt.Errorf("cannot write the journal; the file system is full or read-only: %w", err)
+	}
+	s.findOrphans()
+	return nil
+}
+
+// readDir returns the objects that have both journal and file, and removes files of this store that have
+// no journal. Names that the store would never make are not its own, and left alone.
+func (s *Store) readDir() ([]*found, error) {
+	var objects []*found
+	if f, err := os.Open(s.journal.path); err == nil {
+		objects, err = readJournal(f)
+		f.Close()
+		if err != nil {
+			return nil, err
+		}
+	} else if !errors.Is(err, os.ErrNotExist) {
+		return nil, err
+	}
+	known := make(map[source.ID]bool, len(objects))
+	for _, f := range objects {
+		known[f.id] = true
+	}
+	dir, err := os.Open(s.dir)
+	if err != nil {
+		return nil, err
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return nil, err
+	}
+	there := make(map[source.ID]bool, len(names))
+	for _, n := range names {
+		if n == journalTemp {
+			if err := os.Remove(s.file(n)); err != nil {
+				return nil, err
+			}
+		}
+		var id source.ID
+		if len(n) != 2*len(id) {
+			continue
+		}
+		if _, err := hex.Decode(id[:], []byte(n)); err != nil || name(id) != n {
+			continue
+		}
+		if known[id] {
+			there[id] = true
+		} else if err := os.Remove(s.file(n)); err != nil {
+			return nil, err
+		}
+	}
+	return slices.DeleteFunc(objects, func(f *found) bool { return !there[f.id] }), nil
+}
+
+func sortFound(objects map[source.ID]*found, order map[source.ID]int) []*found {
+	list := make([]*found, 0, len(objects))
+	for _, f := range objects {
+		list = append(list, f)
+	}
+	slices.SortFunc(list, func(a, b *found) int { return cmp.Compare(order[a.id], order[b.id]) })
+	return list
+}
+
+// verifyAll takes from the objects what the files do not bear out, several at a time.
+func verifyAll(ctx context.Context, dir string, objects []*found) error {
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for _, o := range objects {
+		blocks := make([]int64, 0, len(o.sums))
+		for n := range o.sums {
+			blocks = append(blocks, n)
+		}
+		g.Go(func() error {
+			f, err := os.Open(filepath.Join(dir, name(o.id)))
+			if err != nil {
+				return openError(err)
+			}
+			defer f.Close()
+			st, err := f.Stat()
+			if err != nil {
+				return err
+			}
+			for _, n := range blocks {
+				if err := ctx.Err(); err != nil {
+					return err
+				}
+				ok := st.Mode().IsRegular() && st.Size() == o.size && n >= 0 && n < ring.Blocks(o.size) &&
+					matches(offsetReader{f, n * ring.BlockSize}, blockLen(o.size, n), o.sums[n])
+				if !ok {
+					delete(o.sums, n)
+				}
+			}
+			return nil
+		})
+	}
+	return g.Wait()
+}
+
+// offsetReader reads a file from an offset on.
+type offsetReader struct {
+	f   *os.File
+	off int64
+}
+
+func (r offsetReader) ReadAt(p []byte, off int64) (int, error) { return r.f.ReadAt(p, r.off+off) }
+
+// adopt makes what is left of one object resident as far as the quota allows, and frees the rest.
+func (s *Store) adopt(f *found) error {
+	path := s.path(f.id)
+	file, err := os.OpenFile(path, os.O_RDONLY, 0)
+	if err != nil {
+		return openError(err)
+	}
+	defer file.Close()
+	// A reader of the former life may still have it open: then it is as if it had been lent in this one.
+	lent := s.noLease == "" && !exclusive(file)
+
+	blocks := make([]int64, 0, len(f.sums))
+	for n := range f.sums {
+		blocks = append(blocks, n)
+	}
+	slices.Sort(blocks)
+	var fits int64
+	keep := blocks[:0:0]
+	for _, n := range blocks {
+		if w := s.weight(blockLen(f.size, n)); s.used+fits+w <= s.limit {
+			fits += w
+			keep = append(keep, n)
+		}
+	}
+	if len(keep) == 0 || (lent && int64(len(keep)) < ring.Blocks(f.size)) {
+		return os.Remove(path)
+	}
+	if !lent {
+		if err := s.punchOthers(file, f, keep); err != nil {
+			return err
+		}
+	}
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	o, err := s.object(ring.Object{ID: f.id, Size: f.size})
+	if err != nil {
+		return err
+	}
+	o.exists, o.lent = true, lent
+	for _, n := range keep {
+		b := &block{obj: o, n: n, size: int32(blockLen(f.size, n)), sums: f.sums[n]}
+		o.blocks[n] = b
+		s.charge(b)
+		s.setState(b, resident)
+		s.policyAdd(b)
+		s.stats.Recovered++
+	}
+	return nil
+}
+
+// punchOthers frees the pages of a file beside the blocks that are kept: what was written but not in the
+// journal, or no longer matches.
+func (s *Store) punchOthers(file *os.File, f *found, keep []int64) error {
+	var st unix.Stat_t
+	if err := unix.Fstat(int(file.Fd()), &st); err != nil {
+		return err
+	}
+	var pages int64
+	for _, n := range keep {
+		pages += s.roundUp(int64(blockLen(f.size, n)))
+	}
+	if st.Blocks*512 <= pages {
+		return nil
+	}
+	w, err := os.OpenFile(s.path(f.id), os.O_RDWR, 0)
+	if err != nil {
+		return err
+	}
+	defer w.Close()
+	from := int64(0)
+	for _, n := range append(slices.Clone(keep), ring.Blocks(f.size)) {
+		if n > from {
+			off, end := from*ring.BlockSize, min(n*ring.BlockSize, s.roundUp(f.size))
+			if err := unix.Fallocate(int(w.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, end-off); err != nil && err != syscall.EOPNOTSUPP {
+				return err
+			}
+		}
+		from = n + 1
+	}
+	return nil
+}
+
+// fsUsed is what the store's own file system holds, in bytes.
+func (s *Store) fsUsed() (int64, error) {
+	var st unix.Statfs_t
+	if err := unix.Statfs(s.dir, &st); err != nil {
+		return 0, err
+	}
+	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
+}
+
+// findOrphans counts what the file system holds beyond what was recovered: files that were dropped in a
+// former life and that readers still have open, or files that are not the store's.
+func (s *Store) findOrphans() {
+	if !s.own {
+		return
+	}
+	used, err := s.fsUsed()
+	if err != nil {
+		return
+	}
+	s.orphans = max(0, used-s.pages-s.roundUp(s.journal.size))
+	s.zombie += s.orphans
+	s.used += s.orphans
+}
