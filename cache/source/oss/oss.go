@@ -49,7 +49,9 @@ var (
 type deps struct {
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
 	getenv   func(string) string
-	metadata string        // where the machine's own identity is asked for
+	metadata string // address of the machine's metadata service
+	sts      string // address of the token service
+	now      func() time.Time
 	quiet    time.Duration // a request without progress for so long has failed
 	part     int           // least size of a part
 	retry    source.RetryOptions
@@ -94,6 +96,9 @@ func open(config source.Config, d deps) (*Bucket, error) {
 	if d.metadata == "" {
 		d.metadata = metadataAddress
 	}
+	if d.now == nil {
+		d.now = time.Now
+	}
 	if d.quiet == 0 {
 		d.quiet = quietTimeout
 	}
@@ -105,7 +110,7 @@ func open(config source.Config, d deps) (*Bucket, error) {
 		b.url = "oss://" + e.host + "/" + name
 	}
 	b.credentials, err = credentials.Open(config, credentials.Options{Env: credentials.OSSEnv, Getenv: d.getenv,
-		Ambient: newAmbient(d).get})
+		Ambient: newAmbient(d, e).get})
 	if err != nil {
 		return nil, err
 	}

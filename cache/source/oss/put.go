@@ -307,7 +307,7 @@ func (p *put) complete(ctx context.Context, id string, etags []string) (etag str
 
 // done makes the answer of a Put, if the store says that it holds the very bytes that were read.
 func (p *put) done(ctx context.Context, etag string, h http.Header) (source.Object, error) {
-	o := source.Object{Key: p.key, Size: p.read, Version: strings.Trim(etag, `"`), ModTime: time.Now(), Digest: digest(h)}
+	o := source.Object{Key: p.key, Size: p.read, Version: strings.Trim(etag, `"`), ModTime: p.deps.now(), Digest: digest(h)}
 	if at, err := http.ParseTime(h.Get("Date")); err == nil {
 		o.ModTime = at
 	}
