@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/http"
 	"strconv"
+	"strings"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -82,9 +83,10 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 // network judges an error without an answer, or with one that could not be read.
 func (b *Bucket) network(seen *answer) (kind error, hint string) {
 	var certificate *tls.CertificateVerificationError
+	var plain tls.RecordHeaderError
 	var dns *net.DNSError
 	switch {
-	case errors.Is(seen.err, http.ErrSchemeMismatch):
+	case errors.As(seen.err, &plain):
 		return source.ErrInvalid, "the store does not speak TLS: write http:// in front of the endpoint"
 	case errors.As(seen.err, &certificate):
 		return source.ErrInvalid, "the store's certificate is not trusted: add its authority to the system's, or write http:// for a connection without TLS"
@@ -136,7 +138,7 @@ func (b *Bucket) kind(r minio.ErrorResponse) (kind error, hint string) {
 		return source.ErrUnavailable, ""
 	case s == http.StatusMovedPermanently, s == http.StatusTemporaryRedirect:
 		return source.ErrInvalid, "the bucket is in another region or behind another endpoint: set region and endpoint"
-	case s == http.StatusBadRequest && b.plain():
+	case s == http.StatusBadRequest && b.plain() && strings.HasPrefix(r.Code, "400"): // not S3's XML
 		return source.ErrInvalid, "if the store speaks TLS, leave http:// out of the endpoint"
 	}
 	return source.ErrInvalid, ""

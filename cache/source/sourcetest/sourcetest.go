@@ -30,7 +30,8 @@ type Fixture struct {
 	PutByHand func(t *testing.T, key string, content []byte)
 	// Leftovers, when set, counts the parts or temporary files that unfinished puts left behind.
 	Leftovers func(t *testing.T) int
-	// NoKey, when set, says why the store cannot hold a key (a folder has no "a//b"); empty means it can.
+	// NoKey, when set, says why the server cannot hold a key (a folder has no "a//b"), which then is not
+	// tried; empty means it can.
 	NoKey func(key string) string
 }
 
@@ -41,6 +42,29 @@ func Run(t *testing.T, open func(t *testing.T) Fixture) {
 		test func(*testing.T, *suite)
 	}{
 		{"PutStatGet", testPutStatGet},
+		{"AwkwardSizes", testAwkwardSizes},
+		{"OddKeys", testOddKeys},
+		{"Digest", testDigest},
+		{"Missing", testMissing},
+		{"DeleteIsIdempotent", testDeleteIsIdempotent},
+		{"ChangedUnderReader", testChangedUnderReader},
+		{"Canceled", testCanceled},
+		{"List", testList},
+		{"ListEmpty", testListEmpty},
+		{"PutStreams", testPutStreams},
+		{"FailedPutLeavesNothing", testFailedPutLeavesNothing},
+		{"NoBucket", testNoBucket},
+		{"WrongCredentials", testWrongCredentials},
+		{"MissingCredentials", testMissingCredentials},
+		{"OneRequestARead", testOneRequestARead},
+		{"StoreFaults", testStoreFaults},
+		{"TruncatedBody", testTruncatedBody},
+		{"AnswerToAnotherQuestion", testAnswerToAnotherQuestion},
+		{"FlippedBitShowsInDigest", testFlippedBitShowsInDigest},
+		{"StallEndsWithContext", testStallEndsWithContext},
+		{"RetryThroughFaults", testRetryThroughFaults},
+		{"PutThroughFaults", testPutThroughFaults},
+		{"PlainStoreNamedWithoutHTTP", testPlainStoreNamedWithoutHTTP},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f := open(t)
