@@ -19,47 +19,62 @@ type document struct {
 	text []byte
 }
 
-// documents splits the content of a file. A document of a YAML file ends at a line of ---, which may
-// have a comment behind it; a JSON file holds one value after another.
+// documents splits the content of a file, and leaves out what holds nothing but comments. A document of
+// a YAML file ends at a line of --- or ..., which may have a comment behind it; a JSON file holds one
+// value after another.
 func documents(name string, content []byte) ([]document, error) {
 	if len(content) > maxFile {
 		return nil, fmt.Errorf("larger than %d MiB; a manifest is not data, split it into files", maxFile>>20)
 	}
 	content = bytes.TrimPrefix(content, []byte("\ufeff"))
-	if i := bytes.IndexByte(content, 0); i >= 0 {
+	if bytes.IndexByte(content, 0) >= 0 {
 		return nil, errors.New("holds a zero byte: this is not a text file in UTF-8")
 	}
 	if filepath.Ext(name) == ".json" {
 		return jsonDocuments(content)
 	}
 	var docs []document
-	current := document{line: 1}
-	line := 1
-	for len(content) > 0 {
-		var text []byte
-		if i := bytes.IndexByte(content, '\n'); i >= 0 {
-			text, content = content[:i+1], content[i+1:]
-		} else {
-			text, content = content, nil
-		}
-		if rest, ok := bytes.CutPrefix(text, []byte("---")); ok && separates(rest) {
+	current, blank := document{line: 1}, true
+	end := func() {
+		if !blank {
 			docs = append(docs, current)
-			current = document{line: line + 1}
-			if rest = bytes.TrimSpace(rest); len(rest) > 0 && rest[0] != '#' {
-				// "--- {kind: Dataset}": the document begins on the separator's own line.
-				current = document{line: line, text: append(rest, '\n')}
-			}
-		} else {
-			current.text = append(current.text, text...)
 		}
-		line++
 	}
-	return append(docs, current), nil
+	line := 0
+	for text := range bytes.Lines(content) {
+		line++
+		if rest, ok := separator(text); ok {
+			end()
+			current, blank = document{line: line + 1}, true
+			if len(rest) == 0 {
+				continue
+			}
+			// "--- {kind: Dataset}": the document begins on the separator's own line.
+			current.line, text = line, rest
+		}
+		current.text = append(current.text, text...)
+		// Directives such as %YAML stand before a document and make none.
+		if t := bytes.TrimSpace(text); len(t) > 0 && t[0] != '#' && !(blank && text[0] == '%') {
+			blank = false
+		}
+	}
+	end()
+	return docs, nil
 }
 
-// separates says whether what follows --- on its line makes the line a separator.
-func separates(rest []byte) bool {
-	return len(rest) == 0 || strings.ContainsRune(" \t\r\n", rune(rest[0]))
+// separator says whether a line ends a document, and returns what follows on it.
+func separator(line []byte) (rest []byte, ok bool) {
+	for _, mark := range []string{"---", "..."} {
+		rest, ok := bytes.CutPrefix(line, []byte(mark))
+		if !ok || len(rest) > 0 && !strings.ContainsRune(" \t\r\n", rune(rest[0])) {
+			continue
+		}
+		if rest = bytes.TrimLeft(rest, " \t\r\n"); len(rest) > 0 && rest[0] == '#' {
+			rest = nil
+		}
+		return rest, true
+	}
+	return nil, false
 }
 
 func jsonDocuments(content []byte) ([]document, error) {
@@ -124,7 +139,7 @@ func (d document) explain(err error) string {
 		_, rest, _ := strings.Cut(text, ":")
 		text = fmt.Sprintf("line %d:%s", d.line+n-1, rest)
 	}
-	if strings.Contains(text, "cannot start any token") && bytes.Contains(d.text, []byte("\t")) {
+	if strings.Contains(text, "tab character") || strings.Contains(text, "cannot start any token") && bytes.Contains(d.text, []byte("\t")) {
 		text += " (indent with spaces, not tabs)"
 	}
 	return text

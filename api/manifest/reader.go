@@ -5,7 +5,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"strings"
 
 	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -122,7 +121,7 @@ func (r *reader) own(at place, gv schema.GroupVersion, kindName string, u map[st
 	}
 	// No context: the rules' cost is bounded by their budget, and nothing is waited for.
 	if errs := k.admit(context.Background(), u); len(errs) > 0 {
-		for _, err := range errs {
+		for _, err := range tidy(errs) {
 			r.fail(at.error(id.String(), err))
 		}
 		return
@@ -195,57 +194,4 @@ func (r *reader) finish() (*Set, error) {
 		return nil, errors.Join(r.errs...)
 	}
 	return r.set, nil
-}
-
-// describe is the text of an error for a user; a field error loses the API machinery's phrases.
-func describe(err error) string {
-	var e *field.Error
-	if !errors.As(err, &e) {
-		return err.Error()
-	}
-	name := strings.TrimPrefix(e.Field, ".")
-	detail := e.Detail
-	// The schema library writes "spec.workers.replicas in body should be ...".
-	if _, rest, ok := strings.Cut(detail, " in body "); ok {
-		detail = rest
-	}
-	if strings.Contains(detail, quantityPattern) {
-		detail = "must be a quantity such as 12Gi or 500Mi"
-	}
-	switch e.Type {
-	case field.ErrorTypeRequired:
-		if detail == "" {
-			detail = "add it"
-		}
-		return name + " is missing: " + detail
-	case field.ErrorTypeNotSupported, field.ErrorTypeTooLong, field.ErrorTypeTooMany:
-		detail = e.ErrorBody()
-	case field.ErrorTypeDuplicate:
-		return fmt.Sprintf("%s: %v is there twice; remove one", name, text(e.BadValue))
-	case field.ErrorTypeInvalid:
-		switch e.BadValue.(type) {
-		case string, int, int32, int64, float64, bool:
-			if e.BadValue != "" && e.BadValue != "object" && e.BadValue != "array" {
-				detail = fmt.Sprintf("%v: %s", text(e.BadValue), detail)
-			}
-		}
-	}
-	if name == "" || name == "<nil>" {
-		return detail
-	}
-	return name + ": " + detail
-}
-
-// quantityPattern is a part of the pattern that the schema of a quantity has.
-const quantityPattern = `(([KMGTPE]i)|[numkMGTPE]`
-
-func text(v any) string {
-	if s, ok := v.(string); ok {
-		return fmt.Sprintf("%q", s)
-	}
-	b, err := json.Marshal(v)
-	if err != nil {
-		return fmt.Sprint(v)
-	}
-	return string(b)
 }

@@ -50,8 +50,8 @@ type DataLoadSpec struct {
 	DatasetRef Reference `json:"datasetRef"`
 
 	// Paths are patterns of files to load, matched against the path in the Dataset: * and ? stay within
-	// a folder, ** crosses folders, and [a-z] and {a,b} are understood: /shards/**, /ref/*.fa. Absent:
-	// everything.
+	// a folder, ** crosses folders, and [a-z] and {a,b} are understood: /shards, /ref/**/*.fa. A pattern
+	// that matches a folder loads all in it. Absent: everything.
 	//
 	// +optional
 	// +listType=set
@@ -114,6 +114,6 @@ type PathPattern string
 // +kubebuilder:validation:MaxLength=128
 // +kubebuilder:validation:XValidation:rule="self.matches('^(@(hourly|daily|midnight|weekly|monthly|yearly|annually)|[^ @]+( [^ ]+){4})$')",message="schedule must be five fields with single spaces between, minute hour day-of-month month day-of-week, such as '0 3 * * *', or @hourly, @daily, @weekly, @monthly or @yearly"
 // +kubebuilder:validation:XValidation:rule="!self.matches('^[^ @]+( [^ ]+){4}$') || self.matches('^(([*]|[0-5]?[0-9](-[0-5]?[0-9])?)(/[1-9][0-9]?)?)(,(([*]|[0-5]?[0-9](-[0-5]?[0-9])?)(/[1-9][0-9]?)?))* (([*]|([01]?[0-9]|2[0-3])(-([01]?[0-9]|2[0-3]))?)(/[1-9][0-9]?)?)(,(([*]|([01]?[0-9]|2[0-3])(-([01]?[0-9]|2[0-3]))?)(/[1-9][0-9]?)?))* (([*]|(0?[1-9]|[12][0-9]|3[01])(-(0?[1-9]|[12][0-9]|3[01]))?)(/[1-9][0-9]?)?)(,(([*]|(0?[1-9]|[12][0-9]|3[01])(-(0?[1-9]|[12][0-9]|3[01]))?)(/[1-9][0-9]?)?))* (([*]|(0?[1-9]|1[0-2])(-(0?[1-9]|1[0-2]))?|(?i:JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)(-(?i:JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC))?)(/[1-9][0-9]?)?)(,(([*]|(0?[1-9]|1[0-2])(-(0?[1-9]|1[0-2]))?|(?i:JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC)(-(?i:JAN|FEB|MAR|APR|MAY|JUN|JUL|AUG|SEP|OCT|NOV|DEC))?)(/[1-9][0-9]?)?))* (([*]|0?[0-6](-0?[0-6])?|(?i:SUN|MON|TUE|WED|THU|FRI|SAT)(-(?i:SUN|MON|TUE|WED|THU|FRI|SAT))?)(/[1-9][0-9]?)?)(,(([*]|0?[0-6](-0?[0-6])?|(?i:SUN|MON|TUE|WED|THU|FRI|SAT)(-(?i:SUN|MON|TUE|WED|THU|FRI|SAT))?)(/[1-9][0-9]?)?))*$')",message="a field of schedule is not understood: minute 0-59, hour 0-23, day of the month 1-31, month 1-12 or JAN-DEC, day of the week 0-6 or SUN-SAT; each a number, a range 1-5, a list 1,3 or *, with a step such as */15"
-// +kubebuilder:validation:XValidation:rule="self.split(' ').all(f, f.split(',').all(p, !p.matches('^[0-9]{1,2}-[0-9]{1,2}(/.*)?$') || int(p.split('/')[0].split('-')[0]) <= int(p.split('/')[0].split('-')[1])))",message="a range of schedule ends before it begins"
-// +kubebuilder:validation:XValidation:rule="self.split(' ').all(f, f.split(',').all(p, !p.matches('^[A-Za-z]{3}-[A-Za-z]{3}(/.*)?$') || 'SUN MON TUE WED THU FRI SAT JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC'.indexOf(p.upperAscii().substring(0, 3)) <= 'SUN MON TUE WED THU FRI SAT JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC'.indexOf(p.upperAscii().substring(4, 7))))",message="a range of schedule ends before it begins; the week begins with SUN"
+// +kubebuilder:validation:XValidation:rule="self.findAll('[0-9]{1,2}-[0-9]{1,2}').all(r, int(r.split('-')[0]) <= int(r.split('-')[1]))",message="a range of schedule ends before it begins"
+// +kubebuilder:validation:XValidation:rule="self.upperAscii().findAll('[A-Z]{3}-[A-Z]{3}').all(r, 'SUN MON TUE WED THU FRI SAT JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC'.indexOf(r.substring(0, 3)) <= 'SUN MON TUE WED THU FRI SAT JAN FEB MAR APR MAY JUN JUL AUG SEP OCT NOV DEC'.indexOf(r.substring(4, 7)))",message="a range of schedule ends before it begins; the week begins with SUN"
 type Schedule string

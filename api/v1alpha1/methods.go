@@ -118,6 +118,20 @@ func (l *DataLoad) CopiesOf(d *Dataset) int32 {
 	return d.Spec.Workers.Copies
 }
 
+// Patterns are the paths of the load as doublestar patterns of files: a path that matches a folder stands
+// for all in it. Nil means everything.
+func (l *DataLoad) Patterns() []string {
+	var patterns []string
+	for _, p := range l.Spec.Paths {
+		pattern := strings.TrimSuffix(string(p), "/")
+		if !strings.HasSuffix(pattern, "/**") {
+			pattern += "/**" // which matches zero folders too, and so the file itself
+		}
+		patterns = append(patterns, pattern)
+	}
+	return patterns
+}
+
 // CheckCluster returns what keeps a valid Dataset from working on a cluster though it may work in
 // local mode: the one difference between the two. Its errors are for the user who applied the object.
 func (d *Dataset) CheckCluster() field.ErrorList {
