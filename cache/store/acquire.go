@@ -82,9 +82,9 @@ func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) 
 		}
 		if b != nil && b.state == resident && b.flight == nil {
 			s.stats.Hits++
-			s.use(b)
+			sums := s.use(b)
 			s.mu.Unlock()
-			h, err := s.handle(b)
+			h, err := s.handle(b, sums)
 			if err == nil || !s.vanished(ob, err, &missing) {
 				return h, wrap(b, err)
 			}
@@ -111,7 +111,7 @@ func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) 
 		if fl.heap != nil {
 			return &Block{s: s, b: b, sums: fl.sums, heap: fl.heap}, nil
 		}
-		h, err := s.handle(b)
+		h, err := s.handle(b, fl.sums)
 		if err == nil || !s.vanished(ob, err, &missing) {
 			return h, wrap(b, err)
 		}
@@ -161,27 +161,28 @@ func (s *Store) Lookup(o ring.Object, n int64) (*Block, bool) {
 		return nil, false
 	}
 	s.stats.Hits++
-	s.use(b)
+	sums := s.use(b)
 	s.mu.Unlock()
-	h, err := s.handle(b)
+	h, err := s.handle(b, sums)
 	return h, err == nil
 }
 
 // use takes a reference to a resident block and tells the policy.
-func (s *Store) use(b *block) {
+func (s *Store) use(b *block) []uint32 {
 	b.refs++
 	b.obj.refs++
 	s.policyAccess(b)
+	return b.sums
 }
 
 // handle makes the handle of a reference already taken; on an error the reference is given back.
-func (s *Store) handle(b *block) (*Block, error) {
+func (s *Store) handle(b *block, sums []uint32) (*Block, error) {
 	f, err := s.openFile(b.obj, false)
 	if err != nil {
 		s.unuse(b, false)
 		return nil, openError(err)
 	}
-	return &Block{s: s, b: b, sums: b.sums, file: f}, nil
+	return &Block{s: s, b: b, sums: sums, file: f}, nil
 }
 
 func openError(err error) error {

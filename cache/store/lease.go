@@ -4,7 +4,6 @@ import (
 	"fmt"
 	"os"
 	"path/filepath"
-	"slices"
 	"sync/atomic"
 
 	"github.com/stepcache/stepcache/cache/ring"
@@ -155,7 +154,8 @@ func (s *Store) drop(o *object) {
 	o.outs = nil
 	o.last = last
 	s.zombie += o.charged
-	s.zombies = append(s.zombies, o)
+	s.zombies[o] = struct{}{}
+	delete(s.held, o)
 	delete(s.objects, o.id)
 	close(o.closing)
 	o.closing = nil
@@ -168,28 +168,26 @@ func (s *Store) drop(o *object) {
 func (s *Store) reap(o *object) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if !o.gone || o.reaping || o.refs > 0 || o.fileRefs > 0 || o.leases > 0 || o.closing != nil || !slices.Contains(s.zombies, o) {
+	if _, ok := s.zombies[o]; !ok || o.reaping || o.refs > 0 || o.fileRefs > 0 || o.leases > 0 {
 		return false
 	}
 	o.reaping = true
 	s.mu.Unlock()
 	free := o.last == nil || exclusive(o.last)
-	if free && o.last != nil {
-		o.last.Close()
-	}
 	s.mu.Lock()
 	o.reaping = false
-	if !free {
+	if _, ok := s.zombies[o]; !ok || !free {
 		return false
 	}
+	if o.last != nil {
+		o.last.Close() // the file is unlinked: nothing to wait for
+	}
+	delete(s.zombies, o)
 	s.zombie -= o.charged
 	for _, b := range o.blocks {
 		if b.reserved {
 			s.uncharge(b)
 		}
-	}
-	if i := slices.Index(s.zombies, o); i >= 0 {
-		s.zombies = slices.Delete(s.zombies, i, i+1)
 	}
 	s.idle.Broadcast()
 	return true

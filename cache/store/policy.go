@@ -3,7 +3,6 @@ package store
 import (
 	"errors"
 	"os"
-	"slices"
 	"syscall"
 
 	"github.com/maypok86/otter/v2"
@@ -91,6 +90,11 @@ func (s *Store) reserve(b *block) bool {
 	polls := 0
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	if s.used+w > s.limit-s.limit/16 {
+		// Full: whatever came free outside counts from now on.
+		s.probeSpace()
+		s.poll(2)
+	}
 	if !b.reserved && !o.pinned(b.n) && !o.gone && !s.closed {
 		s.policyAdd(b)
 	}
@@ -120,13 +124,9 @@ func (s *Store) reserve(b *block) bool {
 			s.idle.Wait()
 			continue
 		}
-		if s.limit < s.quota && polls == 0 && s.probeSpace() {
-			polls++
-			continue
-		}
 		if polls < 4 {
 			polls++
-			if s.poll() {
+			if s.poll(16) {
 				continue
 			}
 		}
@@ -315,9 +315,10 @@ func (s *Store) unlink(o *object) {
 	}
 	if kept || err != nil {
 		o.held = true
-		s.held = append(s.held, o)
+		s.held[o] = struct{}{}
 	} else {
 		o.exists, o.lent, o.held = false, false, false
+		delete(s.held, o)
 		s.journal.gone(o)
 		for _, b := range o.blocks {
 			if b.reserved {
@@ -346,35 +347,23 @@ func exclusive(f *os.File) bool {
 	return true
 }
 
-// poll looks again at files that somebody outside had open, and says whether one became free.
-func (s *Store) poll() bool {
-	freed := false
-	for range min(len(s.zombies), 16) {
-		o := s.zombies[0]
-		s.zombies = append(s.zombies[1:], o)
+// poll looks again at up to n files of each kind that somebody outside had open, and says whether room
+// became free. It unlocks while it looks.
+func (s *Store) poll(n int) bool {
+	freed := s.pollOrphans()
+	for _, o := range some(s.zombies, n) {
 		s.mu.Unlock()
-		if s.reap(o) {
-			freed = true
-		}
+		freed = s.reap(o) || freed
 		s.mu.Lock()
 	}
-	for range min(len(s.held), 16) {
-		if len(s.held) == 0 {
-			break
-		}
-		o := s.held[0]
-		s.held = slices.Delete(s.held, 0, 1)
-		if o.gone || !o.held {
-			continue
-		}
-		if o.refs > 0 || o.fileRefs > 0 || o.closing != nil {
-			s.held = append(s.held, o)
+	for _, o := range some(s.held, n) {
+		if o.gone || !o.held || o.refs > 0 || o.fileRefs > 0 || o.closing != nil {
 			continue
 		}
 		o.closing = make(chan struct{})
 		s.mu.Unlock()
 		f, err := os.Open(s.path(o.id))
-		free := err != nil
+		free := err != nil // then unlinking it is tried again
 		if err == nil {
 			free = exclusive(f)
 			f.Close()
@@ -382,15 +371,48 @@ func (s *Store) poll() bool {
 		s.mu.Lock()
 		close(o.closing)
 		o.closing = nil
-		if !free {
-			s.held = append(s.held, o)
-			continue
+		if free {
+			o.held = false
+			delete(s.held, o)
+			s.settle(o)
+			freed = true
 		}
-		o.held = false
-		freed = true
-		s.settle(o)
 	}
 	return freed
+}
+
+// some returns up to n of the objects, not always the same ones.
+func some(objects map[*object]struct{}, n int) []*object {
+	if len(objects) == 0 {
+		return nil
+	}
+	list := make([]*object, 0, min(n, len(objects)))
+	for o := range objects {
+		if len(list) == n {
+			break
+		}
+		list = append(list, o)
+	}
+	return list
+}
+
+// pollOrphans sees whether readers of a former life have closed what they held. The file system's own
+// figure only says so while no page comes or goes.
+func (s *Store) pollOrphans() bool {
+	if s.orphans == 0 || s.writing > 0 || s.evicting > 0 {
+		return false
+	}
+	before := s.changes
+	s.mu.Unlock()
+	used, err := s.fsUsed()
+	s.mu.Lock()
+	if err != nil || s.changes != before {
+		return false
+	}
+	left := min(max(0, used-s.pages), s.orphans)
+	freed := s.orphans - left
+	s.orphans, s.zombie, s.used = left, s.zombie-freed, s.used-freed
+	return freed > 0
 }
 
 // noSpace lowers the limit to what the file system turned out to have room for.
@@ -406,19 +428,17 @@ func (s *Store) noSpace(o *object, err error) {
 	s.limit = max(min(s.limit, s.used-s.unit), minQuota)
 }
 
-// probeSpace raises the limit again as far as the file system has room, and says whether it did.
-func (s *Store) probeSpace() bool {
+// probeSpace raises the limit again as far as the file system has room.
+func (s *Store) probeSpace() {
+	if s.limit == s.quota {
+		return
+	}
 	s.mu.Unlock()
 	var st unix.Statfs_t
 	err := unix.Statfs(s.dir, &st)
 	s.mu.Lock()
-	if err != nil {
-		return false
+	if err == nil {
+		// Half of what is free: whoever filled the file system may go on doing so.
+		s.limit = max(s.limit, min(s.quota, s.used+int64(st.Bavail)*st.Bsize/2))
 	}
-	// Half of what is free: whoever filled the file system may go on doing so.
-	if l := min(s.quota, s.used+int64(st.Bavail)*st.Bsize/2); l > s.limit {
-		s.limit = l
-		return true
-	}
-	return false
 }

@@ -6,10 +6,12 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"path/filepath"
 	"runtime"
 	"slices"
+	"sync"
 	"syscall"
 
 	"golang.org/x/sync/errgroup"
@@ -65,11 +67,17 @@ func (s *Store) probe() error {
 	}
 	s.own = s.tmpfs && here.Dev != above.Dev
 
-	one, err := os.OpenFile(s.file(emptyName), os.O_RDONLY|os.O_CREATE|os.O_TRUNC, 0o600)
+	empty, err := os.OpenFile(s.file(emptyName), os.O_RDONLY|os.O_CREATE, 0o600)
+	if err != nil {
+		return err
+	}
+	empty.Close()
+	one, err := os.CreateTemp(s.dir, "probe-")
 	if err != nil {
 		return err
 	}
 	defer one.Close()
+	defer os.Remove(one.Name())
 	var st unix.Stat_t
 	if err := unix.Fstat(int(one.Fd()), &st); err != nil {
 		return err
@@ -81,7 +89,7 @@ func (s *Store) probe() error {
 		s.unit = max(s.unit, int64(st.Blksize))
 	}
 
-	two, err := os.Open(s.file(emptyName))
+	two, err := os.Open(one.Name())
 	if err != nil {
 		return err
 	}
@@ -173,39 +181,64 @@ func sortFound(objects map[source.ID]*found, order map[source.ID]int) []*found {
 	return list
 }
 
-// verifyAll takes from the objects what the files do not bear out, several at a time.
+// verifyAll takes from the objects what the files do not bear out, several pieces at a time.
 func verifyAll(ctx context.Context, dir string, objects []*found) error {
+	const piece = 16 // blocks
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(runtime.GOMAXPROCS(0))
-	for _, o := range objects {
-		blocks := make([]int64, 0, len(o.sums))
-		for n := range o.sums {
-			blocks = append(blocks, n)
-		}
-		g.Go(func() error {
-			f, err := os.Open(filepath.Join(dir, name(o.id)))
-			if err != nil {
-				return openError(err)
-			}
-			defer f.Close()
-			st, err := f.Stat()
-			if err != nil {
-				return err
-			}
-			for _, n := range blocks {
-				if err := ctx.Err(); err != nil {
-					return err
-				}
-				ok := st.Mode().IsRegular() && st.Size() == o.size && n >= 0 && n < ring.Blocks(o.size) &&
-					matches(offsetReader{f, n * ring.BlockSize}, blockLen(o.size, n), o.sums[n])
-				if !ok {
-					delete(o.sums, n)
-				}
-			}
-			return nil
-		})
+	type result struct {
+		o   *found
+		bad []int64
 	}
-	return g.Wait()
+	var mu sync.Mutex
+	var results []result
+	for _, o := range objects {
+		for blocks := range slices.Chunk(slices.Sorted(maps.Keys(o.sums)), piece) {
+			g.Go(func() error {
+				bad, err := verifyFile(ctx, filepath.Join(dir, name(o.id)), o, blocks)
+				if len(bad) > 0 {
+					mu.Lock()
+					results = append(results, result{o, bad})
+					mu.Unlock()
+				}
+				return err
+			})
+		}
+	}
+	if err := g.Wait(); err != nil {
+		return err
+	}
+	for _, r := range results {
+		for _, n := range r.bad {
+			delete(r.o.sums, n)
+		}
+	}
+	return nil
+}
+
+// verifyFile returns those of the blocks that the file does not hold as o's sums say.
+func verifyFile(ctx context.Context, path string, o *found, blocks []int64) (bad []int64, err error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, openError(err)
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return nil, err
+	}
+	if !st.Mode().IsRegular() || st.Size() != o.size {
+		return blocks, nil
+	}
+	for _, n := range blocks {
+		if err := ctx.Err(); err != nil {
+			return nil, err
+		}
+		if n < 0 || n >= ring.Blocks(o.size) || !matches(offsetReader{f, n * ring.BlockSize}, blockLen(o.size, n), o.sums[n]) {
+			bad = append(bad, n)
+		}
+	}
+	return bad, nil
 }
 
 // offsetReader reads a file from an offset on.
@@ -227,14 +260,9 @@ func (s *Store) adopt(f *found) error {
 	// A reader of the former life may still have it open: then it is as if it had been lent in this one.
 	lent := s.noLease == "" && !exclusive(file)
 
-	blocks := make([]int64, 0, len(f.sums))
-	for n := range f.sums {
-		blocks = append(blocks, n)
-	}
-	slices.Sort(blocks)
 	var fits int64
-	keep := blocks[:0:0]
-	for _, n := range blocks {
+	var keep []int64
+	for _, n := range slices.Sorted(maps.Keys(f.sums)) {
 		if w := s.weight(blockLen(f.size, n)); s.used+fits+w <= s.limit {
 			fits += w
 			keep = append(keep, n)

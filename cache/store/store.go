@@ -142,10 +142,10 @@ type Store struct {
 	pages    int64    // bytes of pages of reserved blocks
 	live     int64    // bytes of journal records of resident blocks
 	pinned   int64
-	zombie   int64     // bytes of zombies and orphans
-	orphans  int64     // bytes that a former life's readers still hold
-	zombies  []*object // dropped objects whose pages may still be in use
-	held     []*object // objects that somebody outside still has open
+	zombie   int64                // bytes of zombies and orphans
+	orphans  int64                // bytes that a former life's readers still hold
+	zombies  map[*object]struct{} // dropped objects whose pages may still be in use
+	held     map[*object]struct{} // objects that somebody outside had open when they were to be evicted
 	leases   int64
 	stats    Stats // counters only
 }
@@ -186,6 +186,8 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 		buffers: newBuffers(opts.BufferBytes),
 		objects: make(map[source.ID]*object),
 		owners:  make(map[string]map[key]struct{}),
+		zombies: make(map[*object]struct{}),
+		held:    make(map[*object]struct{}),
 		used:    baseCost,
 	}
 	s.idle.L = &s.mu
@@ -221,7 +223,7 @@ func (s *Store) Close() error {
 	zombies := s.zombies
 	s.zombies = nil
 	s.mu.Unlock()
-	for _, o := range zombies {
+	for o := range zombies {
 		if o.last != nil {
 			o.last.Close()
 		}

@@ -52,7 +52,6 @@ func matches(r io.ReaderAt, size int, sums []uint32) bool {
 }
 
 // Scrub verifies resident blocks at the given rate, round and round, until ctx ends; it returns ctx's error.
-// pause is how long it rests after each round.
 func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64) error {
 	limit := rate.NewLimiter(rate.Limit(bytesPerSecond), ring.BlockSize)
 	for {
@@ -61,7 +60,7 @@ func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64) error {
 			return err
 		}
 		if checked == 0 {
-			// Nothing to check: look again later, not in a loop.
+			// Nothing is resident: look again later, not in a loop.
 			t := time.NewTimer(time.Minute)
 			select {
 			case <-t.C:
@@ -123,8 +122,9 @@ func (s *Store) scrubBlock(o ring.Object, n int64) bool {
 	b.refs++
 	ob.refs++
 	s.stats.Scrubbed++
+	sums := b.sums
 	s.mu.Unlock()
-	h, err := s.handle(b)
+	h, err := s.handle(b, sums)
 	if err != nil {
 		return false
 	}

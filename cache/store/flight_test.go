@@ -1,0 +1,238 @@
+package store
+
+import (
+	"context"
+	"errors"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/ring"
+)
+
+// waiters waits until n callers wait for a block.
+func waiters(t *testing.T, s *Store, o ring.Object, n int64, want int) {
+	t.Helper()
+	eventually(t, func() bool {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		ob := s.objects[o.ID]
+		return ob != nil && ob.blocks[n] != nil && ob.blocks[n].flight != nil && ob.blocks[n].flight.waiters == want
+	})
+}
+
+func TestABlockIsFilledOnceHoweverManyAsk(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, ring.BlockSize)
+	var fills atomic.Int32
+	gate := make(chan struct{})
+	fill := func(ctx context.Context, p []byte) error {
+		fills.Add(1)
+		<-gate
+		return filler(o, 0)(ctx, p)
+	}
+	var wg sync.WaitGroup
+	for range 100 {
+		wg.Go(func() {
+			b, err := s.Acquire(context.Background(), o, 0, fill)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			check(t, o, 0, b)
+			b.Release()
+		})
+	}
+	waiters(t, s, o, 0, 100)
+	close(gate)
+	wg.Wait()
+	if fills.Load() != 1 {
+		t.Errorf("%d fills", fills.Load())
+	}
+	if st := s.Stats(); st.Misses != 1 || st.Shared != 99 {
+		t.Errorf("%+v", st)
+	}
+	checkBooks(t, s)
+}
+
+func TestAnErrorGoesToAllWhoWaitAndToNobodyLater(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, 1000)
+	boom := errors.New("boom")
+	gate := make(chan struct{})
+	var wg sync.WaitGroup
+	for range 10 {
+		wg.Go(func() {
+			_, err := s.Acquire(context.Background(), o, 0, func(_ context.Context, p []byte) error {
+				<-gate
+				content(o, 0, p)
+				return boom
+			})
+			if !errors.Is(err, boom) {
+				t.Errorf("got %v", err)
+			}
+		})
+	}
+	waiters(t, s, o, 0, 10)
+	close(gate)
+	wg.Wait()
+	if n := files(t, s.dir); n != 0 {
+		t.Errorf("a failed fill left %d files", n)
+	}
+	if st := s.Stats(); st.Used != baseCost {
+		t.Errorf("a failed fill left %d bytes", st.Used-baseCost)
+	}
+	load(t, s, o)
+	checkBooks(t, s)
+}
+
+func TestACallerThatLeavesDoesNotStopTheOthers(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, 1000)
+	gate := make(chan struct{})
+	fill := func(ctx context.Context, p []byte) error {
+		<-gate
+		if ctx.Err() != nil {
+			t.Error("the fill was cancelled while one waits")
+		}
+		return filler(o, 0)(ctx, p)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	first := make(chan error, 1)
+	go func() {
+		_, err := s.Acquire(ctx, o, 0, fill)
+		first <- err
+	}()
+	waiters(t, s, o, 0, 1)
+	second := make(chan error, 1)
+	go func() {
+		b, err := s.Acquire(context.Background(), o, 0, fill)
+		if err == nil {
+			check(t, o, 0, b)
+			b.Release()
+		}
+		second <- err
+	}()
+	waiters(t, s, o, 0, 2)
+	cancel()
+	if err := <-first; !errors.Is(err, context.Canceled) {
+		t.Errorf("the one that left: %v", err)
+	}
+	close(gate)
+	if err := <-second; err != nil {
+		t.Errorf("the one that stayed: %v", err)
+	}
+	checkBooks(t, s)
+}
+
+func TestTheLastCallerToLeaveCancelsTheFillAndTheNextTriesAgain(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, 1000)
+	ctx, cancel := context.WithCancel(context.Background())
+	cancelled, finish := make(chan struct{}), make(chan struct{})
+	var running atomic.Int32
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Acquire(ctx, o, 0, func(ctx context.Context, p []byte) error {
+			running.Add(1)
+			defer running.Add(-1)
+			<-ctx.Done()
+			close(cancelled)
+			<-finish
+			return ctx.Err()
+		})
+		done <- err
+	}()
+	waiters(t, s, o, 0, 1)
+	cancel()
+	if err := <-done; !errors.Is(err, context.Canceled) {
+		t.Fatal(err)
+	}
+	<-cancelled
+	// A caller who comes while the cancelled fill is still ending waits for it and then fills anew.
+	next := make(chan struct{})
+	go func() {
+		defer close(next)
+		b, err := s.Acquire(context.Background(), o, 0, func(ctx context.Context, p []byte) error {
+			if running.Load() != 0 {
+				t.Error("two fills at a time")
+			}
+			return filler(o, 0)(ctx, p)
+		})
+		if err != nil {
+			t.Error(err)
+			return
+		}
+		check(t, o, 0, b)
+		b.Release()
+	}()
+	close(finish)
+	<-next
+	checkBooks(t, s)
+}
+
+func TestAnEndedContextGetsNothing(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	ctx, cancel := context.WithCancel(context.Background())
+	cancel()
+	o := anObject(1, 1000)
+	if _, err := s.Acquire(ctx, o, 0, filler(o, 0)); !errors.Is(err, context.Canceled) {
+		t.Errorf("got %v", err)
+	}
+	if st := s.Stats(); st.Misses != 0 {
+		t.Error("a fill was started")
+	}
+}
+
+func TestCloseEndsFillsUnderWay(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, 1000)
+	done := make(chan error, 1)
+	go func() {
+		_, err := s.Acquire(context.Background(), o, 0, func(ctx context.Context, p []byte) error {
+			<-ctx.Done()
+			return ctx.Err()
+		})
+		done <- err
+	}()
+	waiters(t, s, o, 0, 1)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if err := <-done; !errors.Is(err, ErrClosed) {
+		t.Errorf("got %v", err)
+	}
+}
+
+func TestFillsWaitForBuffersInLine(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 64 * mib, BufferBytes: 2 * ring.BlockSize})
+	o := anObject(1, 12*ring.BlockSize)
+	var now, most atomic.Int32
+	var wg sync.WaitGroup
+	for n := range int64(12) {
+		wg.Go(func() {
+			b, err := s.Acquire(context.Background(), o, n, func(ctx context.Context, p []byte) error {
+				k := now.Add(1)
+				for m := most.Load(); k > m && !most.CompareAndSwap(m, k); m = most.Load() {
+				}
+				defer now.Add(-1)
+				return filler(o, n)(ctx, p)
+			})
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			check(t, o, n, b)
+			b.Release()
+		})
+	}
+	wg.Wait()
+	if most.Load() > 2 {
+		t.Errorf("%d fills at a time with buffers for two", most.Load())
+	}
+	s.buffers.mu.Lock()
+	defer s.buffers.mu.Unlock()
+	if s.buffers.used != 0 || s.buffers.kept > s.buffers.total {
+		t.Errorf("buffers: %d used, %d kept of %d", s.buffers.used, s.buffers.kept, s.buffers.total)
+	}
+}
