@@ -183,6 +183,10 @@ func (b *Builder) Add(mount int, o source.Object) error {
 			m.URL, o.Key, o.Size, len(o.Version), len(o.Digest.Sum), source.ErrInvalid)
 	}
 	b.seen[mount]++
+	if o.Skip != "" {
+		b.skips.add(o.Skip, m.URL, o.Key)
+		return nil
+	}
 
 	rel, marker := strings.CutSuffix(rel, "/")
 	if rel == "" && !marker { // the prefix's own marker

@@ -10,7 +10,7 @@
 // snapshot. Builder and List make a snapshot, Open and OpenFile check one that somebody else made.
 //
 // The same objects, listed twice, give the same bytes but for the time of creation, which the digest
-// leaves out. Neither the order of the listing nor how often it repeats an object makes a difference.
+// leaves out. The order of the listing makes no difference.
 //
 // # Keys
 //
@@ -30,6 +30,7 @@
 //     the others are counted (Duplicate). The same version given twice is one object.
 //   - Mount paths must not overlap, so two mounts never claim one path. The directories above a mount's path
 //     are made up. One object below two mounts is two files with one identity, cached once.
+//   - What the source itself says is no object (source.Object.Skip) is counted with the source's reason.
 //
 // A counted key leaves no trace in the tree; Skipped says how many there are of each kind, with examples.
 //
@@ -86,7 +87,7 @@ type Node struct {
 
 // Skipped counts the keys that cannot be shown for one reason.
 type Skipped struct {
-	// Reason is one of the constants below.
+	// Reason is one of the constants below, or the source's own.
 	Reason string
 	Count  int64
 	// Examples are the first few in the order of their bytes, as URL/key, escaped as in a Go string.

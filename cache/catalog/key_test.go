@@ -223,6 +223,18 @@ func TestWhatNoSourceMayGive(t *testing.T) {
 	}
 }
 
+func TestWhatTheSourceSkipsIsCounted(t *testing.T) {
+	socket := source.Object{Key: "run/socket", Skip: "a socket"}
+	s := build(t, root, []source.Object{socket, object("a", 1)})
+	if diff := cmp.Diff([]string{"/", "/a"}, tree(t, s)); diff != "" {
+		t.Error(diff)
+	}
+	want := []Skipped{{Reason: "a socket", Count: 1, Examples: []string{"s3://bucket/run/socket"}}}
+	if diff := cmp.Diff(want, s.Skipped()); diff != "" {
+		t.Error(diff)
+	}
+}
+
 func TestUnversionedIsRefusedByNameUnlessAllowed(t *testing.T) {
 	bare := object("x/a", 1)
 	bare.Version, bare.Digest = "", source.Digest{}

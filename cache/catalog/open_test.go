@@ -53,7 +53,7 @@ func use(t testing.TB, s *Snapshot) {
 		if isFile && (r.Size != o.Size || !strings.HasPrefix(o.Key, s.Mounts()[m].Prefix)) {
 			t.Errorf("node %d: %+v, %+v", i, r, o)
 		}
-		for _, name := range []string{"", "\x00", n.Name + "\x00", "\xff\xff", "/", ".."} {
+		for _, name := range []string{"", "\x00", n.Name + "\x00", "/", ".."} {
 			if c, ok := s.Child(i, name); ok {
 				t.Errorf("%q in %d is %d", name, i, c)
 			}
@@ -406,5 +406,14 @@ func TestLookupsDoNotAllocate(t *testing.T) {
 	}
 	if n := testing.AllocsPerRun(100, func() { s.Path(i) }); n > 1 {
 		t.Errorf("path: %v allocations", n)
+	}
+}
+
+// Files of snapshots outlive an upgrade, and workers and mounts of two versions exchange them: whoever
+// changes the layout changes magic too. (The words of a reason or a note may change.)
+func TestEncodingIsFixed(t *testing.T) {
+	const want = "fc77c3aaffc1abb0fa642cf7e88a7177b2789f69f67b655512fadbb8d8773a5f"
+	if got := fmt.Sprintf("%x", awkward(t).Digest()); got != want {
+		t.Errorf("digest %s, was %s", got, want)
 	}
 }
