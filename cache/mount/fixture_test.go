@@ -46,18 +46,7 @@ const bucketURL = "s3://bucket"
 // snapshotOf lists content as a bucket would.
 func snapshotOf(t testing.TB, all files) *catalog.Snapshot {
 	t.Helper()
-	b := catalog.NewBuilder([]catalog.Mount{{URL: bucketURL, Prefix: "", Path: "/"}})
-	for name, data := range all {
-		o := source.Object{Key: name, Size: int64(len(data)), Version: fmt.Sprintf("v-%x", len(name)), ModTime: created.Add(-time.Hour)}
-		if err := b.Add(0, o); err != nil {
-			t.Fatal(err)
-		}
-	}
-	enc, err := b.Encode(created)
-	if err != nil {
-		t.Fatal(err)
-	}
-	s, err := catalog.Open(enc)
+	s, err := buildSnapshot(all)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -65,6 +54,21 @@ func snapshotOf(t testing.TB, all files) *catalog.Snapshot {
 		t.Fatalf("the fixture has names that cannot be shown: %+v", k)
 	}
 	return s
+}
+
+func buildSnapshot(all files) (*catalog.Snapshot, error) {
+	b := catalog.NewBuilder([]catalog.Mount{{URL: bucketURL, Prefix: "", Path: "/"}})
+	for name, data := range all {
+		o := source.Object{Key: name, Size: int64(len(data)), Version: fmt.Sprintf("v-%x", len(name)), ModTime: created.Add(-time.Hour)}
+		if err := b.Add(0, o); err != nil {
+			return nil, err
+		}
+	}
+	enc, err := b.Encode(created)
+	if err != nil {
+		return nil, err
+	}
+	return catalog.Open(enc)
 }
 
 // memory is a Reader over real bytes.

@@ -271,23 +271,36 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 		close(m.done)
 	}()
 	if s == nil {
-		stopPolls(dir)
+		m.settle()
 	} else if err := resend(conn); err != nil {
 		o.Logger.Warn("requests in flight when the mount's last server went may hang", "dir", dir, "error", err)
 	}
 	return m, nil
 }
 
-// stopPolls makes the kernel ask once, and never again, whether it can poll files here: go-fuse answers
-// requests for this name itself. Without it a Go program that opens a file of a mount which it serves itself
-// can wait for its own answer while it blocks the runtime's poller.
-func stopPolls(dir string) {
-	fd, err := unix.Open(filepath.Join(dir, ".go-fuse-epoll-hack"), unix.O_RDONLY|unix.O_CLOEXEC, 0)
-	if err != nil {
+// settle has the kernel ask now what it asks once: whether it can poll files here, and in NoOpen mode whether it
+// must tell of opens and closes.
+//
+// The first matters to a Go program that opens a file of a mount which it serves itself: it could wait for its
+// own answer while it blocks the runtime's poller. go-fuse answers requests for the name used here by itself.
+// The second matters while nobody serves, between two processes: whoever starts a program then, and has a file
+// open here, would wait in the close of the program's copy of it.
+func (m *Server) settle() {
+	if fd, err := unix.Open(filepath.Join(m.dir, ".go-fuse-epoll-hack"), unix.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
+		_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
+		unix.Close(fd)
+	}
+	if m.fs.mode != NoOpen {
 		return
 	}
-	_, _ = unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0)
-	unix.Close(fd)
+	for i := range catalog.Index(m.fs.snap.Len()) {
+		if n, _ := m.fs.snap.Node(i); !n.Dir {
+			if fd, err := unix.Open(filepath.Join(m.dir, m.fs.snap.Path(i)), unix.O_RDONLY|unix.O_CLOEXEC, 0); err == nil {
+				unix.Close(fd)
+			}
+			return
+		}
+	}
 }
 
 // Dir is where the file system is mounted, absolute and without symbolic links.

@@ -1,0 +1,221 @@
+package mount
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"os/signal"
+	"testing"
+
+	"golang.org/x/sys/unix"
+)
+
+// Some of what is tested needs another process: one that is killed, one that maps a file (a page fault would
+// block this process's runtime, and with it the server), one that has no rights. It is this binary again.
+
+// order tells a child what to do.
+type order struct {
+	// Path is the file to read, or the folder to mount at.
+	Path string
+	// Serve: how, and where to put leased files.
+	Mode Mode
+	Dir  string
+	// Block makes a server stop for good at the first read of the file of that name, and say so.
+	Block string
+	// Resume says that a parked mount comes over the socket.
+	Resume bool
+}
+
+// child runs in the other process; the order is in the environment, after the verb.
+func child(what string) int {
+	var o order
+	if err := json.Unmarshal([]byte(os.Getenv(childEnv+"_ORDER")), &o); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 2
+	}
+	f := map[string]func(order) error{"mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported}[what]
+	if f == nil {
+		fmt.Fprintln(os.Stderr, "no such child:", what)
+		return 2
+	}
+	if err := f(o); err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		return 1
+	}
+	return 0
+}
+
+// command makes a child. It dies with this process.
+func command(t testing.TB, what string, o order) *exec.Cmd {
+	t.Helper()
+	exe, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	b, err := json.Marshal(o)
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command(exe)
+	c.Env = append(os.Environ(), childEnv+"="+what, childEnv+"_ORDER="+string(b))
+	c.Stderr = os.Stderr
+	c.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	return c
+}
+
+// childMap maps a file and prints the digest of what it sees.
+func childMap(o order) error {
+	f, err := os.Open(o.Path)
+	if err != nil {
+		return err
+	}
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	for _, flags := range []int{unix.MAP_SHARED, unix.MAP_PRIVATE} {
+		b, err := unix.Mmap(int(f.Fd()), 0, int(st.Size()), unix.PROT_READ, flags)
+		if err != nil {
+			return err
+		}
+		fmt.Printf("%x\n", sha256.Sum256(b))
+		if err := unix.Munmap(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// childRead reads a byte of a file, and prints how that went. SIGUSR1 does nothing to it.
+func childRead(o order) error {
+	c := make(chan os.Signal, 10)
+	signal.Notify(c, unix.SIGUSR1)
+	fd, err := unix.Open(o.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	n, err := unix.Read(fd, make([]byte, 1))
+	fmt.Printf("%d %s\n", n, unix.ErrnoName(errno(err)))
+	return nil
+}
+
+func errno(err error) unix.Errno {
+	var e unix.Errno
+	errors.As(err, &e)
+	return e
+}
+
+func childSupported(order) error { return Supported() }
+
+// served is what the mounts of served children show.
+func served() files {
+	all := files{"slow": content("slow", 900_000), "big": content("big", 5<<20+77), "other": content("other", 2<<20), "small": content("small", 5000)}
+	for k := range 50 {
+		name := fmt.Sprintf("dir/f%02d", k)
+		all[name] = content(name, 100*k)
+	}
+	return all
+}
+
+// note is a packet between a server child and its parent.
+type note struct {
+	What     string
+	Settings Settings
+}
+
+func send(c *net.UnixConn, n note, p *Parked) error {
+	b, err := json.Marshal(n)
+	if err != nil {
+		return err
+	}
+	var rights []byte
+	if p != nil {
+		rights = unix.UnixRights(int(p.Conn.Fd()), int(p.Table.Fd()))
+	}
+	_, _, err = c.WriteMsgUnix(b, rights, nil)
+	return err
+}
+
+func receive(c *net.UnixConn) (n note, p *Parked, err error) {
+	b, oob := make([]byte, 64<<10), make([]byte, 256)
+	k, ok, _, _, err := c.ReadMsgUnix(b, oob)
+	if err == nil && k == 0 {
+		err = io.EOF
+	}
+	if err != nil {
+		return n, nil, err
+	}
+	if err := json.NewDecoder(bytes.NewReader(b[:k])).Decode(&n); err != nil {
+		return n, nil, err
+	}
+	if ok > 0 {
+		m, err := unix.ParseSocketControlMessage(oob[:ok])
+		if err != nil {
+			return n, nil, err
+		}
+		fds, err := unix.ParseUnixRights(&m[0])
+		if err != nil || len(fds) != 2 {
+			return n, nil, fmt.Errorf("%d descriptors: %v", len(fds), err)
+		}
+		p = &Parked{Settings: n.Settings, Conn: os.NewFile(uintptr(fds[0]), "conn"), Table: os.NewFile(uintptr(fds[1]), "table")}
+	}
+	return n, p, nil
+}
+
+// childServe mounts, or takes over what comes over the socket, parks it there, and serves until it is killed or
+// told to unmount.
+func childServe(o order) error {
+	conn, err := net.FileConn(os.NewFile(3, "parent"))
+	if err != nil {
+		return err
+	}
+	c := conn.(*net.UnixConn)
+	all := served()
+	s, err := buildSnapshot(all)
+	if err != nil {
+		return err
+	}
+	r := &leasing{memory: newMemory(s, all), dir: o.Dir}
+	r.hook(func(ctx context.Context, path string, _ int64) error {
+		if path == o.Block {
+			if err := send(c, note{What: "blocked"}, nil); err != nil {
+				return err
+			}
+			select {} // until this process is killed
+		}
+		return nil
+	})
+	opt := Options{Dataset: "served", Mode: o.Mode, Leases: 8}
+	var m *Server
+	if o.Resume {
+		_, p, err := receive(c)
+		if err != nil {
+			return err
+		}
+		m, err = Resume(context.Background(), p, s, r, opt)
+		if err != nil {
+			return err
+		}
+	} else if m, err = Mount(context.Background(), o.Path, s, r, opt); err != nil {
+		return err
+	}
+	p, err := m.Park()
+	if err != nil {
+		return err
+	}
+	if err := send(c, note{What: "parked", Settings: p.Settings}, p); err != nil {
+		return err
+	}
+	p.Close()
+	if _, _, err := receive(c); err == nil {
+		return m.Unmount()
+	}
+	return nil // the parent is gone: leave without an unmount
+}
