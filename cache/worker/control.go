@@ -1,0 +1,282 @@
+package worker
+
+import (
+	"context"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"net/http"
+	"net/http/pprof"
+	"strings"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus/promhttp"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// maxResidency is how many files one answer of PathResidency lists.
+const maxResidency = 10000
+
+// headerForwarded marks a refresh that one worker passes on to the one that lists, once.
+const headerForwarded = "Stepcache-Forwarded"
+
+// handler is the control endpoint. ctx is what loads run under.
+func (w *Worker) handler(ctx context.Context) http.Handler {
+	mux := http.NewServeMux()
+	mux.HandleFunc("GET "+wire.PathHealth, func(rw http.ResponseWriter, r *http.Request) {
+		io.WriteString(rw, "ok\n")
+	})
+	mux.HandleFunc("GET "+wire.PathReady, func(rw http.ResponseWriter, r *http.Request) {
+		if err := w.problems.ready(); err != nil {
+			http.Error(rw, err.Error(), http.StatusServiceUnavailable)
+			return
+		}
+		io.WriteString(rw, "ready\n")
+	})
+	mux.Handle("GET "+wire.PathMetrics, promhttp.HandlerFor(w.registry, promhttp.HandlerOpts{}))
+	if w.config.Pprof {
+		// Not signed, because go tool pprof cannot: whoever turns it on keeps the port to himself.
+		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
+		mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
+		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
+		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
+		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
+	}
+	signed := func(pattern string, h func(r *http.Request) (any, error)) {
+		mux.HandleFunc(pattern, func(rw http.ResponseWriter, r *http.Request) { w.signed(rw, r, h) })
+	}
+	signed("GET "+wire.PathStatus, func(r *http.Request) (any, error) { return w.Status(), nil })
+	signed("GET "+wire.PathResidency, func(r *http.Request) (any, error) {
+		return w.residency(r.Context(), r.URL.Query().Get("prefix"))
+	})
+	signed("POST "+wire.PathRefresh, func(r *http.Request) (any, error) { return w.refresh(r) })
+	signed("GET "+wire.PathLoads, func(r *http.Request) (any, error) { return w.loads.all(), nil })
+	signed("POST "+wire.PathLoads, func(r *http.Request) (any, error) {
+		var req wire.LoadRequest
+		d := json.NewDecoder(r.Body)
+		d.DisallowUnknownFields()
+		if err := d.Decode(&req); err != nil {
+			return nil, failed(http.StatusBadRequest, "load request: %w", err)
+		}
+		return w.loads.start(ctx, req)
+	})
+	signed("GET "+wire.PathLoads+"/{id}", func(r *http.Request) (any, error) { return w.loads.get(r.PathValue("id")) })
+	signed("DELETE "+wire.PathLoads+"/{id}", func(r *http.Request) (any, error) {
+		return nil, w.loads.remove(r.Context(), r.PathValue("id"))
+	})
+	return mux
+}
+
+// signed answers a request that must be signed with the control key.
+func (w *Worker) signed(rw http.ResponseWriter, r *http.Request, h func(r *http.Request) (any, error)) {
+	now := w.clock.Now()
+	err := wire.VerifyRequest(r, w.keys.Keys(), now)
+	if err == nil {
+		err = w.nonces.Use(r, now)
+	}
+	if err != nil {
+		code := http.StatusBadRequest
+		switch {
+		case errors.Is(err, wire.ErrUnauthorized):
+			code = http.StatusUnauthorized
+		case errors.Is(err, wire.ErrOverloaded):
+			code = http.StatusTooManyRequests
+		}
+		w.counts.refused.Add(1)
+		writeJSON(rw, code, map[string]string{"error": err.Error()})
+		return
+	}
+	answer, err := h(r)
+	var se *statusError
+	switch {
+	case errors.As(err, &se):
+		writeJSON(rw, se.code, map[string]string{"error": err.Error()})
+	case err != nil:
+		writeJSON(rw, http.StatusInternalServerError, map[string]string{"error": err.Error()})
+	case answer == nil:
+		rw.WriteHeader(http.StatusNoContent)
+	default:
+		writeJSON(rw, http.StatusOK, answer)
+	}
+}
+
+func writeJSON(rw http.ResponseWriter, code int, v any) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		code, b = http.StatusInternalServerError, []byte(`{"error":"answer not encoded"}`)
+	}
+	rw.Header().Set("Content-Type", "application/json")
+	rw.WriteHeader(code)
+	rw.Write(append(b, '\n')) // the client may be gone
+}
+
+// Status is what this worker says of itself.
+func (w *Worker) Status() wire.WorkerStatus {
+	st := w.store.Stats()
+	s := wire.WorkerStatus{
+		Dataset: w.config.Dataset, ID: w.config.ID, Epoch: w.members.view().Epoch,
+		Quota: st.Quota, Used: st.Used, Pinned: st.Pinned,
+		ServedBytes: w.counts.served.Load(), OpenedBytes: w.counts.opened.Load(),
+		Verified: w.counts.verified.Load(), Unverified: w.counts.unverified.Load(), Corrupt: w.counts.corrupt.Load(),
+		Refetched: w.counts.refetched.Load() + int64(st.Corrupt),
+	}
+	if snap, ok := w.snapshots.get(wire.Digest{}); ok {
+		d := snap.Digest()
+		s.Snapshot, s.Files, s.Bytes = hex.EncodeToString(d[:]), snap.Files(), snap.Bytes()
+		for _, k := range snap.Skipped() {
+			if s.Skipped == nil {
+				s.Skipped = make(map[string]int64)
+			}
+			s.Skipped[k.Reason] += k.Count
+		}
+		snap.release()
+	} else {
+		s.Files = w.listed.Load() // so far
+	}
+	if src := w.sources.Load(); src != nil {
+		for _, o := range src.sources {
+			c := o.Meter.Counts()
+			s.SourceBytes += c.Read
+			s.SourceRequests += c.Total()
+		}
+	}
+	if err := w.keys.Err(); err != nil {
+		w.problems.set(problemKeys, err)
+	} else {
+		w.problems.set(problemKeys, nil)
+	}
+	s.Problem = w.problems.String()
+	return s
+}
+
+// residency lists how much is held of the files whose path begins with prefix.
+func (w *Worker) residency(ctx context.Context, prefix string) (wire.Residency, error) {
+	snap, ok := w.snapshots.get(wire.Digest{})
+	if !ok {
+		return wire.Residency{}, failed(http.StatusServiceUnavailable, "%w", w.unknownSnapshot(wire.Digest{}))
+	}
+	defer snap.release()
+	d := snap.Digest()
+	out := wire.Residency{Snapshot: hex.EncodeToString(d[:]), Files: []wire.FileResidency{}}
+	snap.Walk(deepest(snap.Snapshot, prefix), func(i catalog.Index) bool {
+		r, ok := snap.Ring(i)
+		if !ok {
+			return true
+		}
+		have := w.store.Residency(r)
+		if have.Blocks == 0 {
+			return ctx.Err() == nil
+		}
+		path := snap.Path(i)
+		if !strings.HasPrefix(path, prefix) {
+			return true
+		}
+		if len(out.Files) == maxResidency {
+			out.Truncated = true
+			return false
+		}
+		out.Files = append(out.Files, wire.FileResidency{Path: path, Size: r.Size, Resident: have.Bytes})
+		return ctx.Err() == nil
+	})
+	return out, nil
+}
+
+// deepest is the directory below which every path that begins with prefix lies.
+func deepest(snap *catalog.Snapshot, prefix string) catalog.Index {
+	dir := prefix[:strings.LastIndex(prefix, "/")+1]
+	if i, ok := snap.Lookup(strings.TrimSuffix(dir, "/")); ok && dir != "" && dir != "/" {
+		return i
+	}
+	return 0
+}
+
+// refresh lists the bucket anew. A worker that does not list passes the request on to the one that does.
+func (w *Worker) refresh(r *http.Request) (any, error) {
+	req := refreshRequest{reply: make(chan refreshResult, 1)}
+	select {
+	case w.refreshes <- req:
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	case <-w.stopping:
+		return nil, failed(http.StatusServiceUnavailable, "worker %s is stopping", w.config.ID)
+	}
+	var res refreshResult
+	select {
+	case res = <-req.reply:
+	case <-r.Context().Done():
+		return nil, r.Context().Err()
+	}
+	if errors.Is(res.err, errNotLister) {
+		return w.forwardRefresh(r)
+	}
+	if res.err != nil {
+		return nil, failed(http.StatusBadGateway, "%w", res.err)
+	}
+	return refreshed{hex.EncodeToString(res.digest[:])}, nil
+}
+
+// refreshed answers PathRefresh.
+type refreshed struct {
+	Snapshot string `json:"snapshot"`
+}
+
+func (w *Worker) forwardRefresh(r *http.Request) (any, error) {
+	m, ok := w.members.view().Lister(w.config.Dataset)
+	if !ok || m.Control == "" || m.ID == w.config.ID || r.Header.Get(headerForwarded) != "" {
+		return nil, failed(http.StatusServiceUnavailable, "worker %s: which worker lists the bucket is being settled: ask again", w.config.ID)
+	}
+	key, ok := w.keys.Keys().Current(wire.RoleControl)
+	if !ok {
+		return nil, failed(http.StatusServiceUnavailable, "worker %s has no control key", w.config.ID)
+	}
+	out, err := http.NewRequestWithContext(r.Context(), http.MethodPost, "http://"+m.Control+wire.PathRefresh, nil)
+	if err != nil {
+		return nil, fmt.Errorf("worker %s: %w", m.ID, err)
+	}
+	out.Header.Set(headerForwarded, w.config.ID)
+	if err := wire.SignRequest(out, key, w.clock.Now()); err != nil {
+		return nil, err
+	}
+	resp, err := w.http.Do(out)
+	if err != nil {
+		return nil, failed(http.StatusBadGateway, "worker %s, which lists the bucket: %w", m.ID, err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(io.LimitReader(resp.Body, wire.MaxBody))
+	if err != nil {
+		return nil, failed(http.StatusBadGateway, "worker %s, which lists the bucket: %w", m.ID, err)
+	}
+	if resp.StatusCode != http.StatusOK {
+		return nil, failed(resp.StatusCode, "worker %s, which lists the bucket: %s", m.ID, strings.TrimSpace(string(b)))
+	}
+	return json.RawMessage(b), nil
+}
+
+// serveControl serves HTTP until ctx ends.
+func (w *Worker) serveControl(ctx context.Context, l net.Listener) error {
+	srv := &http.Server{
+		Handler: w.handler(ctx), ReadHeaderTimeout: 10 * time.Second, ReadTimeout: 30 * time.Second,
+		IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 16 << 10,
+		BaseContext: func(net.Listener) context.Context { return ctx },
+	}
+	stop := context.AfterFunc(ctx, func() {
+		within, cancel := context.WithTimeout(context.Background(), drainTimeout)
+		defer cancel()
+		if srv.Shutdown(within) != nil {
+			srv.Close()
+		}
+		close(w.controlEnded)
+	})
+	defer stop()
+	err := srv.Serve(l)
+	if ctx.Err() != nil {
+		<-w.controlEnded
+		return nil
+	}
+	return fmt.Errorf("control endpoint: %w", err)
+}

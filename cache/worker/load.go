@@ -1,0 +1,404 @@
+package worker
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/bmatcuk/doublestar/v4"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+const (
+	// loadFills is how many blocks a load fetches at once: what saturates a bucket of 20 ms with files of
+	// 100 KiB. Large blocks are held back by the store's buffers and the source's limit.
+	loadFills = 64
+	// maxPasses is how often a load goes over what it misses before it gives up.
+	maxPasses = 5
+	// maxFailures is how many failed files are listed.
+	maxFailures = 100
+	// residentEvery is how often a finished load looks again at what is still resident.
+	residentEvery = 5 * time.Second
+)
+
+// load pulls the blocks that this worker owns of the files that match.
+type load struct {
+	w      *Worker
+	req    wire.LoadRequest
+	cancel context.CancelFunc
+	ended  chan struct{}
+	// resident and fetched are the counters of the pass under way.
+	resident, fetched atomic.Int64
+
+	mu      sync.Mutex
+	status  wire.LoadStatus
+	items   []item
+	digest  wire.Digest
+	checked time.Time
+}
+
+// item is one block that this worker has to hold.
+type item struct {
+	index catalog.Index
+	block int32
+}
+
+// current is the status as of now.
+func (l *load) current() wire.LoadStatus {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	s := l.status
+	s.Resident, s.Fetched = l.resident.Load(), l.fetched.Load()
+	s.Failures = append([]wire.LoadFailure(nil), l.status.Failures...)
+	return s
+}
+
+func (l *load) update(f func(*wire.LoadStatus)) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	f(&l.status)
+}
+
+// run loads until everything is resident, or it cannot be, and again when the membership changes: always
+// for a load that is not done or that pins, since new blocks became this worker's. A load that was done
+// and pins nothing has had its effect.
+func (l *load) run(ctx context.Context) {
+	w := l.w
+	var pinned string // the owner of the pins in force
+	defer func() {
+		if pinned != "" {
+			w.store.Unpin(pinned)
+		}
+	}()
+	for {
+		v := w.members.view()
+		owner := fmt.Sprintf("load/%s/%d", l.req.ID, v.Epoch)
+		pctx, cancel := context.WithCancelCause(ctx)
+		stop := make(chan struct{})
+		var watch sync.WaitGroup
+		watch.Go(func() {
+			select {
+			case <-v.replaced:
+				cancel(errReplaced)
+			case <-stop:
+			}
+		})
+		err := l.attempt(pctx, v, owner, pinned)
+		close(stop)
+		watch.Wait()
+		replaced := errors.Is(context.Cause(pctx), errReplaced)
+		cancel(nil)
+		if pinned != "" && pinned != owner {
+			// Only now, so that blocks which stay this worker's are pinned without a gap.
+			w.store.Unpin(pinned)
+		}
+		pinned = owner
+		if ctx.Err() != nil {
+			return
+		}
+		if replaced {
+			continue
+		}
+		l.update(func(s *wire.LoadStatus) {
+			s.Done = err == nil
+			s.Finished = w.clock.Now()
+			if err != nil && !errors.Is(err, errFailures) {
+				s.Problem = err.Error()
+			}
+		})
+		if err != nil {
+			w.log.Warn("load not done", "load", l.req.ID, "error", err)
+		} else {
+			w.log.Info("load done", "load", l.req.ID, "bytes", l.resident.Load())
+			if !l.req.Pin {
+				return
+			}
+		}
+		select {
+		case <-ctx.Done():
+			return
+		case <-v.replaced:
+		}
+	}
+}
+
+var (
+	errReplaced = errors.New("the membership changed")
+	errFailures = errors.New("some files could not be loaded")
+)
+
+// attempt goes over the load's blocks under one membership until they are resident. Its pins are owner's;
+// those of previous, from the membership before, make room for them if they must.
+func (l *load) attempt(ctx context.Context, v *view, owner, previous string) error {
+	w := l.w
+	l.update(func(s *wire.LoadStatus) {
+		s.Done, s.Finished, s.Problem = false, time.Time{}, ""
+		s.Failures, s.FailedFiles = nil, 0
+	})
+	snap, err := l.snapshot(ctx)
+	if err != nil {
+		return err
+	}
+	defer snap.release()
+	items, err := l.plan(ctx, snap, v)
+	if err != nil {
+		return err
+	}
+	if l.req.Pin {
+		for _, it := range items {
+			r, _ := snap.Ring(it.index)
+			err := w.store.Pin(r, int64(it.block), owner)
+			if errors.Is(err, store.ErrFull) && previous != "" && previous != owner {
+				w.store.Unpin(previous)
+				err = w.store.Pin(r, int64(it.block), owner)
+			}
+			if err != nil {
+				w.store.Unpin(owner)
+				if errors.Is(err, store.ErrFull) {
+					return fmt.Errorf("load %s: %w: %w", l.req.ID, errUnfit, err)
+				}
+				return fmt.Errorf("load %s: pin %s: %w", l.req.ID, snap.Path(it.index), err)
+			}
+		}
+	} else if total, quota := l.current().Total, w.store.Stats().Quota; total > quota {
+		return fmt.Errorf("load %s: %w: its %d bytes on worker %s exceed the cache of %d: load fewer paths, raise the workers' memory or add workers", l.req.ID, errUnfit, total, w.config.ID, quota)
+	}
+	wait := newBackoff()
+	for pass := 1; ; pass++ {
+		again := l.pass(ctx, snap, v, items)
+		if ctx.Err() != nil {
+			return ctx.Err()
+		}
+		missing := l.count(snap, items)
+		failures := l.current().FailedFiles
+		switch {
+		case missing == 0:
+			l.update(func(s *wire.LoadStatus) { s.Failures, s.FailedFiles = nil, 0 })
+			return nil
+		case failures > 0 && (!again || pass >= maxPasses):
+			return fmt.Errorf("load %s: %d files: %w", l.req.ID, failures, errFailures)
+		case pass >= maxPasses:
+			return fmt.Errorf("load %s: %w: %d of its bytes were loaded but not kept beside what else is cached: load fewer paths, pin it, or raise the workers' memory", l.req.ID, errUnfit, missing)
+		}
+		if failures > 0 {
+			if err := w.sleep(ctx, wait.NextBackOff()); err != nil {
+				return err
+			}
+		}
+		l.update(func(s *wire.LoadStatus) { s.Failures, s.FailedFiles = nil, 0 })
+	}
+}
+
+// snapshot waits for the load's snapshot, saying so meanwhile.
+func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
+	w := l.w
+	d, err := parseDigest(l.req.Snapshot)
+	if err != nil {
+		return nil, err
+	}
+	if l.digest != (wire.Digest{}) {
+		d = l.digest // what was current when the load began
+	}
+	for {
+		if snap, ok := w.snapshots.get(d); ok {
+			l.mu.Lock()
+			l.digest = snap.Digest()
+			l.status.Snapshot, l.status.Problem = hex.EncodeToString(l.digest[:]), ""
+			l.mu.Unlock()
+			return snap, nil
+		}
+		w.wantSnapshot(d)
+		l.update(func(s *wire.LoadStatus) { s.Problem = w.unknownSnapshot(d).Error() })
+		if err := w.sleep(ctx, pollInterval); err != nil {
+			return nil, err
+		}
+	}
+}
+
+// plan lists the blocks that this worker has to hold.
+func (l *load) plan(ctx context.Context, snap *snapshot, v *view) ([]item, error) {
+	var items []item
+	var files, total, matched int64
+	snap.Walk(0, func(i catalog.Index) bool {
+		if !l.matches(snap.Path(i)) {
+			return ctx.Err() == nil
+		}
+		matched++
+		r, ok := snap.Ring(i)
+		if !ok {
+			return true
+		}
+		mine := false
+		for block := range ring.Blocks(r.Size) {
+			if _, place := v.owners(l.w.config.ID, r, block, l.req.Copies); place >= 0 {
+				items = append(items, item{i, int32(block)})
+				total += blockLen(r.Size, block)
+				mine = true
+			}
+		}
+		if mine {
+			files++
+		}
+		return ctx.Err() == nil
+	})
+	if ctx.Err() != nil {
+		return nil, ctx.Err()
+	}
+	l.mu.Lock()
+	l.items = items
+	l.status.Files, l.status.Total = files, total
+	l.mu.Unlock()
+	if matched == 0 && len(l.req.Paths) > 0 {
+		return nil, fmt.Errorf("load %s: no file of the snapshot matches %q", l.req.ID, l.req.Paths)
+	}
+	return items, nil
+}
+
+func (l *load) matches(path string) bool {
+	if len(l.req.Paths) == 0 {
+		return true
+	}
+	for _, p := range l.req.Paths {
+		if ok, _ := doublestar.Match(p, path); ok { // patterns were validated
+			return true
+		}
+	}
+	return false
+}
+
+// pass fetches what is not resident and notes the files that fail; again says whether another pass may
+// get more of them.
+func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) (again bool) {
+	l.resident.Store(0)
+	var mu sync.Mutex
+	failedFiles := make(map[catalog.Index]bool) // and whether the failure is final
+	retry := false
+	var g errgroup.Group
+	g.SetLimit(loadFills)
+	for _, it := range items {
+		if ctx.Err() != nil {
+			break
+		}
+		mu.Lock()
+		skip := failedFiles[it.index]
+		mu.Unlock()
+		if skip {
+			continue
+		}
+		g.Go(func() error {
+			err := l.fetch(ctx, snap, v, it)
+			if err == nil || ctx.Err() != nil {
+				return nil
+			}
+			final := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrInvalid)
+			mu.Lock()
+			_, known := failedFiles[it.index]
+			failedFiles[it.index] = failedFiles[it.index] || final
+			retry = retry || !final
+			mu.Unlock()
+			if !known {
+				l.update(func(s *wire.LoadStatus) {
+					s.FailedFiles++
+					if len(s.Failures) < maxFailures {
+						s.Failures = append(s.Failures, wire.LoadFailure{Path: snap.Path(it.index), Reason: err.Error()})
+					}
+				})
+			}
+			return nil
+		})
+	}
+	g.Wait()
+	return retry
+}
+
+// fetch makes one block resident.
+func (l *load) fetch(ctx context.Context, snap *snapshot, v *view, it item) error {
+	w := l.w
+	f, ok := snap.file(it.index)
+	if !ok {
+		return fmt.Errorf("%w: node %d is not a file", source.ErrInvalid, it.index)
+	}
+	block := int64(it.block)
+	size := blockLen(f.ring.Size, block)
+	if b, ok := w.store.Lookup(f.ring, block); ok {
+		b.Release()
+		l.resident.Add(size)
+		return nil
+	}
+	owners, place := v.owners(w.config.ID, f.ring, block, l.req.Copies)
+	b, done, err := w.fill(ctx, f, block, owners, place, 0, budget{})
+	if err != nil {
+		return err
+	}
+	l.fetched.Add(size)
+	if b.Resident() {
+		l.resident.Add(size)
+	}
+	b.Release()
+	done()
+	return nil
+}
+
+// count sets the resident bytes to what the store holds and returns what is missing.
+func (l *load) count(snap *snapshot, items []item) (missing int64) {
+	var resident int64
+	var bitmap []byte
+	var size int64
+	last := catalog.Index(0) // the root is no file
+	for _, it := range items {
+		if it.index != last {
+			last = it.index
+			r, _ := snap.Ring(it.index)
+			bitmap, size = l.w.store.Bitmap(r), r.Size
+		}
+		n := blockLen(size, int64(it.block))
+		if i := int(it.block / 8); i < len(bitmap) && bitmap[i]&(1<<(it.block%8)) != 0 {
+			resident += n
+		} else {
+			missing += n
+		}
+	}
+	l.resident.Store(resident)
+	return missing
+}
+
+// refresh brings the resident bytes of a finished load up to date, now and then.
+func (l *load) refresh() {
+	l.mu.Lock()
+	now := l.w.clock.Now()
+	due := !l.status.Finished.IsZero() && now.Sub(l.checked) >= residentEvery
+	if due {
+		l.checked = now
+	}
+	items, d := l.items, l.digest
+	l.mu.Unlock()
+	if !due || d == (wire.Digest{}) {
+		return
+	}
+	if snap, ok := l.w.snapshots.get(d); ok {
+		l.count(snap, items)
+		snap.release()
+	}
+}
+
+// parseDigest reads a snapshot's name; empty is the zero digest.
+func parseDigest(s string) (d wire.Digest, err error) {
+	if s == "" {
+		return d, nil
+	}
+	b, err := hex.DecodeString(s)
+	if err != nil || len(b) != len(d) {
+		return d, fmt.Errorf("snapshot %q is not a digest of %d hex digits", s, 2*len(d))
+	}
+	return wire.Digest(b), nil
+}

@@ -1,0 +1,88 @@
+package worker
+
+import (
+	"sync/atomic"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"github.com/prometheus/client_golang/prometheus/collectors"
+
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// counts are a worker's own counters; the store and the sources have theirs.
+type counts struct {
+	served, opened, peerBytes     atomic.Int64
+	verified, unverified, corrupt atomic.Int64
+	refetched, refused            atomic.Int64
+	statuses                      [wire.Internal + 1]atomic.Int64
+}
+
+// status counts an answer that is not OK.
+func (c *counts) status(s wire.Status) {
+	if int(s) < len(c.statuses) {
+		c.statuses[s].Add(1)
+	}
+}
+
+// newRegistry makes the registry of one worker.
+func newRegistry(w *Worker) *prometheus.Registry {
+	r := prometheus.NewRegistry()
+	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &collector{w: w})
+	return r
+}
+
+// collector reads the counters when it is asked.
+type collector struct{ w *Worker }
+
+// Describe leaves the collector unchecked: what it yields depends on nothing but the table in Collect.
+func (c *collector) Describe(chan<- *prometheus.Desc) {}
+
+var statusDesc = prometheus.NewDesc("stepcache_worker_errors_total", "Requests answered with a status other than OK.", []string{"status"}, nil)
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(out chan<- prometheus.Metric) {
+	st, s := c.w.store.Stats(), c.w.Status()
+	ready := 0.0
+	if c.w.problems.ready() == nil {
+		ready = 1
+	}
+	for _, m := range []struct {
+		name, help string
+		kind       prometheus.ValueType
+		value      float64
+	}{
+		{"store_quota_bytes", "Most that the store may hold.", prometheus.GaugeValue, float64(st.Quota)},
+		{"store_used_bytes", "What the store holds of its quota.", prometheus.GaugeValue, float64(st.Used)},
+		{"store_pinned_bytes", "What loads keep from eviction.", prometheus.GaugeValue, float64(st.Pinned)},
+		{"store_zombie_bytes", "Bytes of evicted files that readers still have open.", prometheus.GaugeValue, float64(st.Zombie)},
+		{"store_blocks", "Resident blocks.", prometheus.GaugeValue, float64(st.Blocks)},
+		{"store_objects", "Objects with a resident block.", prometheus.GaugeValue, float64(st.Objects)},
+		{"store_leases", "Descriptors that are handed out.", prometheus.GaugeValue, float64(st.Leases)},
+		{"store_hits_total", "Blocks found resident.", prometheus.CounterValue, float64(st.Hits)},
+		{"store_misses_total", "Blocks that were fetched.", prometheus.CounterValue, float64(st.Misses)},
+		{"store_shared_total", "Requests that joined a fetch under way.", prometheus.CounterValue, float64(st.Shared)},
+		{"store_uncached_total", "Blocks served without being kept.", prometheus.CounterValue, float64(st.Uncached)},
+		{"store_evicted_total", "Blocks evicted.", prometheus.CounterValue, float64(st.Evicted)},
+		{"store_corrupt_total", "Blocks whose bytes no longer matched their checksums.", prometheus.CounterValue, float64(st.Corrupt)},
+		{"worker_served_bytes_total", "Bytes sent to readers.", prometheus.CounterValue, float64(s.ServedBytes)},
+		{"worker_opened_bytes_total", "Bytes of files handed out as descriptors.", prometheus.CounterValue, float64(s.OpenedBytes)},
+		{"worker_peer_bytes_total", "Bytes fetched from other workers.", prometheus.CounterValue, float64(c.w.counts.peerBytes.Load())},
+		{"worker_verified_objects_total", "Whole objects that match the bucket's digest.", prometheus.CounterValue, float64(s.Verified)},
+		{"worker_unverified_objects_total", "Whole objects for which the bucket publishes no digest.", prometheus.CounterValue, float64(s.Unverified)},
+		{"worker_corrupt_objects_total", "Whole objects that did not match the bucket's digest.", prometheus.CounterValue, float64(s.Corrupt)},
+		{"worker_refetched_blocks_total", "Blocks fetched again after a checksum failed.", prometheus.CounterValue, float64(s.Refetched)},
+		{"worker_refused_total", "Connections and control requests that were refused.", prometheus.CounterValue, float64(c.w.counts.refused.Load())},
+		{"worker_requests", "Requests under way.", prometheus.GaugeValue, float64(len(c.w.requests))},
+		{"worker_membership_epoch", "Epoch of the membership in force.", prometheus.GaugeValue, float64(s.Epoch)},
+		{"worker_ready", "1 when the worker can serve.", prometheus.GaugeValue, ready},
+		{"snapshot_files", "Files of the current snapshot.", prometheus.GaugeValue, float64(s.Files)},
+		{"snapshot_bytes", "Bytes of the current snapshot.", prometheus.GaugeValue, float64(s.Bytes)},
+	} {
+		out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_"+m.name, m.help, nil, nil), m.kind, m.value)
+	}
+	for i := range c.w.counts.statuses {
+		if n := c.w.counts.statuses[i].Load(); n > 0 {
+			out <- prometheus.MustNewConstMetric(statusDesc, prometheus.CounterValue, float64(n), wire.Status(i).String())
+		}
+	}
+}

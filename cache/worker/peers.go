@@ -1,0 +1,247 @@
+package worker
+
+import (
+	"bufio"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"sync"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// maxIdlePeers is how many idle connections are kept to one worker.
+const maxIdlePeers = 4
+
+// peers asks other workers: for snapshots, and for blocks that this worker holds a copy of. A connection
+// carries one request at a time; idle ones are kept for the next.
+type peers struct {
+	dataset string
+	keys    func() wire.Keys
+	dial    func(ctx context.Context, network, addr string) (net.Conn, error)
+
+	mu     sync.Mutex
+	idle   map[string][]*peerConn
+	closed bool
+}
+
+type peerConn struct {
+	net.Conn
+	r    *bufio.Reader
+	next uint32 // request ids
+	used bool   // carried a request before
+}
+
+// errPeer wraps what went wrong with the connection to a peer, as against what the peer answered.
+type errPeer struct {
+	member ring.Member
+	err    error
+}
+
+func (e *errPeer) Error() string {
+	return fmt.Sprintf("worker %s at %s: %v", e.member.ID, e.member.Addr, e.err)
+}
+func (e *errPeer) Unwrap() error { return e.err }
+
+// frame asks m and returns its reply with a payload of any length.
+func (p *peers) frame(ctx context.Context, m ring.Member, req wire.Request) (wire.Reply, []byte, error) {
+	var body []byte
+	rep, err := p.do(ctx, m, req, func(rep wire.Reply) []byte {
+		body = make([]byte, rep.Length)
+		return body
+	})
+	return rep, body, err
+}
+
+// read asks m for exactly len(p) bytes, which go into p.
+func (p *peers) read(ctx context.Context, m ring.Member, req wire.Request, into []byte) error {
+	rep, err := p.do(ctx, m, req, func(rep wire.Reply) []byte {
+		if int(rep.Length) != len(into) {
+			return nil
+		}
+		return into
+	})
+	if err != nil {
+		return err
+	}
+	if rep.Index != req.Index || rep.Off != req.Off {
+		return &errPeer{m, fmt.Errorf("%w: answer to another question", wire.ErrCorrupt)}
+	}
+	return nil
+}
+
+// do asks m. buffer gives room for the payload of an OK reply; nil from it means that the length is wrong.
+// An error is the status's, or an *errPeer.
+func (p *peers) do(ctx context.Context, m ring.Member, req wire.Request, buffer func(wire.Reply) []byte) (wire.Reply, error) {
+	for {
+		c, err := p.conn(ctx, m)
+		if err != nil {
+			return wire.Reply{}, &errPeer{m, err}
+		}
+		reused := c.used
+		c.used = true
+		rep, msg, answered, err := c.exchange(ctx, req, buffer)
+		if err != nil {
+			c.Close()
+			if reused && !answered && ctx.Err() == nil && !errors.Is(err, errHung) {
+				continue // the peer was restarted since: a new connection tells
+			}
+			return wire.Reply{}, &errPeer{m, err}
+		}
+		p.put(m.Addr, c)
+		return rep, rep.Status.Err(msg)
+	}
+}
+
+func (p *peers) conn(ctx context.Context, m ring.Member) (*peerConn, error) {
+	p.mu.Lock()
+	if l := p.idle[m.Addr]; len(l) > 0 {
+		c := l[len(l)-1]
+		p.idle[m.Addr] = l[:len(l)-1]
+		p.mu.Unlock()
+		return c, nil
+	}
+	p.mu.Unlock()
+	key, ok := p.keys().Current(wire.RoleRead)
+	if !ok {
+		return nil, fmt.Errorf("%w: this worker has no read key", wire.ErrUnauthorized)
+	}
+	dctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
+	defer cancel()
+	nc, err := p.dial(dctx, "tcp", m.Addr)
+	if err != nil {
+		return nil, err
+	}
+	if err := wire.ClientHandshake(dctx, nc, p.dataset, wire.RoleRead, key); err != nil {
+		nc.Close()
+		return nil, err
+	}
+	return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10)}, nil
+}
+
+func (p *peers) put(addr string, c *peerConn) {
+	p.mu.Lock()
+	keep := !p.closed && len(p.idle[addr]) < maxIdlePeers
+	if keep {
+		p.idle[addr] = append(p.idle[addr], c)
+	}
+	p.mu.Unlock()
+	if !keep {
+		c.Close()
+	}
+}
+
+func (p *peers) close() {
+	p.mu.Lock()
+	p.closed = true
+	idle := p.idle
+	p.idle = nil
+	p.mu.Unlock()
+	for _, l := range idle {
+		for _, c := range l {
+			c.Close()
+		}
+	}
+}
+
+// errHung: the peer answers no pings.
+var errHung = fmt.Errorf("no answer to a ping within %v", wire.PongTimeout)
+
+// exchange sends req and waits for its reply, pinging meanwhile: a peer that waits for a slow bucket
+// answers pings and is waited for, one that hangs is not. answered says that the peer sent something.
+func (c *peerConn) exchange(ctx context.Context, req wire.Request, buffer func(wire.Reply) []byte) (rep wire.Reply, msg string, answered bool, err error) {
+	// The end of ctx cuts every read and write short.
+	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
+	defer func() {
+		if !stop() && err == nil {
+			err = ctx.Err() // the connection's deadline is spoilt
+		}
+		if err == nil {
+			err = c.SetDeadline(time.Time{})
+		}
+	}()
+	c.next++
+	req.ID = c.next
+	if err := c.send(req); err != nil {
+		return rep, "", false, err
+	}
+	var pinged time.Time // when the ping under way was sent; zero: none is
+	for {
+		if err := c.readWithin(ctx, wire.PingInterval); err != nil {
+			return rep, "", answered, err
+		}
+		if _, err := c.r.Peek(1); errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil {
+			switch {
+			case pinged.IsZero():
+				pinged = time.Now()
+				c.next++
+				if err := c.send(wire.Request{Op: wire.OpPing, ID: c.next}); err != nil {
+					return rep, "", answered, err
+				}
+			case time.Since(pinged) >= wire.PongTimeout:
+				return rep, "", answered, errHung
+			}
+			continue
+		} else if err != nil {
+			return rep, "", answered, err
+		}
+		answered = true
+		if err := c.readWithin(ctx, wire.WorkerTimeout); err != nil {
+			return rep, "", answered, err
+		}
+		rep, err := wire.ReadReply(c.r)
+		if err != nil {
+			return rep, "", answered, err
+		}
+		if rep.ID != req.ID {
+			pinged = time.Time{} // the answer to a ping
+			if rep.Length > 0 {
+				return rep, "", answered, fmt.Errorf("%w: reply %d was not asked for", wire.ErrCorrupt, rep.ID)
+			}
+			continue
+		}
+		p := make([]byte, 0)
+		if rep.Status != wire.OK {
+			if rep.Length > wire.MaxMessage {
+				return rep, "", answered, fmt.Errorf("%w: message of %d bytes", wire.ErrCorrupt, rep.Length)
+			}
+			p = make([]byte, rep.Length)
+		} else if rep.Length > 0 {
+			if p = buffer(rep); p == nil {
+				return rep, "", answered, fmt.Errorf("%w: reply of %d bytes to a request for %d", wire.ErrCorrupt, rep.Length, req.Length)
+			}
+		} else if buffer(rep) == nil {
+			return rep, "", answered, fmt.Errorf("%w: empty reply to a request for %d bytes", wire.ErrCorrupt, req.Length)
+		}
+		if _, err := io.ReadFull(c.r, p); err != nil {
+			return rep, "", answered, err
+		}
+		if err := wire.CheckSums(p, rep.Sums); err != nil {
+			return rep, "", answered, err
+		}
+		if rep.Status != wire.OK {
+			msg = string(p)
+		}
+		return rep, msg, answered, nil
+	}
+}
+
+// readWithin sets the deadline of the next reads. It looks at ctx after that, so that a deadline that the
+// end of ctx has set is never undone for a read that follows.
+func (c *peerConn) readWithin(ctx context.Context, d time.Duration) error {
+	if err := c.SetReadDeadline(time.Now().Add(d)); err != nil {
+		return err
+	}
+	return ctx.Err()
+}
+
+func (c *peerConn) send(r wire.Request) error {
+	c.SetWriteDeadline(time.Now().Add(wire.PongTimeout))
+	_, err := c.Write(wire.AppendRequest(nil, r))
+	return err
+}

@@ -1,0 +1,83 @@
+package worker
+
+import (
+	"errors"
+	"log/slog"
+	"maps"
+	"slices"
+	"strings"
+	"sync"
+)
+
+// What can be wrong with a worker as a whole. Each kind has one problem at a time, set and cleared by
+// the loop that meets it.
+type problem string
+
+const (
+	problemSources  problem = "sources"  // a mount's source cannot be opened
+	problemSnapshot problem = "snapshot" // there is no snapshot yet
+	problemRefresh  problem = "refresh"  // listing again failed; the old snapshot serves on
+	problemBucket   problem = "bucket"   // the bucket refuses to be read
+	problemMembers  problem = "membership"
+	problemKeys     problem = "keys"
+)
+
+// blocking are the problems with which a worker cannot serve.
+var blocking = []problem{problemSources, problemSnapshot, problemBucket}
+
+// problems are told in Status and by /readyz, and logged once each time they change.
+type problems struct {
+	log *slog.Logger
+
+	mu   sync.Mutex
+	text map[problem]string
+	errs map[problem]error
+}
+
+// set records why kind is wrong, or with nil that it is not any more.
+func (p *problems) set(kind problem, err error) {
+	p.mu.Lock()
+	old := p.text[kind]
+	if err == nil {
+		delete(p.text, kind)
+		delete(p.errs, kind)
+	} else {
+		p.text[kind], p.errs[kind] = err.Error(), err
+	}
+	p.mu.Unlock()
+	switch {
+	case err != nil && err.Error() != old:
+		p.log.Warn("worker has a problem", "kind", string(kind), "error", err)
+	case err == nil && old != "":
+		p.log.Info("problem is over", "kind", string(kind))
+	}
+}
+
+// get is the problem of one kind; nil when there is none.
+func (p *problems) get(kind problem) error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.errs[kind]
+}
+
+// String is all problems for people, one after the other; empty when there is none.
+func (p *problems) String() string {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var texts []string
+	for _, k := range slices.Sorted(maps.Keys(p.text)) {
+		texts = append(texts, p.text[k])
+	}
+	return strings.Join(texts, "; ")
+}
+
+// ready is nil when the worker can serve.
+func (p *problems) ready() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	var errs []error
+	for _, k := range blocking {
+		errs = append(errs, p.errs[k])
+	}
+	return errors.Join(errs...)
+}

@@ -1,0 +1,203 @@
+package worker
+
+import (
+	"errors"
+	"fmt"
+	"sync"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/scheme"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// Old snapshots are kept while mounts read by them: as long as they were asked for within keepUnused, and
+// never more than maxSnapshots.
+const (
+	keepUnused   = 30 * time.Minute
+	maxSnapshots = 8
+)
+
+// snapshot is a held snapshot with the sources of its mounts. It is closed when it was dropped from the
+// set and its last user released it.
+type snapshot struct {
+	*catalog.Snapshot
+	sources []*scheme.Source
+	set     *snapshots
+	users   int       // guarded by set.mu
+	used    time.Time // guarded by set.mu
+	dropped bool      // guarded by set.mu
+}
+
+// file is one file of a snapshot with what is needed to read it. It does not refer to the snapshot's
+// memory, so that it may outlive it.
+type file struct {
+	object source.Object
+	ring   ring.Object
+	source *scheme.Source
+	// snapshot and index name it to other workers.
+	snapshot wire.Digest
+	index    catalog.Index
+}
+
+func (f file) String() string {
+	if f.source == nil {
+		return f.object.Key
+	}
+	return f.source.URL() + "/" + f.object.Key
+}
+
+// file is the file with the given index.
+func (s *snapshot) file(i catalog.Index) (file, bool) {
+	mount, o, ok := s.Object(i)
+	if !ok {
+		return file{}, false
+	}
+	r, ok := s.Ring(i)
+	if !ok {
+		return file{}, false
+	}
+	return file{object: o, ring: r, source: s.sources[mount], snapshot: s.Digest(), index: i}, true
+}
+
+func (s *snapshot) release() {
+	s.set.mu.Lock()
+	s.users--
+	last := s.users == 0 && s.dropped
+	s.set.mu.Unlock()
+	if last {
+		s.Close()
+	}
+}
+
+// snapshots are the snapshots that this worker holds, one of them current.
+type snapshots struct {
+	now func() time.Time
+
+	mu      sync.Mutex
+	held    map[wire.Digest]*snapshot
+	current *snapshot
+	// settled is set once this worker, if it is the lister, has made sure that no peer has a newer
+	// snapshot; until then it does not tell others that its own is the current one.
+	settled bool
+}
+
+// get is the snapshot of that name, or the current one for a zero digest; release it after use.
+func (s *snapshots) get(d wire.Digest) (*snapshot, bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	found := s.current
+	if d != (wire.Digest{}) {
+		found = s.held[d]
+	}
+	if found == nil {
+		return nil, false
+	}
+	found.users++
+	found.used = s.now()
+	return found, true
+}
+
+// put adds snap, or closes it if one of the same name is held, and returns the held one, to be released.
+func (s *snapshots) put(snap *catalog.Snapshot, from *sources) *snapshot {
+	s.mu.Lock()
+	if have := s.held[snap.Digest()]; have != nil {
+		have.users++
+		have.used = s.now()
+		s.mu.Unlock()
+		snap.Close()
+		return have
+	}
+	defer s.mu.Unlock()
+	n := &snapshot{Snapshot: snap, sources: from.forSnapshot(snap), set: s, users: 1, used: s.now()}
+	s.held[snap.Digest()] = n
+	return n
+}
+
+// setCurrent makes a held snapshot the current one.
+func (s *snapshots) setCurrent(n *snapshot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.current = n
+	n.used = s.now()
+}
+
+func (s *snapshots) setSettled(v bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.settled = v
+}
+
+// tellable is the current snapshot if others may take it as such; release it after use.
+func (s *snapshots) tellable() (*snapshot, bool) {
+	s.mu.Lock()
+	settled := s.settled
+	s.mu.Unlock()
+	if !settled {
+		return nil, false
+	}
+	return s.get(wire.Digest{})
+}
+
+// expire drops the snapshots that are of no use any more and returns their names.
+func (s *snapshots) expire() []wire.Digest {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var dropped []wire.Digest
+	drop := func(n *snapshot) {
+		delete(s.held, n.Digest())
+		dropped = append(dropped, n.Digest())
+		n.dropped = true
+		if n.users == 0 {
+			n.Close()
+		}
+	}
+	for {
+		var oldest *snapshot
+		for _, n := range s.held {
+			if n != s.current && n.users == 0 && (oldest == nil || n.used.Before(oldest.used)) {
+				oldest = n
+			}
+		}
+		if oldest == nil || (len(s.held) <= maxSnapshots && s.now().Sub(oldest.used) < keepUnused) {
+			return dropped
+		}
+		drop(oldest)
+	}
+}
+
+// closeAll closes every snapshot at the end, when nobody uses one any more.
+func (s *snapshots) closeAll() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for d, n := range s.held {
+		delete(s.held, d)
+		n.dropped = true
+		if n.users == 0 {
+			n.Close()
+		}
+	}
+	s.current = nil
+}
+
+var errNoSnapshot = errors.New("no snapshot yet")
+
+// unknownSnapshot is the error of a request for a snapshot that is not here.
+func (w *Worker) unknownSnapshot(d wire.Digest) error {
+	if d != (wire.Digest{}) {
+		return fmt.Errorf("%w %x: worker %s does not hold it", wire.ErrUnknownSnapshot, d[:6], w.config.ID)
+	}
+	if err := w.problems.ready(); err != nil {
+		return fmt.Errorf("%w: worker %s: %w", wire.ErrUnknownSnapshot, w.config.ID, err)
+	}
+	return fmt.Errorf("%w: worker %s has none yet", wire.ErrUnknownSnapshot, w.config.ID)
+}
+
+// clearCurrent forgets which snapshot is current.
+func (s *snapshots) clearCurrent() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.current = nil
+}
