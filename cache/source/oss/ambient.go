@@ -155,23 +155,24 @@ func (a *ambient) fromMachine(ctx context.Context) (temporary, error) {
 		return temporary{}, fmt.Errorf("metadata service of the machine: %w", err)
 	}
 	const roles = "/latest/meta-data/ram/security-credentials/"
-	var role string
-	var out temporary
-	for path, into := range [2]any{&role, &out} {
-		r, err := http.NewRequestWithContext(ctx, "GET", a.metadata+roles, nil)
+	get := func(path string, into any) error {
+		r, err := http.NewRequestWithContext(ctx, "GET", a.metadata+path, nil)
 		if err != nil {
-			return temporary{}, err
-		}
-		if path == 1 {
-			r.URL.Path += role
+			return err
 		}
 		r.Header.Set("X-aliyun-ecs-metadata-token", token)
 		if err := a.ask(r, into); err != nil {
-			return temporary{}, fmt.Errorf("RAM role of the machine: %w", err)
+			return fmt.Errorf("RAM role of the machine: %w", err)
 		}
-		role = strings.TrimSpace(role)
+		return nil
 	}
-	return out, nil
+	var role string
+	if err := get(roles, &role); err != nil {
+		return temporary{}, err
+	}
+	var out temporary
+	err = get(roles+url.PathEscape(strings.TrimSpace(role)), &out)
+	return out, err
 }
 
 // ask sends a request and reads its answer: text into a *string, JSON into anything else.

@@ -83,6 +83,12 @@ func TestConformance(t *testing.T) {
 							t.Fatal(err)
 						}
 					},
+					NoKey: func(key string) string {
+						if len(key) > 1023 {
+							return "OSS takes keys of up to 1023 bytes"
+						}
+						return ""
+					},
 					Leftovers: func(t *testing.T) int { return s.Uploads(testBucket) },
 				}
 			})

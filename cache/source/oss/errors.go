@@ -19,8 +19,8 @@ import (
 	"github.com/stepcache/stepcache/cache/source/credentials"
 )
 
-// fail makes a source.Error of what the SDK or the network said. ctx is the caller's, w the request's.
-func (b *Bucket) fail(ctx context.Context, w *watch, r request, resp *sdk.Response, err error) error {
+// fail makes a source.Error of what the SDK or the network said.
+func (b *Bucket) fail(ctx context.Context, r request, resp *sdk.Response, err error) error {
 	var already *source.Error // from the credentials
 	if errors.As(err, &already) {
 		return already
@@ -43,10 +43,6 @@ func (b *Bucket) fail(ctx context.Context, w *watch, r request, resp *sdk.Respon
 		e.Kind, e.Err = kind, ctx.Err()
 		return e
 	}
-	if w.timedOut() {
-		e.Err = fmt.Errorf("no progress for %v", w.quiet)
-		return e
-	}
 	// The URL that net/http puts in front says again what Name says.
 	var u *url.Error
 	if errors.As(err, &u) {
@@ -67,9 +63,6 @@ func (b *Bucket) fail(ctx context.Context, w *watch, r request, resp *sdk.Respon
 	return e
 }
 
-// errNoUpload: an upload in parts is not there, or not any more.
-var errNoUpload = errors.New("no such upload")
-
 // said is what the store said, in one line and without what it quotes of the request.
 func said(e sdk.ServiceError) error {
 	var s strings.Builder
@@ -87,16 +80,13 @@ func said(e sdk.ServiceError) error {
 		}
 		s.WriteString(")")
 	}
-	if e.Code == "NoSuchUpload" {
-		return fmt.Errorf("%w: %s", errNoUpload, s.String())
-	}
 	return errors.New(s.String())
 }
 
 // kind maps an error of the protocol to a sentinel error and a hint.
 func (b *Bucket) kind(e sdk.ServiceError, h http.Header) (kind error, hint string) {
 	switch e.Code {
-	case "NoSuchKey", "SymlinkTargetNotExist":
+	case "NoSuchKey", "SymlinkTargetNotExist", "NoSuchUpload":
 		return source.ErrNotFound, ""
 	case "NoSuchBucket":
 		return source.ErrNoBucket, fmt.Sprintf("check the bucket's name, and that it is in the region of %s", b.endpoint.host)
@@ -184,28 +174,26 @@ func (b *Bucket) where(key string) string {
 		credentials.KeyToken: "the session token"}[key] + " of this machine's or pod's identity"
 }
 
-// strange is an answer that says success but cannot be believed: something between us and the store, or
-// the store itself, misbehaves. Another try may get a better one.
+// strange is an answer that says success but is not to the question: something before the store, or the
+// store itself, does not keep to the protocol.
 func (b *Bucket) strange(r request, a *answer, what, hint string) error {
 	if id := a.header.Get("x-oss-request-id"); id != "" {
 		what += " (request " + id + ")"
 	}
-	return &source.Error{Op: r.op, Name: b.name(r.key), Kind: source.ErrUnavailable,
+	return &source.Error{Op: r.op, Name: b.name(r.key), Kind: source.ErrInvalid,
 		Err: errors.New("the answer cannot be used: " + what), Hint: hint}
 }
 
-// broken is a failure while an answer's body was read.
-func (b *Bucket) broken(ctx context.Context, w *watch, r request, got, want int64, err error) error {
+// broken is a failure while an answer's body was read, of which got bytes had come.
+func (b *Bucket) broken(ctx context.Context, r request, got int64, err error) error {
 	e := &source.Error{Op: r.op, Name: b.name(r.key), Kind: source.ErrUnavailable}
 	switch kind := source.ContextKind(ctx); {
 	case kind != nil:
 		e.Kind, e.Err = kind, ctx.Err()
-	case w.timedOut():
-		e.Err = fmt.Errorf("no progress for %v after %d of %d bytes", w.quiet, got, want)
-	case err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF):
-		e.Err = fmt.Errorf("the answer ended after %d of %d bytes", got, want)
+	case errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF):
+		e.Err = fmt.Errorf("the answer ended early, after %d bytes", got)
 	default:
-		e.Err = fmt.Errorf("after %d of %d bytes: %v", got, want, err)
+		e.Err = fmt.Errorf("after %d bytes: %v", got, err)
 	}
 	return e
 }

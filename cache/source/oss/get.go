@@ -53,7 +53,7 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 		return source.Body{}, err
 	}
 	if err := b.believe(r, a, o, off, length); err != nil {
-		a.close()
+		a.body.Close()
 		return source.Body{}, err
 	}
 	return source.Body{ReadCloser: &body{bucket: b, ctx: ctx, request: r, answer: a, want: length}, Digest: digest(a.header)}, nil
@@ -70,7 +70,7 @@ func (b *Bucket) believe(r request, a *answer, o source.Object, off, length int6
 		return &source.Error{Op: "get", Name: b.name(o.Key), Kind: source.ErrChanged,
 			Err: fmt.Errorf("the answer is of version %q, asked for %q", version, o.Version)}
 	}
-	const proxy = "is there a proxy before the store that does not keep to requests?"
+	const proxy = "a proxy before the store that does not keep to requests is the likely cause: use the store's own endpoint"
 	switch a.status {
 	case http.StatusPartialContent:
 		first, last, size, ok := contentRange(a.header.Get("Content-Range"))
@@ -131,19 +131,21 @@ func (r *body) Read(p []byte) (int, error) {
 	if left := r.want - r.got; int64(len(p)) > left {
 		p = p[:left]
 	}
-	n, err := r.answer.Read(p)
+	n, err := r.answer.body.Read(p)
 	r.got += int64(n)
-	if err != nil && r.got < r.want {
-		r.err = r.bucket.broken(r.ctx, r.answer.watch, r.request, r.got, r.want, err)
+	switch {
+	case r.got == r.want:
+		return n, io.EOF // all that was asked for is here, however the connection ended
+	case err != nil:
+		r.err = r.bucket.broken(r.ctx, r.request, r.got, err)
 		return n, r.err
 	}
 	return n, nil
 }
 
 func (r *body) Close() error {
-	r.answer.close()
 	if r.err == nil {
-		r.err = errors.New("get: read after close")
+		r.err = &source.Error{Op: "get", Name: r.bucket.name(r.request.key), Kind: source.ErrInvalid, Err: errors.New("read after close")}
 	}
-	return nil
+	return r.answer.body.Close()
 }

@@ -50,9 +50,9 @@ func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, e
 	if err != nil {
 		return source.Page{}, err
 	}
-	defer a.close()
+	defer a.body.Close()
 	var in listing
-	limited := &io.LimitedReader{R: a, N: maxPage}
+	limited := &io.LimitedReader{R: a.body, N: maxPage}
 	if err := xml.NewDecoder(limited).Decode(&in); err != nil {
 		var syntax *xml.SyntaxError
 		switch {
@@ -61,7 +61,7 @@ func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, e
 		case ctx.Err() == nil && errors.As(err, &syntax):
 			return source.Page{}, b.strange(r, a, err.Error(), "does the endpoint speak the OSS protocol?")
 		}
-		return source.Page{}, b.broken(ctx, a.watch, r, maxPage-limited.N, maxPage, err)
+		return source.Page{}, b.broken(ctx, r, maxPage-limited.N, err)
 	}
 	decode := func(s string) (string, error) { return s, nil }
 	if in.EncodingType == "url" {

@@ -7,9 +7,9 @@
 // retries, time-outs, checksums and types end here.
 //
 // Concurrency: a Bucket is safe for concurrent use and shares one pool of connections. Failure: every
-// error is a source.Error; a request that makes no progress for a while fails as ErrUnavailable, so that
-// nothing waits for ever; only the requests of a Put, whose bytes nobody above still holds, are repeated
-// here. It may import cache/source, cache/source/credentials and the SDK.
+// error is a source.Error; a request is made once and ends with its context, since the decorators of
+// package source decide about time and repetition; only the requests of a Put, whose bytes nobody above
+// still holds, are repeated here. It may import cache/source, cache/source/credentials and the SDK.
 package oss
 
 import (
@@ -52,19 +52,13 @@ type deps struct {
 	metadata string // address of the machine's metadata service
 	sts      string // address of the token service
 	now      func() time.Time
-	quiet    time.Duration // a request without progress for so long has failed
-	part     int           // least size of a part
-	retry    source.RetryOptions
+	part     int // least size of a part
 }
 
-// Bounds on one request. A read that the bucket does not serve must fail early enough for the layers above
-// to try again or elsewhere; completing an upload of thousands of parts takes the store longer.
+// Bounds on connecting. How long an answer may take is bounded by the decorators of package source.
 const (
-	dialTimeout   = 5 * time.Second
-	tlsTimeout    = 5 * time.Second
-	quietTimeout  = 10 * time.Second
-	finishTimeout = 2 * time.Minute
-	cleanTimeout  = 20 * time.Second
+	dialTimeout = 5 * time.Second
+	tlsTimeout  = 5 * time.Second
 )
 
 // Open checks config and returns the bucket it names. It sends no request.
@@ -98,9 +92,6 @@ func open(config source.Config, d deps) (*Bucket, error) {
 	}
 	if d.now == nil {
 		d.now = time.Now
-	}
-	if d.quiet == 0 {
-		d.quiet = quietTimeout
 	}
 	if d.part == 0 {
 		d.part = partSize
@@ -200,7 +191,7 @@ func (b *Bucket) Stat(ctx context.Context, key string) (source.Object, error) {
 	if err != nil {
 		return source.Object{}, err
 	}
-	defer a.close()
+	defer a.body.Close()
 	o := source.Object{Key: key, Digest: digest(a.header)}
 	if o.Size, err = strconv.ParseInt(a.header.Get("Content-Length"), 10, 64); err != nil || o.Size < 0 {
 		return source.Object{}, b.strange(r, a, "it has no size", "")
@@ -225,12 +216,12 @@ func (b *Bucket) Delete(ctx context.Context, key string) error {
 	if err != nil {
 		return err
 	}
-	a.close()
+	a.body.Close()
 	return nil
 }
 
-// timed marks a Version made of the time of an object without ETag. No ETag starts so.
-const timed = "@"
+// timed starts the Version of an object without ETag, which is made of its time. No ETag starts so.
+const timed = "mtime="
 
 // version makes the token that binds an object's bytes: its ETag, or where the mount allows it the time
 // to the second, which listing and stat both give.

@@ -29,12 +29,18 @@ const (
 	maxParts = 10_000
 )
 
-// Bounds on uploads, longer than on reads: what was sent waits in socket buffers on a slow line, and what
-// is held here is all there is of it.
+// finishTimeout is how long the store may take to complete an upload of thousands of parts,
+// cleanTimeout how long a Put that failed may take to remove what it left.
 const (
-	putQuiet   = 30 * time.Second
-	putElapsed = 2 * time.Minute
+	finishTimeout = 2 * time.Minute
+	cleanTimeout  = 20 * time.Second
 )
+
+// patience is how long sending n bytes may take beyond the time of other requests: as long as a line of
+// 128 KiB/s needs.
+func patience(n int) source.RetryOptions {
+	return source.RetryOptions{Slack: time.Duration(n/(128<<10)) * time.Second}
+}
 
 var ecma = crc64.MakeTable(crc64.ECMA)
 
@@ -116,15 +122,14 @@ func (p *put) next(buf []byte) ([]byte, error) {
 // send sends bytes held here, again while that helps.
 func (p *put) send(ctx context.Context, r request, content []byte) (header http.Header, err error) {
 	sum := md5.Sum(content)
-	r.op, r.key, r.quiet, r.length = "put", p.key, max(putQuiet, p.deps.quiet), int64(len(content))
+	r.op, r.key, r.body = "put", p.key, content
 	r.header = map[string]string{"Content-MD5": base64.StdEncoding.EncodeToString(sum[:]), "Content-Type": contentType}
-	err = source.Try(ctx, p.retry(putElapsed), func(ctx context.Context) error {
-		r.body = bytes.NewReader(content)
+	err = source.Try(ctx, patience(len(content)), func(ctx context.Context) error {
 		a, err := p.do(ctx, r)
 		if err != nil {
 			return err
 		}
-		defer a.close()
+		defer a.body.Close()
 		header = a.header
 		return nil
 	})
@@ -132,14 +137,6 @@ func (p *put) send(ctx context.Context, r request, content []byte) (header http.
 }
 
 const contentType = "application/octet-stream"
-
-func (b *Bucket) retry(elapsed time.Duration) source.RetryOptions {
-	o := b.deps.retry
-	if o.Elapsed == 0 {
-		o.Elapsed = elapsed
-	}
-	return o
-}
 
 // whole puts an object in one request.
 func (p *put) whole(ctx context.Context, content []byte) (source.Object, error) {
@@ -173,12 +170,12 @@ func (p *put) parts(ctx context.Context, first []byte) (o source.Object, err err
 
 func (p *put) initiate(ctx context.Context) (id string, err error) {
 	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploads": ""},
-		header: map[string]string{"Content-Type": contentType}, quiet: max(putQuiet, p.deps.quiet)}
-	err = source.Try(ctx, p.retry(putElapsed), func(ctx context.Context) error {
+		header: map[string]string{"Content-Type": contentType}}
+	err = source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) error {
 		var out struct {
 			UploadID string `xml:"UploadId"`
 		}
-		if err := p.exchange(ctx, r, nil, &out, nil); err != nil {
+		if err := p.exchange(ctx, r, &out, nil); err != nil {
 			return err
 		}
 		id = out.UploadID
@@ -191,18 +188,15 @@ func (p *put) initiate(ctx context.Context) (id string, err error) {
 }
 
 // exchange sends a small request and decodes its answer.
-func (p *put) exchange(ctx context.Context, r request, content []byte, out any, header *http.Header) error {
-	if content != nil {
-		r.body, r.length = bytes.NewReader(content), int64(len(content))
-	}
+func (p *put) exchange(ctx context.Context, r request, out any, header *http.Header) error {
 	a, err := p.do(ctx, r)
 	if err != nil {
 		return err
 	}
-	defer a.close()
-	text, err := io.ReadAll(io.LimitReader(a, 1<<20))
+	defer a.body.Close()
+	text, err := io.ReadAll(io.LimitReader(a.body, 1<<20))
 	if err != nil {
-		return p.broken(ctx, a.watch, r, int64(len(text)), 1<<20, err)
+		return p.broken(ctx, r, int64(len(text)), err)
 	}
 	if err := xml.Unmarshal(text, out); err != nil {
 		return p.strange(r, a, err.Error(), "does the endpoint speak the OSS protocol?")
@@ -293,10 +287,10 @@ func (p *put) complete(ctx context.Context, id string, etags []string) (etag str
 		return "", nil, err
 	}
 	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploadId": id},
-		header: map[string]string{"Content-Type": "application/xml"}, quiet: finishTimeout}
-	err = source.Try(ctx, p.retry(finishTimeout), func(ctx context.Context) error {
+		header: map[string]string{"Content-Type": "application/xml"}, body: content}
+	err = source.Try(ctx, source.RetryOptions{Slack: finishTimeout}, func(ctx context.Context) error {
 		var out struct{ ETag string }
-		if err := p.exchange(ctx, r, content, &out, &header); err != nil {
+		if err := p.exchange(ctx, r, &out, &header); err != nil {
 			return err
 		}
 		etag = out.ETag
@@ -332,12 +326,12 @@ func (p *put) done(ctx context.Context, etag string, h http.Header) (source.Obje
 // is there now has the very bytes. It returns the put's error otherwise.
 func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
 	var o source.Object
-	if !source.Temporary(failed) && !errors.Is(failed, errNoUpload) {
+	if !source.Temporary(failed) && !errors.Is(failed, source.ErrNotFound) {
 		return o, failed
 	}
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
-	err := source.Try(ctx, p.retry(cleanTimeout), func(ctx context.Context) (err error) {
+	err := source.Try(ctx, source.RetryOptions{Elapsed: cleanTimeout}, func(ctx context.Context) (err error) {
 		o, err = p.Stat(ctx, p.key)
 		return err
 	})
@@ -351,14 +345,14 @@ func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
 func (p *put) abort(ctx context.Context, id string, failed error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
 	defer cancel()
-	err := source.Try(ctx, p.retry(cleanTimeout), func(ctx context.Context) error {
+	err := source.Try(ctx, source.RetryOptions{Elapsed: cleanTimeout}, func(ctx context.Context) error {
 		a, err := p.do(ctx, request{op: "put", method: "DELETE", key: p.key, params: map[string]string{"uploadId": id}})
 		if err == nil {
-			a.close()
+			a.body.Close()
 		}
 		return err
 	})
-	if err == nil || errors.Is(err, errNoUpload) {
+	if err == nil || errors.Is(err, source.ErrNotFound) {
 		return failed
 	}
 	return fmt.Errorf("%w; the parts of upload %s are left in the bucket, since giving it up failed too (%v): a lifecycle rule removes them", failed, id, err)

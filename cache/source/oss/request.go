@@ -1,11 +1,10 @@
 package oss
 
 import (
+	"bytes"
 	"context"
-	"errors"
 	"io"
 	"net/http"
-	"time"
 
 	sdk "github.com/aliyun/aliyun-oss-go-sdk/oss"
 
@@ -19,30 +18,14 @@ type request struct {
 	key    string            // empty: on the bucket itself
 	params map[string]string // of the query
 	header map[string]string
-	body   io.Reader // of length bytes
-	length int64
-	quiet  time.Duration // other than the bucket's
+	body   []byte
 }
 
-// answer is a request's good answer. Whoever gets one closes it.
+// answer is a request's good answer. Whoever gets one closes its body.
 type answer struct {
 	status int
 	header http.Header
 	body   io.ReadCloser
-	watch  *watch
-}
-
-// Read reads the body. Only the time spent in here counts as waiting for the store; the reader may take its own.
-func (a *answer) Read(p []byte) (int, error) {
-	a.watch.progress()
-	n, err := a.body.Read(p)
-	a.watch.pause()
-	return n, err
-}
-
-func (a *answer) close() {
-	a.body.Close()
-	a.watch.stop()
 }
 
 // do sends one request, signed with the credentials as they are now, and returns its answer once its
@@ -54,12 +37,7 @@ func (b *Bucket) do(ctx context.Context, r request) (*answer, error) {
 			return nil, err
 		}
 	}
-	quiet := b.deps.quiet
-	if r.quiet > 0 {
-		quiet = r.quiet
-	}
-	w := newWatch(ctx, quiet)
-	options := []sdk.Option{sdk.WithContext(w.ctx)}
+	options := []sdk.Option{sdk.WithContext(ctx)}
 	for k, v := range r.header {
 		options = append(options, sdk.SetHeader(k, v))
 	}
@@ -68,21 +46,17 @@ func (b *Bucket) do(ctx context.Context, r request) (*answer, error) {
 		params[k] = v
 	}
 	var body io.Reader
-	if r.length > 0 {
-		// Of this type the SDK can tell the length; of any other it would send chunks.
-		body = &io.LimitedReader{R: watchedReader{r.body, w}, N: r.length}
+	if len(r.body) > 0 {
+		body = bytes.NewReader(r.body)
 	}
 	resp, err := b.bucket.Do(r.method, r.key, params, options, body, nil)
 	if err != nil {
 		if resp != nil {
 			resp.Body.Close()
 		}
-		err = b.fail(ctx, w, r, resp, err)
-		w.stop()
-		return nil, err
+		return nil, b.fail(ctx, r, resp, err)
 	}
-	w.pause()
-	return &answer{status: resp.StatusCode, header: resp.Headers, body: resp.Body, watch: w}, nil
+	return &answer{status: resp.StatusCode, header: resp.Headers, body: resp.Body}, nil
 }
 
 // signer gives the SDK the credentials of the moment, so that a rotated Secret needs no restart.
@@ -115,48 +89,4 @@ func (u unsigned) RoundTrip(r *http.Request) (*http.Response, error) {
 		r.Header.Del(h)
 	}
 	return u.RoundTripper.RoundTrip(r)
-}
-
-// errQuiet is the cause of a request's end when it made no progress.
-var errQuiet = errors.New("no progress")
-
-// watch ends a request that makes no progress. A bound on the whole request would have to fit the largest
-// object on the slowest line; this one need not.
-type watch struct {
-	ctx    context.Context
-	cancel context.CancelCauseFunc
-	quiet  time.Duration
-	timer  *time.Timer
-}
-
-func newWatch(ctx context.Context, quiet time.Duration) *watch {
-	w := &watch{quiet: quiet}
-	w.ctx, w.cancel = context.WithCancelCause(ctx)
-	w.timer = time.AfterFunc(quiet, func() { w.cancel(errQuiet) })
-	return w
-}
-
-func (w *watch) progress() { w.timer.Reset(w.quiet) }
-
-// pause stops counting until the next progress.
-func (w *watch) pause() { w.timer.Stop() }
-
-func (w *watch) stop() {
-	w.timer.Stop()
-	w.cancel(nil)
-}
-
-// timedOut says whether the watch ended the request.
-func (w *watch) timedOut() bool { return context.Cause(w.ctx) == errQuiet }
-
-// watchedReader is a request's body. Being read is progress: the connection took what came before.
-type watchedReader struct {
-	io.Reader
-	watch *watch
-}
-
-func (r watchedReader) Read(p []byte) (int, error) {
-	n, err := r.Reader.Read(p)
-	r.watch.progress()
-	return n, err
 }
