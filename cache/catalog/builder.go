@@ -165,11 +165,15 @@ func NewBuilder(mounts []Mount) *Builder {
 }
 
 // Add adds an object of a mount. An object that cannot be shown is counted and is no error; one without a
-// version is source.ErrUnversioned unless the mount allows it. Errors mean that there is no snapshot.
+// version is source.ErrUnversioned unless the mount allows it. After an error there will be no snapshot.
 func (b *Builder) Add(mount int, o source.Object) error {
-	if b.err != nil {
-		return b.err
+	if b.err == nil {
+		b.err = b.add(mount, o)
 	}
+	return b.err
+}
+
+func (b *Builder) add(mount int, o source.Object) error {
 	if mount < 0 || mount >= len(b.mounts) {
 		return fmt.Errorf("catalog: object %q belongs to mount %d of %d", o.Key, mount, len(b.mounts))
 	}
@@ -190,7 +194,8 @@ func (b *Builder) Add(mount int, o source.Object) error {
 
 	rel, marker := strings.CutSuffix(rel, "/")
 	if rel == "" && !marker { // the prefix's own marker
-		return b.marker(mount, b.roots[mount], o)
+		b.marker(mount, b.roots[mount], o)
+		return nil
 	}
 	if reason := badKey(m.Path, rel); reason != "" {
 		b.skips.add(reason, m.URL, o.Key)
@@ -207,7 +212,8 @@ func (b *Builder) Add(mount int, o source.Object) error {
 		return b.err
 	}
 	if marker {
-		return b.marker(mount, dir, o)
+		b.marker(mount, dir, o)
+		return nil
 	}
 	if o.Version == "" && !m.AllowUnversioned {
 		return fmt.Errorf("%s/%s: its bytes cannot be bound to a version; set allowUnversioned on the mount to bind them by size and time: %w",
@@ -218,13 +224,12 @@ func (b *Builder) Add(mount int, o source.Object) error {
 }
 
 // marker notes a directory marker for a directory that is already in the tree.
-func (b *Builder) marker(mount int, dir uint32, o source.Object) error {
+func (b *Builder) marker(mount int, dir uint32, o source.Object) {
 	if o.Size > 0 {
 		b.skips.add(MarkerContent, b.mounts[mount].URL, o.Key)
 	}
 	e := b.entries.at(dir)
 	e.time = max(e.time, toNanos(o.ModTime))
-	return nil
 }
 
 func (b *Builder) file(mount int, dir uint32, name string, o source.Object) {

@@ -238,7 +238,11 @@ func TestWhatTheSourceSkipsIsCounted(t *testing.T) {
 func TestUnversionedIsRefusedByNameUnlessAllowed(t *testing.T) {
 	bare := object("x/a", 1)
 	bare.Version, bare.Digest = "", source.Digest{}
-	err := NewBuilder(root).Add(0, bare)
+	b := NewBuilder(root)
+	err := b.Add(0, bare)
+	if _, again := b.Encode(day0); again != err {
+		t.Errorf("a listing that failed can be encoded: %v", again)
+	}
 	if !errors.Is(err, source.ErrUnversioned) || !strings.Contains(err.Error(), "s3://bucket/x/a") || !strings.Contains(err.Error(), "allowUnversioned") {
 		t.Errorf("refused with %v", err)
 	}

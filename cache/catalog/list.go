@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -112,7 +111,7 @@ func listMount(ctx context.Context, mount int, given, prefix string, src source.
 			next.objects = nil
 			return nil
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return fmt.Errorf("listing %s/%s: %w", src.URL(), prefix, context.Cause(ctx))
 		}
 	}
 	found := false
@@ -137,8 +136,5 @@ func listMount(ctx context.Context, mount int, given, prefix string, src source.
 	if err == nil {
 		err = flush()
 	}
-	if err != nil {
-		return fmt.Errorf("listing %s/%s: %w", strings.TrimSuffix(src.URL(), "/"), prefix, err)
-	}
-	return nil
+	return err // the source's names what failed
 }

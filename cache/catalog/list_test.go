@@ -50,7 +50,10 @@ func (b *bucket) List(ctx context.Context, prefix string, yield func(source.Obje
 			}
 		}
 	}
-	return b.err
+	if b.err != nil {
+		return fmt.Errorf("%s/%s: %w", b.url, prefix, b.err)
+	}
+	return nil
 }
 
 func (b *bucket) Stat(ctx context.Context, key string) (source.Object, error) {

@@ -27,7 +27,7 @@ type Snapshot struct {
 	bytes     int64
 	histogram []int64
 	digest    Digest
-	unmap     func()
+	unmap     func() // nil when the bytes are not mapped
 }
 
 // Encoded returns the bytes that the snapshot is read from. They must not be changed.
@@ -74,7 +74,6 @@ func (s *Snapshot) Histogram() []int64 { return slices.Clone(s.histogram) }
 func (s *Snapshot) Close() {
 	if s.unmap != nil {
 		s.unmap()
-		s.unmap = nil
 	}
 }
 
