@@ -23,7 +23,7 @@ func waiters(t *testing.T, s *Store, o ring.Object, n int64, want int) {
 
 func TestABlockIsFilledOnceHoweverManyAsk(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
-	o := anObject(1, ring.BlockSize)
+	o := anObject(1, SumSize+1)
 	var fills atomic.Int32
 	gate := make(chan struct{})
 	fill := func(ctx context.Context, p []byte) error {

@@ -7,6 +7,7 @@ import (
 	"hash/crc32"
 	"io"
 	"os"
+	"sync/atomic"
 
 	"github.com/stepcache/stepcache/cache/source"
 )
@@ -44,7 +45,8 @@ type journal struct {
 	stop chan struct{}
 	done chan struct{}
 
-	pending []byte // guarded by Store.mu
+	pending []byte       // guarded by Store.mu
+	bytes   atomic.Int64 // length of the file, for who does not write it
 
 	// Of the writing goroutine alone.
 	f      *os.File
@@ -140,6 +142,7 @@ func (s *Store) flushJournal(last bool) error {
 		return errors.Join(err, j.f.Truncate(j.size))
 	}
 	j.size += int64(len(p))
+	j.bytes.Store(j.size)
 	return nil
 }
 
@@ -175,6 +178,7 @@ func (s *Store) compactJournal() error {
 		j.f.Close()
 	}
 	j.f, j.size = f, int64(len(p))
+	j.bytes.Store(j.size)
 	return nil
 }
 

@@ -402,14 +402,15 @@ func (s *Store) pollOrphans() bool {
 	if s.orphans == 0 || s.writing > 0 || s.evicting > 0 {
 		return false
 	}
-	before := s.changes
+	before, journal := s.changes, s.journal.bytes.Load()
 	s.mu.Unlock()
 	used, err := s.fsUsed()
 	s.mu.Lock()
+	journal = min(journal, s.journal.bytes.Load())
 	if err != nil || s.changes != before {
 		return false
 	}
-	left := min(max(0, used-s.pages), s.orphans)
+	left := min(max(0, used-s.pages-s.roundUp(journal)), s.orphans)
 	freed := s.orphans - left
 	s.orphans, s.zombie, s.used = left, s.zombie-freed, s.used-freed
 	return freed > 0

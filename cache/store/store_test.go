@@ -234,7 +234,7 @@ func TestAPinnedBlockIsAdmittedWhateverThePolicyThinks(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
 	for i := range 20 {
 		for range 8 {
-			load(t, s, anObject(i, 4*mib)) // a cache full of often used blocks
+			acquire(t, s, anObject(i, 4*mib), 0).Release() // a cache full of often used blocks
 		}
 	}
 	o := anObject(100, 6*ring.BlockSize)
