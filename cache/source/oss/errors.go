@@ -90,7 +90,8 @@ func (b *Bucket) kind(e sdk.ServiceError, h http.Header) (kind error, hint strin
 		return source.ErrNotFound, ""
 	case "NoSuchBucket":
 		return source.ErrNoBucket, fmt.Sprintf("check the bucket's name, and that it is in the region of %s", b.endpoint.host)
-	case "PreconditionFailed":
+	// A range lies within the size of the version asked for: another is there now.
+	case "PreconditionFailed", "InvalidRange":
 		return source.ErrChanged, ""
 	case "InvalidAccessKeyId":
 		return source.ErrDenied, b.where(credentials.KeyID) + " is not known to the store: check it"

@@ -47,7 +47,7 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 	a, err := b.do(ctx, r)
 	if err != nil {
 		var e *source.Error
-		if errors.As(err, &e) && errors.Is(e.Kind, source.ErrChanged) {
+		if errors.As(err, &e) && e.Kind == source.ErrChanged {
 			e.Hint = "it was overwritten since it was listed: refresh the dataset"
 		}
 		return source.Body{}, err

@@ -5,7 +5,6 @@ import (
 	"encoding/xml"
 	"errors"
 	"fmt"
-	"io"
 	"net/url"
 	"time"
 
@@ -46,33 +45,26 @@ func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, e
 	if p.Delimited {
 		r.params["delimiter"] = "/"
 	}
-	a, err := b.do(ctx, r)
-	if err != nil {
+	var in listing
+	if _, err := b.exchange(ctx, r, maxPage, &in); err != nil {
 		return source.Page{}, err
 	}
-	defer a.body.Close()
-	var in listing
-	limited := &io.LimitedReader{R: a.body, N: maxPage}
-	if err := xml.NewDecoder(limited).Decode(&in); err != nil {
-		var syntax *xml.SyntaxError
-		switch {
-		case limited.N == 0:
-			return source.Page{}, b.strange(r, a, fmt.Sprintf("the page is longer than %d bytes", maxPage), "")
-		case ctx.Err() == nil && errors.As(err, &syntax):
-			return source.Page{}, b.strange(r, a, err.Error(), "does the endpoint speak the OSS protocol?")
+	decode := func(name string) (string, error) {
+		if in.EncodingType != "url" {
+			return name, nil
 		}
-		return source.Page{}, b.broken(ctx, r, maxPage-limited.N, err)
-	}
-	decode := func(s string) (string, error) { return s, nil }
-	if in.EncodingType == "url" {
-		decode = url.QueryUnescape
+		plain, err := url.QueryUnescape(name)
+		if err != nil {
+			return "", &source.Error{Op: "list", Name: b.url, Kind: source.ErrInvalid, Err: fmt.Errorf("listed name %q: %v", name, err)}
+		}
+		return plain, nil
 	}
 	out := source.Page{More: in.IsTruncated}
 	var links []int // symlinks among the objects
 	for _, c := range in.Contents {
 		key, err := decode(c.Key)
 		if err != nil {
-			return source.Page{}, b.strange(r, a, err.Error(), "")
+			return source.Page{}, err
 		}
 		if c.Type == "Symlink" {
 			links = append(links, len(out.Objects))
@@ -83,7 +75,7 @@ func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, e
 	for _, c := range in.CommonPrefixes {
 		prefix, err := decode(c.Prefix)
 		if err != nil {
-			return source.Page{}, b.strange(r, a, err.Error(), "")
+			return source.Page{}, err
 		}
 		// A page that starts within a common prefix names it once more.
 		if prefix > p.After {

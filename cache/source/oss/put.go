@@ -51,12 +51,9 @@ func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (
 	if err := b.checkKey("put", key); err != nil {
 		return source.Object{}, err
 	}
-	p := &put{Bucket: b, key: key, in: r, size: size, part: b.deps.part}
-	switch least := (size + maxParts - 1) / maxParts; {
-	case least > int64(p.part):
-		p.part = int((least + 1<<20 - 1) >> 20 << 20)
-	case size >= 0 && size <= int64(p.part):
-		p.part = int(size) + 1 // the end shows within it
+	p := &put{Bucket: b, key: key, in: r, size: size, part: partOf(size, b.deps.part)}
+	if size >= 0 && size <= int64(p.part) {
+		p.part = int(size) + 1 // so that the end shows within the first
 	}
 	first, err := p.next(nil)
 	if err != nil {
@@ -66,6 +63,14 @@ func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (
 		return p.whole(ctx, first)
 	}
 	return p.parts(ctx, first)
+}
+
+// partOf is the size of the parts of an object: larger than least when there would be too many.
+func partOf(size int64, least int) int {
+	if each := (size + maxParts - 1) / maxParts; each > int64(least) {
+		return int((each + 1<<20 - 1) >> 20 << 20)
+	}
+	return least
 }
 
 // put is one Put under way. It is read by one goroutine; requests of parts run beside it.
@@ -175,36 +180,14 @@ func (p *put) initiate(ctx context.Context) (id string, err error) {
 		var out struct {
 			UploadID string `xml:"UploadId"`
 		}
-		if err := p.exchange(ctx, r, &out, nil); err != nil {
-			return err
-		}
+		_, err := p.exchange(ctx, r, maxAnswer, &out)
 		id = out.UploadID
-		return nil
+		return err
 	})
 	if err == nil && id == "" {
 		err = &source.Error{Op: "put", Name: p.name(p.key), Kind: source.ErrUnavailable, Err: errors.New("the answer names no upload")}
 	}
 	return id, err
-}
-
-// exchange sends a small request and decodes its answer.
-func (p *put) exchange(ctx context.Context, r request, out any, header *http.Header) error {
-	a, err := p.do(ctx, r)
-	if err != nil {
-		return err
-	}
-	defer a.body.Close()
-	text, err := io.ReadAll(io.LimitReader(a.body, 1<<20))
-	if err != nil {
-		return p.broken(ctx, r, int64(len(text)), err)
-	}
-	if err := xml.Unmarshal(text, out); err != nil {
-		return p.strange(r, a, err.Error(), "does the endpoint speak the OSS protocol?")
-	}
-	if header != nil {
-		*header = a.header
-	}
-	return nil
 }
 
 func (p *put) sendParts(ctx context.Context, id string, content []byte) ([]string, error) {
@@ -290,11 +273,9 @@ func (p *put) complete(ctx context.Context, id string, etags []string) (etag str
 		header: map[string]string{"Content-Type": "application/xml"}, body: content}
 	err = source.Try(ctx, source.RetryOptions{Slack: finishTimeout}, func(ctx context.Context) error {
 		var out struct{ ETag string }
-		if err := p.exchange(ctx, r, &out, &header); err != nil {
-			return err
-		}
+		header, err = p.exchange(ctx, r, maxAnswer, &out)
 		etag = out.ETag
-		return nil
+		return err
 	})
 	return etag, header, err
 }

@@ -3,6 +3,8 @@ package oss
 import (
 	"bytes"
 	"context"
+	"encoding/xml"
+	"fmt"
 	"io"
 	"net/http"
 
@@ -57,6 +59,29 @@ func (b *Bucket) do(ctx context.Context, r request) (*answer, error) {
 		return nil, b.fail(ctx, r, resp, err)
 	}
 	return &answer{status: resp.StatusCode, header: resp.Headers, body: resp.Body}, nil
+}
+
+// maxAnswer bounds the text of an answer that is not a listing.
+const maxAnswer = 1 << 20
+
+// exchange sends one request and decodes the XML of its answer, of up to limit bytes, into out.
+func (b *Bucket) exchange(ctx context.Context, r request, limit int64, out any) (http.Header, error) {
+	a, err := b.do(ctx, r)
+	if err != nil {
+		return nil, err
+	}
+	defer a.body.Close()
+	text, err := io.ReadAll(io.LimitReader(a.body, limit+1))
+	if err != nil {
+		return nil, b.broken(ctx, r, int64(len(text)), err)
+	}
+	if int64(len(text)) > limit {
+		return nil, b.strange(r, a, fmt.Sprintf("it is longer than %d bytes", limit), "")
+	}
+	if err := xml.Unmarshal(text, out); err != nil {
+		return nil, b.strange(r, a, err.Error(), fmt.Sprintf("is %s the endpoint of an OSS bucket?", b.endpoint.host))
+	}
+	return a.header, nil
 }
 
 // signer gives the SDK the credentials of the moment, so that a rotated Secret needs no restart.

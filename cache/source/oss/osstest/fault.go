@@ -39,6 +39,10 @@ const (
 	IgnoreIfMatch
 	// FlipRequest inverts one bit of the request's body at byte After before it is stored.
 	FlipRequest
+	// WrongDigest answers with another x-oss-hash-crc64ecma than the content's.
+	WrongDigest
+	// Refused answers 403 AccessDenied although the signature is good.
+	Refused
 	// LoseAnswer does what was asked and then resets the connection instead of answering.
 	LoseAnswer
 )
@@ -122,6 +126,9 @@ func (f *strike) before(s *Server, c *call) (done bool) {
 	case InternalError:
 		c.fail(&fault{Status: 500, Code: "InternalError", Message: "We encountered an internal error. Please try again."})
 		return true
+	case Refused:
+		c.fail(denied("The bucket's policy denies it."))
+		return true
 	case Reset:
 		if f.After == 0 {
 			reset(c.w)
@@ -188,6 +195,8 @@ func (w *struckWriter) WriteHeader(status int) {
 		w.Header().Del("ETag")
 	case NoDigest:
 		w.Header().Del("x-oss-hash-crc64ecma")
+	case WrongDigest:
+		w.Header().Set("x-oss-hash-crc64ecma", "1")
 	}
 	w.ResponseWriter.WriteHeader(status)
 }
