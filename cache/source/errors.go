@@ -85,22 +85,20 @@ func Split(rawURL string) (scheme, bucket, prefix string, err error) {
 			return bad("no bucket", "write "+scheme+"://bucket/prefix/")
 		}
 		if strings.ContainsAny(bucket, "@:?#%\\ ") {
-			return bad(fmt.Sprintf("%q is not a bucket's name", redact(bucket)), "the store's address goes into endpoint, credentials into a Secret")
+			return bad("no bucket has such a name", "the store's address goes into endpoint, credentials into a Secret")
 		}
 		return scheme, bucket, prefix, nil
 	}
-	return bad(fmt.Sprintf("unknown scheme %q", scheme), "use s3, oss or file")
+	return bad(fmt.Sprintf("unknown scheme %q", redact(scheme)), "use s3, oss or file")
 }
 
 // redact hides what stands where a URL has its credentials, since errors end up in logs and statuses.
 func redact(s string) string {
-	if i := strings.LastIndex(s, "@"); i >= 0 {
-		if j := strings.Index(s, "://"); j >= 0 && j < i {
-			return s[:j+3] + "REDACTED" + s[i:]
-		}
-		return "REDACTED" + s[i:]
+	i := strings.LastIndex(s, "@")
+	if i < 0 {
+		return s
 	}
-	return s
+	return "REDACTED" + s[i:]
 }
 
 // Endpoint parses a Config's Endpoint: the host[:port], and whether the connection is encrypted, which

@@ -13,6 +13,9 @@ import (
 // so that eight list a million keys in about 20 s.
 const pagers = 8
 
+// minPages is how many pages a part lists before it is cut.
+const minPages = 8
+
 // maxDepth bounds how many levels of folders are looked at for a place to split a listing.
 const maxDepth = 16
 
@@ -78,7 +81,12 @@ type lister struct {
 
 func (l *lister) list(ctx context.Context, s span) error {
 	defer func() { l.idle <- struct{}{} }()
-	wait, pause := 0, 1 // pages to go before the next look for a place to split
+	// A cut costs one page to find places and about one for each part, of which the last page is partly
+	// another's. So a part is cut only once it has shown to be worth it; the first, at once.
+	wait, pause := minPages, minPages // pages to go before the next look for a place to cut
+	if s == (span{}) {
+		wait = 0
+	}
 	for {
 		page, err := l.Page(ctx, PageRequest{Prefix: l.prefix, After: s.after})
 		if err != nil {
@@ -102,15 +110,16 @@ func (l *lister) list(ctx context.Context, s span) error {
 			wait--
 			continue
 		}
-		split, err := l.split(ctx, &s)
+		split, err := l.split(ctx, &s, objects)
 		if err != nil {
 			return err
 		}
 		if split {
-			pause = 1
+			pause = minPages
 		} else {
-			wait, pause = pause, min(pause*2, 64)
+			pause = min(pause*2, 64)
 		}
+		wait = pause
 	}
 }
 
@@ -136,7 +145,7 @@ func (l *lister) cut(page Page, s *span) (objects []Object, done bool, err error
 }
 
 // split gives what is ahead of a part to idle listers, as far as there are any, and keeps the first bit.
-func (l *lister) split(ctx context.Context, s *span) (bool, error) {
+func (l *lister) split(ctx context.Context, s *span, listed []Object) (bool, error) {
 	tokens := 0
 	for tokens < pagers {
 		select {
@@ -155,11 +164,19 @@ func (l *lister) split(ctx context.Context, s *span) (bool, error) {
 			l.idle <- struct{}{}
 		}
 	}()
-	places, err := l.places(ctx, *s)
-	if err != nil || len(places) == 0 {
+	places, level, more, err := l.places(ctx, *s)
+	if err != nil {
 		return false, err
 	}
 	n := min(tokens, len(places))
+	if more {
+		// There are many folders ahead. Where they hold as little as those just listed, the places found lie
+		// close together, and parts of less than two pages cost more than they help.
+		n = min(n, len(places)*perFolder(listed, level)/2000)
+	}
+	if n == 0 {
+		return false, nil
+	}
 	parts := make([]span, n)
 	for i := range parts {
 		// The i-th of n evenly spaced places; the first bit, before the first place, stays with s.
@@ -176,23 +193,34 @@ func (l *lister) split(ctx context.Context, s *span) (bool, error) {
 	return true, nil
 }
 
+// perFolder is how many of the listed keys are in one folder of the level, on average.
+func perFolder(listed []Object, level string) int {
+	folders, last := 0, ""
+	for _, o := range listed {
+		rest, ok := strings.CutPrefix(o.Key, level)
+		if folder, _, below := strings.Cut(rest, "/"); !ok || !below || folder != last || folders == 0 {
+			folders, last = folders+1, folder
+		}
+	}
+	return len(listed) / max(folders, 1)
+}
+
 // places finds common prefixes ahead, at the shallowest level that has any: the parts between those are
-// the largest.
-func (l *lister) places(ctx context.Context, s span) ([]string, error) {
-	level := l.prefix
+// the largest. more says that there are others behind them.
+func (l *lister) places(ctx context.Context, s span) (places []string, level string, more bool, err error) {
+	level = l.prefix
 	for range maxDepth {
 		page, err := l.Page(ctx, PageRequest{Prefix: level, After: s.after, Delimited: true})
 		if err != nil {
-			return nil, err
+			return nil, "", false, err
 		}
-		var places []string
 		for _, p := range page.Prefixes {
 			if p > s.after && (s.last == "" || p < s.last) && (len(places) == 0 || p > places[len(places)-1]) {
 				places = append(places, p)
 			}
 		}
 		if len(places) > 0 {
-			return places, nil
+			return places, level, page.More, nil
 		}
 		i := strings.IndexByte(s.after[len(level):], '/')
 		if i < 0 {
@@ -200,5 +228,5 @@ func (l *lister) places(ctx context.Context, s span) ([]string, error) {
 		}
 		level = s.after[:len(level)+i+1]
 	}
-	return nil, nil
+	return nil, "", false, nil
 }
