@@ -366,7 +366,9 @@ func (b *blocks) forgetFile(i catalog.Index, size int64) {
 	var cancels []context.CancelFunc
 	drop := func(e *extent) {
 		switch {
-		case e.refs > 0: // somebody reads it: it ends up idle and is evicted in its turn
+		case e.refs > 0 && !isClosed(e.done): // somebody waits for it
+		case e.refs > 0: // the last user frees it
+			b.forget(e)
 		case !isClosed(e.done):
 			b.forget(e)
 			cancels = append(cancels, e.cancel)

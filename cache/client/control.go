@@ -15,6 +15,8 @@ import (
 	"sync"
 	"time"
 
+	"github.com/cenkalti/backoff/v5"
+
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 )
@@ -184,6 +186,12 @@ func (k *Control) once(ctx context.Context, m ring.Member, key wire.Key, method,
 
 func statusError(method, path string, code int, body []byte) error {
 	text := strings.TrimSpace(string(body[:min(len(body), 1024)]))
+	var said struct {
+		Error string `json:"error"`
+	}
+	if json.Unmarshal(body, &said) == nil && said.Error != "" {
+		text = said.Error
+	}
 	var kind error
 	switch code {
 	case http.StatusUnauthorized, http.StatusForbidden:
@@ -482,9 +490,22 @@ func (k *Control) Refresh(ctx context.Context) (string, error) {
 	}
 	long := *k
 	long.config.Timeout = 24 * time.Hour
-	var digest string
-	if err := long.do(ctx, m, http.MethodPost, wire.PathRefresh, nil, nil, &digest); err != nil {
-		return "", fmt.Errorf("dataset %s: refresh by worker %s: %w", k.config.Dataset, m.ID, err)
+	pause := backoff.NewExponentialBackOff()
+	pause.MaxInterval = 5 * time.Second
+	for tries := 1; ; tries++ {
+		var answer struct {
+			Snapshot string `json:"snapshot"`
+		}
+		err := long.do(ctx, m, http.MethodPost, wire.PathRefresh, nil, nil, &answer)
+		switch {
+		case err == nil:
+			return answer.Snapshot, nil
+		// The workers are settling who lists, most likely as they have just started.
+		case errors.Is(err, wire.ErrOverloaded) && tries < refreshTries && sleep(ctx, pause.NextBackOff()):
+		default:
+			return "", fmt.Errorf("dataset %s: refresh by worker %s: %w", k.config.Dataset, m.ID, err)
+		}
 	}
-	return digest, nil
 }
+
+const refreshTries = 8

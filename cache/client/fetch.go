@@ -286,6 +286,9 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 		Op: wire.OpRead, Flags: flags, Epoch: c.members.view().Epoch, Snapshot: c.digest,
 		Index: w.index, Off: w.off, Length: int32(w.n),
 	}
+	if end, ok := ctx.Deadline(); ok { // so that the worker stops when nobody waits any more
+		req.WaitMillis = uint32(max(1, min(time.Until(end), wire.WorkerTimeout).Milliseconds()))
+	}
 	begun := time.Now()
 	first, err := conn.start(req, dst)
 	if err != nil {

@@ -414,24 +414,27 @@ func (c *Client) Prefetch(ctx context.Context, i catalog.Index, off, n int64) {
 		return
 	}
 	v := c.members.view()
-	first, last := off/ring.BlockSize, (min(off+n, o.Size)-1)/ring.BlockSize
-	for block := first; block <= last; {
-		run := int64(1)
-		owner := v.Owners(o, block, 1)
+	end := off + min(n, o.Size-off)
+	for off < end {
+		// One request for what one worker owns: the whole file, or a block of a striped one.
+		next := min(end, off+maxPrefetch)
+		if o.Size > ring.StripeThreshold {
+			next = min(end, (off/ring.BlockSize+1)*ring.BlockSize)
+		}
+		owner := v.Owners(o, off/ring.BlockSize, 1)
 		if len(owner) == 0 {
 			return
 		}
-		if o.Size <= ring.StripeThreshold {
-			run = last - block + 1
+		req := wire.Request{Op: wire.OpPrefetch, Snapshot: c.digest, Index: i, Off: off, Length: int32(next - off)}
+		if _, _, err := v.peers[owner[0].ID].small(ctx, req); err != nil {
+			c.log.Debug("prefetch", "worker", owner[0].ID, "file", i, "error", err)
 		}
-		if p := v.peers[owner[0].ID]; p != nil {
-			_, _, _ = p.small(ctx, wire.Request{
-				Op: wire.OpPrefetch, Snapshot: c.digest, Index: i, Off: block, Length: int32(run),
-			})
-		}
-		block += run
+		off = next
 	}
 }
+
+// maxPrefetch is what one request can name.
+const maxPrefetch = 1 << 30
 
 // Resident asks the workers which blocks of a file they hold: bit n of the answer, least significant
 // first, is block n. It fails only if no worker answers.

@@ -35,15 +35,19 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 		return s, nil
 	}
 	pause := c.pauses()
+	last := errors.New("no worker is ready")
 	for {
 		changed := c.members.wait()
 		peers := c.sources()
-		last, answered, refused := errors.New("no worker is ready"), false, 0
+		answered, refused := false, 0
 		for _, p := range peers {
 			s, err := c.pullFrom(ctx, p, &want)
 			if err == nil {
 				c.log.Info("snapshot", "dataset", c.config.Dataset, "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
 				return c.share(s), nil
+			}
+			if ctx.Err() != nil {
+				break
 			}
 			// What a worker says tells more than that another is down.
 			if says := !errors.Is(err, errDown); says || !answered {
@@ -51,9 +55,6 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 			}
 			if errors.Is(err, wire.ErrUnauthorized) {
 				refused++
-			}
-			if ctx.Err() != nil {
-				break
 			}
 		}
 		if err := ctx.Err(); err != nil {

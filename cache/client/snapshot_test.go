@@ -1,0 +1,279 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+func names(n int) []string {
+	var out []string
+	for k := range n {
+		out = append(out, fmt.Sprintf("dir-%d/file-%d", k%7, k))
+	}
+	return out
+}
+
+func TestDialWaitsWhileWorkersListAndTellsProgress(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": content(1, 1000)})
+	k.start("a", "b")
+	var n atomic.Int64
+	listing := func(r wire.Request) *answer {
+		if r.Op == wire.OpSnapshot && n.Add(1) <= 6 {
+			return &answer{status: wire.UnknownSnapshot, text: "listing: 1234 objects so far"}
+		}
+		return nil
+	}
+	for _, id := range []string{"a", "b"} {
+		k.worker(id).other.Store(&listing)
+	}
+	var told []Progress
+	c := k.dial(func(c *Config) { c.Progress = func(p Progress) { told = append(told, p) } })
+	if c.Snapshot().Digest() != k.snap.Digest() {
+		t.Fatal("another snapshot")
+	}
+	if len(told) < 2 || !strings.Contains(told[0].Waiting, "1234 objects") || told[len(told)-1].Received != told[len(told)-1].Size {
+		t.Fatalf("progress: %+v", told)
+	}
+}
+
+func TestDialEndsWithItsContextAndSaysWhatItWaitedFor(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": nil})
+	k.start("a")
+	never := func(r wire.Request) *answer { return &answer{status: wire.UnknownSnapshot, text: "secret missing"} }
+	k.worker("a").other.Store(&never)
+	ctx, cancel := context.WithCancelCause(testContext(t))
+	config := k.config()
+	config.Progress = func(Progress) { cancel(errTest) }
+	_, err := dial(ctx, config, quick())
+	if !errors.Is(err, errTest) || !errors.Is(err, wire.ErrUnknownSnapshot) || !strings.Contains(err.Error(), "secret missing") {
+		t.Fatal(err)
+	}
+	if n, stacks := ours(); n > 0 {
+		t.Fatalf("a failed Dial left %d goroutines:\n%s", n, stacks)
+	}
+}
+
+func TestAWrongKeyIsRefusedAtOnce(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": nil})
+	k.start("a", "b")
+	config := k.config()
+	config.Keys = wire.GenerateKeys()
+	_, err := dial(testContext(t), config, quick())
+	if !errors.Is(err, wire.ErrUnauthorized) {
+		t.Fatal(err)
+	}
+	config = k.config()
+	config.Dataset = "other/dataset"
+	if _, err := dial(testContext(t), config, quick()); !errors.Is(err, wire.ErrUnauthorized) {
+		t.Fatal(err)
+	}
+	// During a rotation the new key is tried first and the old one serves.
+	config = k.config()
+	config.Keys.Read = append(wire.GenerateKeys().Read, config.Keys.Read...)
+	c, err := dial(testContext(t), config, quick())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+}
+
+func TestConfigsThatCannotWorkAreRefusedWithTheReason(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": nil})
+	k.start("a")
+	for what, change := range map[string]func(*Config){
+		"no dataset":         func(c *Config) { c.Dataset = "" },
+		"no workers to ask":  func(c *Config) { c.Membership = ring.Membership{} },
+		"no read key":        func(c *Config) { c.Keys = wire.Keys{} },
+		"buffers of 1 bytes": func(c *Config) { c.BufferBytes = 1 },
+		"copies is -1":       func(c *Config) { c.Copies = -1 },
+		"no such file":       func(c *Config) { c.MembershipFile = filepath.Join(t.TempDir(), "none") },
+		"ids must be unique": func(c *Config) { c.Membership.Members = append(c.Membership.Members, c.Membership.Members...) },
+	} {
+		config := k.config()
+		change(&config)
+		if _, err := dial(testContext(t), config, quick()); err == nil || !strings.Contains(err.Error(), what) {
+			t.Errorf("%s: %v", what, err)
+		}
+	}
+}
+
+func TestASnapshotWithAnotherDigestIsRefused(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": content(1, 1000)})
+	k.start("a", "b")
+	// Both lie about what they send when asked for the pinned digest; then one comes to its senses.
+	other := makeSnapshot(t, map[string][]byte{"f": content(2, 1000)}, "v2")
+	digest := k.snap.Digest()
+	var n atomic.Int64
+	lie := func(r wire.Request) *answer {
+		if r.Op == wire.OpSnapshot && n.Add(1) <= 4 {
+			return &answer{body: other.Encoded(), change: func(r *wire.Reply) { r.Body = digest }}
+		}
+		return nil
+	}
+	for _, id := range []string{"a", "b"} {
+		k.worker(id).other.Store(&lie)
+	}
+	c := k.dial(func(c *Config) { c.Snapshot = digest })
+	if c.Snapshot().Digest() != digest || c.Stats().Corrupt < 4 {
+		t.Fatalf("%+v", c.Stats())
+	}
+}
+
+func TestTheSnapshotStaysTheSameForTheLifeOfTheClient(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 100_000)})
+	k.start("a")
+	c := k.dial(nil)
+	next := makeSnapshot(t, map[string][]byte{"f": content(2, 100_000), "g": nil}, "v2")
+	k.worker("a").snapshot.Store(next) // the tier refreshed
+	if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 100_000); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range k.worker("a").seen() {
+		if r.Snapshot != k.snap.Digest() {
+			t.Fatal("a read by another snapshot")
+		}
+	}
+	if d := k.dial(nil).Snapshot().Digest(); d != next.Digest() {
+		t.Fatal("a new client does not get the new snapshot")
+	}
+}
+
+func TestSnapshotsOfANodeAreSharedAndADamagedOneIsPulledAnew(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "snapshots")
+	k := newTier(t, map[string][]byte{"f": content(1, 1000)})
+	k.start("a")
+	var pulls atomic.Int64
+	count := func(r wire.Request) *answer {
+		if r.Op == wire.OpSnapshot {
+			pulls.Add(1)
+		}
+		return nil
+	}
+	k.worker("a").other.Store(&count)
+	digest := k.snap.Digest()
+	shared := func(c *Config) { c.SnapshotDir = dir; c.Snapshot = digest }
+	k.dial(shared).Close()
+	first := pulls.Load()
+	k.dial(shared).Close()
+	if pulls.Load() != first || first == 0 {
+		t.Fatalf("pulled %d times, then %d", first, pulls.Load())
+	}
+	files, err := filepath.Glob(filepath.Join(dir, "*"))
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	if err := os.WriteFile(files[0], []byte("damaged"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	c := k.dial(shared)
+	if pulls.Load() == first || c.Snapshot().Digest() != digest {
+		t.Fatal("the damaged file was used")
+	}
+	if _, err := catalog.OpenFile(files[0]); err != nil {
+		t.Fatal(err)
+	}
+}
+
+func TestMembershipFileIsFollowedAndABadOneIgnored(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 100_000)})
+	k.start("a")
+	file := filepath.Join(t.TempDir(), "members.json")
+	write := func(b []byte) {
+		t.Helper()
+		if err := os.WriteFile(file+".new", b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.Rename(file+".new", file); err != nil {
+			t.Fatal(err)
+		}
+	}
+	publish := func(m ring.Membership) {
+		b, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		write(b)
+	}
+	publish(k.membership())
+	c := k.dial(func(c *Config) { c.Membership = ring.Membership{}; c.MembershipFile = file })
+	write([]byte("{not json"))
+	for range 5 {
+		c.members.refresh()
+	}
+	if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 100_000); err != nil {
+		t.Fatal(err)
+	}
+	// Everybody moves: only the file knows.
+	k.worker("a").stop()
+	k.mu.Lock()
+	delete(k.workers, "a")
+	k.mu.Unlock()
+	k.start("b")
+	c.Forget(k.index("f"))
+	done := make(chan error)
+	go func() { done <- checkRead(ctx, c, k.index("f"), k.data["f"], 0, 100_000) }()
+	publish(k.membership())
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+	// An older list is not gone back to.
+	epoch := c.Stats().Epoch
+	old := k.membership()
+	old.Epoch = 1
+	old.Members = nil
+	publish(old)
+	for range 5 {
+		c.members.refresh()
+	}
+	c.Forget(k.index("f"))
+	if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 100_000); err != nil {
+		t.Fatal(err)
+	}
+	if c.Stats().Epoch < epoch {
+		t.Fatal("the epoch went back")
+	}
+}
+
+func TestSeedsTellTheMembership(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 100_000)})
+	k.start("a", "b", "c")
+	c := k.dial(func(c *Config) {
+		c.Membership = ring.Membership{}
+		c.Seeds = []string{"127.0.0.1:1", k.worker("b").addr}
+	})
+	if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 100_000); err != nil {
+		t.Fatal(err)
+	}
+	if c.Stats().Epoch != k.membership().Epoch {
+		t.Fatal("the membership did not come from the seed")
+	}
+}
+
+func TestAReadWaitsForAWorkerToComeBack(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 100_000)})
+	k.start("a")
+	c := k.dial(nil)
+	k.worker("a").stop()
+	done := make(chan error)
+	go func() { done <- checkRead(ctx, c, k.index("f"), k.data["f"], 0, 100_000) }()
+	eventually(t, "a round without anybody", func() bool { return c.Stats().Rounds > 2 })
+	k.worker("a").restart()
+	if err := <-done; err != nil {
+		t.Fatal(err)
+	}
+}
