@@ -4,6 +4,7 @@ import (
 	"fmt"
 	"strings"
 	"testing"
+	"unicode/utf8"
 )
 
 func TestAwkwardYAMLAccepted(t *testing.T) {
@@ -73,6 +74,29 @@ func TestAwkwardYAMLRefused(t *testing.T) {
 			}
 		})
 	}
+}
+
+func TestErrorsStayReadable(t *testing.T) {
+	long := strings.Repeat("é", 1<<19)
+	for name, manifest := range map[string]string{
+		"value": strings.Replace(dataset, "spec:", "spec:\n  access: "+long, 1),
+		"field": strings.Replace(dataset, "spec:", "spec:\n  "+long[:100000]+": 1", 1),
+		"name":  strings.Replace(dataset, "genomes", long, 1),
+		"kind":  strings.Replace(dataset, "Dataset", long, 1),
+		"many":  strings.Repeat(load+"---\n", 1000),
+	} {
+		t.Run(name, func(t *testing.T) {
+			_, err := Parse("m.yaml", []byte(manifest))
+			if err == nil {
+				t.Fatal("accepted")
+			}
+			if n := len(err.Error()); n > 60*maxError || !utf8.ValidString(err.Error()) {
+				t.Errorf("the error is %d bytes long", n)
+			}
+		})
+	}
+	_, err := Parse("m.yaml", []byte(strings.Repeat(load+"---\n", 1000)))
+	refused(t, err, "and 949 more errors")
 }
 
 func TestJSONDocuments(t *testing.T) {

@@ -15,11 +15,12 @@ func (r *reader) link() {
 	for _, d := range r.set.Datasets {
 		r.linkMounts(d)
 	}
+	loads := r.set.loads()
 	for _, l := range r.set.DataLoads {
-		r.linkLoad(l)
+		r.linkLoad(l, loads)
 	}
 	if len(r.errs) == 0 {
-		r.linkOrder()
+		r.linkOrder(loads)
 	}
 }
 
@@ -71,7 +72,7 @@ func (r *reader) reaches(from, to *v1alpha1.Dataset, seen map[*v1alpha1.Dataset]
 	return false
 }
 
-func (r *reader) linkLoad(l *v1alpha1.DataLoad) {
+func (r *reader) linkLoad(l *v1alpha1.DataLoad, loads map[types.NamespacedName]*v1alpha1.DataLoad) {
 	spec := field.NewPath("spec")
 	d, ok := r.set.Dataset(types.NamespacedName{Namespace: l.Namespace, Name: l.Spec.DatasetRef.Name})
 	if !ok {
@@ -81,19 +82,19 @@ func (r *reader) linkLoad(l *v1alpha1.DataLoad) {
 		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("copies"), c,
 			fmt.Sprintf("must not exceed the %d workers of Dataset %s/%s: each copy is on a worker of its own", d.Spec.Workers.Replicas, d.Namespace, d.Name)))
 	}
-	if l.Spec.RunAfter != nil && r.set.load(l.Namespace, l.Spec.RunAfter.Name) == nil {
+	if l.Spec.RunAfter != nil && loads[before(l)] == nil {
 		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("runAfter", "name"), l.Spec.RunAfter.Name,
 			fmt.Sprintf("there is no DataLoad of that name in namespace %s in these manifests; add it or correct the name", l.Namespace)))
 	}
 }
 
 // linkOrder refuses loads that wait for each other.
-func (r *reader) linkOrder() {
+func (r *reader) linkOrder(loads map[types.NamespacedName]*v1alpha1.DataLoad) {
 	for _, l := range r.set.DataLoads {
 		path := field.NewPath("spec", "runAfter", "name")
 		seen := map[*v1alpha1.DataLoad]bool{l: true}
 		for at := l; at.Spec.RunAfter != nil; {
-			at = r.set.load(at.Namespace, at.Spec.RunAfter.Name)
+			at = loads[before(at)]
 			if seen[at] {
 				r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(path, l.Spec.RunAfter.Name,
 					"these loads wait for each other, so that none would run; remove one runAfter"))
@@ -104,17 +105,23 @@ func (r *reader) linkOrder() {
 	}
 }
 
-func (s *Set) load(namespace, name string) *v1alpha1.DataLoad {
+// loads indexes the loads by name.
+func (s *Set) loads() map[types.NamespacedName]*v1alpha1.DataLoad {
+	m := make(map[types.NamespacedName]*v1alpha1.DataLoad, len(s.DataLoads))
 	for _, l := range s.DataLoads {
-		if l.Namespace == namespace && l.Name == name {
-			return l
-		}
+		m[types.NamespacedName{Namespace: l.Namespace, Name: l.Name}] = l
 	}
-	return nil
+	return m
+}
+
+// before names the load that l, which has one, runs after.
+func before(l *v1alpha1.DataLoad) types.NamespacedName {
+	return types.NamespacedName{Namespace: l.Namespace, Name: l.Spec.RunAfter.Name}
 }
 
 // order returns the loads so that each comes after the one it runs after, else as they were read.
 func (s *Set) order() []*v1alpha1.DataLoad {
+	loads := s.loads()
 	done := make(map[*v1alpha1.DataLoad]bool, len(s.DataLoads))
 	ordered := make([]*v1alpha1.DataLoad, 0, len(s.DataLoads))
 	var visit func(l *v1alpha1.DataLoad)
@@ -124,7 +131,7 @@ func (s *Set) order() []*v1alpha1.DataLoad {
 		}
 		done[l] = true
 		if l.Spec.RunAfter != nil {
-			visit(s.load(l.Namespace, l.Spec.RunAfter.Name))
+			visit(loads[before(l)])
 		}
 		ordered = append(ordered, l)
 	}

@@ -10,7 +10,7 @@
 // (EnvName says which variable).
 //
 // Concurrency: all functions may be called at once; a Set is not changed after it is made. Failure:
-// reading goes on after an error to report all of them; each is an *Error that names the file, the
+// reading goes on after an error to report all of them (the first fifty); each is an *Error that names the file, the
 // document and the object, and says what to do. Secret values are never part of an error. The schemas
 // and rules are compiled at first use (some 40 ms), so that importing the package costs nothing but
 // its dependencies' own initialisation.
@@ -39,6 +39,12 @@ const DefaultNamespace = "default"
 
 // MaxDocument is the size in bytes above which a document is refused, an API server's own limit.
 const MaxDocument = 3 << 20
+
+// maxError bounds the bytes of one error's text, maxErrors how many are reported.
+const (
+	maxError  = 2000
+	maxErrors = 50
+)
 
 // maxFile bounds what is read from one file.
 const maxFile = 64 << 20
@@ -74,6 +80,10 @@ func (e *Error) Error() string {
 		b.WriteString(": " + e.Object)
 	}
 	b.WriteString(": " + describe(e.Err))
+	// A value of the file may be part of it, and be of any length.
+	if b.Len() > maxError {
+		return strings.ToValidUTF8(b.String()[:maxError], "") + "…"
+	}
 	return b.String()
 }
 

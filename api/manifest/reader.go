@@ -190,6 +190,9 @@ func (r *reader) finish() (*Set, error) {
 	if len(r.errs) == 0 {
 		r.link()
 	}
+	if more := len(r.errs) - maxErrors; more > 0 {
+		r.errs = append(r.errs[:maxErrors], fmt.Errorf("and %d more errors", more))
+	}
 	if len(r.errs) > 0 {
 		return nil, errors.Join(r.errs...)
 	}

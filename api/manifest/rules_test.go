@@ -84,6 +84,7 @@ var datasetRules = []rule{
 	{"endpoint", mount(`source: "s3://bucket", endpoint: "minio.example.com:9000"`), ""},
 	{"endpoint plain", mount(`source: "s3://bucket", endpoint: "http://10.0.0.1:9000"`), ""},
 	{"endpoint IPv6", mount(`source: "s3://bucket", endpoint: "http://[::1]:9000"`), ""},
+	{"endpoint slash", mount(`source: "s3://bucket", endpoint: "http://host:9000/"`), ""},
 	{"endpoint path", mount(`source: "s3://bucket", endpoint: "http://host/path"`), "endpoint must be host or host:port"},
 	{"endpoint other scheme", mount(`source: "s3://bucket", endpoint: "ftp://host"`), "endpoint must be host or host:port"},
 	{"endpoint credentials", mount(`source: "s3://bucket", endpoint: "http://a:b@host"`), "endpoint must be host or host:port"},

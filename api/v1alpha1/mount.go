@@ -5,9 +5,9 @@ package v1alpha1
 // +kubebuilder:validation:XValidation:rule="self.source.startsWith('s3://') || self.source.startsWith('oss://') || !(has(self.endpoint) || has(self.region) || has(self.credentialsSecretRef) || self.anonymous || self.ambient || self.allowUnversioned)",message="endpoint, region, credentialsSecretRef, anonymous, ambient and allowUnversioned are for s3:// and oss:// sources; remove them"
 // +kubebuilder:validation:XValidation:rule="(has(self.credentialsSecretRef) ? 1 : 0) + (self.anonymous ? 1 : 0) + (self.ambient ? 1 : 0) <= 1",message="set at most one of credentialsSecretRef, anonymous and ambient"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || has(self.endpoint)",message="an oss:// source needs an endpoint or a region, such as region: cn-shanghai"
-// +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || !has(self.endpoint) || (self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?$') && !self.endpoint.contains('accelerate'))",fieldPath=".region",message="the region cannot be told from this endpoint, and requests to OSS are signed with it; set region, such as cn-shanghai"
+// +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || !has(self.endpoint) || (self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?/?$') && !self.endpoint.contains('accelerate'))",fieldPath=".region",message="the region cannot be told from this endpoint, and requests to OSS are signed with it; set region, such as cn-shanghai"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || !has(self.region) || (self.region.matches('^[a-z]+(-[a-z0-9]+)+$') && !self.region.startsWith('oss-') && !self.region.endsWith('-internal'))",fieldPath=".region",message="the region of OSS is written without oss- and -internal, such as cn-shanghai"
-// +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || !has(self.region) || !has(self.endpoint) || !self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?$') || self.endpoint.contains('accelerate') || self.endpoint.contains(self.region)",fieldPath=".region",message="the endpoint is of another region; correct one of them, or leave the region out"
+// +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || !has(self.region) || !has(self.endpoint) || !self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?/?$') || self.endpoint.contains('accelerate') || self.endpoint.contains(self.region)",fieldPath=".region",message="the endpoint is of another region; correct one of them, or leave the region out"
 type Mount struct {
 	// Source is s3://bucket/prefix/, oss://bucket/prefix/, dataset://namespace/name/folder, or in local
 	// mode file:///folder. The prefix is a folder of keys (a slash is added where it has none) or the key
@@ -39,7 +39,7 @@ type Mount struct {
 	//
 	// +optional
 	// +kubebuilder:validation:MaxLength=253
-	// +kubebuilder:validation:XValidation:rule="self.matches('^(https?://)?([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[[][0-9A-Fa-f:.]+[]])(:[0-9]{1,5})?$')",message="endpoint must be host or host:port, optionally with http:// or https:// in front, and without a path"
+	// +kubebuilder:validation:XValidation:rule="self.matches('^(https?://)?([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[[][0-9A-Fa-f:.]+[]])(:[0-9]{1,5})?/?$')",message="endpoint must be host or host:port, optionally with http:// or https:// in front, and without a path"
 	Endpoint string `json:"endpoint,omitempty"`
 
 	// Region signs requests. Absent: derived from a known endpoint, or asked of the store.
