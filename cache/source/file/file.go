@@ -54,7 +54,8 @@ func Open(_ context.Context, c source.Config) (*Folder, error) {
 	root, err := os.OpenRoot(dir)
 	if err != nil {
 		e := &source.Error{Op: "open", Name: c.URL, Kind: kind(err), Err: err}
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) {
+		info, serr := os.Stat(dir)
+		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || serr == nil && !info.IsDir() {
 			e.Kind, e.Hint = source.ErrNoBucket, "make the folder, or correct its name"
 		}
 		return nil, e

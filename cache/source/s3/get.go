@@ -8,7 +8,6 @@ import (
 	"net/http"
 	"strconv"
 	"strings"
-	"time"
 
 	"github.com/minio/minio-go/v7"
 
@@ -22,17 +21,12 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 		return source.Body{}, b.invalid("get", o.Key, fmt.Errorf("range %d+%d is not within %d bytes", off, length, o.Size))
 	}
 	var options minio.GetObjectOptions
-	modified, byTime := strings.CutPrefix(o.Version, timePrefix)
 	switch {
 	case o.Version == "":
 		return source.Body{}, &source.Error{Op: "get", Name: b.object(o.Key), Kind: source.ErrUnversioned,
 			Hint: "stat it first, or set allowUnversioned"}
-	case byTime:
-		seconds, err := strconv.ParseInt(modified, 10, 64)
-		if err != nil {
-			return source.Body{}, b.invalid("get", o.Key, fmt.Errorf("version %q", o.Version))
-		}
-		options.Set("If-Unmodified-Since", time.Unix(seconds, 0).UTC().Format(http.TimeFormat))
+	case strings.HasPrefix(o.Version, timePrefix):
+		// No If-Unmodified-Since: stores compare it with a finer time than they tell. check compares.
 	default:
 		options.Set("If-Match", `"`+o.Version+`"`)
 	}

@@ -1,0 +1,321 @@
+package s3_test
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/http/httptest"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync/atomic"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/s3"
+	"github.com/stepcache/stepcache/test/bucket"
+)
+
+// answering opens a bucket whose store is the handler, for answers that the real server never gives.
+func answering(t *testing.T, c source.Config, h http.HandlerFunc) *s3.Bucket {
+	t.Helper()
+	server := httptest.NewServer(h)
+	t.Cleanup(server.Close)
+	c.URL, c.Endpoint, c.Anonymous = "s3://bucket", server.URL, true
+	if c.Region == "" {
+		c.Region = "us-east-1"
+	}
+	b, err := s3.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+func get(ctx context.Context, b source.Source, o source.Object, off, length int64) ([]byte, source.Digest, error) {
+	body, err := b.Get(ctx, o, off, length)
+	if err != nil {
+		return nil, source.Digest{}, err
+	}
+	defer body.Close()
+	got, err := io.ReadAll(body)
+	return got, body.Digest, err
+}
+
+const etag = "0123456789abcdef0123456789abcdef"
+
+// Keys reach the store as they are, whatever a client library would like to clean up.
+func TestKeysAreSentVerbatim(t *testing.T) {
+	var seen atomic.Value
+	b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+		seen.Store(strings.TrimPrefix(r.URL.Path, "/bucket/"))
+		w.Header().Set("ETag", `"`+etag+`"`)
+		w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+		w.Header().Set("Content-Length", "1")
+	})
+	for _, key := range []string{"a//b", "/rooted", "dir/../up", "./dot", "a/", "..", "a b+c%20%", "x?y#z", "new\nline", "日本", "//"} {
+		if _, err := b.Stat(t.Context(), key); err != nil || seen.Load() != key {
+			t.Errorf("%q reached the store as %q, %v", key, seen.Load(), err)
+		}
+	}
+}
+
+func TestDigestIsOfTheWholeObjectOrNone(t *testing.T) {
+	md5 := []byte("\x01\x23\x45\x67\x89\xab\xcd\xef\x01\x23\x45\x67\x89\xab\xcd\xef")
+	for name, c := range map[string]struct {
+		header      map[string]string
+		whole, part source.Digest
+	}{
+		"single part":    {map[string]string{"ETag": etag}, source.Digest{Algorithm: source.MD5, Sum: md5}, source.Digest{Algorithm: source.MD5, Sum: md5}},
+		"several parts":  {map[string]string{"ETag": etag + "-2"}, source.Digest{}, source.Digest{}},
+		"KMS":            {map[string]string{"ETag": etag, "x-amz-server-side-encryption": "aws:kms"}, source.Digest{}, source.Digest{}},
+		"double KMS":     {map[string]string{"ETag": etag, "x-amz-server-side-encryption": "aws:kms:dsse"}, source.Digest{}, source.Digest{}},
+		"the store's":    {map[string]string{"ETag": etag, "x-amz-server-side-encryption": "AES256"}, source.Digest{Algorithm: source.MD5, Sum: md5}, source.Digest{Algorithm: source.MD5, Sum: md5}},
+		"customer's key": {map[string]string{"ETag": etag, "x-amz-server-side-encryption-customer-algorithm": "AES256"}, source.Digest{}, source.Digest{}},
+		"not hex":        {map[string]string{"ETag": strings.Repeat("z", 32)}, source.Digest{}, source.Digest{}},
+		"full checksum": {map[string]string{"ETag": etag + "-2", "x-amz-checksum-crc32c": "AQIDBA==", "x-amz-checksum-type": "FULL_OBJECT"},
+			source.Digest{Algorithm: source.CRC32C, Sum: []byte{1, 2, 3, 4}}, source.Digest{}},
+		"composite checksum": {map[string]string{"ETag": etag + "-2", "x-amz-checksum-crc32c": "AQIDBA==-2", "x-amz-checksum-type": "COMPOSITE"},
+			source.Digest{}, source.Digest{}},
+		"checksum of unknown type": {map[string]string{"ETag": etag + "-2", "x-amz-checksum-crc32c": "AQIDBA=="}, source.Digest{}, source.Digest{}},
+		"broken checksum": {map[string]string{"ETag": etag, "x-amz-checksum-crc32c": "AQID", "x-amz-checksum-type": "FULL_OBJECT"},
+			source.Digest{Algorithm: source.MD5, Sum: md5}, source.Digest{Algorithm: source.MD5, Sum: md5}},
+	} {
+		b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+			for k, v := range c.header {
+				w.Header().Set(k, v)
+			}
+			w.Header().Set("ETag", `"`+c.header["ETag"]+`"`)
+			http.ServeContent(w, r, "", time.Unix(1e9, 0), bytes.NewReader(make([]byte, 100)))
+		})
+		o, err := b.Stat(t.Context(), "k")
+		if err != nil {
+			t.Errorf("%s: %v", name, err)
+			continue
+		}
+		_, whole, err := get(t.Context(), b, o, 0, 100)
+		_, part, perr := get(t.Context(), b, o, 10, 20)
+		if err != nil || perr != nil {
+			t.Errorf("%s: %v, %v", name, err, perr)
+		}
+		if d := cmp.Diff([]source.Digest{c.whole, c.whole, c.part}, []source.Digest{o.Digest, whole, part}); d != "" {
+			t.Errorf("%s: stat, whole, part:\n%s", name, d)
+		}
+	}
+}
+
+// A store that ignores If-Match or Range never yields other bytes than those asked for.
+func TestStoreThatIgnoresWhatIsAsked(t *testing.T) {
+	o := source.Object{Key: "k", Size: 1000, Version: etag}
+	for name, c := range map[string]struct {
+		answer    func(w http.ResponseWriter)
+		off, n    int64
+		kind      error
+		wantBytes int
+	}{
+		"all of it for a range": {func(w http.ResponseWriter) { _, _ = w.Write(make([]byte, 1000)) }, 10, 10, source.ErrInvalid, 0},
+		"another version":       {func(w http.ResponseWriter) { w.Header().Set("ETag", `"other"`); _, _ = w.Write(make([]byte, 1000)) }, 0, 1000, source.ErrChanged, 0},
+		"shorter":               {func(w http.ResponseWriter) { _, _ = w.Write(make([]byte, 999)) }, 0, 1000, source.ErrChanged, 0},
+		"a part for the whole": {func(w http.ResponseWriter) {
+			w.Header().Set("Content-Range", "bytes 0-999/1000")
+			w.WriteHeader(206)
+			_, _ = w.Write(make([]byte, 1000))
+		}, 0, 1000, source.ErrInvalid, 0},
+		"the wrong part": {func(w http.ResponseWriter) {
+			w.Header().Set("Content-Range", "bytes 0-9/1000")
+			w.WriteHeader(206)
+			_, _ = w.Write(make([]byte, 10))
+		}, 10, 10, source.ErrInvalid, 0},
+		"a longer body": {func(w http.ResponseWriter) {
+			w.Header().Set("Content-Range", "bytes 10-19/1000")
+			w.WriteHeader(206)
+			_, _ = w.Write(make([]byte, 30))
+		}, 10, 10, source.ErrInvalid, 0},
+		"no length, too long": {func(w http.ResponseWriter) {
+			w.(http.Flusher).Flush()
+			_, _ = w.Write(make([]byte, 2000))
+		}, 0, 1000, nil, 1000},
+		"no length, too short": {func(w http.ResponseWriter) {
+			w.(http.Flusher).Flush()
+			_, _ = w.Write(make([]byte, 500))
+		}, 0, 1000, source.ErrUnavailable, 500},
+		"a page of HTML": {func(w http.ResponseWriter) { w.Header().Del("ETag"); fmt.Fprint(w, "<html>log in</html>") }, 0, 1000, source.ErrUnversioned, 0},
+	} {
+		b := answering(t, source.Config{}, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("ETag", `"`+etag+`"`)
+			w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+			c.answer(w)
+		})
+		got, _, err := get(t.Context(), b, o, c.off, c.n)
+		if !errors.Is(err, c.kind) || len(got) != c.wantBytes {
+			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+}
+
+func TestErrorsSayWhatToDo(t *testing.T) {
+	xml := func(status int, code, more string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			fmt.Fprintf(w, `<?xml version="1.0"?><Error><Code>%s</Code><Message>the store's own words</Message>%s</Error>`, code, more)
+		}
+	}
+	for _, c := range []struct {
+		answer http.HandlerFunc
+		kind   error
+		hint   string
+	}{
+		{xml(400, "AuthorizationHeaderMalformed", "<Region>eu-west-3</Region>"), source.ErrInvalid, "set region: eu-west-3"},
+		{xml(301, "PermanentRedirect", ""), source.ErrInvalid, "region"},
+		{xml(403, "RequestTimeTooSkewed", ""), source.ErrDenied, "clock"},
+		{xml(403, "InvalidObjectState", ""), source.ErrInvalid, "restore"},
+		{xml(403, "AccessDenied", ""), source.ErrDenied, "anonymous"},
+		{xml(404, "NoSuchBucket", ""), source.ErrNoBucket, "make the bucket"},
+		{xml(404, "NoSuchKey", ""), source.ErrNotFound, "own words"},
+		{xml(501, "NotImplemented", ""), source.ErrInvalid, "own words"},
+		{xml(503, "ServiceUnavailable", ""), source.ErrUnavailable, "own words"},
+		{xml(416, "InvalidRange", ""), source.ErrChanged, ""},
+		{func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "Client sent an HTTP request to an HTTPS server.", 400)
+		}, source.ErrInvalid, "leave http:// out"},
+		{func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "<html>gateway", 504) }, source.ErrUnavailable, ""},
+	} {
+		b := answering(t, source.Config{}, c.answer)
+		_, _, err := get(t.Context(), b, source.Object{Key: "k", Size: 10, Version: etag}, 0, 5)
+		if !errors.Is(err, c.kind) || !strings.Contains(fmt.Sprint(err), c.hint) || !strings.Contains(fmt.Sprint(err), b.URL()+"/k") {
+			t.Errorf("want %v and %q: %v", c.kind, c.hint, err)
+		}
+	}
+	refused, err := s3.Open(t.Context(), source.Config{URL: "s3://bucket", Endpoint: "http://127.0.0.1:1", Region: "r", Anonymous: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := refused.Stat(t.Context(), "k"); !errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), "127.0.0.1:1") {
+		t.Errorf("nobody listens: %v", err)
+	}
+	tls := httptest.NewTLSServer(http.NotFoundHandler())
+	defer tls.Close()
+	untrusted, err := s3.Open(t.Context(), source.Config{URL: "s3://bucket", Endpoint: tls.URL, Region: "r", Anonymous: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := untrusted.Stat(t.Context(), "k"); !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "certificate") {
+		t.Errorf("a certificate of nobody: %v", err)
+	}
+}
+
+// Files put into the server's folder by hand have no ETag: they are refused, unless the mount says that
+// size and time are enough.
+func TestUnversionedObjects(t *testing.T) {
+	dir, err := os.MkdirTemp("/dev/shm", "stepcache-unversioned-")
+	if err != nil {
+		t.Skipf("no folder on /dev/shm: %v", err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	s := bucket.StartT(t, bucket.Options{Dir: dir})
+	c := fixture(t, s)
+	name := filepath.Join(dir, strings.TrimPrefix(c.URL, "s3://"), "k")
+	if err := os.WriteFile(name, []byte("by hand"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	strict, err := open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var listed []source.Object
+	list := func(src source.Source) source.Object {
+		listed = nil
+		if err := src.List(t.Context(), "", func(o source.Object) error { listed = append(listed, o); return nil }); err != nil || len(listed) != 1 {
+			t.Fatalf("%v, %v", listed, err)
+		}
+		return listed[0]
+	}
+	o := list(strict)
+	if o.Version != "" {
+		t.Skipf("this server makes up the version %q of such a file", o.Version)
+	}
+	_, statErr := strict.Stat(t.Context(), "k")
+	_, _, getErr := get(t.Context(), strict, o, 0, o.Size)
+	for _, err := range []error{statErr, getErr} {
+		if !errors.Is(err, source.ErrUnversioned) || !strings.Contains(err.Error(), "allowUnversioned") {
+			t.Errorf("%v", err)
+		}
+	}
+	c.AllowUnversioned = true
+	lax, err := open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	o = list(lax)
+	now, err := lax.Stat(t.Context(), "k")
+	if err != nil || now.Version != o.Version || o.Version == "" {
+		t.Errorf("stat says %+v, list said %+v, %v", now, o, err)
+	}
+	if got, _, err := get(t.Context(), lax, o, 0, o.Size); err != nil || string(got) != "by hand" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if got, _, err := get(t.Context(), lax, o, 3, 4); err != nil || string(got) != "hand" {
+		t.Errorf("%q, %v", got, err)
+	}
+	if err := os.Chtimes(name, time.Unix(1e9, 0), time.Unix(1e9, 0)); err != nil {
+		t.Fatal(err)
+	}
+	if _, _, err := get(t.Context(), lax, o, 0, o.Size); !errors.Is(err, source.ErrChanged) {
+		t.Errorf("after a change: %v", err)
+	}
+}
+
+// When the answer to the completion of an upload is lost, the object is there all the same, and the put
+// that asks again must see that.
+func TestPutWhoseCompletionIsLost(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	c := fixture(t, s)
+	f := bucket.Faults(t, s)
+	c.Endpoint = f.Endpoint()
+	b, err := open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var completions atomic.Int32
+	f.Set(func(r *http.Request) bucket.Fault {
+		if r.Method == http.MethodPost && r.URL.Query().Has("uploadId") && completions.Add(1) == 1 {
+			return bucket.Fault{Truncate: 1}
+		}
+		return bucket.Fault{}
+	})
+	want := bytes.Repeat([]byte("stepcache"), 4<<20)
+	o, err := b.Put(t.Context(), "k", bytes.NewReader(want), int64(len(want)))
+	if err != nil || completions.Load() < 2 {
+		t.Fatalf("%+v after %d completions, %v", o, completions.Load(), err)
+	}
+	if got, _, err := get(t.Context(), b, o, 0, o.Size); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+}
+
+// The right region is used without being told, and a wrong one is corrected in words.
+func TestRegion(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	c := fixture(t, s)
+	c.Region = ""
+	b, err := open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := b.Put(t.Context(), "k", strings.NewReader("x"), 1); err != nil {
+		t.Errorf("no region given: %v", err)
+	}
+	c.Region = "mars-north-1"
+	if b, err = open(t.Context(), c); err != nil {
+		t.Fatal(err)
+	}
+	if err := b.List(t.Context(), "", func(source.Object) error { return nil }); !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "region") {
+		t.Errorf("a wrong region: %v", err)
+	}
+}
