@@ -57,7 +57,7 @@ func (s *Store) Lease(o ring.Object) (*Lease, error) {
 		s.policyAccess(b)
 	}
 	s.mu.Unlock()
-	f, err := os.Open(s.path(o.ID))
+	f, err := openFast(s.path(o.ID), os.O_RDONLY)
 	if err == nil {
 		s.mu.Lock()
 		gone := ob.gone
@@ -138,7 +138,7 @@ func (s *Store) drop(o *object) {
 
 	var last *os.File
 	if exists {
-		last, _ = os.Open(s.path(o.id)) // absent: somebody removed it, nobody can tell us more
+		last, _ = openFast(s.path(o.id), os.O_RDONLY) // absent: somebody removed it, nobody can tell us more
 		if err := os.Remove(s.path(o.id)); err != nil && !os.IsNotExist(err) {
 			s.log.Error("store: cannot remove a dropped object", "file", s.path(o.id), "error", err)
 		}

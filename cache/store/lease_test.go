@@ -132,9 +132,9 @@ func (r *reader) kill() {
 // churn reads so much through the store, often enough to be admitted, that whatever can be evicted is.
 func churn(t *testing.T, s *Store, from int) {
 	t.Helper()
-	for i := range int(3*s.quota/(2*mib)) + 1 {
+	for i := range int(2*s.quota/(2*mib)) + 1 {
 		o := anObject(from+i, 2*mib)
-		for range 6 {
+		for range 5 {
 			acquire(t, s, o, 0).Release()
 		}
 	}

@@ -297,7 +297,7 @@ func (s *Store) unlink(o *object) {
 	var err error
 	if lent {
 		var f *os.File
-		if f, err = os.Open(s.path(o.id)); err == nil {
+		if f, err = openFast(s.path(o.id), os.O_RDONLY); err == nil {
 			kept = !exclusive(f)
 			f.Close()
 		}
@@ -362,7 +362,7 @@ func (s *Store) poll(n int) bool {
 		}
 		o.closing = make(chan struct{})
 		s.mu.Unlock()
-		f, err := os.Open(s.path(o.id))
+		f, err := openFast(s.path(o.id), os.O_RDONLY)
 		free := err != nil // then unlinking it is tried again
 		if err == nil {
 			free = exclusive(f)

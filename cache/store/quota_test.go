@@ -26,7 +26,7 @@ func heap() int64 {
 }
 
 func TestQuotaHoldsWhileTenTimesItIsReadThroughConcurrently(t *testing.T) {
-	const quota, buffers = 48 * mib, 16 * mib
+	const quota, buffers = 24 * mib, 16 * mib
 	s := open(t, Options{Dir: ownTmpfs(t, quota), Quota: quota, BufferBytes: buffers})
 	before := heap()
 	var objects []ring.Object
@@ -160,9 +160,9 @@ func usedBy(t *testing.T, s *Store) int64 {
 
 // Everything at once, and whatever a reader gets is right.
 func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
-	const quota = 24 * mib
+	const quota = 12 * mib
 	s := open(t, Options{Dir: memDir(t), Quota: quota, BufferBytes: 16 * mib})
-	sizes := []int64{1, 5000, 70_000, mib + 3, ring.BlockSize + 9, 2 * ring.BlockSize}
+	sizes := []int64{1, 5000, 70_000, mib + 3, 400_000, ring.BlockSize + 9}
 	one := func(r *rand.Rand) ring.Object { i := r.IntN(30); return anObject(i, sizes[i%len(sizes)]) }
 	stop, cancel := context.WithCancel(context.Background())
 	defer cancel()
@@ -175,7 +175,7 @@ func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
 	for g := range 8 {
 		wg.Go(func() {
 			r := rand.New(rand.NewPCG(uint64(g), 7))
-			for range 150 {
+			for range 100 {
 				o := one(r)
 				n := r.Int64N(ring.Blocks(o.Size))
 				switch k := r.IntN(20); {
