@@ -24,6 +24,8 @@ import (
 type order struct {
 	// Path is the file to read, or the folder to mount at.
 	Path string
+	// Flags to open the file with.
+	Flags int
 	// Serve: how, and where to put leased files.
 	Mode Mode
 	Dir  string
@@ -97,7 +99,7 @@ func childMap(o order) error {
 func childRead(o order) error {
 	c := make(chan os.Signal, 10)
 	signal.Notify(c, unix.SIGUSR1)
-	fd, err := unix.Open(o.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(o.Path, unix.O_RDONLY|unix.O_CLOEXEC|o.Flags, 0)
 	if err != nil {
 		return err
 	}

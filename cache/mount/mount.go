@@ -29,7 +29,8 @@
 // take a short answer for the end of the file. Failed reads are logged, at a limited rate, since an errno
 // cannot say what a user needs to know; what Mount, Park and the others return is not logged.
 //
-// It may import cache/catalog, cache/source, cache/wire (deadlines) and its own sub-packages.
+// It may import cache/catalog, cache/client, cache/ring and cache/source (for their sizes and errors), cache/wire
+// (for the deadline) and its own sub-packages.
 package mount
 
 import (
@@ -173,6 +174,7 @@ type Server struct {
 	dev      device // of the mount in mountinfo
 
 	end  context.CancelFunc // ends what the file system waits for
+	work sync.WaitGroup     // of what waits to succeed a predecessor
 	done chan struct{}      // closed when the server has ended
 
 	mu    sync.Mutex
@@ -253,13 +255,19 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 	m.fs.pass.run()
 	if at, err := mountinfo.At(dir); err == nil && len(at) > 0 && at[0].Type == FSType {
 		m.dev = device{at[0].Major, at[0].Minor}
+	}
+	if s == nil {
+		table.succeed()
 		m.guard = holdGuard(m.dev)
+	} else {
+		m.work.Go(func() { m.succeed(ctx, conn, table) })
 	}
 	go func() {
 		m.server.Serve()
 		// The connection is at its end, or broken. Either way nobody will answer on it any more, so it must
 		// not stay open: a request would hang, where on a closed one it fails.
 		end()
+		m.work.Wait()
 		m.mu.Lock()
 		m.fuse.Close()
 		m.fuse = nil
@@ -272,10 +280,31 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 	}()
 	if s == nil {
 		m.settle()
-	} else if err := resend(conn); err != nil {
-		o.Logger.Warn("requests in flight when the mount's last server went may hang", "dir", dir, "error", err)
 	}
 	return m, nil
+}
+
+// successionPoll is how often a successor looks whether its predecessor is gone.
+const successionPoll = 50 * time.Millisecond
+
+// succeed waits until a predecessor is gone, which it mostly is already, and then has the kernel send again what
+// that one has read and not answered.
+func (m *Server) succeed(ctx context.Context, conn *os.File, table *table) {
+	t := time.NewTicker(successionPoll)
+	defer t.Stop()
+	for !table.succeed() {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+	}
+	if err := resend(conn); err != nil {
+		m.fs.log.Warn("requests that the mount's last server did not answer may hang (Linux 6.9 or later can send them again)", "dir", m.dir, "error", err)
+	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	m.guard = holdGuard(m.dev)
 }
 
 // settle has the kernel ask now what it asks once: whether it can poll files here, and in NoOpen mode whether it

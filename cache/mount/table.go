@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"slices"
 	"time"
 	"unsafe"
 
@@ -26,7 +27,8 @@ type table struct {
 	mem  []byte
 	n    int
 
-	mu chan struct{} // a mutex that gives up
+	mu     chan struct{} // a mutex that gives up
+	closed bool
 }
 
 // header precedes the entries.
@@ -121,8 +123,14 @@ func mapTable(f *os.File, entries int) (*table, error) {
 
 func (t *table) head() *header { return (*header)(unsafe.Pointer(&t.mem[0])) }
 
-// close is for when nobody uses it any more.
+// close waits for its turn; who comes after it gets os.ErrClosed.
 func (t *table) close() {
+	t.mu <- struct{}{}
+	defer func() { <-t.mu }()
+	if t.closed {
+		return
+	}
+	t.closed = true
 	_ = unix.Munmap(t.mem)
 	t.own.Close()
 	t.file.Close()
@@ -140,8 +148,12 @@ func (t *table) lock(ctx context.Context) error {
 	case <-ctx.Done():
 		return context.Cause(ctx)
 	}
+	if t.closed {
+		<-t.mu
+		return os.ErrClosed
+	}
 	for wait := 10 * time.Microsecond; ; wait = min(2*wait, 5*time.Millisecond) {
-		l := unix.Flock_t{Type: unix.F_WRLCK}
+		l := unix.Flock_t{Type: unix.F_WRLCK, Len: 1}
 		err := unix.FcntlFlock(t.own.Fd(), unix.F_OFD_SETLK, &l)
 		if err == nil {
 			return nil
@@ -160,7 +172,7 @@ func (t *table) lock(ctx context.Context) error {
 }
 
 func (t *table) unlock() {
-	l := unix.Flock_t{Type: unix.F_UNLCK}
+	l := unix.Flock_t{Type: unix.F_UNLCK, Len: 1}
 	_ = unix.FcntlFlock(t.own.Fd(), unix.F_OFD_SETLK, &l)
 	<-t.mu
 }
@@ -174,21 +186,27 @@ func (t *table) at(i catalog.Index) *slot {
 // read it did not answer.
 const unanswered = 1 << 63
 
-// once says whether a request that counts has not been counted yet. One that is sent again may have been
-// counted by a process that died before it answered; the last ones that were are in the ring.
+// once says whether a request that counts has not been counted yet. One that the kernel sends again may have
+// been counted by a process that died before it answered, or be under way here; the last ones that were
+// counted are in the ring.
 func (t *table) once(unique uint64) bool {
 	h := t.head()
-	if unique&unanswered != 0 {
-		unique &^= unanswered
-		for _, u := range h.ring {
-			if u == unique {
-				return false
-			}
-		}
+	unique &^= unanswered
+	if slices.Contains(h.ring[:], unique) {
+		return false
 	}
 	h.ring[h.next%ringSlots] = unique
 	h.next++
 	return true
+}
+
+// successionByte is a byte, far behind the table's end, that the server in charge has locked.
+const successionByte = 1 << 40
+
+// succeed takes charge, unless another process has it. It is given up with the process.
+func (t *table) succeed() bool {
+	l := unix.Flock_t{Type: unix.F_WRLCK, Start: successionByte, Len: 1}
+	return unix.FcntlFlock(t.own.Fd(), unix.F_OFD_SETLK, &l) == nil
 }
 
 // each calls f for every file that has an entry. Only between lock and unlock. It skips the holes of the file,

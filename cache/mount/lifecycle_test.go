@@ -1,0 +1,356 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
+	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+)
+
+func TestLeftoverOfAKilledServerIsHealed(t *testing.T) {
+	needFUSE(t)
+	all := served()
+	dir := t.TempDir()
+	cleanMount(t, dir)
+	o := order{Path: dir, Mode: NoOpen, Dir: t.TempDir()}
+	for range 2 {
+		s, parked := startServer(t, o, nil)
+		f, err := os.Open(filepath.Join(dir, "small")) // a user who does not let go
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		parked.Close()
+		s.kill()
+		if err := unix.Statfs(dir, new(unix.Statfs_t)); !errors.Is(err, unix.ENOTCONN) {
+			t.Errorf("a dead mount: %v", err)
+		}
+		snap := snapshotOf(t, all)
+		m, err := Mount(context.Background(), dir, snap, newMemory(snap, all), Options{Dataset: "test"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := sameBytes(filepath.Join(dir, "small"), all["small"]); err != nil {
+			t.Error(err)
+		}
+		if err := m.Unmount(); err != nil {
+			t.Error(err)
+		}
+		if at, _ := mountinfo.At(dir); len(at) != 0 {
+			t.Errorf("left: %+v", at)
+		}
+	}
+}
+
+func TestParkedLeftoverIsHealedWithoutAHang(t *testing.T) {
+	// Nobody serves it, and the descriptor is kept: whatever looks at the mount hangs.
+	needFUSE(t)
+	all := served()
+	dir := t.TempDir()
+	cleanMount(t, dir)
+	s, parked := startServer(t, order{Path: dir, Mode: NoOpen, Dir: t.TempDir()}, nil)
+	defer parked.Close()
+	s.kill()
+	snap := snapshotOf(t, all)
+	m := mountedAt(t, dir, snap, newMemory(snap, all), Options{})
+	if err := sameBytes(filepath.Join(dir, "small"), all["small"]); err != nil {
+		t.Error(err)
+	}
+	if err := m.Unmount(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAServedMountIsNotTakenAway(t *testing.T) {
+	all := served()
+	s := snapshotOf(t, all)
+	m := mounted(t, s, newMemory(s, all), Options{})
+	if _, err := Mount(context.Background(), m.Dir(), s, newMemory(s, all), Options{}); err == nil || !strings.Contains(err.Error(), "served by another process") {
+		t.Errorf("a second mount: %v", err)
+	}
+	if err := sameBytes(filepath.Join(m.Dir(), "small"), all["small"]); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestUnmountWhileBusyIsLazy(t *testing.T) {
+	all := served()
+	s := snapshotOf(t, all)
+	m := mounted(t, s, newMemory(s, all), Options{})
+	f, err := os.Open(filepath.Join(m.Dir(), "big"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	if err := m.Unmount(); err != nil {
+		t.Fatal(err)
+	}
+	if at, _ := mountinfo.At(m.Dir()); len(at) != 0 {
+		t.Errorf("still there: %+v", at)
+	}
+	if entries, err := os.ReadDir(m.Dir()); err != nil || len(entries) != 0 {
+		t.Errorf("below the mount: %v %v", entries, err)
+	}
+	if err := sameAt(f, all["big"]); err != nil {
+		t.Errorf("the file that is open: %v", err)
+	}
+	select {
+	case <-m.Done():
+		t.Error("ended under its user")
+	default:
+	}
+	if err := m.Unmount(); err != nil {
+		t.Errorf("once more: %v", err)
+	}
+	f.Close()
+	m.Wait()
+	if err := m.Unmount(); err != nil {
+		t.Errorf("after the end: %v", err)
+	}
+}
+
+func TestUnmountFromOutsideEndsTheServer(t *testing.T) {
+	all := served()
+	s := snapshotOf(t, all)
+	m := mounted(t, s, newMemory(s, all), Options{})
+	if err := unix.Unmount(m.Dir(), 0); err != nil {
+		t.Fatal(err)
+	}
+	m.Wait()
+	if err := m.Unmount(); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestAbortFreesWhoWaits(t *testing.T) {
+	all := files{"f": content("f", 10)}
+	s := snapshotOf(t, all)
+	r := newMemory(s, all)
+	asked := make(chan struct{}, 10)
+	r.hook(func(ctx context.Context, _ string, _ int64) error {
+		asked <- struct{}{}
+		<-ctx.Done()
+		return context.Cause(ctx)
+	})
+	m := mounted(t, s, r, Options{ReadTimeout: time.Hour})
+	done := make(chan error, 1)
+	go func() { done <- readErr(filepath.Join(m.Dir(), "f")) }()
+	<-asked
+	if err := m.Abort(); err != nil {
+		// No fusectl at its usual place; the test's own will do.
+		t.Log(err)
+		abort(m.dev.minor)
+	}
+	if err := <-done; err == nil {
+		t.Error("a read of an aborted mount succeeded")
+	}
+	if connections == "" {
+		t.Skip("needs fusectl")
+	}
+	m.Wait()
+	if err := m.Unmount(); err != nil {
+		t.Error(err)
+	}
+	if at, _ := mountinfo.At(m.Dir()); len(at) != 0 {
+		t.Errorf("still there: %+v", at)
+	}
+}
+
+func TestMountErrorsSayWhatToDo(t *testing.T) {
+	needFUSE(t)
+	all := served()
+	s := snapshotOf(t, all)
+	file := filepath.Join(t.TempDir(), "file")
+	if err := os.WriteFile(file, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	foreign := t.TempDir()
+	conn, err := openDevice()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := unix.Mount("x", foreign, "fuse.other", unix.MS_NOSUID|unix.MS_NODEV, fmt.Sprintf("fd=%d", conn.Fd())+",rootmode=40000,user_id=0,group_id=0"); err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Unmount(foreign, unix.MNT_DETACH)
+	for dir, want := range map[string]string{
+		filepath.Join(t.TempDir(), "none"): "no such file",
+		file:                               "not a directory",
+		foreign:                            "another kind (fuse.other)",
+	} {
+		if _, err := Mount(context.Background(), dir, s, newMemory(s, all), Options{Dataset: "test"}); err == nil || !strings.Contains(err.Error(), want) || !strings.Contains(err.Error(), dir) {
+			t.Errorf("%s: %v, want %q", dir, err, want)
+		}
+	}
+}
+
+func TestMountThroughASymbolicLink(t *testing.T) {
+	all := served()
+	s := snapshotOf(t, all)
+	dir := t.TempDir()
+	link := filepath.Join(t.TempDir(), "link")
+	if err := os.Symlink(dir, link); err != nil {
+		t.Fatal(err)
+	}
+	m := mountedAt(t, link, s, newMemory(s, all), Options{})
+	if m.Dir() != dir {
+		t.Errorf("mounted at %s", m.Dir())
+	}
+	if err := sameBytes(filepath.Join(link, "small"), all["small"]); err != nil {
+		t.Error(err)
+	}
+}
+
+func TestSupportedSaysWhatIsMissing(t *testing.T) {
+	needFUSE(t)
+	if _, err := fusermount(); err == nil {
+		t.Skip("fusermount3 is there: nobody lacks anything")
+	}
+	for _, c := range []struct {
+		who  string
+		cred *unix.SysProcAttr
+		want string
+	}{
+		{"a user without rights", &unix.SysProcAttr{Credential: nobody()}, "/dev/fuse"},
+		{"root", &unix.SysProcAttr{}, ""},
+	} {
+		cmd := command(t, "supported", order{})
+		exe := filepath.Join(t.TempDir(), "exe") // where nobody may go
+		b, err := os.ReadFile(cmd.Path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(exe, b, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		for d := filepath.Dir(exe); d != "/" && d != "/tmp"; d = filepath.Dir(d) {
+			_ = os.Chmod(d, 0o755)
+		}
+		cmd.Path, cmd.Stderr, cmd.SysProcAttr = exe, nil, c.cred
+		out, err := cmd.CombinedOutput()
+		var exit *exec.ExitError
+		if c.want == "" && err != nil || c.want != "" && (!errors.As(err, &exit) || !strings.Contains(string(out), c.want)) {
+			t.Errorf("%s: %v %s", c.who, err, out)
+		}
+	}
+	for err, want := range map[error]string{
+		unix.ENOENT: "modprobe fuse", unix.EPERM: "--device /dev/fuse", unix.EACCES: "be root", unix.ENXIO: "modprobe fuse", unix.EMFILE: "too many open files",
+	} {
+		if got := deviceError(err); !strings.Contains(got.Error(), want) || !errors.Is(got, err) {
+			t.Errorf("%v: %v", err, got)
+		}
+	}
+}
+
+func TestExtendedAttributes(t *testing.T) {
+	all := files{"dir/file": content("f", 9<<20)}
+	s := snapshotOf(t, all)
+	r := &resident{newMemory(s, all)}
+	m := mounted(t, s, r, Options{Dataset: "argo/genomes"})
+	file, dir := filepath.Join(m.Dir(), "dir/file"), filepath.Join(m.Dir(), "dir")
+	d := m.settings.Snapshot
+	for name, want := range map[string]string{
+		XattrSource: "s3://bucket/dir/file", XattrVersion: "v-8", XattrResident: "5242880/9437184",
+		XattrDataset: "argo/genomes", XattrSnapshot: hexOf(d[:]),
+	} {
+		if got, err := getxattr(file, name); err != nil || got != want {
+			t.Errorf("%s: %q %v, want %q", name, got, err, want)
+		}
+	}
+	for _, c := range []struct {
+		path, name string
+	}{{file, "user.none"}, {file, "security.selinux"}, {dir, XattrSource}, {dir, XattrResident}} {
+		if got, err := getxattr(c.path, c.name); !errors.Is(err, unix.ENODATA) && !errors.Is(err, unix.EOPNOTSUPP) {
+			t.Errorf("%s of %s: %q %v", c.name, c.path, got, err)
+		}
+	}
+	if got, err := getxattr(m.Dir(), XattrDataset); err != nil || got != "argo/genomes" {
+		t.Errorf("of the root: %q %v", got, err)
+	}
+	buf := make([]byte, 4096)
+	n, err := unix.Listxattr(file, buf)
+	if err != nil {
+		t.Fatal(err)
+	}
+	names := strings.Split(strings.TrimSuffix(string(buf[:n]), "\x00"), "\x00")
+	slices.Sort(names)
+	if want := []string{XattrDataset, XattrResident, XattrSnapshot, XattrSource, XattrVersion}; !slices.Equal(names, want) {
+		t.Errorf("names: %q", names)
+	}
+	if n, err := unix.Listxattr(file, nil); err != nil || n == 0 {
+		t.Errorf("size of the names: %d %v", n, err)
+	}
+	if _, err := unix.Listxattr(file, buf[:3]); !errors.Is(err, unix.ERANGE) {
+		t.Errorf("names into 3 bytes: %v", err)
+	}
+	if _, err := unix.Getxattr(file, XattrSource, buf[:3]); !errors.Is(err, unix.ERANGE) {
+		t.Errorf("a value into 3 bytes: %v", err)
+	}
+}
+
+type resident struct{ *memory }
+
+// Resident: the first block and the last, which is short.
+func (r *resident) Resident(context.Context, uint32) ([]byte, error) { return []byte{0b1111_0101}, nil }
+
+func getxattr(path, name string) (string, error) {
+	n, err := unix.Getxattr(path, name, nil)
+	if err != nil {
+		return "", err
+	}
+	buf := make([]byte, n)
+	n, err = unix.Getxattr(path, name, buf)
+	if err != nil {
+		return "", err
+	}
+	return string(buf[:n]), nil
+}
+
+func TestMetrics(t *testing.T) {
+	all := served()
+	s := snapshotOf(t, all)
+	r := newMemory(s, all)
+	m := mounted(t, s, r, Options{Mode: Passthrough})
+	if err := sameBytes(filepath.Join(m.Dir(), "big"), all["big"]); err != nil {
+		t.Fatal(err)
+	}
+	r.hook(func(context.Context, string, int64) error { return errors.New("broken") })
+	_ = readErr(filepath.Join(m.Dir(), "small"))
+	reg := prometheus.NewPedanticRegistry()
+	if err := reg.Register(m); err != nil {
+		t.Fatal(err)
+	}
+	families, err := reg.Gather()
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]float64{}
+	for _, f := range families {
+		for _, v := range f.Metric {
+			name := f.GetName()
+			for _, l := range v.Label {
+				if n := l.GetName(); n != "dataset" && n != "dir" {
+					name += " " + l.GetValue()
+				}
+			}
+			got[name] = v.GetCounter().GetValue() + v.GetGauge().GetValue()
+		}
+	}
+	if got["stepcache_mount_opens_total buffered"] != 2 || got["stepcache_mount_opens_total passthrough"] != 0 ||
+		got["stepcache_mount_read_bytes_total"] != float64(len(all["big"])) || got["stepcache_mount_errors_total EIO"] == 0 ||
+		got["stepcache_mount_opened_bytes_total buffered"] != float64(len(all["big"])+5000) {
+		t.Errorf("%v", got)
+	}
+}
