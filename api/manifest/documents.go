@@ -9,6 +9,7 @@ import (
 	"path/filepath"
 	"strings"
 
+	yamlv2 "go.yaml.in/yaml/v2"
 	utiljson "k8s.io/apimachinery/pkg/util/json"
 	"sigs.k8s.io/yaml"
 )
@@ -106,13 +107,17 @@ func (d document) decode() (map[string]any, error) {
 	if len(d.text) > MaxDocument {
 		return nil, fmt.Errorf("the document is %.1f MiB, above the %d MiB that an API server takes; split it", float64(len(d.text))/(1<<20), MaxDocument>>20)
 	}
+	// The YAML library bounds how many values aliases make, but not how long they are together.
+	if bytes.IndexByte(d.text, '&') >= 0 && bytes.IndexByte(d.text, '*') >= 0 {
+		var v any
+		if err := yamlv2.Unmarshal(d.text, &v); err == nil && expanded(v, MaxDocument) < 0 {
+			return nil, fmt.Errorf("the document's aliases expand it beyond the %d MiB that an API server takes; write the values out, or split it", MaxDocument>>20)
+		}
+	}
 	// Strict: a key written twice is a mistake, whichever of the two would win.
 	j, err := yaml.YAMLToJSONStrict(d.text)
 	if err != nil {
 		return nil, fmt.Errorf("not YAML: %s", d.explain(err))
-	}
-	if len(j) > 8*MaxDocument {
-		return nil, errors.New("the document's aliases expand to too much; write the values out")
 	}
 	var v any
 	if err := utiljson.Unmarshal(j, &v); err != nil {
@@ -126,6 +131,28 @@ func (d document) decode() (map[string]any, error) {
 	default:
 		return nil, errors.New("not an object: a manifest begins with apiVersion, kind and metadata")
 	}
+}
+
+// expanded takes the bytes of the text in v from budget and returns what remains, negative once there is
+// none. The text of an alias counts each time, though in v it is there once.
+func expanded(v any, budget int) int {
+	switch v := v.(type) {
+	case string:
+		return budget - len(v)
+	case []any:
+		for _, e := range v {
+			if budget = expanded(e, budget-1); budget < 0 {
+				return budget
+			}
+		}
+	case map[any]any:
+		for k, e := range v {
+			if budget = expanded(e, expanded(k, budget-1)); budget < 0 {
+				return budget
+			}
+		}
+	}
+	return budget
 }
 
 // explain makes the text of a YAML error a user's.
