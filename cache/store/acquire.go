@@ -205,9 +205,7 @@ func (s *Store) unuse(b *block, opened bool) {
 	s.settle(o)
 	gone := o.gone
 	s.mu.Unlock()
-	if f != nil {
-		f.Close()
-	}
+	s.shut(o, f)
 	if gone {
 		s.reap(o)
 	}

@@ -99,7 +99,8 @@ func (s *Store) unlease(o *object) {
 }
 
 // Drop forgets an object at once: the next Acquire fills it anew, into a new file. Blocks and leases in
-// use keep the bytes they have, which count against the quota until the last reader is gone.
+// use keep the bytes they have, which count against the quota until the last reader is gone; a fill under
+// way goes to those who wait for it.
 func (s *Store) Drop(o ring.Object) {
 	s.mu.Lock()
 	ob := s.objects[o.ID]
@@ -168,7 +169,7 @@ func (s *Store) drop(o *object) {
 func (s *Store) reap(o *object) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.zombies[o]; !ok || o.reaping || o.refs > 0 || o.fileRefs > 0 || o.leases > 0 {
+	if _, ok := s.zombies[o]; !ok || o.reaping || o.refs > 0 || o.open() || o.leases > 0 {
 		return false
 	}
 	o.reaping = true

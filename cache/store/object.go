@@ -68,6 +68,7 @@ type object struct {
 	exists   bool     // the file was made and has its full size
 	file     *os.File // open while fileRefs > 0
 	fileRefs int
+	shutting int // descriptors of ours that are being closed: they still look like somebody's
 
 	leases int
 	lent   bool // a descriptor of this very file left the store: it may only be unlinked
@@ -229,7 +230,7 @@ func (s *Store) openFile(o *object, create bool) (*os.File, error) {
 	if create && f != nil {
 		o.exists = true
 	}
-	other := f
+	other := f // to be closed
 	switch {
 	case err != nil:
 	case o.file != nil:
@@ -242,10 +243,11 @@ func (s *Store) openFile(o *object, create bool) (*os.File, error) {
 		o.file, other = f, nil
 		o.fileRefs++
 	}
-	s.mu.Unlock()
 	if other != nil {
-		other.Close()
+		o.shutting++
 	}
+	s.mu.Unlock()
+	s.shut(o, other)
 	if err != nil {
 		return nil, err
 	}
@@ -272,12 +274,10 @@ func (s *Store) closeFile(o *object) {
 	s.mu.Lock()
 	f := s.unuseFile(o)
 	s.mu.Unlock()
-	if f != nil {
-		f.Close()
-	}
+	s.shut(o, f)
 }
 
-// unuseFile is closeFile for a caller that holds the mutex and closes the result, if any, after it.
+// unuseFile is closeFile for a caller that holds the mutex and calls shut after it.
 func (s *Store) unuseFile(o *object) *os.File {
 	o.fileRefs--
 	if o.fileRefs > 0 {
@@ -285,5 +285,25 @@ func (s *Store) unuseFile(o *object) *os.File {
 	}
 	f := o.file
 	o.file = nil
+	o.shutting++
 	return f
 }
+
+// shut closes a descriptor that o.shutting counts; nil is none.
+func (s *Store) shut(o *object, f *os.File) {
+	if f == nil {
+		return
+	}
+	f.Close()
+	s.mu.Lock()
+	o.shutting--
+	s.settle(o)
+	gone := o.gone
+	s.mu.Unlock()
+	if gone {
+		s.reap(o)
+	}
+}
+
+// open says whether this process has o's file open for its own use.
+func (o *object) open() bool { return o.fileRefs > 0 || o.shutting > 0 }

@@ -170,12 +170,12 @@ func (s *Store) evict(b *block) {
 		s.setOut(b)
 		return
 	}
-	if !o.lent && o.reserved > 1 {
+	if !s.onlyWhole(o) && o.reserved > 1 {
 		s.punch(b)
 		return
 	}
 	// The whole file goes: its last block, or a file that must not be punched.
-	if o.refs > 0 || o.writers > 0 || o.punches > 0 || o.fileRefs > 0 || s.anyBusy(o) {
+	if o.refs > 0 || o.writers > 0 || o.punches > 0 || o.open() || s.anyBusy(o) {
 		s.setOut(b)
 		return
 	}
@@ -184,6 +184,9 @@ func (s *Store) evict(b *block) {
 		s.setOut(b)
 	}
 }
+
+// onlyWhole says whether o's file must not be punched.
+func (s *Store) onlyWhole(o *object) bool { return o.lent || s.wholeOnly }
 
 // anyBusy says whether a reserved block of o is pinned or being repaired.
 func (s *Store) anyBusy(o *object) bool {
@@ -213,7 +216,7 @@ func (s *Store) settle(o *object) {
 	if len(o.outs) == 0 || o.gone || o.leases > 0 || o.held || o.closing != nil {
 		return
 	}
-	if o.lent && (o.refs > 0 || o.writers > 0) {
+	if s.onlyWhole(o) && (o.refs > 0 || o.writers > 0) {
 		return
 	}
 	outs := o.outs
@@ -237,7 +240,8 @@ func (s *Store) settle(o *object) {
 func (s *Store) punch(b *block) {
 	o := b.obj
 	w := s.weight(int(b.size))
-	evicted := b.state == resident
+	before := b.state
+	evicted := before == resident
 	s.setState(b, evicting)
 	b.done = make(chan struct{})
 	o.punches++
@@ -246,36 +250,41 @@ func (s *Store) punch(b *block) {
 
 	f, err := s.openFile(o, false)
 	if err == nil {
+		before = corrupt // whatever comes of it
 		// Up to the end of the page: a hole that ends within one only zeroes its part of it.
-		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, b.off(), s.roundUp(int64(b.size)))
+		err = punchHole(f, b.off(), s.roundUp(int64(b.size)))
 		s.closeFile(o)
-	}
-	if errors.Is(err, os.ErrNotExist) {
-		err = nil
 	}
 
 	s.mu.Lock()
 	o.punches--
 	s.evicting -= w
-	if err != nil {
-		// It stays reserved, as its pages are still there.
-		s.log.Error("store: cannot evict", "object", name(o.id), "block", b.n, "error", err)
-		s.setState(b, corrupt)
-	} else {
+	switch {
+	case err == nil, errors.Is(err, os.ErrNotExist):
 		if evicted {
 			s.stats.Evicted++
 			s.journal.del(b)
 		}
 		s.remove(b)
+		s.sweep(o)
+	default:
+		// Its pages are still there, and so it stays reserved; the next one who uses the object brings it
+		// back to the policy.
+		s.log.Error("store: cannot evict", "object", name(o.id), "block", b.n, "error", err)
+		s.setState(b, before)
+		s.setOut(b)
 	}
 	close(b.done)
 	s.idle.Broadcast()
-	s.sweep(o)
+}
+
+func punchHole(f *os.File, off, length int64) error {
+	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
 }
 
 // sweep unlinks a file that no block is left in, and settles or forgets the object.
 func (s *Store) sweep(o *object) {
-	if o.exists && o.reserved == 0 && o.refs == 0 && o.fileRefs == 0 && o.writers == 0 && o.punches == 0 &&
+	if o.exists && o.reserved == 0 && o.refs == 0 && !o.open() && o.writers == 0 && o.punches == 0 &&
 		o.leases == 0 && o.closing == nil && !o.gone && !o.lent {
 		s.unlink(o)
 		return
@@ -320,6 +329,10 @@ func (s *Store) unlink(o *object) {
 		o.exists, o.lent, o.held = false, false, false
 		delete(s.held, o)
 		s.journal.gone(o)
+		for _, b := range o.outs {
+			b.out = false
+		}
+		o.outs = nil
 		for _, b := range o.blocks {
 			if b.reserved {
 				if b.state == resident {
@@ -357,7 +370,7 @@ func (s *Store) poll(n int) bool {
 		s.mu.Lock()
 	}
 	for _, o := range some(s.held, n) {
-		if o.gone || !o.held || o.refs > 0 || o.fileRefs > 0 || o.closing != nil {
+		if o.gone || !o.held || o.refs > 0 || o.open() || o.closing != nil {
 			continue
 		}
 		o.closing = make(chan struct{})

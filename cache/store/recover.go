@@ -12,7 +12,6 @@ import (
 	"runtime"
 	"slices"
 	"sync"
-	"syscall"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -21,7 +20,10 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 )
 
-const lockName = "lock"
+const (
+	lockName  = "lock"
+	probeName = "probe"
+)
 
 func (s *Store) file(name string) string { return filepath.Join(s.dir, name) }
 
@@ -61,18 +63,18 @@ func (s *Store) probe() error {
 	if !s.tmpfs {
 		s.log.Warn("store: not on a tmpfs: the cache will be as slow as this file system, and a full one hurts others; choose a folder in memory", "dir", s.dir)
 	}
-	var here, above unix.Stat_t
-	if err := errors.Join(unix.Stat(s.dir, &here), unix.Stat(filepath.Dir(filepath.Clean(s.dir)), &above)); err != nil {
+	mount, err := isMount(s.dir)
+	if err != nil {
 		return err
 	}
-	s.own = s.tmpfs && here.Dev != above.Dev
+	s.own = s.tmpfs && mount
 
 	empty, err := os.OpenFile(s.file(emptyName), os.O_RDONLY|os.O_CREATE, 0o600)
 	if err != nil {
 		return err
 	}
 	empty.Close()
-	one, err := os.CreateTemp(s.dir, "probe-")
+	one, err := os.OpenFile(s.file(probeName), os.O_RDONLY|os.O_CREATE|os.O_TRUNC, 0o600)
 	if err != nil {
 		return err
 	}
@@ -89,11 +91,17 @@ func (s *Store) probe() error {
 		s.unit = max(s.unit, int64(st.Blksize))
 	}
 
-	two, err := os.Open(one.Name())
+	two, err := os.OpenFile(one.Name(), os.O_RDWR, 0)
 	if err != nil {
 		return err
 	}
+	s.wholeOnly = punchHole(two, 0, s.unit) != nil
 	shared := !exclusive(one)
+	two.Close()
+	if two, err = os.Open(one.Name()); err != nil {
+		return err
+	}
+	shared = shared && !exclusive(one)
 	two.Close()
 	if !shared || !exclusive(one) {
 		s.noLease = "the file system cannot tell whether a file is open elsewhere (fcntl F_SETLEASE), so that its eviction could not be safe"
@@ -268,7 +276,7 @@ func (s *Store) adopt(f *found) error {
 			keep = append(keep, n)
 		}
 	}
-	if len(keep) == 0 || (lent && int64(len(keep)) < ring.Blocks(f.size)) {
+	if len(keep) == 0 || ((lent || s.wholeOnly) && int64(len(keep)) < ring.Blocks(f.size)) {
 		return os.Remove(path)
 	}
 	if !lent {
@@ -317,7 +325,7 @@ func (s *Store) punchOthers(file *os.File, f *found, keep []int64) error {
 	for _, n := range append(slices.Clone(keep), ring.Blocks(f.size)) {
 		if n > from {
 			off, end := from*ring.BlockSize, min(n*ring.BlockSize, s.roundUp(f.size))
-			if err := unix.Fallocate(int(w.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, end-off); err != nil && err != syscall.EOPNOTSUPP {
+			if err := punchHole(w, off, end-off); err != nil {
 				return err
 			}
 		}

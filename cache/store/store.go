@@ -116,9 +116,11 @@ type Store struct {
 	tmpfs   bool
 	own     bool   // the file system belongs to this folder alone
 	noLease string // why Lease refuses; empty when it does not
-	lock    *os.File
-	journal *journal
-	buffers *buffers
+	// wholeOnly: the file system makes no holes, so that only whole files can be evicted.
+	wholeOnly bool
+	lock      *os.File
+	journal   *journal
+	buffers   *buffers
 
 	ctx    context.Context // of all fills
 	cancel context.CancelFunc

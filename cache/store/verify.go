@@ -2,6 +2,7 @@ package store
 
 import (
 	"context"
+	"fmt"
 	"hash/crc32"
 	"io"
 	"slices"
@@ -53,6 +54,9 @@ func matches(r io.ReaderAt, size int, sums []uint32) bool {
 
 // Scrub verifies resident blocks at the given rate, round and round, until ctx ends; it returns ctx's error.
 func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64) error {
+	if bytesPerSecond <= 0 {
+		return fmt.Errorf("scrubbing %d bytes a second: %w", bytesPerSecond, ErrInvalid)
+	}
 	limit := rate.NewLimiter(rate.Limit(bytesPerSecond), ring.BlockSize)
 	for {
 		checked, err := s.scrubOnce(ctx, limit)

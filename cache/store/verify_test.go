@@ -159,6 +159,67 @@ func TestMountedTmpfsIsPrivateAndHasRoomForTheQuota(t *testing.T) {
 	}
 }
 
+func TestATmpfsLeftByAFormerProcessIsKept(t *testing.T) {
+	dir := ownTmpfs(t, 16*mib)
+	s := open(t, Options{Dir: dir, Quota: 16 * mib})
+	o := anObject(1, 6*mib)
+	load(t, s, o)
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if note, err := MountTmpfs(dir, 64*mib); err != nil || note == "" {
+		t.Fatalf("%q %v", note, err)
+	}
+	s = open(t, Options{Dir: dir, Quota: 64 * mib})
+	if !s.Residency(o).Whole {
+		t.Error("what it held is gone")
+	}
+	for i := range 8 {
+		load(t, s, anObject(10+i, 6*mib))
+	}
+	if st := s.Stats(); st.NoSpace != 0 {
+		t.Errorf("it did not grow: %+v", st)
+	}
+	if _, err := MountTmpfs(dir, mib); err == nil {
+		t.Error("made smaller than what it holds")
+	}
+	s.Close()
+	if err := Unmount(dir); err != nil {
+		t.Fatal(err)
+	}
+	if own, err := isMount(dir); err != nil || own {
+		t.Errorf("one mount over the other: %v", err)
+	}
+}
+
+func TestMountAtAnImpossiblePlaceSaysWhere(t *testing.T) {
+	if _, err := MountTmpfs("/proc/no-such-place", mib); err == nil || !strings.Contains(err.Error(), "/proc/no-such-place") {
+		t.Errorf("got %v", err)
+	}
+}
+
+// Some sandboxes' file systems cannot make holes.
+func TestWithoutHolesWholeFilesAreEvicted(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 24 * mib})
+	s.wholeOnly = true
+	for range 4 {
+		for i := range 8 {
+			load(t, s, anObject(i, ring.BlockSize+mib))
+		}
+	}
+	if st := s.Stats(); st.Evicted == 0 || st.Blocks == 0 {
+		t.Errorf("%+v", st)
+	}
+	for i := range 8 {
+		o := anObject(i, ring.BlockSize+mib)
+		var st unix.Stat_t
+		if err := unix.Stat(s.path(o.ID), &st); err == nil && st.Blocks*512 != s.Residency(o).Bytes {
+			t.Errorf("a file of %d bytes for %d resident", st.Blocks*512, s.Residency(o).Bytes)
+		}
+	}
+	checkBooks(t, s)
+}
+
 // A tmpfs that gives every file huge pages takes one for the smallest object: the quota counts them.
 func TestQuotaCountsHugePagesOfSmallFiles(t *testing.T) {
 	dir := t.TempDir()
