@@ -3,10 +3,7 @@ package local
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
-	"io/fs"
-	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -18,6 +15,7 @@ import (
 	"github.com/stepcache/stepcache/api/manifest"
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/store"
@@ -54,6 +52,7 @@ func (t *Tier) newDataset(object *v1alpha1.Dataset, set *manifest.Set, memory in
 	d := &dataset{tier: t, object: object}
 	d.folder = tier.Folder{
 		Dir: filepath.Join(t.state.dir, fmt.Sprintf("d%d", len(t.datasets))), Dataset: name(object), Node: node,
+		Copies: int(object.Spec.Workers.Copies),
 	}
 	for _, dir := range []string{d.folder.Dir, d.folder.KeysDir()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
@@ -108,7 +107,7 @@ func (d *dataset) start() error {
 		}
 	}
 	var err error
-	d.control, err = d.folder.Control(slog.New(slog.DiscardHandler))
+	d.control, err = d.folder.Control()
 	return err
 }
 
@@ -270,8 +269,8 @@ func (d *dataset) mount(ctx context.Context, dir string) error {
 	ctx, cancel := context.WithTimeout(ctx, time.Minute)
 	defer cancel()
 	for {
-		mounted, err := mountinfo.Mounted(d.target)
-		if err != nil || mounted {
+		at, err := mountinfo.At(d.target)
+		if err != nil || len(at) > 0 && at[0].Type == mount.FSType {
 			return err
 		}
 		select {
@@ -282,8 +281,11 @@ func (d *dataset) mount(ctx context.Context, dir string) error {
 	}
 }
 
+// pollLoad is how often the workers are asked how far a load is.
+const pollLoad = 200 * time.Millisecond
+
 // load runs one DataLoad.
-func (d *dataset) load(ctx context.Context, l *v1alpha1.DataLoad, progress func(client.LoadProgress)) error {
+func (d *dataset) load(ctx context.Context, l *v1alpha1.DataLoad, progress func(client.LoadSum)) error {
 	r := wire.LoadRequest{ID: l.Namespace + "." + l.Name, Copies: int(l.CopiesOf(d.object)), Pin: l.Spec.Pin}
 	for _, p := range l.Spec.Paths {
 		r.Paths = append(r.Paths, string(p))
@@ -291,7 +293,8 @@ func (d *dataset) load(ctx context.Context, l *v1alpha1.DataLoad, progress func(
 	if err := d.control.Load(ctx, r); err != nil {
 		return err
 	}
-	return d.control.WaitLoad(ctx, r.ID, progress)
+	_, err := d.control.Wait(ctx, r, pollLoad, progress)
+	return err
 }
 
 // close ends the mount first, so that no reader is without its workers, then the workers.
@@ -302,6 +305,6 @@ func (d *dataset) close() {
 		}
 	}
 	if d.control != nil {
-		_ = d.control.Close()
+		d.control.Close()
 	}
 }

@@ -15,7 +15,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -83,9 +82,6 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 		if err := mount.Supported(); err != nil {
 			return nil, fmt.Errorf("cannot mount at %s: %w; without --mount, `stepcache get` and `ls` read the dataset", o.Mount, err)
 		}
-		if o.Mount, err = filepath.Abs(o.Mount); err != nil {
-			return nil, err
-		}
 	}
 	t = &Tier{options: o, loads: set.DataLoads}
 	defer func() {
@@ -95,6 +91,11 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 	}()
 	if t.state, err = openState(); err != nil {
 		return t, err
+	}
+	if o.Mount != "" {
+		if t.options.Mount, err = t.state.mountFolder(o.Mount); err != nil {
+			return t, err
+		}
 	}
 	shares, err := t.memoryShares(set.Datasets)
 	if err != nil {
@@ -120,7 +121,7 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 	}
 	if o.Mount != "" {
 		for _, d := range t.datasets {
-			if err := d.mount(ctx, o.Mount); err != nil {
+			if err := d.mount(ctx, t.options.Mount); err != nil {
 				return t, err
 			}
 		}
@@ -173,7 +174,7 @@ func (t *Tier) logf(format string, args ...any) { fmt.Fprintf(t.options.Log, for
 // Warm runs the DataLoads one after the other, those that others wait for first. A load that cannot
 // complete is reported and does not keep the command from running, since reads still go through; only a
 // load that pins, and so promises that the bytes stay, is an error.
-func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.LoadProgress)) error {
+func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.LoadSum)) error {
 	loads, err := inOrder(t.loads)
 	if err != nil {
 		return err
@@ -187,7 +188,7 @@ func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.Loa
 		if l.Spec.Schedule != "" {
 			t.logf("dataload %s: run once; local mode does not keep its schedule %q", id, l.Spec.Schedule)
 		}
-		if err := d.load(ctx, l, func(s client.LoadProgress) { progress(id, s) }); err != nil {
+		if err := d.load(ctx, l, func(s client.LoadSum) { progress(id, s) }); err != nil {
 			if l.Spec.Pin || ctx.Err() != nil {
 				return fmt.Errorf("dataload %s: %w", id, err)
 			}

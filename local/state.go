@@ -99,12 +99,22 @@ func sweep(parent string) {
 	}
 }
 
+// mountFolder makes the folder that mounts go into, where there is none, and resolves its name as the
+// kernel will tell it.
+func (s *state) mountFolder(dir string) (string, error) {
+	abs, err := filepath.Abs(dir)
+	if err != nil {
+		return "", err
+	}
+	if err := s.folder(abs); err != nil {
+		return "", err
+	}
+	return filepath.EvalSymlinks(abs)
+}
+
 // mounting notes a mount outside the folder, and makes its folder where there is none, for whoever
 // cleans up: only what the run made is removed.
 func (s *state) mounting(target string) error {
-	if err := s.folder(filepath.Dir(target)); err != nil {
-		return err
-	}
 	// Never a stat of the target: a mount that nobody serves would hang.
 	if err := s.folder(target); err != nil {
 		return err
@@ -165,7 +175,7 @@ func (s *state) notes(file string) (lines []string) {
 // close unmounts what is mounted in the folder or was noted, and removes it.
 func (s *state) close() {
 	for _, target := range s.notes("mounts") {
-		_ = mountinfo.Unmount(target)
+		_, _ = mountinfo.Detach(target, nil)
 	}
 	for _, dir := range slices.Backward(s.notes("made")) {
 		_ = os.Remove(dir) // goes only if it is empty
@@ -173,11 +183,9 @@ func (s *state) close() {
 	for _, dir := range s.notes("folders") {
 		_ = os.RemoveAll(dir)
 	}
-	if all, err := mountinfo.List(); err == nil {
-		for _, m := range all {
-			if rel, err := filepath.Rel(s.dir, m.Point); err == nil && filepath.IsLocal(rel) {
-				_ = mountinfo.Unmount(m.Point)
-			}
+	if below, err := mountinfo.Below(s.dir); err == nil {
+		for _, m := range below {
+			_, _ = mountinfo.Detach(m.Point, nil)
 		}
 	}
 	_ = os.RemoveAll(s.dir)

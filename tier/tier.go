@@ -14,7 +14,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -45,6 +44,8 @@ type Folder struct {
 	// Node is the name of this machine among the members' nodes: workers of the same node hand out
 	// descriptors. Empty: none is.
 	Node string `json:"node,omitempty"`
+	// Copies is how many workers hold each block; zero means 1.
+	Copies int `json:"copies,omitempty"`
 }
 
 // MembershipFile is the list of workers (ring.Membership as JSON).
@@ -109,7 +110,7 @@ func (f Folder) ClientConfig() (client.Config, error) {
 	if err != nil {
 		return client.Config{}, fmt.Errorf("tier %s: %w", f.Dataset, err)
 	}
-	return client.Config{Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys, Node: f.Node}, nil
+	return client.Config{Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys, Node: f.Node, Copies: f.Copies}, nil
 }
 
 // Dial connects a reader.
@@ -121,14 +122,13 @@ func (f Folder) Dial(ctx context.Context) (*client.Client, error) {
 	return client.Dial(ctx, c)
 }
 
-// Control connects to the workers' control endpoints; it needs the control key in the folder.
-func (f Folder) Control(log *slog.Logger) (*client.Control, error) {
-	c, err := f.ClientConfig()
+// Control asks the workers' control endpoints; it needs the control key in the folder.
+func (f Folder) Control() (*client.Control, error) {
+	keys, err := wire.LoadKeys(f.KeysDir())
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("tier %s: %w", f.Dataset, err)
 	}
-	c.Logger = log
-	return client.NewControl(c)
+	return client.NewControl(client.ControlConfig{Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys})
 }
 
 // WorkerConfig is the part of a worker's configuration that follows from the Dataset alone. secrets

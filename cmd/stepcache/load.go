@@ -44,7 +44,7 @@ files stay until "stepcache load --unload --id ID". Interrupting the command lea
 		if err != nil {
 			return err
 		}
-		control, err := folder.Control(logger())
+		control, err := folder.Control()
 		if err != nil {
 			return err
 		}
@@ -61,8 +61,8 @@ files stay until "stepcache load --unload --id ID". Interrupting the command lea
 			return err
 		}
 		p := newProgress("load "+r.ID, 0)
-		var last client.LoadProgress
-		err = control.WaitLoad(ctx, r.ID, func(s client.LoadProgress) {
+		var last client.LoadSum
+		_, err = control.Wait(ctx, r, 200*time.Millisecond, func(s client.LoadSum) {
 			p.set(s.Resident, s.Total)
 			last = s
 		})

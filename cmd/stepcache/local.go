@@ -93,7 +93,7 @@ func runLocal(ctx context.Context, o local.Options, command []string) error {
 func warm(ctx context.Context, t *local.Tier) error {
 	var current string
 	var p *progress
-	var last client.LoadProgress
+	var last client.LoadSum
 	began := time.Now()
 	done := func() {
 		if p != nil {
@@ -101,7 +101,7 @@ func warm(ctx context.Context, t *local.Tier) error {
 			fmt.Fprintf(os.Stderr, "%s: %s\n", current, loadLine(last, time.Since(began)))
 		}
 	}
-	err := t.Warm(ctx, func(load string, s client.LoadProgress) {
+	err := t.Warm(ctx, func(load string, s client.LoadSum) {
 		if name := "load " + load; name != current {
 			done()
 			current, began = name, time.Now()

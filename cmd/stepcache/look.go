@@ -65,12 +65,12 @@ func statusCommand() *cobra.Command {
 		}
 		var all []wire.WorkerStatus
 		for _, f := range folders {
-			control, err := f.Control(logger())
+			control, err := f.Control()
 			if err != nil {
 				return err
 			}
 			workers, err := control.Status(cmd.Context())
-			_ = control.Close()
+			control.Close()
 			if err != nil && len(workers) == 0 {
 				return err
 			}

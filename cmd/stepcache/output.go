@@ -153,6 +153,6 @@ func (p *progress) finish() {
 }
 
 // loadLine sums a load up.
-func loadLine(s client.LoadProgress, took time.Duration) string {
+func loadLine(s client.LoadSum, took time.Duration) string {
 	return fmt.Sprintf("%s of %s resident, %s fetched in %s", size(s.Resident), size(s.Total), size(s.Fetched), took.Round(time.Millisecond))
 }

@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"os"
-	"strings"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
@@ -13,6 +12,7 @@ import (
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/worker"
+	"github.com/stepcache/stepcache/tier"
 )
 
 func workerCommand() *cobra.Command {
@@ -42,7 +42,7 @@ func workerCommand() *cobra.Command {
 func mountCommand() *cobra.Command {
 	var t tierFlags
 	var cache, mode string
-	var allowOther bool
+	var private bool
 	cmd := &cobra.Command{
 		Use:   "mount DIR",
 		Short: "Mount a dataset read-only, until SIGTERM or Ctrl-C",
@@ -52,13 +52,13 @@ change while mounted. Reads of files that a worker on this machine holds go stra
 own memory as well.`,
 		Example: `  stepcache mount --tier "$STEPCACHE_TIER" /mnt/genomes`,
 		Args:    args(cobra.ExactArgs(1)),
-		RunE: func(cmd *cobra.Command, a []string) (err error) {
+		RunE: func(cmd *cobra.Command, a []string) error {
 			ctx, log := cmd.Context(), logger()
 			if err := mount.Supported(); err != nil {
 				return err
 			}
-			o := mount.Options{AllowOther: allowOther, Logger: log}
-			if o.Mode, err = mount.ParseMode(mode); err != nil {
+			o := mount.Options{Private: private, Logger: log}
+			if err := o.Mode.UnmarshalText([]byte(mode)); err != nil {
 				return usage{err}
 			}
 			f, err := t.one()
@@ -88,18 +88,16 @@ own memory as well.`,
 			}
 			defer reader.Close()
 			o.Dataset = f.Dataset
-			m, err := mount.Mount(ctx, a[0], reader.Snapshot(), clientReader{reader}, o)
+			m, err := mount.Mount(ctx, a[0], reader.Snapshot(), tier.Reader{Client: reader}, o)
 			if err != nil {
 				return err
 			}
-			gone := make(chan struct{})
-			go func() { m.Wait(); close(gone) }()
 			select {
 			case <-ctx.Done():
-				err = m.Unmount()
-				<-gone
+				err := m.Unmount()
+				m.Wait()
 				return err
-			case <-gone:
+			case <-m.Done():
 				log.Info("unmounted by somebody else", "dir", a[0])
 				return nil
 			}
@@ -107,8 +105,8 @@ own memory as well.`,
 	}
 	t.add(cmd)
 	cmd.Flags().StringVar(&cache, "cache-size", "", "memory of this process's own cache of what other machines' workers send")
-	cmd.Flags().StringVar(&mode, "mode", "auto", strings.Join(mount.Modes(), ", ")+": how opens are served (auto: by the sizes of the files)")
-	cmd.Flags().BoolVar(&allowOther, "allow-other", os.Geteuid() == 0, "let other users read it")
+	cmd.Flags().StringVar(&mode, "mode", "auto", "how opens are served: passthrough, no-open, or auto (by the sizes of the files)")
+	cmd.Flags().BoolVar(&private, "private", os.Geteuid() != 0, "keep other users out")
 	return cmd
 }
 

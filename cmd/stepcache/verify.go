@@ -139,11 +139,11 @@ func newVerifier(ctx context.Context, c *client.Client, configs map[string]sourc
 func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) {
 	s := v.client.Snapshot()
 	files := map[catalog.Index]bool{}
-	var bytes int64
+	var total int64
 	add := func(i catalog.Index) bool {
 		if n, _ := s.Node(i); !n.Dir && !files[i] {
 			files[i] = true
-			bytes += n.Size
+			total += n.Size
 		}
 		return true
 	}
@@ -158,7 +158,7 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 			add(i)
 		}
 	}
-	p := newProgress("verify", bytes)
+	p := newProgress("verify", total)
 	defer p.finish()
 	var mu sync.Mutex
 	results := []verified{}
