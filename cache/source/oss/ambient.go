@@ -76,6 +76,9 @@ func (a *ambient) get(ctx context.Context) (credentials.Value, error) {
 		return value, nil
 	}
 	done := a.flight.DoChan("", func() (any, error) {
+		if _, left := a.held(); left > refreshBefore {
+			return nil, nil // another flight has just landed
+		}
 		// Not of the caller's context: others wait for the same answer.
 		ctx, cancel := context.WithTimeout(context.Background(), ambientTimeout)
 		defer cancel()

@@ -59,39 +59,31 @@ func start(t *testing.T, o osstest.Options, d deps) (*osstest.Server, *Bucket) {
 }
 
 func TestConformance(t *testing.T) {
-	for _, where := range []string{"memory", "folder"} {
-		t.Run(where, func(t *testing.T) {
-			sourcetest.Run(t, func(t *testing.T) sourcetest.Fixture {
-				var o osstest.Options
-				if where == "folder" {
-					o.Dir = t.TempDir()
+	sourcetest.Run(t, func(t *testing.T) sourcetest.Fixture {
+		s := osstest.StartT(t, osstest.Options{})
+		s.MakeBucket(testBucket)
+		return sourcetest.Fixture{
+			Config: configOf(t, s),
+			Open: func(ctx context.Context, c source.Config) (source.Source, error) {
+				b, err := Open(ctx, c)
+				if err != nil {
+					return nil, err
 				}
-				s := osstest.StartT(t, o)
-				s.MakeBucket(testBucket)
-				return sourcetest.Fixture{
-					Config: configOf(t, s),
-					Open: func(ctx context.Context, c source.Config) (source.Source, error) {
-						b, err := Open(ctx, c)
-						if err != nil {
-							return nil, err
-						}
-						return b, nil
-					},
-					Digest: source.CRC64ECMA,
-					PutByHand: func(t *testing.T, key string, content []byte) {
-						if _, err := s.Put(testBucket, key, content); err != nil {
-							t.Fatal(err)
-						}
-					},
-					NoKey: func(key string) string {
-						if len(key) > 1023 {
-							return "OSS takes keys of up to 1023 bytes"
-						}
-						return ""
-					},
-					Leftovers: func(t *testing.T) int { return s.Uploads(testBucket) },
+				return b, nil
+			},
+			Digest: source.CRC64ECMA,
+			PutByHand: func(t *testing.T, key string, content []byte) {
+				if _, err := s.Put(testBucket, key, content); err != nil {
+					t.Fatal(err)
 				}
-			})
-		})
-	}
+			},
+			NoKey: func(key string) string {
+				if len(key) > 1023 {
+					return "OSS takes keys of up to 1023 bytes"
+				}
+				return ""
+			},
+			Leftovers: func(t *testing.T) int { return s.Uploads(testBucket) },
+		}
+	})
 }

@@ -4,7 +4,6 @@ import (
 	"crypto/md5"
 	"encoding/xml"
 	"fmt"
-	"hash/crc64"
 	"io"
 	"maps"
 	"net/http"
@@ -104,7 +103,9 @@ func (s *Server) complete(c *call, b *bucket) error {
 
 	sums := md5.New()
 	var readers []io.Reader
+	size := int64(0)
 	for _, p := range chosen {
+		size += p.blob.Size
 		r, err := b.open(p.blob, 0, p.blob.Size)
 		if err != nil {
 			return err
@@ -113,13 +114,12 @@ func (s *Server) complete(c *call, b *bucket) error {
 		readers = append(readers, r)
 		sums.Write(p.sum)
 	}
-	crc := crc64.New(ecma)
-	content, _, _, err := b.write(io.TeeReader(io.MultiReader(readers...), crc))
+	content, _, crc, err := b.write(io.MultiReader(readers...), size)
 	if err != nil {
 		b.discard(content)
 		return err
 	}
-	o := s.normal(c.key, content, nil, crc.Sum64())
+	o := s.normal(c.key, content, nil, crc)
 	o.Type, o.ContentType = "Multipart", u.contentType
 	o.ETag = fmt.Sprintf("%X-%d", sums.Sum(nil), len(chosen))
 	if err := b.store(o); err != nil {

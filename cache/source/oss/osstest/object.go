@@ -160,7 +160,7 @@ func parseOffset(s string) (int64, error) {
 
 // receive stores the request's body and checks it against Content-Length and Content-MD5.
 func (s *Server) receive(c *call, b *bucket) (blob, []byte, uint64, error) {
-	content, sum, crc, err := b.write(c.r.Body)
+	content, sum, crc, err := b.write(c.r.Body, c.r.ContentLength)
 	if err != nil {
 		b.discard(content)
 		if errors.Is(err, io.ErrUnexpectedEOF) {
@@ -196,7 +196,7 @@ func (s *Server) symlink(c *call, b *bucket) error {
 	if err != nil || target == "" {
 		return invalid("x-oss-symlink-target must name an object.")
 	}
-	content, sum, crc, err := b.write(strings.NewReader(""))
+	content, sum, crc, err := b.write(strings.NewReader(""), 0)
 	if err != nil {
 		return err
 	}

@@ -54,12 +54,15 @@ type blob struct {
 	data []byte
 }
 
-// write stores what r holds and sums it.
-func (b *bucket) write(r io.Reader) (content blob, sum []byte, crc uint64, err error) {
+// write stores what r holds, about size bytes if that is known (not negative), and sums it.
+func (b *bucket) write(r io.Reader, size int64) (content blob, sum []byte, crc uint64, err error) {
 	m, c := md5.New(), crc64.New(ecma)
 	sums := io.MultiWriter(m, c)
 	if b.dir == "" {
 		var buf bytes.Buffer
+		if size > 0 && size < 64<<20 { // a client may announce anything
+			buf.Grow(int(size) + bytes.MinRead)
+		}
 		_, err = io.Copy(io.MultiWriter(&buf, sums), r)
 		content = blob{Size: int64(buf.Len()), data: buf.Bytes()}
 	} else {
@@ -201,7 +204,7 @@ func (s *Server) load() error {
 // Put stores an object behind the protocol's back and returns its ETag.
 func (s *Server) Put(bucket, key string, content []byte) (etag string, err error) {
 	b := s.makeBucket(bucket, false)
-	c, sum, crc, err := b.write(bytes.NewReader(content))
+	c, sum, crc, err := b.write(bytes.NewReader(content), int64(len(content)))
 	if err != nil {
 		return "", err
 	}
