@@ -123,7 +123,7 @@ func (w *Worker) Status() wire.WorkerStatus {
 		Quota: st.Quota, Used: st.Used, Pinned: st.Pinned,
 		ServedBytes: w.counts.served.Load(), OpenedBytes: w.counts.opened.Load(),
 		Verified: w.counts.verified.Load(), Unverified: w.counts.unverified.Load(), Corrupt: w.counts.corrupt.Load(),
-		Refetched: w.counts.refetched.Load() + int64(st.Corrupt),
+		Refetched: w.counts.corruptPeer.Load() + int64(st.Corrupt),
 	}
 	if snap, ok := w.snapshots.get(wire.Digest{}); ok {
 		d := snap.Digest()

@@ -41,6 +41,12 @@ func (w *Worker) keepSnapshot(ctx context.Context) error {
 		return nil // ctx ended
 	}
 	w.sources.Store(src)
+	for _, o := range src.sources {
+		// Of two mounts of one bucket, the metrics tell the first; Status adds both up.
+		if err := w.registry.Register(o.Meter); err != nil {
+			w.log.Debug("source without metrics", "source", o.URL(), "error", err)
+		}
+	}
 	w.loadSnapshots(src)
 
 	k := &snapshotKeeper{w: w, src: src, wait: newBackoff(), tried: make(map[wire.Digest]time.Time)}

@@ -13,7 +13,7 @@ import (
 type counts struct {
 	served, opened, peerBytes     atomic.Int64
 	verified, unverified, corrupt atomic.Int64
-	refetched, refused            atomic.Int64
+	corruptPeer, refused          atomic.Int64
 	statuses                      [wire.Internal + 1]atomic.Int64
 }
 

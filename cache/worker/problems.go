@@ -1,7 +1,6 @@
 package worker
 
 import (
-	"errors"
 	"log/slog"
 	"maps"
 	"slices"
@@ -23,7 +22,7 @@ const (
 )
 
 // blocking are the problems with which a worker cannot serve.
-var blocking = []problem{problemSources, problemSnapshot, problemBucket}
+var blocking = []problem{problemSources, problemBucket, problemSnapshot}
 
 // problems are told in Status and by /readyz, and logged once each time they change.
 type problems struct {
@@ -75,9 +74,11 @@ func (p *problems) String() string {
 func (p *problems) ready() error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	var errs []error
-	for _, k := range blocking {
-		errs = append(errs, p.errs[k])
+	var first error
+	for _, k := range blocking { // an unopened source is why there is no snapshot: the cause comes first
+		if err := p.errs[k]; err != nil && first == nil {
+			first = err
+		}
 	}
-	return errors.Join(errs...)
+	return first
 }

@@ -52,7 +52,6 @@ func (w *Worker) acquire(ctx context.Context, f file, block int64, flags wire.Fl
 			return b, none, nil
 		}
 		b.Release()
-		w.counts.refetched.Add(1)
 		w.log.Warn("block failed its checksum in memory, fetching it again", "object", f.String(), "block", block)
 	}
 	if flags&wire.FlagResidentOnly != 0 {
@@ -151,7 +150,7 @@ func (w *Worker) readPeers(ctx context.Context, earlier []ring.Member, f file, b
 		}
 		w.log.Debug("an earlier owner did not give a block", "peer", m.ID, "object", f.String(), "block", block, "error", last)
 		if errors.Is(last, wire.ErrCorrupt) {
-			w.counts.refetched.Add(1)
+			w.counts.corruptPeer.Add(1)
 		}
 	}
 	return fmt.Errorf("%w: %w", errNoPeer, last)

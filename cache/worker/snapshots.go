@@ -190,7 +190,8 @@ func (w *Worker) unknownSnapshot(d wire.Digest) error {
 		return fmt.Errorf("%w %x: worker %s does not hold it", wire.ErrUnknownSnapshot, d[:6], w.config.ID)
 	}
 	if err := w.problems.ready(); err != nil {
-		return fmt.Errorf("%w: worker %s: %w", wire.ErrUnknownSnapshot, w.config.ID, err)
+		// Its words only: whoever asks shall wait or ask another, not take this worker's bucket for lost.
+		return fmt.Errorf("%w: worker %s: %v", wire.ErrUnknownSnapshot, w.config.ID, err)
 	}
 	return fmt.Errorf("%w: worker %s has none yet", wire.ErrUnknownSnapshot, w.config.ID)
 }

@@ -9,7 +9,6 @@ import (
 	"net"
 	"net/http"
 	"os"
-	"path/filepath"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -156,7 +155,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	if err := os.MkdirAll(c.Dir, 0o750); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
-	w.store, err = store.Open(ctx, store.Options{Dir: filepath.Join(c.Dir, "store"), Quota: c.Memory, BufferBytes: bufferBytes, Logger: w.log})
+	w.store, err = store.Open(ctx, store.Options{Dir: c.Dir, Quota: c.Memory, BufferBytes: bufferBytes, Logger: w.log})
 	if err != nil {
 		return nil, err
 	}

@@ -1,0 +1,198 @@
+package worker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"sync"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/test/bucket"
+)
+
+// overBucket points a tier at a bucket behind endpoint, with the server's credentials in a Secret's folder.
+func overBucket(t testing.TB, s *bucket.Server, endpoint, prefix string) (tr *tier, secret string) {
+	t.Helper()
+	tr = newTier(t, nil)
+	secret = filepath.Join(tr.dir, "secret")
+	if err := os.MkdirAll(secret, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	putSecret(t, secret, s)
+	tr.mounts = []Mount{{Path: "/", Config: source.Config{URL: "s3://data/" + prefix, Endpoint: endpoint, Region: s.Region, CredentialsDir: secret}}}
+	return tr, secret
+}
+
+func putSecret(t testing.TB, dir string, s *bucket.Server) {
+	t.Helper()
+	for name, v := range map[string]string{"accessKeyID": s.AccessKey, "accessKeySecret": s.SecretKey} {
+		if err := replaceFile(filepath.Join(dir, name), []byte(v)); err != nil {
+			t.Fatal(err)
+		}
+	}
+}
+
+// TestEightReadersOfAColdObjectFetchItFromTheBucketOnce counts at the bucket's own limiter.
+func TestEightReadersOfAColdObjectFetchItFromTheBucketOnce(t *testing.T) {
+	const size = 64<<20 + 12345
+	s := bucket.StartT(t, bucket.Options{})
+	want := content(size, 1)
+	s.PutT(t, "data", "big", want)
+	tr, _ := overBucket(t, s, s.Endpoint(), "")
+	tr.start(2)
+	snap := tr.snapshot()
+	i, owner := index(t, snap, "/big"), tr.owners(snap, "/big", 0)[0]
+	before := s.Sent()
+	var wg sync.WaitGroup
+	for range 8 {
+		c := tr.dial(owner)
+		wg.Go(func() {
+			got, err := c.file(i, size, 0)
+			if err != nil || !bytes.Equal(got, want) {
+				t.Errorf("%d bytes, %v", len(got), err)
+			}
+		})
+	}
+	wg.Wait()
+	if sent := s.Sent() - before; sent > size*102/100 || sent < size {
+		t.Errorf("the bucket sent %d bytes of an object of %d", sent, size)
+	}
+	// It was put in parts, so that its ETag is no digest of the whole.
+	eventually(t, "the object is counted as unverified", func() error {
+		if st := tr.workers[owner].Status(); st.Unverified != 1 || st.Verified != 0 || st.Corrupt != 0 {
+			return fmt.Errorf("%+v", st)
+		}
+		return nil
+	})
+}
+
+func TestBitsFlippedByTheBucketAreFoundOnceTheObjectIsWhole(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	want := content(2*ring.BlockSize, 1)
+	s.PutT(t, "data", "f", want)
+	proxy := bucket.Faults(t, s)
+	var flips atomic.Int32
+	proxy.Set(func(r *http.Request) bucket.Fault {
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/f") && flips.Add(1) == 1 {
+			return bucket.Fault{Flip: 1000}
+		}
+		return bucket.Fault{}
+	})
+	tr, _ := overBucket(t, s, proxy.Endpoint(), "")
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	c := tr.dial(0)
+	if _, err := c.file(i, int64(len(want)), 0); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it was found, fetched again and verified", func() error {
+		if st := tr.workers[0].Status(); st.Corrupt != 1 || st.Verified != 1 {
+			return fmt.Errorf("corrupt %d, verified %d, unverified %d", st.Corrupt, st.Verified, st.Unverified)
+		}
+		return nil
+	})
+	if got, err := c.file(i, int64(len(want)), wire.FlagResidentOnly); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("afterwards: %v", err)
+	}
+}
+
+// TestAnObjectWithoutADigestIsCountedAsUnverified: local files publish none.
+func TestAnObjectWithoutADigestIsCountedAsUnverified(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.start(1)
+	if _, err := tr.dial(0).read(index(t, tr.snapshot(), "/f"), 0, 1000, 0); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "unverified", func() error {
+		if st := tr.workers[0].Status(); st.Unverified != 1 || st.Verified != 0 {
+			return fmt.Errorf("%+v", st)
+		}
+		return nil
+	})
+}
+
+// TestAMissingSecretIsNamedAndRecovers: the worker starts without credentials, says which key of which
+// folder is missing, and serves once it is there.
+func TestAMissingSecretIsNamedAndRecovers(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	s.PutT(t, "data", "p/f", content(1000, 1))
+	tr, secret := overBucket(t, s, s.Endpoint(), "p/")
+	if err := os.Remove(filepath.Join(secret, "accessKeyID")); err != nil {
+		t.Fatal(err)
+	}
+	tr.start(1)
+	eventually(t, "the missing key is named", func() error {
+		code, text := tr.get(0, wire.PathReady)
+		if code != http.StatusServiceUnavailable || !strings.Contains(text, "accessKeyID") || !strings.Contains(text, secret) {
+			return fmt.Errorf("%d %s", code, text)
+		}
+		return nil
+	})
+	if p := tr.workers[0].Status().Problem; !strings.Contains(p, "accessKeyID") {
+		t.Errorf("status says %q", p)
+	}
+	putSecret(t, secret, s)
+	i := index(t, tr.snapshot(), "/f")
+	if _, err := tr.dial(0).read(i, 0, 1000, 0); err != nil {
+		t.Error(err)
+	}
+}
+
+// TestARefusalOfReadsIsToldAndRecovers: the credentials stop working after the listing.
+func TestARefusalOfReadsIsToldAndRecovers(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	s.PutT(t, "data", "f", content(1000, 1))
+	proxy := bucket.Faults(t, s)
+	tr, _ := overBucket(t, s, proxy.Endpoint(), "")
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	proxy.Set(func(r *http.Request) bucket.Fault {
+		return bucket.Fault{Status: http.StatusForbidden, Code: "AccessDenied"}
+	})
+	c := tr.dial(0)
+	if _, err := c.read(i, 0, 1000, 0); !errors.Is(err, source.ErrDenied) {
+		t.Fatal(err)
+	}
+	if code, text := tr.get(0, wire.PathReady); code != http.StatusServiceUnavailable || !strings.Contains(text, "denied") {
+		t.Errorf("%d %s", code, text)
+	}
+	proxy.Set(nil)
+	eventually(t, "ready again, though nobody asked", func() error {
+		if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
+			return errors.New(text)
+		}
+		return nil
+	})
+}
+
+// TestABucketThatFailsForAWhile: 503, resets and truncated bodies cost time only.
+func TestABucketThatFailsForAWhile(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	want := content(3*ring.BlockSize, 1)
+	s.PutT(t, "data", "f", want)
+	proxy := bucket.Faults(t, s)
+	var n atomic.Int32
+	faults := []bucket.Fault{{Status: http.StatusServiceUnavailable, Code: "SlowDown"}, {Reset: true}, {Truncate: 100_000}}
+	proxy.Set(func(r *http.Request) bucket.Fault {
+		if k := int(n.Add(1)) - 1; strings.HasSuffix(r.URL.Path, "/f") && k < len(faults) {
+			return faults[k]
+		}
+		return bucket.Fault{}
+	})
+	tr, _ := overBucket(t, s, proxy.Endpoint(), "")
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	n.Store(0)
+	got, err := tr.dial(0).file(i, int64(len(want)), 0)
+	if err != nil || !bytes.Equal(got, want) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+}

@@ -1,0 +1,392 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// waitLoad waits until the load has finished on worker i, done or not.
+func (tr *tier) waitLoad(i int, id string) wire.LoadStatus {
+	tr.t.Helper()
+	var s wire.LoadStatus
+	eventually(tr.t, "load "+id+" finishes", func() error {
+		s = wire.LoadStatus{}
+		if _, err := tr.control(i, "GET", wire.PathLoads+"/"+id, nil, &s); err != nil {
+			return err
+		}
+		if s.Finished.IsZero() {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+	return s
+}
+
+func (tr *tier) load(req wire.LoadRequest) {
+	tr.t.Helper()
+	for i, w := range tr.workers {
+		if w != nil {
+			if _, err := tr.control(i, "POST", wire.PathLoads, req, nil); err != nil {
+				tr.t.Fatalf("worker %d: %v", i, err)
+			}
+		}
+	}
+}
+
+func TestALoadMakesEveryOwnedBlockResidentOnce(t *testing.T) {
+	noGoroutines(t)
+	files := map[string][]byte{"other/x": content(1000, 99), "shards/empty": nil}
+	var total int64
+	for i := range 20 {
+		n := int64(i) * 500_000
+		files[fmt.Sprintf("shards/s%02d", i)] = content(n, byte(i))
+		total += n
+	}
+	tr := newTier(t, files)
+	tr.start(3)
+	snap := tr.snapshot()
+	tr.load(wire.LoadRequest{ID: "warm", Paths: []string{"/shards/**"}})
+	var loaded, got int64
+	for i := range tr.workers {
+		s := tr.waitLoad(i, "warm")
+		if !s.Done || s.Resident != s.Total || s.Fetched != s.Total || s.Problem != "" {
+			t.Errorf("worker %d: %+v", i, s)
+		}
+		loaded += s.Total
+		got += tr.workers[i].Status().SourceBytes
+	}
+	if loaded != total || got != total {
+		t.Errorf("%d bytes loaded, %d left the source, want %d", loaded, got, total)
+	}
+	for name, want := range files {
+		if len(want) == 0 || strings.HasPrefix(name, "other") {
+			continue
+		}
+		c := tr.dial(tr.owners(snap, "/"+name, 0)[0])
+		if p, err := c.file(index(t, snap, "/"+name), int64(len(want)), wire.FlagResidentOnly); err != nil || !bytes.Equal(p, want) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// The same again is the same load; another under its id is refused.
+	tr.load(wire.LoadRequest{ID: "warm", Paths: []string{"/shards/**"}})
+	if code, err := tr.control(0, "POST", wire.PathLoads, wire.LoadRequest{ID: "warm"}, nil); code != http.StatusConflict {
+		t.Errorf("another load of the same id: %d %v", code, err)
+	}
+	var all []wire.LoadStatus
+	if _, err := tr.control(0, "GET", wire.PathLoads, nil, &all); err != nil || len(all) != 1 {
+		t.Errorf("%+v, %v", all, err)
+	}
+	var res wire.Residency
+	if _, err := tr.control(0, "GET", wire.PathResidency+"?prefix=/shards/s1", nil, &res); err != nil {
+		t.Fatal(err)
+	}
+	for _, f := range res.Files {
+		if !strings.HasPrefix(f.Path, "/shards/s1") || f.Resident != f.Size || f.Size == 0 {
+			t.Errorf("%+v", f)
+		}
+	}
+	if code, err := tr.control(0, "DELETE", wire.PathLoads+"/warm", nil, nil); err != nil {
+		t.Errorf("%d %v", code, err)
+	}
+	for _, m := range []string{"DELETE", "GET"} {
+		if code, _ := tr.control(0, m, wire.PathLoads+"/warm", nil, nil); code != http.StatusNotFound {
+			t.Errorf("%s of a load that is gone: %d", m, code)
+		}
+	}
+}
+
+func TestALoadOfCopies(t *testing.T) {
+	want := content(3*ring.BlockSize, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(3)
+	snap := tr.snapshot()
+	tr.load(wire.LoadRequest{ID: "c", Copies: 2})
+	var source, total int64
+	for i := range tr.workers {
+		s := tr.waitLoad(i, "c")
+		if !s.Done {
+			t.Errorf("worker %d: %+v", i, s)
+		}
+		source += tr.workers[i].Status().SourceBytes
+		total += s.Resident
+	}
+	if size := int64(len(want)); source != size || total != 2*size {
+		t.Errorf("%d bytes left the source and %d are held; want %d and %d", source, total, size, 2*size)
+	}
+	for _, i := range tr.owners(snap, "/f", 0)[:2] {
+		if _, err := tr.dial(i).file(index(t, snap, "/f"), int64(len(want)), wire.FlagResidentOnly); err != nil {
+			t.Errorf("worker %d: %v", i, err)
+		}
+	}
+}
+
+func TestAPinnedLoadIsNotEvicted(t *testing.T) {
+	files := map[string][]byte{"pinned": content(2*ring.BlockSize, 1)}
+	for i := range 8 {
+		files[fmt.Sprintf("other%d", i)] = content(ring.BlockSize, byte(i+2))
+	}
+	tr := newTier(t, files)
+	tr.config = func(_ int, c *Config) { c.Memory = 4*ring.BlockSize + 1<<20 }
+	tr.start(1)
+	snap := tr.snapshot()
+	tr.load(wire.LoadRequest{ID: "p", Paths: []string{"/pinned"}, Pin: true})
+	if s := tr.waitLoad(0, "p"); !s.Done {
+		t.Fatalf("%+v", s)
+	}
+	c := tr.dial(0)
+	for range 3 {
+		for i := range 8 {
+			if _, err := c.read(index(t, snap, fmt.Sprintf("/other%d", i)), 0, ring.BlockSize, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if _, err := c.file(index(t, snap, "/pinned"), 2*ring.BlockSize, wire.FlagResidentOnly); err != nil {
+		t.Errorf("evicted: %v", err)
+	}
+	if p := tr.workers[0].Status().Pinned; p < 2*ring.BlockSize {
+		t.Errorf("%d bytes pinned", p)
+	}
+	if _, err := tr.control(0, "DELETE", wire.PathLoads+"/p", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if p := tr.workers[0].Status().Pinned; p != 0 {
+		t.Errorf("%d bytes still pinned after the load was deleted", p)
+	}
+}
+
+func TestALoadThatDoesNotFitSaysSoAndIsNotDone(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(4*ring.BlockSize, 1)})
+	tr.config = func(_ int, c *Config) { c.Memory = 2*ring.BlockSize + 1<<20 }
+	tr.start(1)
+	tr.snapshot()
+	for _, pin := range []bool{false, true} {
+		id := fmt.Sprintf("big-%v", pin)
+		tr.load(wire.LoadRequest{ID: id, Pin: pin})
+		s := tr.waitLoad(0, id)
+		if s.Done || !strings.Contains(s.Problem, "memory") || s.Total != 4*ring.BlockSize {
+			t.Errorf("pin %v: %+v", pin, s)
+		}
+		if p := tr.workers[0].Status().Pinned; p != 0 {
+			t.Errorf("pin %v: %d bytes stay pinned", pin, p)
+		}
+	}
+	// A worker is added: now it fits for those that share it, if the object moves; with half the files it does.
+	tr.load(wire.LoadRequest{ID: "none", Paths: []string{"/nothing/**"}})
+	if s := tr.waitLoad(0, "none"); s.Done || !strings.Contains(s.Problem, "/nothing/**") {
+		t.Errorf("a pattern that matches nothing: %+v", s)
+	}
+}
+
+func TestALoadListsWhatFailed(t *testing.T) {
+	files := map[string][]byte{}
+	for i := range 5 {
+		files[fmt.Sprintf("f%d", i)] = content(1000, byte(i))
+	}
+	tr := newTier(t, files)
+	tr.start(1)
+	tr.snapshot()
+	if err := os.Remove(filepath.Join(tr.root, "f3")); err != nil {
+		t.Fatal(err)
+	}
+	tr.load(wire.LoadRequest{ID: "l"})
+	s := tr.waitLoad(0, "l")
+	if s.Done || s.FailedFiles != 1 || len(s.Failures) != 1 || s.Failures[0].Path != "/f3" || s.Failures[0].Reason == "" || s.Resident != 4000 || s.Total != 5000 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestALoadTriesAgainWhatFailedForAWhile(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.start(1)
+	tr.snapshot()
+	tries := 0
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		if tries++; tries <= 2 {
+			return fmt.Errorf("%w: injected", source.ErrUnavailable)
+		}
+		return nil
+	})
+	tr.load(wire.LoadRequest{ID: "l"})
+	if s := tr.waitLoad(0, "l"); !s.Done || len(s.Failures) != 0 || s.FailedFiles != 0 {
+		t.Errorf("%+v", s)
+	}
+}
+
+func TestALoadFollowsTheMembership(t *testing.T) {
+	files := map[string][]byte{}
+	var total int64
+	for i := range 40 {
+		files[fmt.Sprintf("f%d", i)] = content(10_000, byte(i))
+		total += 10_000
+	}
+	tr := newTier(t, files)
+	tr.start(2)
+	tr.snapshot()
+	tr.load(wire.LoadRequest{ID: "l", Pin: true})
+	for i := range tr.workers {
+		if s := tr.waitLoad(i, "l"); !s.Done {
+			t.Fatalf("worker %d: %+v", i, s)
+		}
+	}
+	tr.stop(1)
+	tr.setMembers()
+	eventually(t, "the last worker holds and pins everything", func() error {
+		var s wire.LoadStatus
+		if _, err := tr.control(0, "GET", wire.PathLoads+"/l", nil, &s); err != nil {
+			return err
+		}
+		if !s.Done || s.Resident != total || tr.workers[0].Status().Pinned < total {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+	// One is added: the first pins its share only.
+	tr.add(1)
+	tr.setMembers()
+	eventually(t, "the share of the first fell", func() error {
+		var s wire.LoadStatus
+		if _, err := tr.control(0, "GET", wire.PathLoads+"/l", nil, &s); err != nil {
+			return err
+		}
+		if !s.Done || s.Total >= total || s.Total == 0 {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+}
+
+func TestALoadIsCancelledByDelete(t *testing.T) {
+	noGoroutines(t)
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.start(1)
+	tr.snapshot()
+	began := make(chan struct{}, 16)
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		began <- struct{}{}
+		<-ctx.Done()
+		return ctx.Err()
+	})
+	tr.load(wire.LoadRequest{ID: "l", Pin: true})
+	<-began
+	if _, err := tr.control(0, "DELETE", wire.PathLoads+"/l", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if s := tr.workers[0].Status(); s.Pinned != 0 {
+		t.Errorf("%d bytes still pinned", s.Pinned)
+	}
+}
+
+func TestLoadRequestsThatAreWrong(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": nil})
+	tr.start(1)
+	for name, r := range map[string]any{
+		"no id":         wire.LoadRequest{},
+		"slash in id":   wire.LoadRequest{ID: "a/b"},
+		"long id":       wire.LoadRequest{ID: strings.Repeat("x", 300)},
+		"bad pattern":   wire.LoadRequest{ID: "a", Paths: []string{"/[a"}},
+		"bad snapshot":  wire.LoadRequest{ID: "a", Snapshot: "zz"},
+		"bad copies":    wire.LoadRequest{ID: "a", Copies: -1},
+		"unknown field": map[string]any{"id": "a", "path": "/x"},
+		"not an object": "hello",
+	} {
+		if code, err := tr.control(0, "POST", wire.PathLoads, r, nil); code != http.StatusBadRequest || err == nil {
+			t.Errorf("%s: %d %v", name, code, err)
+		}
+	}
+}
+
+func TestControlNeedsTheControlKey(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": nil})
+	tr.start(1)
+	tr.snapshot()
+	for _, path := range []string{wire.PathStatus, wire.PathLoads, wire.PathResidency} {
+		if code, _ := tr.get(0, path); code != http.StatusUnauthorized {
+			t.Errorf("%s unsigned: %d", path, code)
+		}
+		if code, _ := tr.controlWith(0, tr.keys.Read[0], "GET", path, nil, nil); code != http.StatusUnauthorized {
+			t.Errorf("%s with the read key: %d", path, code)
+		}
+		if code, err := tr.control(0, "GET", path, nil, nil); code != http.StatusOK && err != nil {
+			t.Errorf("%s: %d %v", path, code, err)
+		}
+	}
+	if code, text := tr.get(0, wire.PathMetrics); code != http.StatusOK || !strings.Contains(text, "stepcache_store_quota_bytes") || !strings.Contains(text, "stepcache_source_requests_total") {
+		t.Errorf("metrics: %d %s", code, text)
+	}
+	if code, _ := tr.get(0, "/debug/pprof/"); code != http.StatusNotFound {
+		t.Errorf("pprof without being asked for: %d", code)
+	}
+	// A request that was seen on the way is not served again.
+	req, err := http.NewRequest("POST", "http://"+tr.workers[0].ControlAddr().String()+wire.PathLoads, strings.NewReader(`{"id":"x"}`))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := wire.SignRequest(req, tr.keys.Control[0], quick{}.Now()); err != nil {
+		t.Fatal(err)
+	}
+	for n, want := range []int{http.StatusOK, http.StatusUnauthorized} {
+		req.Body, err = req.GetBody()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}
+		resp, err := c.Do(req)
+		if err != nil {
+			t.Fatal(err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != want {
+			t.Errorf("sent %d times: %d, want %d", n+1, resp.StatusCode, want)
+		}
+	}
+}
+
+func TestPprofWhenConfigured(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": nil})
+	tr.config = func(_ int, c *Config) { c.Pprof = true }
+	tr.start(1)
+	if code, _ := tr.get(0, "/debug/pprof/goroutine?debug=1"); code != http.StatusOK {
+		t.Errorf("%d", code)
+	}
+}
+
+func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "c.json")
+	write := func(s string) error {
+		if err := os.WriteFile(path, []byte(s), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		_, err := LoadConfig(path)
+		return err
+	}
+	err := write(`{"copies":-1,"mounts":[{"url":"s3://b/p","path":"a"},{"url":"nfs://x","path":"/a"},{"url":"s3://c","path":"/a/b"}]}`)
+	if err == nil {
+		t.Fatal("accepted")
+	}
+	for _, want := range []string{"dataset", "id is", "memory", "dir is", "keysDir", "listen", "control", "copies", "mounts[0]", "mounts[1]", "overlap"} {
+		if !strings.Contains(err.Error(), want) {
+			t.Errorf("%q is not named in: %v", want, err)
+		}
+	}
+	if err := write(`{"mesurements":1}`); err == nil || !strings.Contains(err.Error(), "mesurements") {
+		t.Errorf("unknown field: %v", err)
+	}
+	if err := write(`{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","refresh":"10m","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}]}`); err != nil {
+		t.Errorf("a good one: %v", err)
+	}
+	if _, err := LoadConfig(path + "x"); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("missing: %v", err)
+	}
+}

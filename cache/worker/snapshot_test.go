@@ -1,0 +1,307 @@
+package worker
+
+import (
+	"bytes"
+	"errors"
+	"fmt"
+	"net/http"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+func lists(tr *tier) (n int) {
+	for _, g := range tr.gates {
+		if g != nil {
+			_, l := g.counts()
+			n += l
+		}
+	}
+	return n
+}
+
+func TestOneWorkerListsAndTheOthersPull(t *testing.T) {
+	noGoroutines(t)
+	files := map[string][]byte{}
+	for i := range 200 {
+		files[fmt.Sprintf("dir%d/file%d", i%7, i)] = content(int64(i), byte(i))
+	}
+	tr := newTier(t, files)
+	tr.start(3)
+	snap := tr.snapshot()
+	if n := lists(tr); n != 1 {
+		t.Errorf("the bucket was listed %d times", n)
+	}
+	if snap.Files() != 200 {
+		t.Errorf("%d files", snap.Files())
+	}
+	// A reader gets it in pieces from any of them, and it is what its name says.
+	for i := range 3 {
+		c := tr.dial(i)
+		head, _, err := c.ask(wire.Request{Op: wire.OpSnapshot})
+		if err != nil {
+			t.Fatal(err)
+		}
+		var encoded []byte
+		for off := int64(0); off < head.Size; off += 1000 {
+			_, p, err := c.ask(wire.Request{Op: wire.OpSnapshot, Snapshot: head.Body, Off: off, Length: 1000})
+			if err != nil {
+				t.Fatal(err)
+			}
+			encoded = append(encoded, p...)
+		}
+		got, err := catalog.Open(encoded)
+		if err != nil || got.Digest() != snap.Digest() {
+			t.Errorf("worker %d: %v", i, err)
+		}
+	}
+}
+
+func TestARestartFindsSnapshotAndBlocksAgain(t *testing.T) {
+	want := content(2*ring.BlockSize+3, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	snap := tr.snapshot()
+	i := index(t, snap, "/f")
+	if _, err := tr.dial(0).file(i, int64(len(want)), 0); err != nil {
+		t.Fatal(err)
+	}
+	d := snap.Digest()
+	tr.stop(0)
+	tr.add(0)
+	tr.setMembers()
+	if tr.snapshot().Digest() != d {
+		t.Error("another snapshot")
+	}
+	// Even with its bucket gone, everything is served.
+	if err := os.RemoveAll(tr.root); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := tr.dial(0).file(i, int64(len(want)), wire.FlagResidentOnly); err != nil || !bytes.Equal(p, want) {
+		t.Fatalf("after the restart: %v", err)
+	}
+	if gets, l := tr.gates[0].counts(); gets != 0 || l != 0 {
+		t.Errorf("the restarted worker sent %d reads and %d listings to the bucket", gets, l)
+	}
+}
+
+func TestARestartedListerWithoutMemoryTakesItsPeersSnapshot(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(10, 1)})
+	tr.start(3)
+	d := tr.snapshot().Digest()
+	l := tr.lister()
+	tr.stop(l)
+	if err := os.RemoveAll(filepath.Join(tr.dir, fmt.Sprintf("w%d", l))); err != nil {
+		t.Fatal(err)
+	}
+	before := lists(tr)
+	tr.add(l)
+	tr.gates[l].set(nil)
+	tr.setMembers()
+	if tr.snapshot().Digest() != d {
+		t.Error("another snapshot")
+	}
+	if n := lists(tr); n > before {
+		t.Errorf("the bucket was listed again")
+	}
+}
+
+func TestALostListerIsReplacedWithoutListing(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(10, 1)})
+	tr.start(2)
+	d := tr.snapshot().Digest()
+	l := tr.lister()
+	tr.stop(l)
+	other := 1 - l
+	// Before the membership says so, it serves on.
+	if _, err := tr.dial(other).read(0, 0, 1, 0); !errors.Is(err, source.ErrInvalid) {
+		t.Errorf("with its lister dead: %v", err)
+	}
+	if code, text := tr.get(other, wire.PathReady); code != 200 {
+		t.Errorf("not ready: %s", text)
+	}
+	tr.setMembers()
+	if tr.lister() != other {
+		t.Fatal("nobody lists")
+	}
+	eventually(t, "the new lister tells its snapshot as current", func() error {
+		rep, _, err := tr.dial(other).ask(wire.Request{Op: wire.OpSnapshot})
+		if err == nil && rep.Body != d {
+			err = errors.New("another snapshot")
+		}
+		return err
+	})
+	if _, n := tr.gates[other].counts(); n != 0 {
+		t.Errorf("it listed %d times", n)
+	}
+}
+
+func TestRefreshMakesANewSnapshotAndKeepsTheOld(t *testing.T) {
+	want := content(100, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(2)
+	old := tr.snapshot().Digest()
+	if err := os.WriteFile(filepath.Join(tr.root, "g"), want, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	// Any worker takes the request.
+	for i := range 2 {
+		var answer struct{ Snapshot string }
+		if code, err := tr.control(i, "POST", wire.PathRefresh, nil, &answer); err != nil {
+			t.Fatalf("worker %d: %d %v", i, code, err)
+		}
+		if answer.Snapshot == fmt.Sprintf("%x", old) {
+			t.Error("the same snapshot")
+		}
+	}
+	eventually(t, "all follow", func() error {
+		for _, w := range tr.workers {
+			if s := w.Status(); s.Files != 2 {
+				return fmt.Errorf("%d files", s.Files)
+			}
+		}
+		return nil
+	})
+	snap := tr.snapshot()
+	for i, w := range tr.workers {
+		s, ok := w.snapshots.get(old)
+		if !ok {
+			t.Fatalf("worker %d forgot the old snapshot", i)
+		}
+		s.release()
+		c := tr.dial(i)
+		if _, _, err := c.ask(wire.Request{Op: wire.OpRead, Flags: wire.FlagReadThrough, Snapshot: old, Index: 1, Length: 100}); err != nil {
+			t.Errorf("worker %d, old snapshot: %v", i, err)
+		}
+		if p, err := c.read(index(t, snap, "/g"), 0, 100, wire.FlagReadThrough); err != nil || !bytes.Equal(p, want) {
+			t.Errorf("worker %d, new snapshot: %v", i, err)
+		}
+	}
+}
+
+// TestAnOldSnapshotIsPulledWhenAReaderAsksForIt: a worker that joins later serves mounts of old ones.
+func TestAnOldSnapshotIsPulledWhenAReaderAsksForIt(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	tr.start(1)
+	old := tr.snapshot().Digest()
+	if err := os.WriteFile(filepath.Join(tr.root, "g"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := tr.control(0, "POST", wire.PathRefresh, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	tr.add(1)
+	tr.setMembers()
+	tr.snapshot()
+	c := tr.dial(1)
+	eventually(t, "the old snapshot is there", func() error {
+		_, _, err := c.ask(wire.Request{Op: wire.OpRead, Flags: wire.FlagReadThrough, Snapshot: old, Index: 1, Length: 100})
+		return err
+	})
+}
+
+func TestMembershipFileThatIsWrongKeepsTheOld(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": nil})
+	tr.start(1)
+	tr.snapshot()
+	good, err := os.ReadFile(tr.membersFile())
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string]string{
+		"malformed":        "{",
+		"epoch falls":      `{"epoch":0,"members":[]}`,
+		"epoch stays":      `{"epoch":1,"members":[]}`,
+		"without addresse": `{"epoch":7,"members":[{"id":"a","state":"Ready"}]}`,
+	} {
+		if err := replaceFile(tr.membersFile(), []byte(b)); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, name+" is reported", func() error {
+			if s := tr.workers[0].Status(); s.Problem == "" {
+				return errors.New("no problem")
+			}
+			return nil
+		})
+		if v := tr.workers[0].members.view(); v.Epoch != 1 || len(v.Members) != 1 {
+			t.Errorf("%s: epoch %d with %d members in force", name, v.Epoch, len(v.Members))
+		}
+		if code, _ := tr.get(0, wire.PathReady); code != http.StatusOK {
+			t.Errorf("%s: not ready", name)
+		}
+		if err := replaceFile(tr.membersFile(), good); err != nil {
+			t.Fatal(err)
+		}
+		eventually(t, name+" is over", func() error {
+			if s := tr.workers[0].Status(); s.Problem != "" {
+				return errors.New(s.Problem)
+			}
+			return nil
+		})
+	}
+	rep, p, err := tr.dial(0).ask(wire.Request{Op: wire.OpMembers})
+	if err != nil || rep.Epoch != 1 {
+		t.Fatal(err)
+	}
+	if m, err := ring.Parse(p); err != nil || len(m.Members) != 1 {
+		t.Errorf("%s: %v", p, err)
+	}
+}
+
+// TestAFolderThatIsMissingIsToldAndRecovers: the worker is up, says what is wrong, and needs no restart.
+func TestAFolderThatIsMissingIsToldAndRecovers(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(10, 1)})
+	away := tr.root + "-away"
+	if err := os.Rename(tr.root, away); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(away) })
+	tr.start(1)
+	eventually(t, "the folder is named as missing", func() error {
+		code, text := tr.get(0, wire.PathReady)
+		if code != http.StatusServiceUnavailable || !strings.Contains(text, tr.root) {
+			return fmt.Errorf("%d %s", code, text)
+		}
+		return nil
+	})
+	if code, _ := tr.get(0, wire.PathHealth); code != http.StatusOK {
+		t.Error("not healthy")
+	}
+	if _, _, err := tr.dial(0).ask(wire.Request{Op: wire.OpSnapshot}); !errors.Is(err, wire.ErrUnknownSnapshot) || !strings.Contains(err.Error(), tr.root) {
+		t.Errorf("a reader is told: %v", err)
+	}
+	if err := os.Rename(away, tr.root); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "ready", func() error {
+		if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
+			return errors.New(text)
+		}
+		return nil
+	})
+}
+
+func TestGarbageInDirIsRemoved(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(10, 1)})
+	dir := filepath.Join(tr.dir, "w0", "snapshots")
+	if err := os.MkdirAll(dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string]string{"pull-1": "half", strings.Repeat("ab", 32) + ".snap": "not one", "current": "zz"} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(b), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tr.start(1)
+	tr.snapshot()
+	entries, err := os.ReadDir(dir)
+	if err != nil || len(entries) != 2 { // the snapshot and which is current
+		t.Errorf("%v, %v", entries, err)
+	}
+}
