@@ -60,21 +60,24 @@ type conn struct {
 	nc    net.Conn
 	sends chan *call
 	// epoch is told the membership epoch of every reply.
-	epoch  func(uint64)
-	rx     atomic.Uint64 // counts reads that returned bytes
-	closed chan struct{}
+	epoch func(uint64)
+	// corrupt is told of a frame that does not decode.
+	corrupt func()
+	rx      atomic.Uint64 // counts reads that returned bytes
+	closed  chan struct{}
 
 	mu      sync.Mutex
 	pending map[uint32]*call
+	current *call // whose payload is being received
 	bytes   int64 // asked for and not answered
 	nextID  uint32
 	err     error
 }
 
 // newConn starts the goroutines of an authenticated connection in wg.
-func newConn(nc net.Conn, wg *sync.WaitGroup, t timing, epoch func(uint64)) *conn {
+func newConn(nc net.Conn, wg *sync.WaitGroup, t timing, epoch func(uint64), corrupt func()) *conn {
 	c := &conn{
-		nc: nc, sends: make(chan *call, 64), epoch: epoch,
+		nc: nc, sends: make(chan *call, 64), epoch: epoch, corrupt: corrupt,
 		closed: make(chan struct{}), pending: make(map[uint32]*call),
 	}
 	wg.Add(2)
@@ -131,7 +134,11 @@ func (c *conn) forget(k *call) {
 func (c *conn) load() (calls int, bytes int64) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	return len(c.pending), c.bytes
+	calls = len(c.pending)
+	if c.current != nil {
+		calls++
+	}
+	return calls, c.bytes
 }
 
 // fail ends the connection and every call on it. Only the first reason counts.
@@ -245,15 +252,24 @@ func (c *conn) read() {
 	br := bufio.NewReaderSize(c, 16<<10)
 	for {
 		if err := c.receive(br); err != nil {
-			if err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) {
-				err = fmt.Errorf("%w: the worker closed it", errLost)
-			} else if !errors.Is(err, errWrong) {
-				err = fmt.Errorf("%w: %w", errLost, err)
+			if errors.Is(err, wire.ErrCorrupt) {
+				c.corrupt()
 			}
-			c.fail(err)
+			c.fail(broken(err))
 			return
 		}
 	}
+}
+
+// broken says what a failure to read means for the connection.
+func broken(err error) error {
+	switch {
+	case errors.Is(err, errWrong):
+		return err
+	case err == io.EOF || errors.Is(err, io.ErrUnexpectedEOF):
+		return fmt.Errorf("%w: the worker closed it", errLost)
+	}
+	return fmt.Errorf("%w: %w", errLost, err)
 }
 
 func (c *conn) receive(br *bufio.Reader) error {
@@ -266,6 +282,7 @@ func (c *conn) receive(br *bufio.Reader) error {
 	k := c.pending[reply.ID]
 	if k != nil {
 		c.forget(k)
+		c.current = k
 	}
 	c.mu.Unlock()
 	if k == nil { // a pong, or the answer to a call that was given up
@@ -273,12 +290,14 @@ func (c *conn) receive(br *bufio.Reader) error {
 		return err
 	}
 	err = k.receive(br, reply)
+	c.mu.Lock()
+	c.current = nil
 	if err != nil {
-		k.err = fmt.Errorf("%w: %w", errLost, err)
-		if errors.Is(err, errWrong) {
-			k.err = err
+		if k.err = c.err; k.err == nil { // else it was ended while it was received: that is why
+			k.err = broken(err)
 		}
 	}
+	c.mu.Unlock()
 	close(k.done)
 	return err
 }

@@ -219,7 +219,9 @@ func (p *peer) dial(ctx context.Context) (*conn, error) {
 			return nil, err
 		}
 		if err = wire.ClientHandshake(ctx, nc, p.c.config.Dataset, wire.RoleRead, key); err == nil {
-			return newConn(nc, &p.c.wg, p.c.timing, func(epoch uint64) { p.c.members.saw(p, epoch) }), nil
+			return newConn(nc, &p.c.wg, p.c.timing,
+				func(epoch uint64) { p.c.members.saw(p, epoch) },
+				func() { p.c.count.corrupt.Add(1) }), nil
 		}
 		nc.Close()
 		if !errors.Is(err, wire.ErrUnauthorized) {

@@ -1,0 +1,262 @@
+package client
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"net/http/httptest"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/google/go-cmp/cmp"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// controlled is the control endpoint of a few workers, signatures checked.
+type controlled struct {
+	keys   wire.Keys
+	list   ring.Membership
+	mu     sync.Mutex
+	answer map[string]func(id string, r *http.Request) (int, any) // by worker
+	seen   []string
+}
+
+func newControlled(t *testing.T, ids ...string) *controlled {
+	k := &controlled{keys: wire.GenerateKeys(), answer: make(map[string]func(string, *http.Request) (int, any))}
+	k.list.Epoch = 1
+	for _, id := range ids {
+		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			if err := wire.VerifyRequest(r, k.keys, time.Now()); err != nil {
+				w.WriteHeader(http.StatusUnauthorized)
+				json.NewEncoder(w).Encode(map[string]string{"error": err.Error()})
+				return
+			}
+			k.mu.Lock()
+			k.seen = append(k.seen, id+" "+r.Method+" "+r.URL.RequestURI())
+			f := k.answer[id]
+			k.mu.Unlock()
+			code, v := f(id, r)
+			w.WriteHeader(code)
+			if v != nil {
+				json.NewEncoder(w).Encode(v)
+			}
+		}))
+		t.Cleanup(srv.Close)
+		addr := strings.TrimPrefix(srv.URL, "http://")
+		k.list.Members = append(k.list.Members, ring.Member{ID: id, Addr: addr, Control: addr, State: ring.Ready})
+	}
+	return k
+}
+
+func (k *controlled) set(id string, f func(id string, r *http.Request) (int, any)) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	for _, m := range k.list.Members {
+		if id == "" || m.ID == id {
+			k.answer[m.ID] = f
+		}
+	}
+}
+
+func (k *controlled) control(t *testing.T, change func(*ControlConfig)) *Control {
+	c := ControlConfig{Dataset: testDataset, Membership: k.list, Keys: k.keys}
+	if change != nil {
+		change(&c)
+	}
+	ctl, err := NewControl(c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(ctl.Close)
+	return ctl
+}
+
+func TestStatusNamesWorkersThatCannotBeReached(t *testing.T) {
+	ctx := testContext(t)
+	k := newControlled(t, "a", "b")
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, wire.WorkerStatus{ID: id, Files: 3} })
+	ctl := k.control(t, nil)
+	all, err := ctl.Status(ctx)
+	if err != nil || len(all) != 2 || all[0].ID != "a" || all[1].Files != 3 {
+		t.Fatal(all, err)
+	}
+	k.list.Members = append(k.list.Members, ring.Member{ID: "gone", Addr: "127.0.0.1:1", Control: "127.0.0.1:1", State: ring.Ready})
+	all, err = k.control(t, nil).Status(ctx)
+	var miss *Missing
+	if len(all) != 2 || !errors.As(err, &miss) || len(miss.Errors) != 1 || miss.Errors["gone"] == nil || !strings.Contains(err.Error(), "worker gone") {
+		t.Fatal(all, err)
+	}
+	if _, err := k.control(t, func(c *ControlConfig) { c.Keys = wire.GenerateKeys() }).Status(ctx); !errors.Is(err, wire.ErrUnauthorized) {
+		t.Fatal(err)
+	}
+	// During a rotation the workers may know only the older key.
+	rotated := func(c *ControlConfig) {
+		c.Keys.Control = append(wire.GenerateKeys().Control, c.Keys.Control...)
+		c.Membership.Members = c.Membership.Members[:2]
+	}
+	if _, err := k.control(t, rotated).Status(ctx); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.control(t, func(c *ControlConfig) { c.Membership = ring.Membership{} }).Status(ctx); err == nil {
+		t.Fatal("nobody to ask, and no error")
+	}
+}
+
+func TestALoadIsDoneOnlyWhenEveryWorkerIsDone(t *testing.T) {
+	ctx := testContext(t)
+	k := newControlled(t, "a", "b")
+	begun := time.Date(2026, 1, 2, 3, 4, 5, 0, time.UTC)
+	part := map[string]wire.LoadStatus{
+		"a": {ID: "warm", Snapshot: "s", Started: begun, Finished: begun.Add(time.Minute), Files: 2, Total: 10, Resident: 10, Fetched: 10, Done: true},
+		"b": {ID: "warm", Snapshot: "s", Started: begun.Add(time.Second), Files: 3, Total: 20, Resident: 5, Fetched: 7,
+			FailedFiles: 1, Failures: []wire.LoadFailure{{Path: "/x", Reason: "gone"}}},
+	}
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, part[id] })
+	ctl := k.control(t, nil)
+	sum, err := ctl.LoadStatus(ctx, "warm")
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := wire.LoadStatus{ID: "warm", Snapshot: "s", Started: begun, Files: 5, Total: 30, Resident: 15, Fetched: 17,
+		FailedFiles: 1, Failures: part["b"].Failures}
+	if d := cmp.Diff(want, sum.LoadStatus); d != "" {
+		t.Fatal(d)
+	}
+	b := part["b"]
+	b.Done, b.Finished = true, begun.Add(2*time.Minute)
+	k.set("b", func(string, *http.Request) (int, any) { return 200, b })
+	if sum, err = ctl.LoadStatus(ctx, "warm"); err != nil || !sum.Done || !sum.Finished.Equal(begun.Add(2*time.Minute)) {
+		t.Fatal(sum, err)
+	}
+	// One that cannot be asked is named, and the load is not done, whatever the others say.
+	k.set("b", func(string, *http.Request) (int, any) { return 500, map[string]string{"error": "on fire"} })
+	sum, err = ctl.LoadStatus(ctx, "warm")
+	if err != nil || sum.Done || !sum.Finished.IsZero() || sum.Missing["b"] == nil || !strings.Contains(sum.Missing["b"].Error(), "on fire") {
+		t.Fatal(sum, err)
+	}
+	k.set("", func(string, *http.Request) (int, any) { return 404, map[string]string{"error": "no load"} })
+	if _, err = ctl.LoadStatus(ctx, "warm"); !errors.Is(err, ErrNoLoad) {
+		t.Fatal(err)
+	}
+	if err := ctl.DeleteLoad(ctx, "warm"); err != nil {
+		t.Fatalf("deleting what is not there: %v", err)
+	}
+	if err := ctl.Load(ctx, wire.LoadRequest{ID: "a/b"}); err == nil {
+		t.Fatal("a load id with a slash")
+	}
+}
+
+func TestWaitTellsAWorkerThatLostTheLoadAgain(t *testing.T) {
+	ctx := testContext(t)
+	k := newControlled(t, "a", "b")
+	polls := make(map[string]int)
+	started := make(map[string]bool)
+	var mu sync.Mutex
+	k.set("", func(id string, r *http.Request) (int, any) {
+		mu.Lock()
+		defer mu.Unlock()
+		if r.Method == http.MethodPost {
+			var req wire.LoadRequest
+			if err := json.NewDecoder(r.Body).Decode(&req); err != nil || req.ID != "warm" || !req.Pin {
+				return 400, nil
+			}
+			started[id] = true
+			return 200, wire.LoadStatus{ID: "warm"}
+		}
+		polls[id]++
+		if !started[id] || id == "b" && polls[id] == 2 {
+			started[id] = false // it restarted
+			return 404, nil
+		}
+		return 200, wire.LoadStatus{ID: "warm", Total: 10, Resident: int64(min(10, polls[id])), Done: polls[id] >= 6}
+	})
+	ctl := k.control(t, nil)
+	req := wire.LoadRequest{ID: "warm", Pin: true}
+	if err := ctl.Load(ctx, req); err != nil {
+		t.Fatal(err)
+	}
+	var sums []LoadSum
+	sum, err := ctl.Wait(ctx, req, time.Millisecond, func(s LoadSum) { sums = append(sums, s) })
+	if err != nil || !sum.Done || sum.Total != 20 || len(sums) < 3 {
+		t.Fatal(sum, err, len(sums))
+	}
+	// It ends with its context and names who is missing, and with a problem that time does not mend.
+	k.set("", func(string, *http.Request) (int, any) { return 200, wire.LoadStatus{ID: "warm"} })
+	k.set("b", func(string, *http.Request) (int, any) { return 500, nil })
+	short, cancel := context.WithCancel(ctx)
+	_, err = ctl.Wait(short, req, time.Millisecond, func(LoadSum) { cancel() })
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "worker b") {
+		t.Fatal(err)
+	}
+	k.set("", func(id string, _ *http.Request) (int, any) {
+		return 200, wire.LoadStatus{ID: "warm", Done: id == "a", Problem: "does not fit memory"}
+	})
+	if _, err = ctl.Wait(ctx, req, time.Millisecond, nil); err == nil || !strings.Contains(err.Error(), "does not fit memory") {
+		t.Fatal(err)
+	}
+}
+
+func TestResidencySumsFilesAndRefreshAsksTheLister(t *testing.T) {
+	ctx := testContext(t)
+	k := newControlled(t, "a", "b", "c")
+	k.set("", func(id string, r *http.Request) (int, any) {
+		if r.URL.Query().Get("prefix") != "/d&e" {
+			return 400, nil
+		}
+		if id == "c" {
+			return 200, wire.Residency{Snapshot: "old"}
+		}
+		return 200, wire.Residency{Snapshot: "s", Truncated: id == "b", Files: []wire.FileResidency{
+			{Path: "/d&e/2", Size: 10, Resident: 4}, {Path: "/d&e/" + id, Size: 5, Resident: 5}}}
+	})
+	ctl := k.control(t, nil)
+	got, err := ctl.Residency(ctx, "/d&e")
+	var miss *Missing
+	if !errors.As(err, &miss) || miss.Errors["c"] == nil || len(miss.Errors) != 1 {
+		t.Fatal(err)
+	}
+	want := wire.Residency{Snapshot: "s", Truncated: true, Files: []wire.FileResidency{
+		{Path: "/d&e/2", Size: 10, Resident: 8}, {Path: "/d&e/a", Size: 5, Resident: 5}, {Path: "/d&e/b", Size: 5, Resident: 5}}}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Fatal(d)
+	}
+
+	k.mu.Lock()
+	k.seen = nil
+	k.mu.Unlock()
+	tries := 0
+	k.set("", func(id string, r *http.Request) (int, any) {
+		if tries++; tries == 1 {
+			return 503, map[string]string{"error": "being settled"}
+		}
+		return 200, map[string]string{"snapshot": "abcd"}
+	})
+	digest, err := ctl.Refresh(ctx)
+	if err != nil || digest != "abcd" {
+		t.Fatal(digest, err)
+	}
+	lister, _ := k.list.Lister(testDataset)
+	for _, s := range k.seen {
+		if s != lister.ID+" POST "+wire.PathRefresh {
+			t.Fatal(s)
+		}
+	}
+}
+
+func TestControlAnswersThatAreNoJSONOrRedirectsAreErrors(t *testing.T) {
+	ctx := testContext(t)
+	k := newControlled(t, "a")
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, "not a status" })
+	if _, err := k.control(t, nil).Status(ctx); err == nil || !strings.Contains(err.Error(), "JSON") {
+		t.Fatal(err)
+	}
+	k.set("", func(id string, r *http.Request) (int, any) { return 307, nil })
+	if _, err := k.control(t, nil).Status(ctx); err == nil || !strings.Contains(err.Error(), "307") {
+		t.Fatal(err)
+	}
+}
