@@ -214,7 +214,7 @@ func (s *Store) unuse(b *block, opened bool) {
 // start begins the flight of a block that is absent (b is nil) or corrupt.
 func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill Fill) *block {
 	if b == nil {
-		b = &block{obj: o, n: n, size: int32(blockLen(o.size, n))}
+		b = &block{obj: o, n: n, size: int32(blockLen(o.size, n)), state: filling}
 		o.blocks[n] = b
 	}
 	// The fill outlives the caller that began it, but keeps its values (traces); Close ends it too.

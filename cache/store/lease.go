@@ -115,7 +115,7 @@ func (s *Store) drop(o *object) {
 	for o.closing != nil {
 		s.wait(o.closing)
 	}
-	if o.gone || s.objects[o.id] != o {
+	if s.closed || o.gone || s.objects[o.id] != o {
 		s.mu.Unlock()
 		return
 	}

@@ -415,9 +415,13 @@ func (s *Store) pollOrphans() bool {
 	if s.orphans == 0 || s.writing > 0 || s.evicting > 0 {
 		return false
 	}
+	if s.polls++; s.polls%64 != 1 {
+		return false // it reads the whole folder
+	}
 	before, journal := s.changes, s.journal.bytes.Load()
 	s.mu.Unlock()
 	used, err := s.fsUsed()
+	used -= s.othersUsed()
 	s.mu.Lock()
 	journal = min(journal, s.journal.bytes.Load())
 	if err != nil || s.changes != before {

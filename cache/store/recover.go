@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -55,11 +56,11 @@ func (s *Store) openDir() error {
 // probe finds out what kind of file system it is, how much it allocates at a time, and whether it can tell
 // when a file is open elsewhere.
 func (s *Store) probe() error {
-	var fs unix.Statfs_t
-	if err := unix.Statfs(s.dir, &fs); err != nil {
+	var about unix.Statfs_t
+	if err := unix.Statfs(s.dir, &about); err != nil {
 		return err
 	}
-	s.tmpfs = fs.Type == unix.TMPFS_MAGIC
+	s.tmpfs = about.Type == unix.TMPFS_MAGIC
 	if !s.tmpfs {
 		s.log.Warn("store: not on a tmpfs: the cache will be as slow as this file system, and a full one hurts others; choose a folder in memory", "dir", s.dir)
 	}
@@ -68,6 +69,9 @@ func (s *Store) probe() error {
 		return err
 	}
 	s.own = s.tmpfs && mount
+	if size := int64(about.Blocks) * about.Bsize; s.own && size > 0 && size < s.quota {
+		s.log.Warn("store: the tmpfs is smaller than the quota: it will be full before the quota is", "dir", s.dir, "size", size, "quota", s.quota)
+	}
 
 	empty, err := os.OpenFile(s.file(emptyName), os.O_RDONLY|os.O_CREATE, 0o600)
 	if err != nil {
@@ -164,11 +168,8 @@ func (s *Store) readDir() ([]*found, error) {
 				return nil, err
 			}
 		}
-		var id source.ID
-		if len(n) != 2*len(id) {
-			continue
-		}
-		if _, err := hex.Decode(id[:], []byte(n)); err != nil || name(id) != n {
+		id, ok := parseName(n)
+		if !ok {
 			continue
 		}
 		if known[id] {
@@ -178,6 +179,15 @@ func (s *Store) readDir() ([]*found, error) {
 		}
 	}
 	return slices.DeleteFunc(objects, func(f *found) bool { return !there[f.id] }), nil
+}
+
+// parseName is the reverse of name.
+func parseName(n string) (id source.ID, ok bool) {
+	if len(n) != 2*len(id) {
+		return id, false
+	}
+	_, err := hex.Decode(id[:], []byte(n))
+	return id, err == nil && name(id) == n
 }
 
 func sortFound(objects map[source.ID]*found, order map[source.ID]int) []*found {
@@ -343,8 +353,40 @@ func (s *Store) fsUsed() (int64, error) {
 	return int64(st.Blocks-st.Bfree) * st.Bsize, nil
 }
 
-// findOrphans counts what the file system holds beyond what was recovered: files that were dropped in a
-// former life and that readers still have open, or files that are not the store's.
+// othersUsed is what files beside the store's own hold on its file system, in bytes.
+func (s *Store) othersUsed() int64 {
+	dir, err := os.Open(s.dir)
+	if err != nil {
+		return 0
+	}
+	defer dir.Close()
+	names, err := dir.Readdirnames(-1)
+	if err != nil {
+		return 0
+	}
+	var n int64
+	for _, entry := range names {
+		if _, ok := parseName(entry); ok {
+			continue
+		}
+		switch entry {
+		case journalName, journalTemp, lockName, emptyName, probeName:
+			continue
+		}
+		// What comes and goes meanwhile is no matter: the sum is only as good as the moment.
+		_ = filepath.WalkDir(s.file(entry), func(path string, _ fs.DirEntry, err error) error {
+			var st unix.Stat_t
+			if err == nil && unix.Lstat(path, &st) == nil {
+				n += st.Blocks * 512
+			}
+			return nil
+		})
+	}
+	return n
+}
+
+// findOrphans counts what the file system holds beyond what was recovered and what others put there: files
+// that were dropped in a former life and that readers still have open.
 func (s *Store) findOrphans() {
 	if !s.own {
 		return
@@ -353,7 +395,7 @@ func (s *Store) findOrphans() {
 	if err != nil {
 		return
 	}
-	s.orphans = max(0, used-s.pages-s.roundUp(s.journal.size))
+	s.orphans = max(0, used-s.othersUsed()-s.pages-s.roundUp(s.journal.size))
 	s.zombie += s.orphans
 	s.used += s.orphans
 }

@@ -146,6 +146,7 @@ type Store struct {
 	pinned   int64
 	zombie   int64                // bytes of zombies and orphans
 	orphans  int64                // bytes that a former life's readers still hold
+	polls    uint                 // of orphans
 	zombies  map[*object]struct{} // dropped objects whose pages may still be in use
 	held     map[*object]struct{} // objects that somebody outside had open when they were to be evicted
 	leases   int64
@@ -223,7 +224,7 @@ func (s *Store) Close() error {
 
 	s.mu.Lock()
 	zombies := s.zombies
-	s.zombies = nil
+	s.zombies = make(map[*object]struct{})
 	s.mu.Unlock()
 	for o := range zombies {
 		if o.last != nil {
