@@ -31,6 +31,9 @@ lint: $(BIN)/staticcheck ## gofmt, go vet and staticcheck
 	go vet ./...
 	$(BIN)/staticcheck ./...
 
+generate: ## deepcopy and CustomResourceDefinitions from the API's types
+	go generate ./api/...
+
 bench: $(BIN)/stepcache $(BIN)/versitygw ## ratios to native tmpfs, side by side in one run (bench/README.md)
 	go run ./bench/layers --stepcache $(BIN)/stepcache $(BENCH_FLAGS)
 

@@ -14,7 +14,6 @@ const module = "github.com/stepcache/stepcache/"
 var mayImport = map[string][]string{
 	"api/v1alpha1":  {},
 	"api/manifest":  {"api/v1alpha1"},
-	"config/crd":    {},
 	"cache/source":  {},
 	"cache/ring":    {"cache/source"},
 	"cache/catalog": {"cache/source", "cache/ring"},
@@ -23,10 +22,10 @@ var mayImport = map[string][]string{
 	"cache/worker":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
 	"cache/client":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
 	"cache/mount":   {"cache/source", "cache/ring", "cache/catalog", "cache/wire"},
-	"tier":          {"api", "cache", "config/crd"},
-	"local":         {"api", "cache", "config/crd", "tier"},
+	"tier":          {"api", "cache"},
+	"local":         {"api", "cache", "tier"},
 	"test/bucket":   {"local/process"},
-	"bench":         {"api", "cache", "config/crd", "tier", "local", "test"},
+	"bench":         {"api", "cache", "tier", "local", "test"},
 	"cmd":           {""},
 }
 

@@ -286,10 +286,7 @@ const pollLoad = 200 * time.Millisecond
 
 // load runs one DataLoad.
 func (d *dataset) load(ctx context.Context, l *v1alpha1.DataLoad, progress func(client.LoadSum)) error {
-	r := wire.LoadRequest{ID: l.Namespace + "." + l.Name, Copies: int(l.CopiesOf(d.object)), Pin: l.Spec.Pin}
-	for _, p := range l.Spec.Paths {
-		r.Paths = append(r.Paths, string(p))
-	}
+	r := wire.LoadRequest{ID: l.Namespace + "." + l.Name, Copies: int(l.CopiesOf(d.object)), Pin: l.Spec.Pin, Paths: l.Patterns()}
 	if err := d.control.Load(ctx, r); err != nil {
 		return err
 	}

@@ -55,8 +55,8 @@ type Options struct {
 type Tier struct {
 	options  Options
 	state    *state
-	loads    []*v1alpha1.DataLoad
 	datasets []*dataset
+	loads    []*v1alpha1.DataLoad // in the order in which they run
 }
 
 // Start brings the tiers up, mounts them, and returns when every Dataset can be read. Warm runs the
@@ -83,7 +83,7 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 			return nil, fmt.Errorf("cannot mount at %s: %w; without --mount, `stepcache get` and `ls` read the dataset", o.Mount, err)
 		}
 	}
-	t = &Tier{options: o, loads: set.DataLoads}
+	t = &Tier{options: o, loads: set.Loads()}
 	defer func() {
 		if err != nil {
 			t.Close()
@@ -175,57 +175,19 @@ func (t *Tier) logf(format string, args ...any) { fmt.Fprintf(t.options.Log, for
 // complete is reported and does not keep the command from running, since reads still go through; only a
 // load that pins, and so promises that the bytes stay, is an error.
 func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.LoadSum)) error {
-	loads, err := inOrder(t.loads)
-	if err != nil {
-		return err
-	}
-	for _, l := range loads {
+	for _, l := range t.loads {
 		id := l.Namespace + "/" + l.Name
-		d := t.find(l.Namespace, l.Spec.DatasetRef.Name)
-		if d == nil {
-			return fmt.Errorf("dataload %s: no dataset %s/%s in the manifests", id, l.Namespace, l.Spec.DatasetRef.Name)
-		}
+		i := slices.IndexFunc(t.datasets, func(d *dataset) bool {
+			return d.object.Namespace == l.Namespace && d.object.Name == l.Spec.DatasetRef.Name
+		}) // found: manifests with a reference to nothing are refused
 		if l.Spec.Schedule != "" {
 			t.logf("dataload %s: run once; local mode does not keep its schedule %q", id, l.Spec.Schedule)
 		}
-		if err := d.load(ctx, l, func(s client.LoadSum) { progress(id, s) }); err != nil {
+		if err := t.datasets[i].load(ctx, l, func(s client.LoadSum) { progress(id, s) }); err != nil {
 			if l.Spec.Pin || ctx.Err() != nil {
 				return fmt.Errorf("dataload %s: %w", id, err)
 			}
 			t.logf("dataload %s: %v; the steps read the rest from the bucket", id, err)
-		}
-	}
-	return nil
-}
-
-// inOrder sorts loads so that each comes after the one it runs after.
-func inOrder(loads []*v1alpha1.DataLoad) ([]*v1alpha1.DataLoad, error) {
-	var out []*v1alpha1.DataLoad
-	done := map[string]bool{}
-	for len(out) < len(loads) {
-		before := len(out)
-		for _, l := range loads {
-			after := l.Spec.RunAfter
-			if !done[l.Namespace+"/"+l.Name] && (after == nil || done[l.Namespace+"/"+after.Name]) {
-				done[l.Namespace+"/"+l.Name] = true
-				out = append(out, l)
-			}
-		}
-		if len(out) == before {
-			for _, l := range loads {
-				if !done[l.Namespace+"/"+l.Name] {
-					return nil, fmt.Errorf("dataload %s/%s: runAfter %q is missing or runs after this one; correct runAfter", l.Namespace, l.Name, l.Spec.RunAfter.Name)
-				}
-			}
-		}
-	}
-	return out, nil
-}
-
-func (t *Tier) find(namespace, name string) *dataset {
-	for _, d := range t.datasets {
-		if d.object.Namespace == namespace && d.object.Name == name {
-			return d
 		}
 	}
 	return nil

@@ -22,7 +22,7 @@ func configure(set *manifest.Set, d *v1alpha1.Dataset, dir string) (worker.Confi
 			return worker.Config{}, err
 		}
 		if files == nil {
-			continue
+			continue // none named: the source takes the environment's own (AWS_ACCESS_KEY_ID and the like)
 		}
 		secret := filepath.Join(dir, m.CredentialsSecretRef.Name)
 		if err := os.MkdirAll(secret, 0o700); err != nil {

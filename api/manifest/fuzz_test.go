@@ -55,7 +55,9 @@ func FuzzParse(f *testing.F) {
 				_, _ = s.credentials(d, m, func(string) (string, bool) { return "", false })
 			}
 			d.CheckCluster()
-			s.Loads(d)
+		}
+		if n := len(s.Loads()); n != len(s.DataLoads) {
+			t.Errorf("%d of %d loads in order", n, len(s.DataLoads))
 		}
 		// What was read can be written and is read as the same.
 		for _, l := range s.DataLoads {

@@ -119,8 +119,8 @@ func before(l *v1alpha1.DataLoad) types.NamespacedName {
 	return types.NamespacedName{Namespace: l.Namespace, Name: l.Spec.RunAfter.Name}
 }
 
-// order returns the loads so that each comes after the one it runs after, else as they were read.
-func (s *Set) order() []*v1alpha1.DataLoad {
+// Loads returns the loads so that each comes after the one it runs after, else as they were read.
+func (s *Set) Loads() []*v1alpha1.DataLoad {
 	loads := s.loads()
 	done := make(map[*v1alpha1.DataLoad]bool, len(s.DataLoads))
 	ordered := make([]*v1alpha1.DataLoad, 0, len(s.DataLoads))

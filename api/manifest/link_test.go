@@ -54,9 +54,8 @@ func TestLoadsComeAfterWhatTheyRunAfter(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	d, _ := s.Dataset(types.NamespacedName{Namespace: "default", Name: "genomes"})
 	var got []string
-	for _, l := range s.Loads(d) {
+	for _, l := range s.Loads() {
 		got = append(got, l.Name)
 	}
 	if want := []string{"a", "b", "c", "first"}; !slices.Equal(got, want) {

@@ -186,14 +186,3 @@ func (s *Set) Dataset(name types.NamespacedName) (*v1alpha1.Dataset, bool) {
 	}
 	return s.Datasets[i], true
 }
-
-// Loads returns the loads of a Dataset, each after the one that it runs after.
-func (s *Set) Loads(d *v1alpha1.Dataset) []*v1alpha1.DataLoad {
-	var loads []*v1alpha1.DataLoad
-	for _, l := range s.order() {
-		if l.Namespace == d.Namespace && l.Spec.DatasetRef.Name == d.Name {
-			loads = append(loads, l)
-		}
-	}
-	return loads
-}

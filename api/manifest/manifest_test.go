@@ -69,7 +69,7 @@ func TestReadDesignExample(t *testing.T) {
 	if got, ok := d.Spec.Node.MemoryBytes(); !ok || got != 2<<30 {
 		t.Errorf("memory of a node is %d, %v", got, ok)
 	}
-	if loads := s.Loads(d); len(loads) != 1 || loads[0].CopiesOf(d) != 2 {
+	if loads := s.Loads(); len(loads) != 1 || loads[0].CopiesOf(d) != 2 {
 		t.Errorf("loads are %+v", loads)
 	}
 	files, err := s.Credentials(d, &d.Spec.Mounts[0])
