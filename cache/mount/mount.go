@@ -119,6 +119,10 @@ type Options struct {
 	IdleTime   time.Duration
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
+
+	// For tests: what differs from interruptGrace, and what stands before the kernel.
+	grace time.Duration
+	wrap  func(registrar) registrar
 }
 
 func (o Options) withDefaults() Options {
@@ -159,6 +163,7 @@ func (o Options) withDefaults() Options {
 	num(&o.Leases, 4096)
 	num(&o.IdleLeases, 64)
 	dur(&o.IdleTime, 5*time.Second)
+	dur(&o.grace, interruptGrace)
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}

@@ -56,6 +56,9 @@ func (p *passthrough) init(f *fileSystem) {
 // negotiate takes the connection, and notes when it cannot pass through.
 func (p *passthrough) negotiate(k registrar, flags uint64) {
 	p.kernel = k
+	if p.f.opt.wrap != nil {
+		p.kernel = p.f.opt.wrap(k)
+	}
 	if flags&fuse.CAP_PASSTHROUGH == 0 {
 		if p.leaser != nil {
 			p.f.log.Info("files are read through this process: the kernel has no FUSE passthrough (Linux 6.9 or later has)")
@@ -311,6 +314,15 @@ func (p *passthrough) acquire(ctx context.Context, i catalog.Index, size int64) 
 }
 
 func (p *passthrough) register(ctx context.Context, i catalog.Index, size int64, wait time.Duration) error {
+	t := p.f.table
+	if err := t.lock(ctx); err != nil {
+		return err
+	}
+	decided := *t.at(i) != (slot{}) // by one who came between this opener's look and this flight
+	t.unlock()
+	if decided {
+		return nil
+	}
 	p.mu.Lock()
 	full := len(p.held) >= p.f.opt.Leases
 	p.mu.Unlock()
@@ -333,7 +345,6 @@ func (p *passthrough) register(ctx context.Context, i catalog.Index, size int64,
 		p.f.log.Error("a leased file is not what the snapshot says: it is read block by block", "path", p.f.snap.Path(i), "error", err)
 		return err
 	}
-	t := p.f.table
 	if err := t.lock(ctx); err != nil {
 		return err
 	}

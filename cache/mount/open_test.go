@@ -194,7 +194,7 @@ func TestMixingUnderLoad(t *testing.T) {
 }
 
 func TestOneLeaseForAllWhoOpenAtOnce(t *testing.T) {
-	_, r, m := passthroughFixture(t, Options{})
+	_, r, m := passthroughFixture(t, Options{LeaseWait: 20 * time.Second})
 	var asked atomic.Int64
 	goon := make(chan struct{})
 	hold := func(ctx context.Context, _ string, wait time.Duration) error {
@@ -279,9 +279,8 @@ func (r *refusing) RegisterBackingFd(m *fuse.BackingMap) (int32, syscall.Errno) 
 
 func TestARefusalSwitchesPassthroughOff(t *testing.T) {
 	var log logs
-	all, r, m := passthroughFixture(t, Options{Logger: log.logger()})
-	k := &refusing{registrar: m.fs.pass.kernel}
-	m.fs.pass.kernel = k // nothing is open yet
+	var k refusing
+	all, r, m := passthroughFixture(t, Options{Logger: log.logger(), wrap: func(r registrar) registrar { k.registrar = r; return &k }})
 	early, err := os.Open(filepath.Join(m.Dir(), "two"))
 	if err != nil {
 		t.Fatal(err)

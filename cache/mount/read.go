@@ -72,7 +72,7 @@ func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context
 		case <-cancel:
 		}
 		if !killed(pid) {
-			t := time.NewTimer(interruptGrace)
+			t := time.NewTimer(f.opt.grace)
 			defer t.Stop()
 			select {
 			case <-ctx.Done():

@@ -60,7 +60,7 @@ func newTable(entries int) (*table, error) {
 		return nil, fmt.Errorf("make the table of open files: %w", err)
 	}
 	f := os.NewFile(uintptr(fd), "open-files")
-	if err := unix.Ftruncate(fd, int64(tableSize(entries))); err == nil {
+	if err = unix.Ftruncate(fd, int64(tableSize(entries))); err == nil {
 		// Whoever holds a copy must not be able to make a read of it fault.
 		_, err = unix.FcntlInt(f.Fd(), unix.F_ADD_SEALS, unix.F_SEAL_SHRINK|unix.F_SEAL_GROW|unix.F_SEAL_SEAL)
 	}
