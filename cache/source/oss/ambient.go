@@ -57,7 +57,8 @@ type temporary struct {
 }
 
 func newAmbient(d deps, e endpoint) *ambient {
-	a := &ambient{client: &http.Client{Transport: &http.Transport{DialContext: d.dial, TLSHandshakeTimeout: tlsTimeout}},
+	a := &ambient{client: &http.Client{Transport: &http.Transport{DialContext: d.dial, TLSHandshakeTimeout: tlsTimeout,
+		DisableKeepAlives: true}},
 		getenv: d.getenv, metadata: d.metadata, sts: d.sts, now: d.now}
 	if a.sts == "" {
 		// Where the bucket is reached from inside the region, so is the token service.

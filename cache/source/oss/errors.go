@@ -32,7 +32,7 @@ func (b *Bucket) fail(ctx context.Context, r request, resp *sdk.Response, err er
 			service = sdk.ServiceError{StatusCode: resp.StatusCode, Message: "the answer is not one of OSS"}
 			e.Hint = fmt.Sprintf("is %s the endpoint of an OSS bucket?", b.endpoint.host)
 		}
-		kind, hint := b.kind(service, resp.Headers)
+		hint, kind := b.kind(service, resp.Headers)
 		if e.Kind = kind; hint != "" {
 			e.Hint = hint
 		}
@@ -84,62 +84,62 @@ func said(e sdk.ServiceError) error {
 }
 
 // kind maps an error of the protocol to a sentinel error and a hint.
-func (b *Bucket) kind(e sdk.ServiceError, h http.Header) (kind error, hint string) {
+func (b *Bucket) kind(e sdk.ServiceError, h http.Header) (hint string, kind error) {
 	switch e.Code {
 	case "NoSuchKey", "SymlinkTargetNotExist", "NoSuchUpload":
-		return source.ErrNotFound, ""
+		return "", source.ErrNotFound
 	case "NoSuchBucket":
-		return source.ErrNoBucket, fmt.Sprintf("check the bucket's name, and that it is in the region of %s", b.endpoint.host)
+		return fmt.Sprintf("check the bucket's name, and that it is in the region of %s", b.endpoint.host), source.ErrNoBucket
 	// A range lies within the size of the version asked for: another is there now.
 	case "PreconditionFailed", "InvalidRange":
-		return source.ErrChanged, ""
+		return "", source.ErrChanged
 	case "InvalidAccessKeyId":
-		return source.ErrDenied, b.where(credentials.KeyID) + " is not known to the store: check it"
+		return b.where(credentials.KeyID) + " is not known to the store: check it", source.ErrDenied
 	case "SignatureDoesNotMatch":
-		return source.ErrDenied, b.where(credentials.KeySecret) + " does not belong to the access key's ID: check it"
+		return b.where(credentials.KeySecret) + " does not belong to the access key's ID: check it", source.ErrDenied
 	case "InvalidSecurityToken", "SecurityTokenExpired":
-		return source.ErrDenied, b.where(credentials.KeyToken) + " is not valid (any more): renew it together with the key"
+		return b.where(credentials.KeyToken) + " is not valid (any more): renew it together with the key", source.ErrDenied
 	case "RequestTimeTooSkewed":
 		hint = "set this machine's clock, which signs the requests"
 		if at, err := http.ParseTime(h.Get("Date")); err == nil {
 			hint += fmt.Sprintf(": the store's says %s", at.UTC().Format(time.DateTime))
 		}
-		return source.ErrDenied, hint
+		return hint, source.ErrDenied
 	case "InvalidArgument":
 		if strings.Contains(e.Message, "signing region") {
-			return source.ErrInvalid, fmt.Sprintf("the bucket at %s is not in region %s: correct region, or leave it out with an endpoint of OSS",
-				b.endpoint.host, b.endpoint.region)
+			return fmt.Sprintf("the bucket at %s is not in region %s: correct region, or leave it out with an endpoint of OSS",
+				b.endpoint.host, b.endpoint.region), source.ErrInvalid
 		}
-		return source.ErrInvalid, ""
+		return "", source.ErrInvalid
 	case "AccessDenied":
 		if e.Endpoint != "" && !strings.Contains(b.endpoint.host, e.Endpoint) {
-			return source.ErrInvalid, fmt.Sprintf("the bucket is in another region: set endpoint to %s", e.Endpoint)
+			return fmt.Sprintf("the bucket is in another region: set endpoint to %s", e.Endpoint), source.ErrInvalid
 		}
 		if b.config.Anonymous {
-			return source.ErrDenied, "the bucket is not public: set credentialsSecretRef instead of anonymous"
+			return "the bucket is not public: set credentialsSecretRef instead of anonymous", source.ErrDenied
 		}
-		return source.ErrDenied, fmt.Sprintf("grant the key oss:ListObjects on the bucket and oss:GetObject on its objects (oss:PutObject, oss:DeleteObject to write); %s names it",
-			b.where(credentials.KeyID))
+		return fmt.Sprintf("grant the key oss:ListObjects on the bucket and oss:GetObject on its objects (oss:PutObject, oss:DeleteObject to write); %s names it",
+			b.where(credentials.KeyID)), source.ErrDenied
 	case "InvalidObjectState":
-		return source.ErrInvalid, "the object is archived: restore it, or allow real-time access of archived objects on the bucket"
+		return "the object is archived: restore it, or allow real-time access of archived objects on the bucket", source.ErrInvalid
 	// Transfers that the store found broken or too slow; another try is a new transfer.
 	case "InvalidDigest", "IncompleteBody", "RequestTimeout":
-		return source.ErrUnavailable, ""
+		return "", source.ErrUnavailable
 	}
 	switch {
 	case e.StatusCode == http.StatusTooManyRequests, h.Get("x-oss-qos-delay-time") != "",
 		e.StatusCode == http.StatusServiceUnavailable && throttles(e.Code):
-		return source.ErrThrottled, ""
+		return "", source.ErrThrottled
 	case e.StatusCode >= 500, e.StatusCode == http.StatusRequestTimeout:
-		return source.ErrUnavailable, ""
+		return "", source.ErrUnavailable
 	case e.StatusCode == http.StatusNotFound && e.Code == "":
-		return source.ErrNotFound, ""
+		return "", source.ErrNotFound
 	case e.StatusCode == http.StatusPreconditionFailed:
-		return source.ErrChanged, ""
+		return "", source.ErrChanged
 	case e.StatusCode == http.StatusUnauthorized, e.StatusCode == http.StatusForbidden:
-		return source.ErrDenied, ""
+		return "", source.ErrDenied
 	}
-	return source.ErrInvalid, ""
+	return "", source.ErrInvalid
 }
 
 // throttles says whether a 503 asks for fewer requests: QpsLimitExceeded, DownloadTrafficRateLimitExceeded,

@@ -8,6 +8,8 @@ import (
 	"io"
 	"math/rand/v2"
 	"net"
+	"net/http"
+	"net/url"
 	"strings"
 	"testing"
 	"time"
@@ -275,7 +277,7 @@ func TestVirtualHostedBucket(t *testing.T) {
 	}
 	config := configOf(t, s)
 	config.Endpoint, config.Region = "http://"+domain, ""
-	b, err := open(config, deps{dial: func(ctx context.Context, network, address string) (net.Conn, error) {
+	b, err := open(config, deps{proxy: noProxy, dial: func(ctx context.Context, network, address string) (net.Conn, error) {
 		if address != testBucket+"."+domain+":80" {
 			return nil, errors.New("dialled " + address)
 		}
@@ -288,6 +290,8 @@ func TestVirtualHostedBucket(t *testing.T) {
 		t.Errorf("%q, %v", got, err)
 	}
 }
+
+func noProxy(*http.Request) (*url.URL, error) { return nil, nil }
 
 // TestFlippedBitIsTheDigestsToFind: corruption by the store is not seen by a ranged read; it is what the
 // digest, of the true content, is for.

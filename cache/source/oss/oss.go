@@ -18,6 +18,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"net/url"
 	"os"
 	"strconv"
 	"strings"
@@ -48,6 +49,7 @@ var (
 // deps are what a test replaces.
 type deps struct {
 	dial     func(ctx context.Context, network, address string) (net.Conn, error)
+	proxy    func(*http.Request) (*url.URL, error)
 	getenv   func(string) string
 	metadata string // address of the machine's metadata service
 	sts      string // address of the token service
@@ -84,6 +86,9 @@ func open(config source.Config, d deps) (*Bucket, error) {
 	if d.dial == nil {
 		d.dial = (&net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}).DialContext
 	}
+	if d.proxy == nil {
+		d.proxy = http.ProxyFromEnvironment
+	}
 	if d.getenv == nil {
 		d.getenv = os.Getenv
 	}
@@ -111,7 +116,7 @@ func open(config source.Config, d deps) (*Bucket, error) {
 		requests = 64
 	}
 	var transport http.RoundTripper = &http.Transport{
-		Proxy:               http.ProxyFromEnvironment,
+		Proxy:               d.proxy,
 		DialContext:         d.dial,
 		TLSHandshakeTimeout: tlsTimeout,
 		MaxIdleConns:        requests,

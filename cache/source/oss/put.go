@@ -96,18 +96,25 @@ func (p *put) next(buf []byte) ([]byte, error) {
 		buf = make([]byte, 0, max(n, 512))
 	}
 	buf = buf[:0]
-	for len(buf) < p.part && !p.ended {
+	for idle := 0; len(buf) < p.part && !p.ended; {
 		if len(buf) == cap(buf) {
 			grown := make([]byte, len(buf), min(2*cap(buf), p.part))
 			copy(grown, buf)
 			buf = grown
 		}
-		n, err := io.ReadFull(p.in, buf[len(buf):min(cap(buf), p.part)])
+		n, err := p.in.Read(buf[len(buf):min(cap(buf), p.part)])
 		buf = buf[:len(buf)+n]
 		p.read += int64(n)
+		if idle++; n > 0 {
+			idle = 0
+		}
+		// Only io.EOF is the end: io.ErrUnexpectedEOF is a client that broke off, and what it sent is no object.
 		switch {
-		case err == io.EOF || err == io.ErrUnexpectedEOF:
+		case err == io.EOF:
 			p.ended = true
+		case err == nil && idle == 100:
+			err = io.ErrNoProgress
+			fallthrough
 		case err != nil:
 			return nil, fmt.Errorf("put %s: reading what to put: %w", p.name(p.key), err)
 		}

@@ -67,6 +67,14 @@ func TestPutThatFails(t *testing.T) {
 	}{
 		{"reader fails at once", func() io.Reader { return iotest.ErrReader(broken) }, -1, osstest.Fault{}, broken},
 		{"reader fails later", func() io.Reader { return io.MultiReader(bytes.NewReader(content), iotest.ErrReader(broken)) }, -1, osstest.Fault{}, broken},
+		// As the body of an upload whose client died.
+		{"reader breaks off", func() io.Reader {
+			return io.MultiReader(strings.NewReader("abc"), iotest.ErrReader(io.ErrUnexpectedEOF))
+		}, -1, osstest.Fault{}, io.ErrUnexpectedEOF},
+		{"reader breaks off later", func() io.Reader {
+			return io.MultiReader(bytes.NewReader(content), iotest.ErrReader(io.ErrUnexpectedEOF))
+		}, -1, osstest.Fault{}, io.ErrUnexpectedEOF},
+		{"reader gives nothing", func() io.Reader { return readerFunc(func([]byte) (int, error) { return 0, nil }) }, -1, osstest.Fault{}, io.ErrNoProgress},
 		{"reader is short", func() io.Reader { return bytes.NewReader(content) }, int64(len(content)) + 1, osstest.Fault{}, source.ErrInvalid},
 		{"reader is long", func() io.Reader { return bytes.NewReader(content) }, int64(len(content)) - 1, osstest.Fault{}, source.ErrInvalid},
 		{"small reader is short", func() io.Reader { return strings.NewReader("abc") }, 4, osstest.Fault{}, source.ErrInvalid},

@@ -88,6 +88,10 @@ func (s *Server) Inject(f Fault) *Injected {
 func (s *Server) observe(c *call) *strike {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.count[c.op]++
+	if len(s.seen) >= 2*keptSeen {
+		s.seen = append(s.seen[:0], s.seen[keptSeen:]...)
+	}
 	s.seen = append(s.seen, Seen{c.op, c.name, c.key, c.query, c.r.Header.Clone()})
 	for _, i := range s.faults {
 		f := i.fault

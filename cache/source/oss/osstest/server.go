@@ -20,6 +20,8 @@ import (
 	"encoding/hex"
 	"encoding/xml"
 	"fmt"
+	"io"
+	"log"
 	"net"
 	"net/http"
 	"net/url"
@@ -68,6 +70,7 @@ type Server struct {
 	buckets     map[string]*bucket
 	faults      []*Injected
 	seen        []Seen
+	count       map[string]int
 }
 
 // Seen is one request that the server got, after its signature was found good.
@@ -91,7 +94,7 @@ func Start(options Options) (*Server, error) {
 	if len(options.Credentials) == 0 {
 		options.Credentials = []Credential{{AccessKeyID: "LTAI" + random(10), AccessKeySecret: random(15)}}
 	}
-	s := &Server{options: options, credentials: options.Credentials, buckets: map[string]*bucket{},
+	s := &Server{options: options, credentials: options.Credentials, buckets: map[string]*bucket{}, count: map[string]int{},
 		served: make(chan struct{}), closing: make(chan struct{})}
 	if options.Dir != "" {
 		if err := s.load(); err != nil {
@@ -103,7 +106,7 @@ func Start(options Options) (*Server, error) {
 		return nil, fmt.Errorf("osstest: %w", err)
 	}
 	s.listener = l
-	s.http = &http.Server{Handler: http.HandlerFunc(s.serve)}
+	s.http = &http.Server{Handler: http.HandlerFunc(s.serve), ErrorLog: log.New(io.Discard, "", 0)}
 	go func() {
 		defer close(s.served)
 		s.http.Serve(l) // ends with ErrServerClosed only
@@ -199,7 +202,10 @@ func (s *Server) Uploads(bucket string) int {
 	return len(b.uploads)
 }
 
-// Seen returns the well-signed requests so far, oldest first.
+// keptSeen is how many requests Seen tells of at least: a server may run for long.
+const keptSeen = 10_000
+
+// Seen returns the last well-signed requests, oldest first.
 func (s *Server) Seen() []Seen {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -208,13 +214,9 @@ func (s *Server) Seen() []Seen {
 
 // Count says how many well-signed requests of an operation came so far.
 func (s *Server) Count(op string) int {
-	n := 0
-	for _, r := range s.Seen() {
-		if r.Op == op {
-			n++
-		}
-	}
-	return n
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.count[op]
 }
 
 // call is one request on its way through the server.
