@@ -1,0 +1,125 @@
+package v1alpha1
+
+// What the parts of an installation call each other's objects: the controller makes them, the CSI driver,
+// the webhook and the manifests of an installation refer to them. Nothing of it is for users to type but
+// the labels and annotations that say so.
+
+// Labels of the objects that the controller makes, and of pods.
+const (
+	// LabelDataset is on every object of a Dataset; its value is the Dataset's name.
+	LabelDataset = Group + "/dataset"
+	// LabelComponent says what a pod or object is: one of the Component values.
+	LabelComponent = Group + "/component"
+	// LabelReader is on every pod that reads from workers over the network by itself (sidecar, stage),
+	// with value "true": the workers' NetworkPolicy lets such pods in, from the Dataset's own namespace and
+	// those it is shared with. The webhook sets it.
+	LabelReader = Group + "/reader"
+	// LabelNodeReady is on nodes with a serving node service, with value "true"; the volumes of Datasets
+	// have affinity to it.
+	LabelNodeReady = Group + "/node-ready"
+	// LabelWatched is on namespaces that have a Dataset with replaces or locality, with value "true": there
+	// the webhook also looks at workflow pods that do not carry LabelInject.
+	LabelWatched = Group + "/watched"
+	// LabelInject is set by users on pods that want their data: auto, csi, sidecar or stage.
+	LabelInject = Group + "/inject"
+)
+
+// Values of LabelComponent.
+const (
+	ComponentWorker     = "worker"
+	ComponentController = "controller"
+	ComponentNode       = "node"
+	ComponentKeeper     = "keeper"
+	ComponentWebhook    = "webhook"
+)
+
+// Annotations.
+const (
+	// AnnotationMounts is set by users on pods: NAME=/path, or NAMESPACE/NAME=/path, with commas between.
+	AnnotationMounts = Group + "/mounts"
+	// AnnotationRotateKeys is set by users on a Dataset. A value that was not there before makes new keys;
+	// the old ones are accepted until the value changes again or the annotation is removed.
+	AnnotationRotateKeys = Group + "/rotate-keys"
+	// AnnotationRotated, on the keys' Secret, is the value of AnnotationRotateKeys that it was made for.
+	AnnotationRotated = Group + "/rotated"
+	// AnnotationRollout is set by users on a Dataset. A new value moves its workers to the image of the
+	// installed version, one at a time; without it an upgrade leaves running workers and their memory alone.
+	AnnotationRollout = Group + "/rollout"
+)
+
+// Finalizer keeps a Dataset until no pod uses it, and a DataLoad until its pins are gone.
+const Finalizer = Group + "/in-use"
+
+// DriverName is the CSI driver's.
+const DriverName = "csi." + Group
+
+// Attributes of the driver's volumes.
+const (
+	// AttributeVolume says what an inline volume is: one of the Volume values. Absent: VolumeDataset.
+	AttributeVolume = "volume"
+	// AttributeDataset and AttributeNamespace name the Dataset.
+	AttributeDataset   = "dataset"
+	AttributeNamespace = "namespace"
+	// AttributeSize is the size of a store in bytes, as a decimal number.
+	AttributeSize = "size"
+)
+
+// Values of AttributeVolume.
+const (
+	// VolumeDataset shows the files of a Dataset.
+	VolumeDataset = "dataset"
+	// VolumeStore is memory for a worker: a tmpfs of AttributeSize bytes.
+	VolumeStore = "store"
+	// VolumeSocket is a folder that a worker and the node service of its node share, for the worker's
+	// socket; on the node it is NodeSocketDir of the pod.
+	VolumeSocket = "socket"
+)
+
+// Ports of a worker.
+const (
+	PortData    = 7070 // block protocol
+	PortControl = 7071 // HTTP: health, metrics, control
+)
+
+// Keys of the ConfigMap TierName: what tier.Open reads.
+const (
+	KeyMembership = "membership.json"
+	KeyTier       = "tier.json"
+)
+
+// Keys of the Secrets KeysName (all three) and ReaderName (KeyRead only): wire.LoadKeys reads them.
+const (
+	KeyRead    = "read"
+	KeyWrite   = "write"
+	KeyControl = "control"
+)
+
+// WorkersName names a Dataset's StatefulSet, headless Service, worker configuration, PodDisruptionBudget
+// and NetworkPolicy.
+func WorkersName(dataset string) string { return dataset + "-worker" }
+
+// TierName names the ConfigMap that readers and workers mount: who the workers are.
+func TierName(dataset string) string { return dataset + "-tier" }
+
+// KeysName names the Secret with all keys of a Dataset; only its workers and the controller read it.
+func KeysName(dataset string) string { return dataset + "-keys" }
+
+// ReaderName names the Secret with the read key alone, for readers in pods and on nodes.
+func ReaderName(dataset string) string { return dataset + "-reader" }
+
+// ClaimName names a Dataset's claim.
+func ClaimName(dataset string) string { return dataset }
+
+// VolumeName names a Dataset's PersistentVolume. Neither part can hold a dot, so that no two Datasets share
+// one.
+func VolumeName(namespace, dataset string) string { return "stepcache." + namespace + "." + dataset }
+
+// VolumeHandle is the id of a Dataset's volume for the driver.
+func VolumeHandle(namespace, dataset string) string { return namespace + "/" + dataset }
+
+// NodeSocketDir is the folder on the node that a VolumeSocket of the pod shows. It is short: a Unix socket's
+// path holds 107 bytes.
+func NodeSocketDir(podUID string) string { return "/run/stepcache/workers/" + podUID }
+
+// SocketName is the worker's socket in its VolumeSocket.
+const SocketName = "worker.sock"
