@@ -2,6 +2,7 @@ package worker
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"net/http"
@@ -42,7 +43,7 @@ func putSecret(t testing.TB, dir string, s *bucket.Server) {
 
 // TestEightReadersOfAColdObjectFetchItFromTheBucketOnce counts at the bucket's own limiter.
 func TestEightReadersOfAColdObjectFetchItFromTheBucketOnce(t *testing.T) {
-	const size = 64<<20 + 12345
+	const size = 24<<20 + 12345
 	s := bucket.StartT(t, bucket.Options{})
 	want := content(size, 1)
 	s.PutT(t, "data", "big", want)
@@ -161,9 +162,12 @@ func TestARefusalOfReadsIsToldAndRecovers(t *testing.T) {
 	if _, err := c.read(i, 0, 1000, 0); !errors.Is(err, source.ErrDenied) {
 		t.Fatal(err)
 	}
-	if code, text := tr.get(0, wire.PathReady); code != http.StatusServiceUnavailable || !strings.Contains(text, "denied") {
-		t.Errorf("%d %s", code, text)
-	}
+	eventually(t, "not ready", func() error {
+		if code, text := tr.get(0, wire.PathReady); code != http.StatusServiceUnavailable || !strings.Contains(text, "denied") {
+			return fmt.Errorf("%d %s", code, text)
+		}
+		return nil
+	})
 	proxy.Set(nil)
 	eventually(t, "ready again, though nobody asked", func() error {
 		if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
@@ -171,6 +175,34 @@ func TestARefusalOfReadsIsToldAndRecovers(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// TestOneRefusedObjectLeavesTheWorkerReady: only its own readers are concerned.
+func TestOneRefusedObjectLeavesTheWorkerReady(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"a/secret": content(1000, 1), "b/open": content(1000, 2)})
+	tr.start(1)
+	snap := tr.snapshot()
+	probed := make(chan struct{}, 100)
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		if strings.HasSuffix(o.Key, "secret") {
+			return fmt.Errorf("%w: %s", source.ErrDenied, o.Key)
+		}
+		probed <- struct{}{}
+		return nil
+	})
+	if _, err := tr.dial(0).read(index(t, snap, "/a/secret"), 0, 1000, 0); !errors.Is(err, source.ErrDenied) {
+		t.Fatal(err)
+	}
+	<-probed
+	eventually(t, "the refusal is looked into", func() error {
+		if tr.workers[0].refused.Load() != nil {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
+		t.Errorf("not ready: %s", text)
+	}
 }
 
 // TestABucketThatFailsForAWhile: 503, resets and truncated bodies cost time only.

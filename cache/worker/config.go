@@ -127,9 +127,9 @@ func (c Config) Validate() error {
 	if c.Refresh < 0 {
 		errs = append(errs, fmt.Errorf("refresh is %v: set a positive duration, or none for never", time.Duration(c.Refresh)))
 	}
-	// The kernel's sun_path holds 108 bytes with its ending zero.
-	if len(c.Socket) > 107 {
-		errs = append(errs, fmt.Errorf("socket %s has %d characters: a Unix socket's path holds 107", c.Socket, len(c.Socket)))
+	// The kernel's sun_path holds 108 bytes with its ending zero, and listenSocket needs one.
+	if len(c.Socket) > 106 {
+		errs = append(errs, fmt.Errorf("socket %s has %d characters: the path of a Unix socket may have 106 here", c.Socket, len(c.Socket)))
 	}
 	for i, m := range c.Mounts {
 		if _, _, _, err := source.Split(m.URL); err != nil {

@@ -401,7 +401,7 @@ func (c *reader) read(i uint32, off int64, n int, flags wire.Flag) ([]byte, erro
 
 // file reads a whole file block by block.
 func (c *reader) file(i uint32, size int64, flags wire.Flag) ([]byte, error) {
-	var out []byte
+	out := make([]byte, 0, size)
 	for block := range ring.Blocks(size) {
 		p, err := c.read(i, blockOff(block), int(blockLen(size, block)), flags)
 		if err != nil {

@@ -34,7 +34,6 @@ func listenSocket(path string) (*net.UnixListener, error) {
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("socket: %w", err)
 	}
-	// One character less than the shortest path it is renamed to would be too clever: "~" costs one more.
 	tmp := path + "~"
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
 		return nil, fmt.Errorf("socket: %w", err)

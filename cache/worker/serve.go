@@ -26,9 +26,6 @@ const (
 	maxHandshakes   = 256 // connections that have not authenticated yet
 	maxConnRequests = 256
 	maxRequests     = 8192
-	// connBudget bounds the bytes that one connection's reader can hold in heap, by asking for blocks that
-	// cannot be kept and not taking the answers.
-	connBudget = 4 * ring.BlockSize
 	// writeTimeout bounds one reply's way to a reader; one that is slower than that is cut off, so that
 	// it does not keep blocks from eviction and buffers from others.
 	writeTimeout = 10 * time.Second
@@ -135,7 +132,7 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn) {
 	cctx, cancel := context.WithCancel(w.hard)
 	c := &conn{
 		Conn: nc, worker: w, cancel: cancel, turn: make(chan struct{}, 1),
-		requests: make(chan struct{}, maxConnRequests), budget: newBudget(connBudget),
+		requests: make(chan struct{}, maxConnRequests), budget: newBudget(w.connBudget),
 	}
 	// The end of ctx stops the reading of requests, the end of hard everything.
 	stopRead := context.AfterFunc(ctx, func() { nc.SetReadDeadline(time.Unix(1, 0)) })

@@ -134,17 +134,15 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) 
 	return err
 }
 
-// noteBucket keeps the problem of a bucket that refuses all reads. A refusal is remembered with the file
-// that met it, which keepBucket tries again.
+// noteBucket notes a read that the bucket refused, for keepBucket to look into, and that it lets us in again.
 func (w *Worker) noteBucket(f file, err error) {
 	switch {
 	case err == nil:
-		if w.refused.Swap(nil) != nil {
+		if r := w.refused.Load(); r != nil && r.source == f.source && w.refused.CompareAndSwap(r, nil) {
 			w.problems.set(problemBucket, nil)
 		}
 	case errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket):
-		w.problems.set(problemBucket, err)
-		if w.refused.Swap(&f) == nil {
+		if w.refused.CompareAndSwap(nil, &f) {
 			select {
 			case w.refusedNow <- struct{}{}:
 			default:
@@ -153,8 +151,9 @@ func (w *Worker) noteBucket(f file, err error) {
 	}
 }
 
-// keepBucket asks a bucket that refused a read again, with backoff, so that the worker gets ready again
-// once it is mended although nobody asks a worker that is not ready.
+// keepBucket looks into refused reads: whether one object is refused, which concerns its readers only, or
+// all are, which makes the worker not ready. It asks again with backoff, so that the worker gets ready
+// once the bucket is mended although nobody asks a worker that is not ready.
 func (w *Worker) keepBucket(ctx context.Context) error {
 	for {
 		select {
@@ -164,29 +163,68 @@ func (w *Worker) keepBucket(ctx context.Context) error {
 		}
 		wait := newBackoff()
 		for {
-			if w.sleep(ctx, wait.NextBackOff()) != nil {
-				return nil
-			}
 			f := w.refused.Load()
 			if f == nil {
 				break
 			}
-			w.probe(ctx, *f)
+			if err := w.probe(ctx, *f); err == nil {
+				w.noteBucket(*f, nil)
+				break
+			} else if ctx.Err() == nil {
+				w.problems.set(problemBucket, err)
+				if w.refused.Load() == nil {
+					w.problems.set(problemBucket, nil) // a read went well meanwhile
+				}
+			}
+			if w.sleep(ctx, wait.NextBackOff()) != nil {
+				return nil
+			}
 		}
 	}
 }
 
-// probe reads one byte of f. An object that is gone or changed is an answer too: the bucket lets us in.
-func (w *Worker) probe(ctx context.Context, f file) {
-	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
-	defer cancel()
-	body, err := f.source.Get(ctx, f.object, 0, min(1, f.object.Size))
-	if err == nil {
-		_, err = io.ReadFull(body, make([]byte, min(1, f.object.Size)))
-		body.Close()
+// probes is how many other objects are tried before a bucket is taken to refuse all reads.
+const probes = 4
+
+// probe reads a byte of f and, while that is refused, of a few others of the same mount. It is nil when
+// the bucket lets us in for any of them. An object that is gone or changed is an answer too.
+func (w *Worker) probe(ctx context.Context, f file) error {
+	try := func(f file) error {
+		if f.object.Size == 0 {
+			return source.ErrInvalid // reads nothing, proves nothing
+		}
+		ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
+		defer cancel()
+		body, err := f.source.Get(ctx, f.object, 0, 1)
+		if err == nil {
+			_, err = io.ReadFull(body, make([]byte, 1))
+			body.Close()
+		}
+		if errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrChanged) {
+			err = nil
+		}
+		return err
 	}
-	if errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrChanged) {
-		err = nil
+	first := try(f)
+	if first == nil || errors.Is(first, source.ErrNoBucket) {
+		return first
 	}
-	w.noteBucket(f, err)
+	snap, ok := w.snapshots.get(wire.Digest{})
+	if !ok {
+		return first
+	}
+	defer snap.release()
+	// Spread over the snapshot, since what is refused may be a folder.
+	step := max(1, snap.Len()/(4*probes))
+	for i, tried := 0, 0; i < snap.Len() && tried < probes; i += step {
+		other, ok := snap.file(catalog.Index(i))
+		if !ok || other.source != f.source || other.object.Size == 0 || other.ring.ID == f.ring.ID {
+			continue
+		}
+		tried++
+		if try(other) == nil {
+			return nil
+		}
+	}
+	return first
 }

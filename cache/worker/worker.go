@@ -27,8 +27,10 @@ import (
 const (
 	// drainTimeout bounds how long a worker that stops finishes what is under way.
 	drainTimeout = 5 * time.Second
-	// bufferBytes is the heap for fills and for blocks that are served without being kept.
-	bufferBytes = 32 * ring.BlockSize
+	// minBuffers and maxBuffers bound the heap for fills and for blocks that are served without being
+	// kept: a sixteenth of the cache, between these.
+	minBuffers = 16 * ring.BlockSize
+	maxBuffers = 64 * ring.BlockSize
 )
 
 // Clock is the time as the worker sees it, apart from the deadlines of connections, which the kernel
@@ -77,9 +79,12 @@ type Worker struct {
 	wanted    chan wire.Digest
 	listed    atomic.Int64 // objects listed so far
 	peers     *peers
-	peerFills *semaphore.Weighted
-	asking    blockSet
-	digests   *digests
+	// peerFills bounds the bytes of fills that wait for other workers, connBudget the bytes of fills and of
+	// uncached answers of one connection, so that a reader that does not take them holds up only itself.
+	peerFills  *semaphore.Weighted
+	connBudget int64
+	asking     blockSet
+	digests    *digests
 	// refused is a file that the bucket refused to be read; nil while it lets us in.
 	refused    atomic.Pointer[file]
 	refusedNow chan struct{}
@@ -130,10 +135,11 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 			return scheme.Open(ctx, s, scheme.Elapsed(wire.SourceTimeout), scheme.Logger(d.Logger))
 		}
 	}
+	buffers := min(max(c.Memory/16, minBuffers), maxBuffers)
 	w := &Worker{
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16),
-		peerFills: semaphore.NewWeighted(bufferBytes / 2), digests: newDigests(),
+		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, digests: newDigests(),
 		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches),
 		requests: make(chan struct{}, maxRequests),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
@@ -155,7 +161,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	if err := os.MkdirAll(c.Dir, 0o750); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
-	w.store, err = store.Open(ctx, store.Options{Dir: c.Dir, Quota: c.Memory, BufferBytes: bufferBytes, Logger: w.log})
+	w.store, err = store.Open(ctx, store.Options{Dir: c.Dir, Quota: c.Memory, BufferBytes: buffers, Logger: w.log})
 	if err != nil {
 		return nil, err
 	}

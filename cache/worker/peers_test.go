@@ -1,0 +1,243 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// impostor is a member that holds the key and behaves as answer says; answer nil hangs.
+func impostor(t *testing.T, keys wire.Keys, answer func(c net.Conn, req wire.Request)) string {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var wg sync.WaitGroup
+	done := make(chan struct{})
+	wg.Go(func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			wg.Go(func() {
+				defer c.Close()
+				stop := context.AfterFunc(t.Context(), func() { c.Close() })
+				defer stop()
+				if _, err := wire.ServerHandshake(c, dataset, keys); err != nil {
+					return
+				}
+				for {
+					req, err := wire.ReadRequest(c)
+					if err != nil {
+						return
+					}
+					if answer == nil {
+						<-done
+						return
+					}
+					answer(c, req)
+				}
+			})
+		}
+	})
+	t.Cleanup(func() { close(done); l.Close(); wg.Wait() })
+	return l.Addr().String()
+}
+
+// withImpostor starts worker 0 with copies 2 beside an impostor, and returns a file whose first owner the
+// impostor is.
+func withImpostor(t *testing.T, answer func(c net.Conn, req wire.Request)) (tr *tier, i uint32, want []byte) {
+	t.Helper()
+	files := map[string][]byte{}
+	for n := range 30 {
+		files[fmt.Sprintf("f%d", n)] = content(1000, byte(n))
+	}
+	tr = newTier(t, files)
+	tr.config = func(_ int, c *Config) { c.Copies = 2 }
+	w := tr.add(0)
+	tr.setMembers()
+	snap := tr.snapshot()
+	tr.epoch++
+	list := ring.Membership{Epoch: tr.epoch, Members: append([]ring.Member{
+		{ID: "impostor", Addr: impostor(t, tr.keys, answer), State: ring.Ready},
+	}, w.members.view().Members...)}
+	b, err := json.Marshal(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := replaceFile(tr.membersFile(), b); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the list is in force", func() error {
+		if len(w.members.view().Members) != 2 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	for n := range 30 {
+		i = index(t, snap, fmt.Sprintf("/f%d", n))
+		r, _ := snap.Ring(i)
+		if w.members.view().Owners(r, 0, 1)[0].ID == "impostor" {
+			return tr, i, files[fmt.Sprintf("f%d", n)]
+		}
+	}
+	t.Fatal("the impostor owns nothing")
+	return nil, 0, nil
+}
+
+func TestAHungEarlierOwnerIsLeftForTheBucket(t *testing.T) {
+	tr, i, want := withImpostor(t, nil)
+	if p, err := tr.dial(0).read(i, 0, 1000, 0); err != nil || !bytes.Equal(p, want) {
+		t.Fatal(err)
+	}
+}
+
+func TestAnEarlierOwnerThatOnlyWaitsIsWaitedFor(t *testing.T) {
+	var mu sync.Mutex
+	waiting := map[net.Conn]wire.Request{}
+	pings := map[net.Conn]int{}
+	tr, i, want := withImpostor(t, func(c net.Conn, req wire.Request) {
+		mu.Lock()
+		defer mu.Unlock()
+		switch req.Op {
+		case wire.OpRead: // answered only after pings showed that it is alive
+			waiting[c] = req
+		case wire.OpPing:
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID}, nil))
+			if held, ok := waiting[c]; ok {
+				if pings[c]++; pings[c] == 2 {
+					c.Write(wire.AppendFrame(nil, wire.Reply{ID: held.ID, Index: held.Index, Off: held.Off}, bytes.Repeat([]byte{7}, 1000)))
+				}
+			}
+		default:
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Status: wire.UnknownSnapshot}, nil))
+		}
+	})
+	p, err := tr.dial(0).read(i, 0, 1000, 0)
+	if err != nil || !bytes.Equal(p, bytes.Repeat([]byte{7}, 1000)) {
+		t.Fatalf("%v; the bucket has %x", err, want[:4])
+	}
+}
+
+func TestAnEarlierOwnerThatAnswersWronglyIsLeftForTheBucket(t *testing.T) {
+	for name, answer := range map[string]func(c net.Conn, req wire.Request){
+		"flipped bit": func(c net.Conn, req wire.Request) {
+			b := wire.AppendFrame(nil, wire.Reply{ID: req.ID, Index: req.Index, Off: req.Off}, make([]byte, 1000))
+			b[len(b)-1] ^= 1
+			c.Write(b)
+		},
+		"short": func(c net.Conn, req wire.Request) {
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Index: req.Index, Off: req.Off}, make([]byte, 999)))
+		},
+		"empty": func(c net.Conn, req wire.Request) {
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Index: req.Index, Off: req.Off}, nil))
+		},
+		"other file": func(c net.Conn, req wire.Request) {
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Index: req.Index + 1, Off: req.Off}, make([]byte, 1000)))
+		},
+		"not asked for": func(c net.Conn, req wire.Request) {
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID + 1}, make([]byte, 1000)))
+		},
+		"endless message": func(c net.Conn, req wire.Request) {
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Status: wire.Unavailable}, make([]byte, wire.MaxMessage+1)))
+		},
+		"garbage": func(c net.Conn, req wire.Request) { c.Write(bytes.Repeat([]byte("x"), 4096)) },
+		"closes":  func(c net.Conn, req wire.Request) { c.Close() },
+		"internal": func(c net.Conn, req wire.Request) {
+			c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Status: wire.Internal}, []byte("bug")))
+		},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tr, i, want := withImpostor(t, answer)
+			if p, err := tr.dial(0).read(i, 0, 1000, 0); err != nil || !bytes.Equal(p, want) {
+				t.Fatal(err)
+			}
+			if n := tr.workers[0].Status().Refetched; name == "flipped bit" && n != 1 {
+				t.Errorf("%d blocks counted as refetched", n)
+			}
+		})
+	}
+	// What the bucket said of the object to the earlier owner is final.
+	tr, i, _ := withImpostor(t, func(c net.Conn, req wire.Request) {
+		c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID, Status: wire.Changed}, []byte("file:///x: object changed")))
+	})
+	if _, err := tr.dial(0).read(i, 0, 1000, 0); !errors.Is(err, source.ErrChanged) {
+		t.Errorf("changed: %v", err)
+	}
+}
+
+// TestStoppingFinishesWhatIsUnderWay: a reader that waits when the worker is told to stop gets its answer.
+func TestStoppingFinishesWhatIsUnderWay(t *testing.T) {
+	noGoroutines(t)
+	want := content(1000, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	began, free := make(chan struct{}), make(chan struct{})
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		close(began)
+		<-free
+		return nil
+	})
+	c, idle := tr.dial(0), tr.dial(0)
+	c.SetDeadline(time.Now().Add(patience))
+	c.Write(wire.AppendRequest(nil, wire.Request{Op: wire.OpRead, ID: 1, Index: i, Length: 1000}))
+	<-began
+	w := tr.workers[0]
+	closed := make(chan struct{})
+	go func() { w.Close(); close(closed) }()
+	<-w.stopping
+	close(free)
+	if _, p, err := wire.ReadFrame(c.r); err != nil || !bytes.Equal(p, want) {
+		t.Fatalf("%v", err)
+	}
+	<-closed
+	if err := <-tr.done[0]; err != nil {
+		t.Error(err)
+	}
+	idle.SetDeadline(time.Now().Add(patience))
+	if _, err := idle.r.ReadByte(); err == nil {
+		t.Error("an idle connection was left open")
+	}
+	if c, err := net.Dial("tcp", w.Addr().String()); err == nil {
+		c.Close()
+		t.Error("the port is still open")
+	}
+}
+
+// TestAWorkerThatCannotStartLeavesNothing: what New took before it failed is given back.
+func TestAWorkerThatCannotStartLeavesNothing(t *testing.T) {
+	noGoroutines(t)
+	tr := newTier(t, nil)
+	c := tr.configOf(0)
+	c.Control = "127.0.0.1:99999"
+	if _, err := New(context.Background(), c, Deps{}); err == nil || !strings.Contains(err.Error(), "control") {
+		t.Fatalf("%v", err)
+	}
+	c = tr.configOf(0)
+	c.KeysDir += "x"
+	if _, err := New(context.Background(), c, Deps{}); err == nil || !strings.Contains(err.Error(), c.KeysDir) {
+		t.Fatalf("%v", err)
+	}
+	w, err := New(context.Background(), tr.configOf(0), Deps{}) // the store's folder is free again
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	if err := w.Serve(context.Background()); err == nil {
+		t.Error("it serves after Close")
+	}
+}
