@@ -10,6 +10,7 @@ import (
 	"net/http/httptest"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -184,7 +185,9 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		{func(w http.ResponseWriter, _ *http.Request) {
 			http.Error(w, "Client sent an HTTP request to an HTTPS server.", 400)
 		}, source.ErrInvalid, "leave http:// out"},
-		{func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "<html>gateway", 504) }, source.ErrUnavailable, ""},
+		{func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "<html>gateway", http.StatusGatewayTimeout)
+		}, source.ErrUnavailable, ""},
 	} {
 		b := answering(t, source.Config{}, c.answer)
 		_, _, err := get(t.Context(), b, source.Object{Key: "k", Size: 10, Version: etag}, 0, 5)
@@ -319,3 +322,53 @@ func TestRegion(t *testing.T) {
 		t.Errorf("a wrong region: %v", err)
 	}
 }
+
+// A large object passes through a Put in the memory of a few parts.
+func TestPutHoldsFewPartsInMemory(t *testing.T) {
+	var got atomic.Int64
+	b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+		n, err := io.Copy(io.Discard, r.Body)
+		if err != nil {
+			t.Error(err)
+		}
+		switch q := r.URL.Query(); {
+		case q.Has("uploads"):
+			fmt.Fprint(w, `<InitiateMultipartUploadResult><UploadId>u</UploadId></InitiateMultipartUploadResult>`)
+		case r.Method == http.MethodPut:
+			got.Add(n)
+			w.Header().Set("ETag", `"`+etag+`"`)
+		default:
+			fmt.Fprintf(w, `<CompleteMultipartUploadResult><Bucket>bucket</Bucket><Key>k</Key><ETag>"%s-1"</ETag></CompleteMultipartUploadResult>`, etag)
+		}
+	})
+	const size = 384 << 20
+	live := func() uint64 {
+		runtime.GC()
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before, most, read := live(), uint64(0), 0
+	content := readerFunc(func(p []byte) (int, error) {
+		if read%(32<<20) == 0 {
+			most = max(most, live())
+		}
+		n := min(len(p), size-read, 32<<20-read%(32<<20))
+		read += n
+		if n == 0 {
+			return 0, io.EOF
+		}
+		return n, nil
+	})
+	o, err := b.Put(t.Context(), "k", content, -1)
+	if err != nil || o.Size != size || got.Load() != size {
+		t.Fatalf("%+v, %d bytes arrived, %v", o, got.Load(), err)
+	}
+	if grown := int64(most) - int64(before); grown > 128<<20 {
+		t.Errorf("%d bytes live while putting %d", grown, size)
+	}
+}
+
+type readerFunc func([]byte) (int, error)
+
+func (f readerFunc) Read(p []byte) (int, error) { return f(p) }

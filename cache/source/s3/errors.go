@@ -69,79 +69,79 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 	}
 	var r minio.ErrorResponse
 	if !errors.As(err, &r) {
-		e.Kind, e.Hint = b.network(seen)
+		e.Hint, e.Kind = b.network(seen)
 		if seen.err != nil {
 			e.Err = seen.err
 		}
 		return e
 	}
-	e.Kind, e.Hint = b.kind(r)
+	e.Hint, e.Kind = b.kind(r)
 	e.Err = fmt.Errorf("%s: %w", r.Code, err)
 	return e
 }
 
 // network judges an error without an answer, or with one that could not be read.
-func (b *Bucket) network(seen *answer) (kind error, hint string) {
+func (b *Bucket) network(seen *answer) (hint string, kind error) {
 	var certificate *tls.CertificateVerificationError
 	var plain tls.RecordHeaderError
 	var dns *net.DNSError
 	switch {
 	case errors.As(seen.err, &plain):
-		return source.ErrInvalid, "the store does not speak TLS: write http:// in front of the endpoint"
+		return "the store does not speak TLS: write http:// in front of the endpoint", source.ErrInvalid
 	case errors.As(seen.err, &certificate):
-		return source.ErrInvalid, "the store's certificate is not trusted: add its authority to the system's, or write http:// for a connection without TLS"
+		return "the store's certificate is not trusted: add its authority to the system's, or write http:// for a connection without TLS", source.ErrInvalid
 	case errors.As(seen.err, &dns) && dns.IsNotFound:
-		return source.ErrUnavailable, "the endpoint's name is not known: check endpoint and region"
+		return "the endpoint's name is not known: check endpoint and region", source.ErrUnavailable
 	case seen.err == nil && seen.status == http.StatusOK:
-		return source.ErrUnavailable, "the answer is cut short or not S3's"
+		return "the answer is cut short or not S3's", source.ErrUnavailable
 	}
-	return source.ErrUnavailable, ""
+	return "", source.ErrUnavailable
 }
 
 // kind judges an answer by its code, and by its status where the code is another store's own.
-func (b *Bucket) kind(r minio.ErrorResponse) (kind error, hint string) {
+func (b *Bucket) kind(r minio.ErrorResponse) (hint string, kind error) {
 	switch r.Code {
 	case "NoSuchKey", "NoSuchVersion", "NoSuchUpload":
-		return source.ErrNotFound, ""
+		return "", source.ErrNotFound
 	case "NoSuchBucket":
-		return source.ErrNoBucket, b.bucketHint()
+		return b.bucketHint(), source.ErrNoBucket
 	case "PreconditionFailed":
-		return source.ErrChanged, ""
+		return "", source.ErrChanged
 	case "SlowDown", "SlowDownRead", "SlowDownWrite", "TooManyRequests", "RequestLimitExceeded", "Throttling", "ThrottlingException":
-		return source.ErrThrottled, ""
+		return "", source.ErrThrottled
 	case "RequestTimeTooSkewed":
-		return source.ErrDenied, "set this machine's clock"
+		return "set this machine's clock", source.ErrDenied
 	case "AuthorizationHeaderMalformed", "PermanentRedirect", "TemporaryRedirect", "InvalidRegion", "IllegalLocationConstraintException":
 		if r.Region != "" && r.Region != b.config.Region {
-			return source.ErrInvalid, fmt.Sprintf("the bucket is in region %s: set region: %s", r.Region, r.Region)
+			return fmt.Sprintf("the bucket is in region %s: set region: %s", r.Region, r.Region), source.ErrInvalid
 		}
-		return source.ErrInvalid, "the bucket is in another region or behind another endpoint: set region and endpoint"
+		return "the bucket is in another region or behind another endpoint: set region and endpoint", source.ErrInvalid
 	case "InvalidObjectState":
-		return source.ErrInvalid, "the object is archived: restore it first"
+		return "the object is archived: restore it first", source.ErrInvalid
 	case "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted":
 		if r.StatusCode != 0 { // minio-go's own InternalError is about an answer it cannot use
-			return source.ErrUnavailable, ""
+			return "", source.ErrUnavailable
 		}
 	case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired":
-		return source.ErrDenied, b.credentialsHint(r.Code)
+		return b.credentialsHint(r.Code), source.ErrDenied
 	}
 	switch s := r.StatusCode; {
 	case s == http.StatusNotFound:
-		return source.ErrNotFound, ""
+		return "", source.ErrNotFound
 	case s == http.StatusPreconditionFailed:
-		return source.ErrChanged, ""
+		return "", source.ErrChanged
 	case s == http.StatusUnauthorized, s == http.StatusForbidden:
-		return source.ErrDenied, b.credentialsHint(r.Code)
+		return b.credentialsHint(r.Code), source.ErrDenied
 	case s == http.StatusTooManyRequests:
-		return source.ErrThrottled, ""
+		return "", source.ErrThrottled
 	case s == http.StatusRequestTimeout, s >= 500 && s != http.StatusNotImplemented:
-		return source.ErrUnavailable, ""
+		return "", source.ErrUnavailable
 	case s == http.StatusMovedPermanently, s == http.StatusTemporaryRedirect:
-		return source.ErrInvalid, "the bucket is in another region or behind another endpoint: set region and endpoint"
+		return "the bucket is in another region or behind another endpoint: set region and endpoint", source.ErrInvalid
 	case s == http.StatusBadRequest && b.plain() && strings.HasPrefix(r.Code, "400"): // not S3's XML
-		return source.ErrInvalid, "if the store speaks TLS, leave http:// out of the endpoint"
+		return "if the store speaks TLS, leave http:// out of the endpoint", source.ErrInvalid
 	}
-	return source.ErrInvalid, ""
+	return "", source.ErrInvalid
 }
 
 func (b *Bucket) plain() bool { return b.core.EndpointURL().Scheme == "http" }

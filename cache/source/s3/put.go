@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/md5"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -29,6 +30,10 @@ const (
 // abortTimeout bounds the removal of the parts of a Put that failed, which goes on after its context
 // ended.
 const abortTimeout = 30 * time.Second
+
+// grace is how long requests under way may go on after a Put failed or was canceled: a part whose
+// request is cut off may still become one after the upload was aborted, and then stay for ever.
+const grace = 5 * time.Second
 
 // Put implements source.Putter. Every request carries the MD5 of its bytes, which the store checks.
 func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (source.Object, error) {
@@ -95,13 +100,24 @@ func patience(n int64) source.RetryOptions {
 	return source.RetryOptions{Slack: time.Duration(n/(128<<10)) * time.Second}
 }
 
+// signed is the SHA-256 that the request's signature covers, so that nobody on a plain connection can
+// change the bytes; TLS needs none. Signing chunk by chunk instead, minio-go's default, is what fewer
+// stores understand, and one of them loses count of the connection's bytes after an empty object.
+func (b *Bucket) signed(p []byte) string {
+	if !b.plain() {
+		return ""
+	}
+	sum := sha256.Sum256(p)
+	return hex.EncodeToString(sum[:])
+}
+
 func (b *Bucket) putWhole(ctx context.Context, key string, p []byte) (source.Object, error) {
-	sum := md5.Sum(p)
+	sum, signed := md5.Sum(p), b.signed(p)
 	var info minio.UploadInfo
 	err := source.Try(ctx, patience(int64(len(p))), func(ctx context.Context) (err error) {
 		ctx, seen := watch(ctx)
 		info, err = b.core.PutObject(ctx, b.name, key, bytes.NewReader(p), int64(len(p)),
-			base64.StdEncoding.EncodeToString(sum[:]), "", minio.PutObjectOptions{})
+			base64.StdEncoding.EncodeToString(sum[:]), signed, minio.PutObjectOptions{DisableContentSha256: true})
 		if err != nil {
 			return b.fail(ctx, "put", key, seen, err)
 		}
@@ -110,7 +126,11 @@ func (b *Bucket) putWhole(ctx context.Context, key string, p []byte) (source.Obj
 	if err != nil {
 		return source.Object{}, err
 	}
-	return b.put(ctx, key, info.ETag, int64(len(p)))
+	o, err := b.put(ctx, key, info.ETag, int64(len(p)))
+	if err == nil && info.ETag == hex.EncodeToString(sum[:]) { // else encrypted, and no digest
+		o.Digest = source.Digest{Algorithm: source.MD5, Sum: sum[:]}
+	}
+	return o, err
 }
 
 // put describes what was put. A store that gives no ETag is asked for what it does give.
@@ -119,8 +139,7 @@ func (b *Bucket) put(ctx context.Context, key, etag string, size int64) (source.
 	if etag == "" {
 		return b.Stat(ctx, key)
 	}
-	return source.Object{Key: key, Size: size, Version: etag, ModTime: time.Now().UTC().Truncate(time.Second),
-		Digest: digest(minio.ObjectInfo{ETag: etag}, true)}, nil
+	return source.Object{Key: key, Size: size, Version: etag, ModTime: time.Now().UTC().Truncate(time.Second)}, nil
 }
 
 // putParts puts an object of several parts, a few of them at once.
@@ -161,9 +180,11 @@ func (b *Bucket) sendParts(ctx context.Context, key, upload string, buf []byte, 
 	for range spare {
 		free <- nil
 	}
-	ctx, cancel := context.WithCancel(ctx)
-	defer cancel()
-	g, gctx := errgroup.WithContext(ctx)
+	sending, stop := context.WithCancel(context.WithoutCancel(ctx))
+	defer stop()
+	giveUp := func() { time.AfterFunc(grace, stop) }
+	defer context.AfterFunc(ctx, giveUp)()
+	g, failed := errgroup.WithContext(sending)
 	var results []*minio.CompletePart
 	left, last := size, false
 read:
@@ -172,7 +193,10 @@ read:
 			var spare []byte
 			select {
 			case spare = <-free:
-			case <-gctx.Done():
+			case <-failed.Done():
+				break read
+			case <-ctx.Done():
+				err = &source.Error{Op: "put", Name: b.object(key), Kind: source.ContextKind(ctx), Err: ctx.Err()}
 				break read
 			}
 			if spare == nil {
@@ -197,14 +221,15 @@ read:
 		done := &minio.CompletePart{PartNumber: number}
 		results = append(results, done)
 		p := buf // buf is the next part's by the time this one is sent
-		sum := md5.Sum(p)
+		sum, signed := md5.Sum(p), b.signed(p)
 		sums = append(sums, sum[:]...)
 		g.Go(func() error {
 			defer func() { free <- p[:cap(p)] }()
-			return source.Try(gctx, patience(int64(len(p))), func(ctx context.Context) error {
+			return source.Try(sending, patience(int64(len(p))), func(ctx context.Context) error {
 				ctx, seen := watch(ctx)
 				sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, bytes.NewReader(p), int64(len(p)),
-					minio.PutObjectPartOptions{Md5Base64: base64.StdEncoding.EncodeToString(sum[:])})
+					minio.PutObjectPartOptions{
+						Md5Base64: base64.StdEncoding.EncodeToString(sum[:]), Sha256Hex: signed, DisableContentSha256: true})
 				if err != nil {
 					return b.fail(ctx, "put", key, seen, err)
 				}
@@ -217,9 +242,8 @@ read:
 		}
 	}
 	if err != nil {
-		// The store has no use for the rest, but the senders must be through before the parts are removed.
-		cancel()
-		_ = g.Wait()
+		giveUp()
+		_ = g.Wait() // what else failed does not matter any more
 		return nil, nil, 0, err
 	}
 	if err := g.Wait(); err != nil {
@@ -266,6 +290,9 @@ func (b *Bucket) abort(ctx context.Context, key, upload string, err error) error
 		ctx, seen := watch(ctx)
 		if err := b.core.AbortMultipartUpload(ctx, b.name, key, upload); err != nil {
 			return b.fail(ctx, "put", key, seen, err)
+		}
+		if left, err := b.core.ListObjectParts(ctx, b.name, key, upload, 0, 1); err == nil && len(left.ObjectParts) > 0 {
+			return &source.Error{Op: "put", Name: b.object(key), Kind: source.ErrUnavailable, Err: errors.New("a part came after the upload was aborted")}
 		}
 		return nil
 	})
