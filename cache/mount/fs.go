@@ -106,7 +106,8 @@ func (f *fileSystem) attr(i catalog.Index, n *catalog.Node, a *fuse.Attr) {
 		Owner: fuse.Owner{Uid: *f.opt.UID, Gid: *f.opt.GID},
 	}
 	if n.Dir {
-		a.Mode, a.Nlink, a.Size, a.Blocks = unix.S_IFDIR|f.opt.DirMode, 2, 0, 0
+		// One link, not two and one for each sub-directory: programs take one for "not counted".
+		a.Mode, a.Size, a.Blocks = unix.S_IFDIR|f.opt.DirMode, 0, 0
 	}
 	a.SetTimes(&t, &t, &t)
 }

@@ -114,7 +114,7 @@ type Options struct {
 	// costs a descriptor. Zero means 4,096. Files beyond it are read through the Reader.
 	Leases int
 	// IdleLeases of them, at most, are kept for IdleTime after the last close, so that opening the file again
-	// costs nothing. Zero means 64 and 5 s.
+	// costs nothing. Zero means 64 and 5 s; negative IdleLeases none.
 	IdleLeases int
 	IdleTime   time.Duration
 	// Logger takes what cannot be returned; nil means slog.Default.
@@ -192,6 +192,9 @@ type Server struct {
 // first, lazily: its users keep their errors, the path is free. ctx bounds the mounting only.
 func Mount(ctx context.Context, dir string, snap *catalog.Snapshot, r Reader, o Options) (*Server, error) {
 	o = o.withDefaults()
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("mount dataset %q at %s: %w", o.Dataset, dir, err)
+	}
 	dir, err := mountinfo.Resolve(dir)
 	if err != nil {
 		return nil, fmt.Errorf("mount dataset %q: %w", o.Dataset, err)
@@ -257,14 +260,18 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 			o.Logger.Warn("files open by passthrough when the mount's last server went are not looked after", "dir", dir, "error", err)
 		}
 	}
-	m.fs.pass.run()
-	if at, err := mountinfo.At(dir); err == nil && len(at) > 0 && at[0].Type == FSType {
-		m.dev = device{at[0].Major, at[0].Minor}
+	if m.fs.mode == Passthrough {
+		m.fs.pass.run()
 	}
 	if s == nil {
+		if at, err := mountinfo.At(dir); err == nil && len(at) > 0 && at[0].Type == FSType {
+			m.settings.Major, m.settings.Minor = at[0].Major, at[0].Minor
+		}
 		table.succeed()
+		m.dev = device{m.settings.Major, m.settings.Minor}
 		m.guard = holdGuard(m.dev)
 	} else {
+		m.dev = device{s.Major, s.Minor}
 		m.work.Go(func() { m.succeed(ctx, conn, table) })
 	}
 	go func() {
@@ -370,7 +377,7 @@ func (m *Server) Unmount() error {
 
 func (m *Server) unmount() (busy bool, err error) {
 	if m.dev == (device{}) {
-		return false, errors.New("the mount cannot be seen from here (another mount namespace)")
+		return false, errors.New("it could not be found among the mounts when it was made")
 	}
 	at, err := mountinfo.At(m.dir)
 	if err != nil {

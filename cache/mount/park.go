@@ -18,6 +18,9 @@ import (
 type Settings struct {
 	// Dir is where the file system is mounted.
 	Dir string `json:"dir"`
+	// Major and Minor are its device there.
+	Major uint32 `json:"major"`
+	Minor uint32 `json:"minor"`
 	// Snapshot is the digest of what it shows.
 	Snapshot catalog.Digest `json:"snapshot"`
 	Mode     Mode           `json:"mode"`
