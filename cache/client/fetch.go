@@ -35,6 +35,9 @@ const (
 	bucketTries = 4
 	// patience is how many rounds a refusal is questioned while other workers cannot be reached.
 	patience = 6
+	// settle is how many rounds an owner that does not have the snapshot is given to get it, before another
+	// worker reads a block through that the owner would soon serve to all. They take about two seconds.
+	settle = 10
 	// busyTries is how often a worker that is overloaded, or throttled by the bucket, is asked again
 	// before another one is.
 	busyTries = 6
@@ -51,7 +54,7 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 	for round := 1; ; round++ {
 		changed := c.members.wait() // before planning, so that no change is missed
 		seen := c.members.view()
-		r := c.round(ctx, seen, w, dst)
+		r := c.round(ctx, seen, w, dst, round)
 		if r.ok {
 			return nil
 		}
@@ -184,16 +187,23 @@ func (c *Client) plan(v *view, w piece) []step {
 }
 
 // round asks workers in the order of the plan until one answers.
-func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte) outcome {
+func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte, n int) outcome {
 	var o outcome
 	bucket := 0
+	settling := false // an owner is getting the snapshot
 	failed := make(map[*peer]bool)
 	for i, s := range c.plan(v, w) {
 		if failed[s.peer] {
 			continue
 		}
+		if settling && s.flags&wire.FlagReadThrough != 0 {
+			return o
+		}
 		err := c.try(ctx, s, w, dst)
 		if err == nil {
+			if s.peer.strange.Load() {
+				s.peer.strange.Store(false)
+			}
 			if i > 0 {
 				c.count.fallbacks.Add(1)
 			}
@@ -215,6 +225,11 @@ func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte) outcom
 			failed[s.peer] = true
 		} else if c.members.view() != v {
 			return o // there is a newer list already: plan anew
+		}
+		if errors.Is(err, wire.ErrUnknownSnapshot) && s.flags == 0 && !s.peer.strange.Load() {
+			if settling = n < settle; !settling {
+				s.peer.strange.Store(true) // it will not get it: nobody waits for that again
+			}
 		}
 		if bucketError(err) {
 			if bucket++; bucket >= bucketTries {

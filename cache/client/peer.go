@@ -33,7 +33,9 @@ type peer struct {
 	slots  slots
 	ctx    context.Context
 	cancel context.CancelFunc
-	told   atomic.Uint64 // the newest epoch that it announced and was asked about
+	// strange is set when it did not get the client's snapshot in good time.
+	strange atomic.Bool
+	told    atomic.Uint64 // the newest epoch that it announced and was asked about
 
 	mu      sync.Mutex
 	conns   []*conn

@@ -404,29 +404,48 @@ func TestAWorkerThatAnnouncesAnEpochItDoesNotHaveIsNotAskedForever(t *testing.T)
 	}
 }
 
-func TestUnknownSnapshotIsAskedOfOthersAndThenAgain(t *testing.T) {
+func TestAnOwnerWithoutTheSnapshotIsGivenTimeBeforeOthersReadThrough(t *testing.T) {
 	ctx := testContext(t)
 	k := newTier(t, map[string][]byte{"f": content(1, 1<<20)})
-	k.start("a", "b")
+	k.start("a", "b", "c")
 	c := k.dial(nil)
 	ws := k.owners("f", 0)
-	unknown := func(wire.Request) *answer { return &answer{status: wire.UnknownSnapshot, text: "restarted"} }
-	ws[0].set(unknown)
-	if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 1<<20); err != nil {
-		t.Fatal(err)
-	}
-	// Both restarted: the first learns the snapshot after a few rounds.
-	ws[1].set(unknown)
 	var n atomic.Int64
+	unknown := func(wire.Request) *answer { return &answer{status: wire.UnknownSnapshot, text: "restarted"} }
 	ws[0].set(func(r wire.Request) *answer {
-		if n.Add(1) < 4 {
+		if n.Add(1) < settle {
 			return unknown(r)
 		}
 		return nil
 	})
-	c.Forget(k.index("f"))
 	if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 1<<20); err != nil {
 		t.Fatal(err)
+	}
+	if len(ws[1].seen())+len(ws[2].seen()) > 0 {
+		t.Fatal("another worker read through what the owner was about to serve")
+	}
+	// A copy may be asked at once.
+	n.Store(0)
+	c2 := k.dial(func(c *Config) { c.Copies = 2 })
+	ws[1].set(func(wire.Request) *answer { return &answer{} }) // it knows of the copies
+	if err := checkRead(ctx, c2, k.index("f"), k.data["f"], 0, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+	if len(ws[1].seen()) != 1 || n.Load() != 1 {
+		t.Fatalf("asked %d and %d times", n.Load(), len(ws[1].seen()))
+	}
+	// One that never gets it holds up one read, and no other.
+	ws[0].set(func(r wire.Request) *answer { n.Add(1); return unknown(r) })
+	ws[1].set(nil)
+	for range 5 {
+		n.Store(0)
+		c.Forget(k.index("f"))
+		if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if n.Load() != 1 {
+		t.Fatalf("asked %d times", n.Load())
 	}
 }
 
