@@ -52,13 +52,6 @@ func (p *problems) set(kind problem, err error) {
 	}
 }
 
-// get is the problem of one kind; nil when there is none.
-func (p *problems) get(kind problem) error {
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return p.errs[kind]
-}
-
 // String is all problems for people, one after the other; empty when there is none.
 func (p *problems) String() string {
 	p.mu.Lock()
