@@ -14,6 +14,7 @@ import (
 	"strings"
 	"syscall"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -385,6 +386,11 @@ func storeMain() {
 			}
 			b.Release()
 		}
+	}
+	for written := false; !written; time.Sleep(time.Millisecond) {
+		s.mu.Lock()
+		written = s.journal.bytes.Load() == s.live+int64(len(journalMagic))
+		s.mu.Unlock()
 	}
 	fmt.Println("filled")
 	select {}

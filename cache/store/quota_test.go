@@ -11,6 +11,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/ring"
 )
@@ -39,11 +40,13 @@ func TestQuotaHoldsWhileTenTimesItIsReadThroughConcurrently(t *testing.T) {
 	stop := make(chan struct{})
 	var watch, readers sync.WaitGroup
 	watch.Go(func() {
+		look := time.NewTicker(time.Millisecond)
+		defer look.Stop()
 		for {
 			select {
 			case <-stop:
 				return
-			default:
+			case <-look.C:
 			}
 			if st := s.Stats(); st.Used > st.Quota {
 				t.Errorf("above the quota: %+v", st)
@@ -53,7 +56,6 @@ func TestQuotaHoldsWhileTenTimesItIsReadThroughConcurrently(t *testing.T) {
 				t.Errorf("the tmpfs holds %d bytes of a quota of %d: %v", used, int64(quota), err)
 				return
 			}
-			runtime.Gosched()
 		}
 	})
 	var next atomic.Int64
