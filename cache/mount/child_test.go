@@ -12,9 +12,12 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"testing"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 )
 
 // Some of what is tested needs another process: one that is killed, one that maps a file (a page fault would
@@ -42,7 +45,7 @@ func child(what string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	f := map[string]func(order) error{"mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported}[what]
+	f := map[string]func(order) error{"mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
 	if f == nil {
 		fmt.Fprintln(os.Stderr, "no such child:", what)
 		return 2
@@ -115,6 +118,44 @@ func errno(err error) unix.Errno {
 }
 
 func childSupported(order) error { return Supported() }
+
+// childUser mounts without being root, reads, and unmounts while the file is still open.
+func childUser(o order) error {
+	all := served()
+	s, err := buildSnapshot(all)
+	if err != nil {
+		return err
+	}
+	m, err := Mount(context.Background(), o.Path, s, newMemory(s, all), Options{Dataset: "user"})
+	if err != nil {
+		return err
+	}
+	f, err := os.Open(filepath.Join(o.Path, "big"))
+	if err != nil {
+		return err
+	}
+	if err := errors.Join(sameAt(f, all["big"]), m.Unmount()); err != nil {
+		return err
+	}
+	if at, err := mountinfo.At(o.Path); err != nil || len(at) != 0 {
+		return fmt.Errorf("still mounted: %v %w", at, err)
+	}
+	if err := errors.Join(sameAt(f, all["big"]), f.Close()); err != nil {
+		return err
+	}
+	m.Wait()
+	// And what a dead process left.
+	m, err = Mount(context.Background(), o.Path, s, newMemory(s, all), Options{Dataset: "user"})
+	if err != nil {
+		return err
+	}
+	m.guard.Close() // as if it were gone
+	m, err = Mount(context.Background(), o.Path, s, newMemory(s, all), Options{Dataset: "user"})
+	if err != nil {
+		return err
+	}
+	return errors.Join(sameBytes(filepath.Join(o.Path, "small"), all["small"]), m.Unmount())
+}
 
 // served is what the mounts of served children show.
 func served() files {

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"os/exec"
+	"slices"
 	"strings"
 	"unsafe"
 
@@ -32,7 +33,7 @@ const (
 
 // Supported says whether this process can mount at all, and if not, what is missing and how to get it.
 func Supported() error {
-	conn, err := openDevice()
+	conn, err := openDevice() // fusermount3 opens it as the user, too
 	if err != nil {
 		return err
 	}
@@ -40,10 +41,8 @@ func Supported() error {
 	if hasCap(unix.CAP_SYS_ADMIN) {
 		return nil
 	}
-	if _, err := fusermount(); err != nil {
-		return err
-	}
-	return nil
+	_, err = fusermount()
+	return err
 }
 
 // openDevice opens /dev/fuse, blocking: os.OpenFile would make it non-blocking for every copy of it.
@@ -147,6 +146,10 @@ func fusermountMount(ctx context.Context, dir, source string, options []string) 
 	}
 	ours, theirs := os.NewFile(uintptr(pair[0]), "fusermount"), os.NewFile(uintptr(pair[1]), "fusermount")
 	defer ours.Close()
+	if os.Getuid() != 0 && !userAllowOther() {
+		// The helper would refuse. What this user starts can read the mount all the same.
+		options = slices.DeleteFunc(slices.Clone(options), func(o string) bool { return o == "allow_other" })
+	}
 	options = append([]string{"nosuid", "nodev", "ro", "fsname=" + source, "subtype=" + subtype}, options...)
 	cmd := exec.CommandContext(ctx, bin, "-o", strings.Join(options, ","), "--", dir)
 	cmd.Env = append(os.Environ(), "_FUSE_COMMFD=3")
@@ -170,6 +173,17 @@ func fusermountMount(ctx context.Context, dir, source string, options []string) 
 		return nil, fmt.Errorf("%s: no descriptor (%v)", bin, err)
 	}
 	return os.NewFile(uintptr(fds[0]), devFuse), nil
+}
+
+// userAllowOther says whether users who are not root may let others into their mounts.
+func userAllowOther() bool {
+	b, _ := os.ReadFile("/etc/fuse.conf")
+	for line := range strings.Lines(string(b)) {
+		if strings.TrimSpace(line) == "user_allow_other" {
+			return true
+		}
+	}
+	return false
 }
 
 // fusermountUnmount has the helper unmount.

@@ -13,7 +13,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -285,5 +284,3 @@ func eventually(t testing.TB, what string, f func() bool) {
 }
 
 func hexOf(b []byte) string { return fmt.Sprintf("%x", b) }
-
-func nobody() *syscall.Credential { return &syscall.Credential{Uid: 65534, Gid: 65534} }

@@ -93,8 +93,8 @@ type Options struct {
 	Dataset string
 	// Mode is Auto unless one of the modes is forced.
 	Mode Mode
-	// Private keeps other users out: without it the mount has allow_other (which needs root, or
-	// user_allow_other in /etc/fuse.conf).
+	// Private keeps other users out. Without it they may read, if this is root or user_allow_other is set in
+	// /etc/fuse.conf.
 	Private bool
 	// FileMode and DirMode are the permissions of files and directories; zero means 0444 and 0555.
 	FileMode, DirMode uint32
