@@ -69,10 +69,9 @@ func getAll(ctx context.Context, c *client.Client, i catalog.Index, dest string,
 	var files []catalog.Index
 	var bytes int64
 	collect := func(j catalog.Index) bool {
-		if n, _ := s.Node(j); !n.Dir {
-			files = append(files, j)
-			bytes += n.Size
-		}
+		n, _ := s.Node(j)
+		files = append(files, j)
+		bytes += n.Size
 		return true
 	}
 	if n, _ := s.Node(i); n.Dir {

@@ -140,7 +140,7 @@ func lsCommand() *cobra.Command {
 	t.add(cmd)
 	output := jsonFlag(cmd)
 	cmd.Flags().BoolVarP(&long, "long", "l", false, "show size, time and version")
-	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list what is below too")
+	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list all files below")
 	cmd.RunE = func(cmd *cobra.Command, a []string) error {
 		if err := checkOutput(*output); err != nil {
 			return err

@@ -141,7 +141,7 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 	files := map[catalog.Index]bool{}
 	var total int64
 	add := func(i catalog.Index) bool {
-		if n, _ := s.Node(i); !n.Dir && !files[i] {
+		if n, _ := s.Node(i); !files[i] {
 			files[i] = true
 			total += n.Size
 		}

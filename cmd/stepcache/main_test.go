@@ -1,0 +1,488 @@
+package main
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"strings"
+	"syscall"
+	"testing"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/mount"
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+	"github.com/stepcache/stepcache/test/bucket"
+)
+
+// asProgram makes the test binary, and every process that it starts, be stepcache itself.
+const asProgram = "STEPCACHE_TEST_PROGRAM"
+
+func TestMain(m *testing.M) {
+	if os.Getenv(asProgram) != "" {
+		main()
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// patience bounds what normally takes a second; two loaded cores take longer.
+const patience = 2 * time.Minute
+
+// program prepares a run of stepcache in a temporary folder of its own.
+func program(t *testing.T, dir string, args ...string) *exec.Cmd {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	t.Cleanup(cancel)
+	cmd := exec.CommandContext(ctx, self, args...)
+	cmd.Env = append(os.Environ(), asProgram+"=1", "TMPDIR="+dir, "STEPCACHE_TIER=")
+	cmd.WaitDelay = 10 * time.Second
+	return cmd
+}
+
+// tempDir is a folder with a short name: sockets are below it. Mounts that a failed test left are taken
+// away before it is removed.
+func tempDir(t *testing.T) string {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "sc")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		if below, err := mountinfo.Below(dir); err == nil {
+			for _, m := range below {
+				_, _ = mountinfo.Detach(m.Point, nil)
+			}
+		}
+		_ = os.RemoveAll(dir)
+	})
+	return dir
+}
+
+// run runs stepcache to its end.
+func run(t *testing.T, dir string, args ...string) (stdout, stderr string, status int) {
+	t.Helper()
+	cmd := program(t, dir, args...)
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	err := cmd.Run()
+	var exit *exec.ExitError
+	if err != nil && !errors.As(err, &exit) {
+		t.Fatalf("stepcache %v: %v\n%s", args, err, errs.String())
+	}
+	return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+}
+
+// fixture is a bucket with a few objects, and the manifests of a Dataset of it.
+type fixture struct {
+	server    *bucket.Server
+	dir       string // TMPDIR of the program
+	manifests string
+	objects   map[string][]byte
+}
+
+func (f *fixture) sums() string {
+	var b strings.Builder
+	for _, k := range []string{"dir/small", "empty", "large"} {
+		sum := sha256.Sum256(f.objects[k])
+		fmt.Fprintf(&b, "%s  %s\n", hex.EncodeToString(sum[:]), k)
+	}
+	return b.String()
+}
+
+const manifests = `apiVersion: v1
+kind: Secret
+metadata: {name: access-key}
+stringData: {accessKeyID: %[2]s, accessKeySecret: %[3]s}
+---
+apiVersion: data.stepcache.dev/v1alpha1
+kind: Dataset
+metadata: {name: data}
+spec:
+  mounts:
+  - source: s3://fixture/
+    endpoint: %[1]s
+    region: us-east-1
+    credentialsSecretRef: {name: access-key}
+  workers: {replicas: 2, memory: %[4]s}
+---
+apiVersion: data.stepcache.dev/v1alpha1
+kind: DataLoad
+metadata: {name: warm}
+spec: {datasetRef: {name: data}, pin: %[5]t}
+`
+
+func newFixture(t *testing.T) *fixture {
+	t.Helper()
+	f := &fixture{server: bucket.StartT(t, bucket.Options{}), dir: tempDir(t), objects: map[string][]byte{
+		"large":     bytes.Repeat([]byte("0123456789abcdef"), 9<<16), // 9 MiB: three blocks
+		"dir/small": []byte("small\n"),
+		"empty":     nil,
+	}}
+	for k, v := range f.objects {
+		f.server.PutT(t, "fixture", k, v)
+	}
+	f.write(t, bucket.SecretKey, "64Mi", false)
+	return f
+}
+
+func (f *fixture) write(t *testing.T, secret, memory string, pin bool) {
+	t.Helper()
+	f.manifests = filepath.Join(f.dir, "manifests.yaml")
+	text := fmt.Sprintf(manifests, f.server.Endpoint(), bucket.AccessKey, secret, memory, pin)
+	if err := os.WriteFile(f.manifests, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// nothingLeft checks that no folder of a run, no mount and no process is left.
+func (f *fixture) nothingLeft(t *testing.T) {
+	t.Helper()
+	runs, err := filepath.Glob(filepath.Join(f.dir, "stepcache-*", "*"))
+	if err != nil || len(runs) > 0 {
+		t.Errorf("left folders %v (%v)", runs, err)
+	}
+	below, err := mountinfo.Below(f.dir)
+	if err != nil || len(below) > 0 {
+		t.Errorf("left mounts %v (%v)", below, err)
+	}
+	// Every process of a run names the run's folder in its arguments.
+	all, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	for _, p := range all {
+		if b, err := os.ReadFile(p); err == nil && bytes.Contains(b, []byte(f.dir+"/stepcache-")) {
+			t.Errorf("left process %s: %q", filepath.Dir(p), b)
+		}
+	}
+}
+
+func needMount(t *testing.T) {
+	t.Helper()
+	if err := mount.Supported(); err != nil {
+		t.Skipf("no FUSE mount here: %v", err)
+	}
+}
+
+const sumAll = `cd "$STEPCACHE_DATASET" && sha256sum dir/small empty large`
+
+func TestLocalRunsACommandAndLeavesNothing(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	mnt := filepath.Join(f.dir, "mnt")
+	stdout, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", mnt, "--", "sh", "-c", sumAll)
+	if status != 0 || stdout != f.sums() {
+		t.Fatalf("status %d, stdout:\n%swant:\n%sstderr:\n%s", status, stdout, f.sums(), stderr)
+	}
+	for _, want := range []string{"load default/warm: 9.0 MiB of 9.0 MiB resident", "default/data"} {
+		if !strings.Contains(stderr, want) {
+			t.Errorf("stderr lacks %q:\n%s", want, stderr)
+		}
+	}
+	f.nothingLeft(t)
+	if _, err := os.Stat(mnt); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("the folder of the mount is left: %v", err)
+	}
+}
+
+func TestLocalKeepsFoldersThatItDidNotMake(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	target := filepath.Join(f.dir, "mnt", "data")
+	if err := os.MkdirAll(target, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if _, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", filepath.Dir(target), "--", "true"); status != 0 {
+		t.Fatalf("status %d: %s", status, stderr)
+	}
+	if _, err := os.Stat(target); err != nil {
+		t.Error(err)
+	}
+	f.nothingLeft(t)
+}
+
+func TestLocalExitStatus(t *testing.T) {
+	f := newFixture(t)
+	for _, c := range []struct {
+		args   []string
+		status int
+		says   string
+	}{
+		{[]string{"-f", f.manifests, "--", "sh", "-c", "exit 7"}, 7, ""},
+		{[]string{"-f", f.manifests, "--", "sh", "-c", "kill -9 $$"}, 128 + 9, ""},
+		{[]string{"-f", f.manifests, "--", "/no/such/program"}, 1, "/no/such/program"},
+		{[]string{"--", "true"}, 2, "-f is missing"},
+		{[]string{"-f", f.manifests, "true"}, 2, "put -- in front"},
+		{[]string{"-f", f.manifests, "--memory", "much", "--", "true"}, 2, "--memory"},
+		{[]string{"-f", f.manifests, "--nonsense"}, 2, "nonsense"},
+		{[]string{"-f", filepath.Join(f.dir, "absent.yaml"), "--", "true"}, 1, "absent.yaml"},
+	} {
+		stdout, stderr, status := run(t, f.dir, append([]string{"local"}, c.args...)...)
+		if status != c.status || !strings.Contains(stderr, c.says) {
+			t.Errorf("%v: status %d, want %d with %q in:\n%s%s", c.args, status, c.status, c.says, stdout, stderr)
+		}
+	}
+	f.nothingLeft(t)
+}
+
+func TestLocalSaysWhatIsWrongWithTheBucket(t *testing.T) {
+	f := newFixture(t)
+	f.write(t, "wrong", "64Mi", false)
+	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--give-up", "1s", "--", "true")
+	if status != 1 || !strings.Contains(stderr, "s3://") || !strings.Contains(stderr, "denied") {
+		t.Errorf("wrong secret: status %d:\n%s", status, stderr)
+	}
+	f.write(t, bucket.SecretKey, "64Mi", false)
+	b, err := os.ReadFile(f.manifests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(f.manifests, bytes.ReplaceAll(b, []byte("s3://fixture/"), []byte("s3://absent/")), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--give-up", "1s", "--", "true")
+	if status != 1 || !strings.Contains(stderr, "absent") || !strings.Contains(stderr, "bucket not found") {
+		t.Errorf("no bucket: status %d:\n%s", status, stderr)
+	}
+	f.nothingLeft(t)
+}
+
+func TestLocalLoadThatDoesNotFit(t *testing.T) {
+	f := newFixture(t)
+	// The 9 MiB object is placed whole on one worker; with a second one it does not fit 16 MiB.
+	f.server.PutT(t, "fixture", "large2", f.objects["large"])
+	f.server.PutT(t, "fixture", "large3", f.objects["large"])
+	f.server.PutT(t, "fixture", "large4", f.objects["large"])
+	f.write(t, bucket.SecretKey, "16Mi", true)
+	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--", "true")
+	if status != 1 || !strings.Contains(stderr, "dataload default/warm") {
+		t.Errorf("a pinned load that does not fit: status %d:\n%s", status, stderr)
+	}
+	f.write(t, bucket.SecretKey, "16Mi", false)
+	_, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--", "true")
+	if status != 0 || !strings.Contains(stderr, "the steps read the rest from the bucket") {
+		t.Errorf("a load that does not fit: status %d:\n%s", status, stderr)
+	}
+	f.nothingLeft(t)
+}
+
+// background starts "stepcache local" without a command and returns once it is ready, with what it
+// exports.
+func background(t *testing.T, f *fixture, args ...string) (*exec.Cmd, map[string]string, *bytes.Buffer) {
+	t.Helper()
+	cmd := program(t, f.dir, append([]string{"local", "-f", f.manifests}, args...)...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	out, err := cmd.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	var errs bytes.Buffer
+	cmd.Stderr = &errs
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = cmd.Process.Kill(); _ = cmd.Wait() })
+	env := map[string]string{}
+	var text []byte
+	buf := make([]byte, 1024)
+	for !bytes.Contains(text, []byte("# ready")) {
+		n, err := out.Read(buf)
+		if text = append(text, buf[:n]...); err != nil {
+			t.Fatalf("stepcache local ended before it was ready: %s%s", text, errs.String())
+		}
+	}
+	for _, m := range regexp.MustCompile(`export (\w+)='(.*)'`).FindAllSubmatch(text, -1) {
+		env[string(m[1])] = string(m[2])
+	}
+	return cmd, env, &errs
+}
+
+func TestCommandsBesideATier(t *testing.T) {
+	f := newFixture(t)
+	local, env, errs := background(t, f)
+	tier := env["STEPCACHE_TIER"]
+
+	stdout, stderr, status := run(t, f.dir, "ls", "-R", "--tier", tier)
+	if want := "/dir/small\n/empty\n/large\n"; status != 0 || stdout != want {
+		t.Errorf("ls: status %d, got %q, want %q: %s", status, stdout, want, stderr)
+	}
+	stdout, stderr, status = run(t, f.dir, "ls", "--tier", tier)
+	if want := "/dir/\n/empty\n/large\n"; status != 0 || stdout != want || stderr != "" {
+		t.Errorf("ls: status %d, got %q, want %q: %s", status, stdout, want, stderr)
+	}
+	stdout, stderr, status = run(t, f.dir, "ls", "-o", "json", "--tier", tier, "/large")
+	var entries []entry
+	if err := json.Unmarshal([]byte(stdout), &entries); status != 0 || err != nil || len(entries) != 1 || entries[0].Size != 9<<20 {
+		t.Errorf("ls -o json: status %d, %v, %v: %s", status, err, entries, stderr)
+	}
+	if _, stderr, status = run(t, f.dir, "ls", "--tier", tier, "/absent"); status != 1 || !strings.Contains(stderr, "/absent") {
+		t.Errorf("ls of what is not there: status %d: %s", status, stderr)
+	}
+
+	stdout, stderr, status = run(t, f.dir, "get", "--tier", tier, "dir/small", "-")
+	if status != 0 || stdout != "small\n" {
+		t.Errorf("get to standard output: status %d, %q: %s", status, stdout, stderr)
+	}
+	dest := filepath.Join(f.dir, "copy")
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "/", dest); status != 0 {
+		t.Errorf("get /: status %d: %s", status, stderr)
+	}
+	for k, want := range f.objects {
+		if got, err := os.ReadFile(filepath.Join(dest, k)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("get /: %s: %d bytes, %v", k, len(got), err)
+		}
+	}
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "/large", filepath.Join(dest, "large")); status != 1 || !strings.Contains(stderr, "--force") {
+		t.Errorf("get over a file: status %d: %s", status, stderr)
+	}
+
+	stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--pin", "--id", "mine", "/large")
+	if status != 0 || !strings.Contains(stdout, "9.0 MiB of 9.0 MiB resident") {
+		t.Errorf("load: status %d, %q: %s", status, stdout, stderr)
+	}
+	stdout, stderr, status = run(t, f.dir, "status", "-o", "json", "--tier", tier)
+	var workers []struct {
+		Pinned      int64 `json:"pinned"`
+		SourceBytes int64 `json:"sourceBytes"`
+	}
+	if err := json.Unmarshal([]byte(stdout), &workers); err != nil || status != 0 || len(workers) != 2 {
+		t.Fatalf("status: %d, %v, %q: %s", status, err, stdout, stderr)
+	}
+	if pinned := workers[0].Pinned + workers[1].Pinned; pinned < 9<<20 {
+		t.Errorf("status: %d bytes pinned, want 9 MiB and more", pinned)
+	}
+	// The DataLoad, the copies and the second load together: each byte once.
+	if sent := workers[0].SourceBytes + workers[1].SourceBytes; sent != 9<<20+6 {
+		t.Errorf("status: %d bytes came from the bucket, want %d", sent, 9<<20+6)
+	}
+	if _, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mine"); status != 0 {
+		t.Errorf("load --unload: status %d: %s", status, stderr)
+	}
+	if stdout, stderr, status = run(t, f.dir, "status", "--tier", tier); status != 0 || !strings.Contains(stdout, "data-0") {
+		t.Errorf("status: %d %q: %s", status, stdout, stderr)
+	}
+
+	for _, flag := range []string{"--download=false", "--download"} {
+		stdout, stderr, status = run(t, f.dir, "verify", "--tier", tier, "-f", f.manifests, flag)
+		if status != 0 || !strings.Contains(stdout, "3 files compared, 0 not equal") {
+			t.Errorf("verify %s: status %d, %q: %s", flag, status, stdout, stderr)
+		}
+	}
+	f.server.PutT(t, "fixture", "dir/small", []byte("other\n"))
+	stdout, stderr, status = run(t, f.dir, "verify", "--tier", tier, "-f", f.manifests, "--download")
+	if status != 1 || !strings.Contains(stdout, "/dir/small: changed") {
+		t.Errorf("verify of a changed object: status %d, %q: %s", status, stdout, stderr)
+	}
+
+	if err := local.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := local.Wait(); err != nil {
+		t.Errorf("ended by Ctrl-C: %v\n%s", err, errs)
+	}
+	f.nothingLeft(t)
+	if _, stderr, status = run(t, f.dir, "ls", "--tier", tier); status != 1 || !strings.Contains(stderr, "stepcache local") {
+		t.Errorf("ls without a tier: status %d: %s", status, stderr)
+	}
+	if _, stderr, status = run(t, f.dir, "ls"); status != 1 || !strings.Contains(stderr, "--tier") {
+		t.Errorf("ls without a tier named: status %d: %s", status, stderr)
+	}
+}
+
+func TestLocalSweepsWhatAKilledRunLeft(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	mnt := filepath.Join(f.dir, "mnt")
+	cmd, _, _ := background(t, f, "--mount", mnt)
+	if err := cmd.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	_ = cmd.Wait()
+	// Its children die with it, its mounts stay.
+	stdout, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", mnt, "--", "sh", "-c", sumAll)
+	if status != 0 || stdout != f.sums() {
+		t.Fatalf("status %d, stdout:\n%sstderr:\n%s", status, stdout, stderr)
+	}
+	f.nothingLeft(t)
+}
+
+func TestLocalReadsOnWhenAWorkerIsKilled(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	mnt := filepath.Join(f.dir, "mnt")
+	script := `set -e
+for i in 1 2 3; do
+  for pid in $(pgrep -f "worker --config $TMPDIR/stepcache-"); do kill -9 $pid; done
+  ` + sumAll + `
+done`
+	stdout, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", mnt, "--", "sh", "-c", script)
+	if want := strings.Repeat(f.sums(), 3); status != 0 || stdout != want {
+		t.Fatalf("status %d, stdout:\n%swant:\n%sstderr:\n%s", status, stdout, want, stderr)
+	}
+	if !strings.Contains(stderr, "is started again") {
+		t.Errorf("stderr does not say that a worker was started again:\n%s", stderr)
+	}
+	f.nothingLeft(t)
+}
+
+// The example of the README is run as it stands, but for the endpoint and the keys.
+func TestReadmeExample(t *testing.T) {
+	needMount(t)
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, ok := strings.Cut(string(readme), "<!-- example:local -->\n```yaml\n")
+	text, rest, ok2 := strings.Cut(rest, "```\n")
+	command := regexp.MustCompile(`(?m)^    stepcache (local -f genomes\.yaml .*)$`).FindStringSubmatch(rest)
+	if !ok || !ok2 || command == nil {
+		t.Fatal("README.md has no example:local")
+	}
+	f := newFixture(t)
+	f.server.PutT(t, "genomes", "a.fa", []byte("ACGT\n"))
+	f.server.PutT(t, "genomes", "b.fa", []byte("TGCA\n"))
+	for from, to := range map[string]string{"http://127.0.0.1:9000": f.server.Endpoint(), "AKID": bucket.AccessKey, "SECRET": bucket.SecretKey} {
+		if !strings.Contains(text, from) {
+			t.Errorf("the example has no %s", from)
+		}
+		text = strings.ReplaceAll(text, from, to)
+	}
+	if err := os.WriteFile(filepath.Join(f.dir, "genomes.yaml"), []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	line := strings.ReplaceAll(command[1], "/mnt/data", filepath.Join(f.dir, "mnt"))
+	cmd := program(t, f.dir)
+	cmd.Path, cmd.Args = "/bin/sh", []string{"sh", "-c", self + " " + line}
+	cmd.Dir = f.dir
+	out, err := cmd.Output()
+	want := fmt.Sprintf("%x  %s\n%x  %s\n", sha256.Sum256([]byte("ACGT\n")), filepath.Join(f.dir, "mnt/genomes/a.fa"),
+		sha256.Sum256([]byte("TGCA\n")), filepath.Join(f.dir, "mnt/genomes/b.fa"))
+	if err != nil || string(out) != want {
+		t.Errorf("%v: %v\ngot:\n%swant:\n%s", cmd.Args, err, out, want)
+	}
+	f.nothingLeft(t)
+}
+
+func TestHelpHasExamples(t *testing.T) {
+	for _, c := range rootCommand().Commands() {
+		if c.Name() == "help" || c.Name() == "completion" || c.Name() == "version" {
+			continue
+		}
+		if c.Example == "" || c.Short == "" {
+			t.Errorf("%s: no example or description", c.Name())
+		}
+	}
+}
