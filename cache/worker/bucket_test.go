@@ -66,9 +66,9 @@ func TestEightReadersOfAColdObjectFetchItFromTheBucketOnce(t *testing.T) {
 	if sent := s.Sent() - before; sent > size*102/100 || sent < size {
 		t.Errorf("the bucket sent %d bytes of an object of %d", sent, size)
 	}
-	// It was put in parts, so that its ETag is no digest of the whole.
-	eventually(t, "the object is counted as unverified", func() error {
-		if st := tr.workers[owner].Status(); st.Unverified != 1 || st.Verified != 0 || st.Corrupt != 0 {
+	// It was put in one part, so that its ETag is the MD5 of the whole.
+	eventually(t, "the object is verified", func() error {
+		if st := tr.workers[owner].Status(); st.Verified != 1 || st.Unverified != 0 || st.Corrupt != 0 {
 			return fmt.Errorf("%+v", st)
 		}
 		return nil

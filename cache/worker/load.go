@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -69,9 +70,8 @@ func (l *load) update(f func(*wire.LoadStatus)) {
 	f(&l.status)
 }
 
-// run loads until everything is resident, or it cannot be, and again when the membership changes: always
-// for a load that is not done or that pins, since new blocks became this worker's. A load that was done
-// and pins nothing has had its effect.
+// run loads until everything is resident, or it cannot be, and again whenever the membership changes, since
+// other blocks are this worker's then, until the load is deleted.
 func (l *load) run(ctx context.Context) {
 	w := l.w
 	var pinned string // the owner of the pins in force
@@ -120,9 +120,6 @@ func (l *load) run(ctx context.Context) {
 			w.log.Warn("load not done", "load", l.req.ID, "error", err)
 		} else {
 			w.log.Info("load done", "load", l.req.ID, "bytes", l.resident.Load())
-			if !l.req.Pin {
-				return
-			}
 		}
 		select {
 		case <-ctx.Done():
@@ -145,6 +142,14 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 		s.Done, s.Finished, s.Problem = false, time.Time{}, ""
 		s.Failures, s.FailedFiles = nil, 0
 	})
+	if !slices.ContainsFunc(v.Members, func(m ring.Member) bool { return m.ID == w.config.ID }) {
+		// It would own nothing and be done at once: what it will own is not known yet.
+		l.update(func(s *wire.LoadStatus) {
+			s.Problem = fmt.Sprintf("load %s: worker %s is not in the membership list yet (epoch %d)", l.req.ID, w.config.ID, v.Epoch)
+		})
+		<-ctx.Done() // run ends it when the list changes
+		return ctx.Err()
+	}
 	snap, err := l.snapshot(ctx)
 	if err != nil {
 		return err

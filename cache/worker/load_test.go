@@ -267,6 +267,32 @@ func TestALoadFollowsTheMembership(t *testing.T) {
 	})
 }
 
+// TestALoadBeforeTheMembershipIsNotDone: a worker that is not in the list owns nothing, which is no success.
+func TestALoadBeforeTheMembershipIsNotDone(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.add(0)
+	if _, err := tr.control(0, "POST", wire.PathLoads, wire.LoadRequest{ID: "l"}, nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it says what it waits for", func() error {
+		var s wire.LoadStatus
+		if _, err := tr.control(0, "GET", wire.PathLoads+"/l", nil, &s); err != nil {
+			return err
+		}
+		if s.Done || !s.Finished.IsZero() {
+			t.Fatalf("%+v", s)
+		}
+		if !strings.Contains(s.Problem, "membership") {
+			return errors.New(s.Problem)
+		}
+		return nil
+	})
+	tr.setMembers()
+	if s := tr.waitLoad(0, "l"); !s.Done || s.Resident != 1000 {
+		t.Errorf("%+v", s)
+	}
+}
+
 func TestALoadIsCancelledByDelete(t *testing.T) {
 	noGoroutines(t)
 	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})

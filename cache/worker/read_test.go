@@ -329,6 +329,46 @@ func TestASlowReaderDoesNotHoldUpOthers(t *testing.T) {
 	}
 }
 
+// TestASlowReaderPinsLittle: what waits to be sent on one connection is bounded, the rest may be evicted.
+func TestASlowReaderPinsLittle(t *testing.T) {
+	const blocks = connPins/ring.BlockSize + 1
+	tr := newTier(t, map[string][]byte{"f": content(blocks*ring.BlockSize, 1)})
+	tr.start(1)
+	w := tr.workers[0]
+	i := index(t, tr.snapshot(), "/f")
+	if _, err := tr.dial(0).file(i, blocks*ring.BlockSize, 0); err != nil {
+		t.Fatal(err)
+	}
+	snap, f, err := w.resolve(wire.Request{Index: i})
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap.release()
+	c := &conn{worker: w, budget: newBudget(w.connBudget), pins: newBudget(connPins)}
+	var release []func()
+	for block := range int64(blocks - 1) {
+		b, done, unpin, err := c.acquire(context.Background(), f, block, 0)
+		if err != nil {
+			t.Fatal(err)
+		}
+		release = append(release, func() { b.Release(); done(); unpin() })
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	if _, _, _, err := c.acquire(ctx, f, blocks-1, 0); !errors.Is(err, wire.ErrOverloaded) {
+		t.Fatalf("one more: %v", err)
+	}
+	release[0]()
+	b, done, unpin, err := c.acquire(context.Background(), f, blocks-1, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	release[0] = func() { b.Release(); done(); unpin() }
+	for _, r := range release {
+		r()
+	}
+}
+
 // TestTooManyRequestsOnOneConnection is answered, not queued without end.
 func TestTooManyRequestsOnOneConnection(t *testing.T) {
 	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})

@@ -26,6 +26,7 @@ const (
 	maxHandshakes   = 256 // connections that have not authenticated yet
 	maxConnRequests = 256
 	maxRequests     = 8192
+	connPins        = 16 * ring.BlockSize
 	// writeTimeout bounds one reply's way to a reader; one that is slower than that is cut off, so that
 	// it does not keep blocks from eviction and buffers from others.
 	writeTimeout = 10 * time.Second
@@ -36,7 +37,7 @@ const (
 	chunkSize = 1 << 20
 )
 
-// budget bounds the bytes that a reader may hold in heap.
+// budget bounds the bytes that a reader may hold.
 type budget struct{ s *semaphore.Weighted }
 
 func newBudget(n int64) budget { return budget{semaphore.NewWeighted(n)} }
@@ -47,6 +48,8 @@ func (b budget) take(ctx context.Context, n int64) error {
 	}
 	return b.s.Acquire(ctx, n)
 }
+
+func (b budget) try(n int64) bool { return b.s == nil || b.s.TryAcquire(n) }
 
 func (b budget) give(n int64) {
 	if b.s != nil {
@@ -62,8 +65,9 @@ type conn struct {
 	cancel   context.CancelFunc
 	turn     chan struct{} // holds a token while a reply is written
 	requests chan struct{} // a token for each request under way
-	budget   budget
-	header   []byte // of the reply being written
+	budget   budget        // fills and blocks in heap
+	pins     budget        // resident blocks that wait to be sent
+	header   []byte        // of the reply being written
 }
 
 // chunks are the buffers that replies are copied through.
@@ -132,7 +136,7 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn) {
 	cctx, cancel := context.WithCancel(w.hard)
 	c := &conn{
 		Conn: nc, worker: w, cancel: cancel, turn: make(chan struct{}, 1),
-		requests: make(chan struct{}, maxConnRequests), budget: newBudget(w.connBudget),
+		requests: make(chan struct{}, maxConnRequests), budget: newBudget(w.connBudget), pins: newBudget(connPins),
 	}
 	// The end of ctx stops the reading of requests, the end of hard everything.
 	stopRead := context.AfterFunc(ctx, func() { nc.SetReadDeadline(time.Unix(1, 0)) })
@@ -245,11 +249,12 @@ func (c *conn) read(ctx context.Context, req wire.Request) error {
 	}
 	block := req.Off / ring.BlockSize
 	within, cancel := context.WithTimeout(ctx, waitOf(req))
-	b, done, err := w.acquire(within, f, block, req.Flags, c.budget)
+	b, done, unpin, err := c.acquire(within, f, block, req.Flags)
 	cancel()
 	if err != nil {
 		return err
 	}
+	defer unpin()
 	defer done()
 	defer b.Release()
 	off := req.Off - blockOff(block)
@@ -260,6 +265,32 @@ func (c *conn) read(ctx context.Context, req wire.Request) error {
 	}
 	w.counts.served.Add(int64(req.Length))
 	return nil
+}
+
+// acquire is Worker.acquire with a bound on the resident blocks that wait for the connection's turn: they
+// are kept from eviction, and a reader that takes its answers slowly must not keep much from it.
+func (c *conn) acquire(ctx context.Context, f file, block int64, flags wire.Flag) (b *store.Block, done, unpin func(), err error) {
+	none := func() {}
+	size := blockLen(f.ring.Size, block)
+	b, done, err = c.worker.acquire(ctx, f, block, flags, c.budget)
+	if err != nil || !b.Resident() {
+		return b, done, none, err
+	}
+	if c.pins.try(size) {
+		return b, done, func() { c.pins.give(size) }, nil
+	}
+	// It has enough waiting: this block is free to go until there is room, and is most likely still there.
+	b.Release()
+	done()
+	if err := c.pins.take(ctx, size); err != nil {
+		return nil, none, none, fmt.Errorf("%w: block %d of %s: this reader does not take what it asked for: %w", wire.ErrOverloaded, block, f, err)
+	}
+	b, done, err = c.worker.acquire(ctx, f, block, flags, c.budget)
+	if err != nil {
+		c.pins.give(size)
+		return nil, none, none, err
+	}
+	return b, done, func() { c.pins.give(size) }, nil
 }
 
 func (c *conn) prefetch(ctx context.Context, req wire.Request) error {
