@@ -21,7 +21,7 @@ var mayImport = map[string][]string{
 	"cache/wire":    {"cache/source", "cache/ring"},
 	"cache/worker":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
 	"cache/client":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
-	"cache/mount":   {"cache/source", "cache/ring", "cache/catalog", "cache/wire"},
+	"cache/mount":   {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire", "cache/client"},
 	"tier":          {"api", "cache"},
 	"local":         {"api", "cache", "tier"},
 	"test/bucket":   {"local/process"},

@@ -12,7 +12,6 @@ import (
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/worker"
-	"github.com/stepcache/stepcache/tier"
 )
 
 func workerCommand() *cobra.Command {
@@ -88,7 +87,7 @@ own memory as well.`,
 			}
 			defer reader.Close()
 			o.Dataset = f.Dataset
-			m, err := mount.Mount(ctx, a[0], reader.Snapshot(), tier.Reader{Client: reader}, o)
+			m, err := mount.Mount(ctx, a[0], reader.Snapshot(), mount.FromClient(reader), o)
 			if err != nil {
 				return err
 			}
