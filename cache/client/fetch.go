@@ -266,13 +266,13 @@ func (c *Client) try(ctx context.Context, s step, w piece, dst []byte) error {
 			}
 		case errors.Is(err, wire.ErrCorrupt):
 			c.count.corrupt.Add(1)
-			c.log.Warn("payload failed its checksum, asking again", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
-			// The worker checks what it holds; when that is sound it was the line, for once.
-			flags |= wire.FlagVerify
 			if corrupt++; corrupt > 2 {
 				return err
 			}
+			// The worker checks what it holds; when that is sound it was the line, for once.
+			flags |= wire.FlagVerify
 			c.count.refetched.Add(1)
+			c.log.Warn("payload failed its checksum, asking again", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
 		case errors.Is(err, wire.ErrOverloaded), errors.Is(err, source.ErrThrottled):
 			if busy++; busy > busyTries {
 				return err
@@ -406,7 +406,10 @@ func check(k *call) error {
 	if err := wire.CheckSums(k.body, k.reply.Sums); err != nil {
 		return err
 	}
-	return k.reply.Status.Err(string(k.body))
+	if k.reply.Status != wire.OK { // only then is the payload a text
+		return k.reply.Status.Err(string(k.body))
+	}
+	return nil
 }
 
 // hedged is a request to a second copy, with a buffer of its own.

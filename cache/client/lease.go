@@ -176,16 +176,20 @@ type sock struct {
 }
 
 func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, size int64, wait time.Duration) (*Lease, error) {
-	l, err := c.leaser(ctx, path)
+	s, l, err := c.leaser(ctx, path)
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, wait+wire.PongTimeout, errLate)
+	ctx, cancel := context.WithTimeoutCause(ctx, wait+c.timing.pong, errLate)
 	defer cancel()
 	r, err := l.ask(ctx, wire.Request{
 		Op: wire.OpLease, Snapshot: c.digest, Index: i, Epoch: c.members.view().Epoch,
 		WaitMillis: uint32(min(wait, time.Hour).Milliseconds()),
 	})
+	if errors.Is(err, errLate) {
+		// The next files must not be opened that slowly. Its leases stay: they need no answers.
+		s.hold(c.now().Add(c.timing.redialMax), err)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -218,7 +222,7 @@ func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, si
 
 // leaser returns the connection to a socket, made now if there is none. One that cannot be reached is not
 // tried again for a while, since opening a file must not wait for it each time.
-func (c *Client) leaser(ctx context.Context, path string) (*leaser, error) {
+func (c *Client) leaser(ctx context.Context, path string) (*sock, *leaser, error) {
 	c.mu.Lock()
 	s := c.socks[path]
 	if s == nil {
@@ -229,12 +233,12 @@ func (c *Client) leaser(ctx context.Context, path string) (*leaser, error) {
 	for {
 		s.mu.Lock()
 		switch {
-		case s.leaser != nil && !isClosed(s.leaser.closed):
-			defer s.mu.Unlock()
-			return s.leaser, nil
 		case s.dialing == nil && c.now().Before(s.until):
 			defer s.mu.Unlock()
-			return nil, s.err
+			return nil, nil, s.err
+		case s.leaser != nil && !isClosed(s.leaser.closed):
+			defer s.mu.Unlock()
+			return s, s.leaser, nil
 		case s.dialing == nil:
 			s.dialing = make(chan struct{})
 			s.mu.Unlock()
@@ -246,16 +250,23 @@ func (c *Client) leaser(ctx context.Context, path string) (*leaser, error) {
 				s.until = c.now().Add(c.timing.redialMax)
 			}
 			s.mu.Unlock()
-			return l, err
+			return s, l, err
 		}
 		wait := s.dialing
 		s.mu.Unlock()
 		select {
 		case <-wait:
 		case <-ctx.Done():
-			return nil, context.Cause(ctx)
+			return nil, nil, context.Cause(ctx)
 		}
 	}
+}
+
+// hold makes the socket be left alone for a while.
+func (s *sock) hold(until time.Time, err error) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.until, s.err = until, err
 }
 
 func (c *Client) dialSocket(ctx context.Context, path string) (*leaser, error) {

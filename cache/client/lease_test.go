@@ -265,6 +265,48 @@ func TestALeaseThatComesTooLateIsGivenBack(t *testing.T) {
 	eventually(t, "giving it back", func() bool { return l.released.Load() == 1 })
 }
 
+func TestAWorkerThatHangsOnItsSocketIsLeftAloneForAWhile(t *testing.T) {
+	ctx := testContext(t)
+	k, _ := leaseTier(t)
+	k.timing = impatient()
+	open := make(chan struct{})
+	var asked atomic.Int64
+	l := lend(t, k.keys, func(wire.Request) (*os.File, error) {
+		asked.Add(1)
+		<-open
+		return nil, wire.ErrNotResident
+	})
+	defer close(open)
+	k.worker("a").socket = l.path
+	k.setMembers()
+	c := k.dial(nil)
+	clock := time.Now()
+	c.now = func() time.Time { return clock }
+	for range 5 {
+		if _, err := c.Lease(ctx, k.index("f"), 0); !errors.Is(err, ErrNoLease) || !errors.Is(err, errLate) {
+			t.Fatal(err)
+		}
+	}
+	if asked.Load() != 1 {
+		t.Fatalf("asked %d times", asked.Load())
+	}
+	clock = clock.Add(time.Minute)
+	go c.Lease(ctx, k.index("f"), testDeadline)
+	// The lender answers one connection's requests in order, so that the second waits unseen; that it was
+	// sent shows in who waits.
+	eventually(t, "another try", func() bool {
+		c.mu.Lock()
+		s := c.socks[l.path]
+		c.mu.Unlock()
+		s.mu.Lock()
+		lr := s.leaser
+		s.mu.Unlock()
+		lr.mu.Lock()
+		defer lr.mu.Unlock()
+		return len(lr.pending) == 1
+	})
+}
+
 func openStore(t *testing.T) *store.Store {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "stepcache-client-")

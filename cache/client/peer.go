@@ -84,23 +84,24 @@ func (p *peer) pick() *conn {
 		p.second = p.c.spawn(func() {
 			conn, err := p.dial(p.ctx)
 			p.mu.Lock()
-			defer p.mu.Unlock()
 			p.second = false
-			if err == nil {
-				p.adopt(conn)
-			} // else the first one serves; the next request tries again
+			unwanted := err == nil && !p.adopt(conn)
+			p.mu.Unlock()
+			if unwanted {
+				conn.fail(errClosed)
+			} // after an error the first one serves; the next request tries again
 		})
 	}
 	return best
 }
 
-// adopt takes a new connection in. p.mu is held.
-func (p *peer) adopt(c *conn) {
-	if p.closed {
-		c.fail(errClosed)
-		return
+// adopt takes a new connection in, unless the peer is closed. p.mu is held.
+func (p *peer) adopt(c *conn) bool {
+	if p.closed || p.ctx.Err() != nil {
+		return false
 	}
 	p.conns = append(p.conns, c)
+	return true
 }
 
 // get returns a connection, waiting for one to be made unless the peer is known to be down.
@@ -188,24 +189,27 @@ func (p *peer) redial(first time.Duration) {
 // settle records the outcome of a dial and says whether dialling is over.
 func (p *peer) settle(d *dialing, c *conn, err error) bool {
 	p.mu.Lock()
-	defer p.mu.Unlock()
 	over := err == nil || p.closed || p.ctx.Err() != nil
-	if err != nil {
-		err = fmt.Errorf("%w: %w", errDown, err)
-	}
 	wasDown := p.down != nil
-	p.down = err
-	if c != nil {
-		p.adopt(c)
+	unwanted := false
+	p.down = nil
+	if err != nil {
+		p.down = fmt.Errorf("%w: %w", errDown, err)
+	} else {
+		unwanted = !p.adopt(c)
 	}
 	if over {
 		p.dialing = nil
 	}
 	if !isClosed(d.done) {
-		d.err = err
+		d.err = p.down
 		close(d.done)
 	}
-	if wasDown && err == nil {
+	p.mu.Unlock()
+	switch {
+	case unwanted:
+		c.fail(errClosed)
+	case wasDown && err == nil:
 		p.c.members.announce()
 	}
 	return over
@@ -254,7 +258,10 @@ func (p *peer) small(ctx context.Context, req wire.Request) (wire.Reply, []byte,
 		p.c.count.corrupt.Add(1)
 		return wire.Reply{}, nil, err
 	}
-	return k.reply, k.body, k.reply.Status.Err(string(k.body))
+	if k.reply.Status != wire.OK {
+		return k.reply, nil, k.reply.Status.Err(string(k.body))
+	}
+	return k.reply, k.body, nil
 }
 
 // close ends the peer's connections; its calls fail and go elsewhere.

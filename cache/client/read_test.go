@@ -78,6 +78,7 @@ func TestReadsOfEveryAwkwardSizeEqualTheSource(t *testing.T) {
 func TestRandomReadsWhileWorkersAreKilledRestartedPausedAndAdded(t *testing.T) {
 	ctx := testContext(t)
 	k := newTier(t, awkwardFiles())
+	k.timing = impatient()
 	k.start("a", "b", "c", "d")
 	c := k.dial(func(c *Config) { c.BufferBytes = 16 << 20 })
 
@@ -154,6 +155,7 @@ func TestRandomReadsWhileWorkersAreKilledRestartedPausedAndAdded(t *testing.T) {
 func TestBytesEqualWhenEveryWorkerButOneHangs(t *testing.T) {
 	ctx := testContext(t)
 	k := newTier(t, map[string][]byte{"f": content(1, 9<<20)})
+	k.timing = impatient()
 	k.start("a", "b", "c")
 	c := k.dial(nil)
 	ws := k.owners("f", 0)
@@ -558,14 +560,14 @@ func TestRandomSmallReadsFetchSmallRangesAndSequentialOnesWholeBlocks(t *testing
 
 	before := len(w.seen())
 	base := int64(32 << 20)
-	for off := base; off < base+64<<20; off += 128 << 10 {
+	for off := base; off < base+32<<20; off += 128 << 10 {
 		if err := checkRead(ctx, c, k.index("f"), k.data["f"], off, 128<<10); err != nil {
 			t.Fatal(err)
 		}
 	}
 	s := c.Stats()
-	if n := len(w.seen()) - before; n > 16+8+4 {
-		t.Fatalf("%d requests for 16 blocks read in order", n)
+	if n := len(w.seen()) - before; n > 8+8+4 {
+		t.Fatalf("%d requests for 8 blocks read in order", n)
 	}
 	if s.ReadAhead == 0 {
 		t.Fatal("nothing was read ahead")
@@ -578,14 +580,14 @@ func TestSeveralStreamsOfOneFileAreEachReadAhead(t *testing.T) {
 	k.start("a")
 	c := k.dial(nil)
 	// Four readers take turns, each in order.
-	for step := int64(0); step < 16<<20; step += 512 << 10 {
+	for step := int64(0); step < 12<<20; step += 512 << 10 {
 		for reader := range int64(4) {
 			if err := checkRead(ctx, c, k.index("f"), k.data["f"], reader*(20<<20)+step, 512<<10); err != nil {
 				t.Fatal(err)
 			}
 		}
 	}
-	if s := c.Stats(); s.ReadAhead < 8 || s.Misses > 4*3 {
+	if s := c.Stats(); s.ReadAhead < 6 || s.Misses > 4*3 {
 		t.Fatalf("read ahead %d, missed %d", s.ReadAhead, s.Misses)
 	}
 }
@@ -593,7 +595,7 @@ func TestSeveralStreamsOfOneFileAreEachReadAhead(t *testing.T) {
 func TestMemoryStaysWithinTheBudgetWithManyStreams(t *testing.T) {
 	ctx := testContext(t)
 	files := make(map[string][]byte)
-	for n := range 16 {
+	for n := range 12 {
 		files[fmt.Sprintf("f%d", n)] = content(uint64(n), 9<<20)
 	}
 	k := newTier(t, files)
@@ -635,12 +637,12 @@ func TestMemoryStaysWithinTheBudgetWithManyStreams(t *testing.T) {
 func TestReadersThatAreStuckDoNotStopOthers(t *testing.T) {
 	ctx := testContext(t)
 	files := map[string][]byte{"good": content(1, 9<<20)}
-	for n := range 12 {
-		files[fmt.Sprintf("stuck%d", n)] = content(uint64(n), 9<<20)
+	for n := range 6 {
+		files[fmt.Sprintf("stuck%d", n)] = content(uint64(n), 5<<20)
 	}
 	k := newTier(t, files)
 	k.start("a")
-	const budget = 16 << 20
+	const budget = 12 << 20
 	c := k.dial(func(c *Config) { c.BufferBytes = budget })
 	open := make(chan struct{})
 	good := k.index("good")
@@ -651,10 +653,10 @@ func TestReadersThatAreStuckDoNotStopOthers(t *testing.T) {
 		return nil
 	})
 	var wg sync.WaitGroup
-	for n := range 12 {
+	for n := range 6 {
 		name := fmt.Sprintf("stuck%d", n)
 		wg.Go(func() {
-			if err := checkRead(ctx, c, k.index(name), files[name], 0, 9<<20); err != nil {
+			if err := checkRead(ctx, c, k.index(name), files[name], 0, 5<<20); err != nil {
 				t.Error(err)
 			}
 		})

@@ -56,9 +56,10 @@ func (c *Client) Stats() Stats {
 	return s
 }
 
-// Collector exports Stats to Prometheus, labelled with the dataset's name.
+// Collector exports Stats to Prometheus, labelled with the dataset's name and the snapshot's
+// digest, since a process may read several.
 func (c *Client) Collector() prometheus.Collector {
-	labels := prometheus.Labels{"dataset": c.config.Dataset}
+	labels := prometheus.Labels{"dataset": c.config.Dataset, "snapshot": c.short()}
 	desc := func(name, help string, variable ...string) *prometheus.Desc {
 		return prometheus.NewDesc("stepcache_client_"+name, help, variable, labels)
 	}

@@ -37,31 +37,43 @@ func testContext(t testing.TB) context.Context {
 
 func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 
-// quick is the default timing with liveness found out faster. A false alarm costs a test time, never its
-// result.
+// quick is the default timing with short pauses, and with no end to the patience with a worker that is
+// slow: on a loaded machine that says nothing of the worker.
 func quick() timing {
 	t := defaultTiming()
-	t.ping, t.pong = 150*time.Millisecond, 900*time.Millisecond
+	t.ping, t.pong = 150*time.Millisecond, testDeadline
 	t.redial, t.redialMax = 5*time.Millisecond, 50*time.Millisecond
 	t.retry, t.retryMax = 5*time.Millisecond, 50*time.Millisecond
 	t.file = 10 * time.Millisecond
 	return t
 }
 
-// content is n bytes that depend on the seed alone.
+// impatient is for tests of workers that hang. A false alarm costs them time, never their result.
+func impatient() timing {
+	t := quick()
+	t.pong = 900 * time.Millisecond
+	return t
+}
+
+// content is n bytes that depend on the seed, with a period that is no multiple of anything that could be
+// mixed up.
 func content(seed uint64, n int) []byte {
+	const period = 1<<20 - 1
 	p := make([]byte, n)
-	rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)}).Read(p)
+	rand.NewChaCha8([32]byte{byte(seed), byte(seed >> 8), byte(seed >> 16)}).Read(p[:min(n, period)])
+	for have := min(n, period); have < n; have += copy(p[have:], p[have-period:have]) {
+	}
 	return p
 }
 
 // tier is a dataset and workers that serve it from memory, written on package wire alone: what a worker
 // does to a request is for the test to say.
 type tier struct {
-	t    testing.TB
-	keys wire.Keys
-	snap *catalog.Snapshot
-	data map[string][]byte
+	t      testing.TB
+	keys   wire.Keys
+	snap   *catalog.Snapshot
+	data   map[string][]byte
+	timing timing
 
 	mu      sync.Mutex
 	list    ring.Membership
@@ -70,7 +82,7 @@ type tier struct {
 
 func newTier(t testing.TB, files map[string][]byte) *tier {
 	t.Helper()
-	k := &tier{t: t, keys: wire.GenerateKeys(), data: files, workers: make(map[string]*fake)}
+	k := &tier{t: t, keys: wire.GenerateKeys(), data: files, timing: quick(), workers: make(map[string]*fake)}
 	k.snap = makeSnapshot(t, files, "v1")
 	t.Cleanup(func() {
 		k.mu.Lock()
@@ -169,7 +181,7 @@ func (k *tier) dial(change func(*Config)) *Client {
 	if change != nil {
 		change(&config)
 	}
-	c, err := dial(testContext(k.t), config, quick())
+	c, err := dial(testContext(k.t), config, k.timing)
 	if err != nil {
 		k.t.Fatal(err)
 	}

@@ -105,7 +105,7 @@ func TestBitsFlippedOnTheWireAreAlwaysCaughtRefetchedAndCounted(t *testing.T) {
 		return n
 	}
 	rnd := rand.New(rand.NewPCG(5, 5))
-	for n := 0; n < 40 || c.Stats().Corrupt == 0; n++ {
+	for n := 0; n < 12 || c.Stats().Corrupt == 0; n++ {
 		for name, want := range k.data {
 			off := rnd.Int64N(int64(len(want)))
 			if err := checkRead(ctx, c, k.index(name), want, off, 1+rnd.IntN(2<<20)); err != nil {
@@ -148,6 +148,7 @@ func TestSnapshotChunkFlippedOnTheWireIsAskedForAgain(t *testing.T) {
 func TestAWorkerThatHangsInTheMiddleOfAPayload(t *testing.T) {
 	ctx := testContext(t)
 	k := newTier(t, map[string][]byte{"f": content(1, 5<<20)})
+	k.timing = impatient()
 	k.start("a", "b")
 	list := k.membership()
 	o, _ := k.snap.Ring(k.index("f"))

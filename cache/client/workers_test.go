@@ -242,7 +242,7 @@ func TestRealWorkersServeEverySizeWhileTheyAreStoppedStartedAndAdded(t *testing.
 				for reader := range 4 {
 					rnd := rand.New(rand.NewPCG(uint64(round), uint64(reader)))
 					g.Go(func() error {
-						for range 10 {
+						for range 6 {
 							name := names[rnd.IntN(len(names))]
 							off := rnd.Int64N(int64(len(files[name])) + 1)
 							if err := checkRead(ctx, c, index[name], files[name], off, rnd.IntN(1<<20)); err != nil {
@@ -284,6 +284,7 @@ func TestEightClientsReadingTheSameColdFileCostTheBucketOneCopy(t *testing.T) {
 	for range 8 {
 		clients = append(clients, k.dial(func(c *Config) { c.BufferBytes = 32 << 20 }))
 	}
+	k.settled()
 	before := s.Sent()
 	var g errgroup.Group
 	for _, c := range clients {
