@@ -12,21 +12,23 @@ const module = "github.com/stepcache/stepcache/"
 // not (CONTRIBUTING.md, "Import rules"). A folder's own sub-folders are always allowed. A folder that is
 // not here may not exist.
 var mayImport = map[string][]string{
-	"api/v1alpha1":  {},
-	"api/manifest":  {"api/v1alpha1"},
-	"cache/source":  {},
-	"cache/ring":    {"cache/source"},
-	"cache/catalog": {"cache/source", "cache/ring"},
-	"cache/store":   {"cache/source", "cache/ring"},
-	"cache/wire":    {"cache/source", "cache/ring"},
-	"cache/worker":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
-	"cache/client":  {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
-	"cache/mount":   {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire", "cache/client"},
-	"tier":          {"api", "cache"},
-	"local":         {"api", "cache", "tier"},
-	"test/bucket":   {"local/process"},
-	"bench":         {"api", "cache", "tier", "local", "test"},
-	"cmd":           {""},
+	"api/v1alpha1": {},
+	"api/manifest": {"api/v1alpha1"},
+	"cache/source": {},
+	// The conformance suite runs against the real S3 server.
+	"cache/source/sourcetest": {"cache/source", "test/bucket", "local/process"},
+	"cache/ring":              {"cache/source"},
+	"cache/catalog":           {"cache/source", "cache/ring"},
+	"cache/store":             {"cache/source", "cache/ring"},
+	"cache/wire":              {"cache/source", "cache/ring"},
+	"cache/worker":            {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
+	"cache/client":            {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
+	"cache/mount":             {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire", "cache/client"},
+	"tier":                    {"api", "cache"},
+	"local":                   {"api", "cache", "tier"},
+	"test/bucket":             {"local/process"},
+	"bench":                   {"api", "cache", "tier", "local", "test"},
+	"cmd":                     {""},
 }
 
 // The data path knows nothing of Kubernetes: it runs on one machine as it does on a cluster.

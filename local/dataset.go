@@ -111,8 +111,8 @@ func (d *dataset) start() error {
 	return err
 }
 
-// makeStore gives worker i its folder: a tmpfs of its own where that is allowed, since only from one can
-// descriptors be handed out, else a folder in shared memory.
+// makeStore gives worker i its folder: a tmpfs of its own where that is allowed, with huge pages where the
+// kernel has them, else a folder in shared memory.
 func (d *dataset) makeStore(i int) (string, error) {
 	dir := filepath.Join(d.folder.Dir, fmt.Sprintf("w%d", i))
 	if err := os.Mkdir(dir, 0o700); err != nil {
@@ -126,7 +126,7 @@ func (d *dataset) makeStore(i int) (string, error) {
 		return dir, nil
 	}
 	if i == 0 {
-		d.tier.logf("dataset %s: the workers' memory is in /dev/shm (%v), so reads pass through the workers", name(d.object), err)
+		d.tier.logf("dataset %s: the workers' memory is in /dev/shm, on small pages: %v", name(d.object), err)
 	}
 	shared, shmErr := d.tier.state.shared()
 	if shmErr != nil {
