@@ -46,6 +46,9 @@ type Options struct {
 	BytesPerSecond int64
 	// FirstByte is waited before the first byte of every answer of Endpoint.
 	FirstByte time.Duration
+	// Listen and ListenDirect are the addresses of Endpoint and of Direct. Empty: free ports of the loopback
+	// interface.
+	Listen, ListenDirect string
 	// Binary is the server's program. Empty: STEPCACHE_VERSITYGW, or built once into the checkout's .bin.
 	Binary string
 }
@@ -104,8 +107,8 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 		s.Close()
 		return nil, fmt.Errorf("the S3 server did not start: %w\n%s", err, text)
 	}
-	if s.direct, err = Limit("unix", s.socket, 0, 0); err == nil {
-		s.limited, err = Limit("unix", s.socket, o.BytesPerSecond, o.FirstByte)
+	if s.direct, err = limitAt(o.ListenDirect, "unix", s.socket, 0, 0); err == nil {
+		s.limited, err = limitAt(o.Listen, "unix", s.socket, o.BytesPerSecond, o.FirstByte)
 	}
 	if err != nil {
 		s.Close()

@@ -31,7 +31,15 @@ type Limiter struct {
 
 // Limit listens on a free port of the loopback interface in front of the given address.
 func Limit(network, address string, bytesPerSecond int64, first time.Duration) (*Limiter, error) {
-	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	return limitAt("", network, address, bytesPerSecond, first)
+}
+
+// limitAt listens on a given address; empty: a free port of the loopback interface.
+func limitAt(listen, network, address string, bytesPerSecond int64, first time.Duration) (*Limiter, error) {
+	if listen == "" {
+		listen = "127.0.0.1:0"
+	}
+	ln, err := net.Listen("tcp", listen)
 	if err != nil {
 		return nil, err
 	}
