@@ -19,8 +19,8 @@ import (
 type Cluster struct {
 	state  string // absolute
 	source string // this folder in the checkout
-	// name begins the names of network namespaces and control groups. The default state folder's is
-	// "stepcache"; another folder's has a suffix, so that two clusters can stand side by side.
+	// name begins the names of network namespaces and control groups. It follows from the state folder, so
+	// that clusters of two folders can stand side by side.
 	name  string
 	began time.Time
 }
@@ -35,10 +35,8 @@ func open() (*Cluster, error) {
 }
 
 func clusterName(state string) string {
-	if filepath.Base(state) == "stepcache-cluster" {
-		return "stepcache"
-	}
-	return fmt.Sprintf("stepcache-%.6x", sha256.Sum256([]byte(state)))
+	sum := sha256.Sum256([]byte(state))
+	return fmt.Sprintf("stepcache-%x", sum[:3])
 }
 
 func (c *Cluster) bin(name string) string { return filepath.Join(c.state, "bin", name) }
