@@ -9,7 +9,7 @@ import (
 func benchClient(b *testing.B, size int) (*tier, *Client, uint32) {
 	k := newTier(b, map[string][]byte{"f": content(1, size)})
 	k.start("a")
-	c := k.dial(nil)
+	c := k.dial(func(c *Config) { c.BufferBytes = 64 << 20 })
 	return k, c, k.index("f")
 }
 

@@ -169,12 +169,6 @@ func (c *conn) dead() bool {
 	}
 }
 
-func (c *conn) reason() error {
-	c.mu.Lock()
-	defer c.mu.Unlock()
-	return c.err
-}
-
 // pingID marks pings: no call has it.
 const pingID = 0
 

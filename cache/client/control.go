@@ -267,6 +267,18 @@ func present[T any](all []*T) []T {
 	return out
 }
 
+// Tell gives every worker the membership that this Control was made with, for those that follow an older
+// one: the kubelet brings a changed file to a pod only after a minute or so.
+func (k *Control) Tell(ctx context.Context) error {
+	_, list, err := k.members()
+	if err != nil {
+		return err
+	}
+	return k.each(ctx, func(ctx context.Context, _ int, m ring.Member) error {
+		return k.do(ctx, m, http.MethodPost, wire.PathMembers, nil, list, nil)
+	})
+}
+
 // Load starts a load on every worker. It is idempotent: a worker that has a load of that id already keeps
 // it. An error means that some did not start it; call again.
 func (k *Control) Load(ctx context.Context, r wire.LoadRequest) error {

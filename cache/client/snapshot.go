@@ -34,6 +34,23 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 	if s := c.cached(want); s != nil {
 		return s, nil
 	}
+	var s *catalog.Snapshot
+	err := c.fromAny(ctx, func(p *peer) (err error) {
+		s, err = c.pullFrom(ctx, p, &want)
+		if err == nil {
+			c.log.Info("snapshot", "dataset", c.config.Dataset, "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
+		}
+		return err
+	})
+	if err != nil {
+		return nil, err
+	}
+	return c.share(s), nil
+}
+
+// fromAny tries get with one worker after another, round and round, until it succeeds, ctx ends, or every
+// worker refuses the client.
+func (c *Client) fromAny(ctx context.Context, get func(*peer) error) error {
 	pause := c.pauses()
 	last := errors.New("no worker is ready")
 	for {
@@ -41,10 +58,9 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 		peers := c.sources()
 		answered, refused := false, 0
 		for _, p := range peers {
-			s, err := c.pullFrom(ctx, p, &want)
+			err := get(p)
 			if err == nil {
-				c.log.Info("snapshot", "dataset", c.config.Dataset, "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
-				return c.share(s), nil
+				return nil
 			}
 			if ctx.Err() != nil {
 				break
@@ -58,10 +74,10 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 			}
 		}
 		if err := ctx.Err(); err != nil {
-			return nil, fmt.Errorf("dataset %s: no snapshot: %w: %w", c.config.Dataset, context.Cause(ctx), last)
+			return fmt.Errorf("dataset %s: no snapshot: %w: %w", c.config.Dataset, context.Cause(ctx), last)
 		}
 		if refused > 0 && refused == len(peers) {
-			return nil, fmt.Errorf("dataset %s: %w", c.config.Dataset, last)
+			return fmt.Errorf("dataset %s: %w", c.config.Dataset, last)
 		}
 		if c.config.Progress != nil {
 			c.config.Progress(Progress{Waiting: last.Error()})
