@@ -80,3 +80,16 @@ func (s *Store) Unpin(owner string) {
 	}
 	delete(s.owners, owner)
 }
+
+// Room says whether a block can be kept without evicting another: it is held already, pinned, or there is
+// room for it.
+func (s *Store) Room(o ring.Object, n int64) bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ob := s.objects[o.ID]; ob != nil {
+		if b := ob.blocks[n]; b != nil && b.state == resident || len(ob.pins[n]) > 0 {
+			return true
+		}
+	}
+	return s.used+s.weight(blockLen(o.Size, n)) <= s.limit
+}

@@ -22,6 +22,7 @@ const (
 	PathLoads     = "/v1/loads"     // POST LoadRequest; GET all []LoadStatus; GET and DELETE /v1/loads/{id}
 	PathResidency = "/v1/residency" // GET: Residency (?prefix=)
 	PathRefresh   = "/v1/refresh"   // POST: list the bucket again now; answers the new snapshot's digest
+	PathMembers   = "/v1/members"   // POST ring.Membership: follow this list if its epoch is greater
 )
 
 // WorkerStatus is what one worker says of itself.
@@ -53,6 +54,24 @@ type WorkerStatus struct {
 	// Problem is the current reason why the worker cannot serve (missing credentials, no bucket), for
 	// people; empty when it can.
 	Problem string `json:"problem,omitempty"`
+	// Reason is the kind of a problem with which the worker cannot serve, for programs: a Status's name.
+	Reason string `json:"reason,omitempty"`
+	// Cached is how many bytes of content the store holds.
+	Cached int64 `json:"cached"`
+	// HandOver is how far a member that is Leaving is with giving its blocks to their new owners.
+	HandOver *HandOver `json:"handOver,omitempty"`
+}
+
+// HandOver is a leaving worker's account of its blocks, in bytes.
+type HandOver struct {
+	// Epoch is the membership under which the new owners were found.
+	Epoch uint64 `json:"epoch"`
+	// Total is what it holds of the current snapshot; Handed what its new owners hold now, Dropped what
+	// they have no room for or could not be given.
+	Total   int64 `json:"total"`
+	Handed  int64 `json:"handed"`
+	Dropped int64 `json:"dropped"`
+	Done    bool  `json:"done"`
 }
 
 // LoadRequest asks a worker to fetch the blocks it owns of the files that match.

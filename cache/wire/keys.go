@@ -11,7 +11,6 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
-	"strings"
 	"sync"
 	"time"
 )
@@ -119,13 +118,8 @@ func WriteKeys(dir string, k Keys) error {
 			}
 			continue
 		}
-		var b strings.Builder
-		for _, key := range k.Of(r) {
-			b.WriteString(hex.EncodeToString(key[:]))
-			b.WriteByte('\n')
-		}
 		tmp := path + ".new"
-		if err := os.WriteFile(tmp, []byte(b.String()), 0o600); err != nil {
+		if err := os.WriteFile(tmp, FormatKeys(k.Of(r)), 0o600); err != nil {
 			return fmt.Errorf("keys: %w", err)
 		}
 		if err := os.Rename(tmp, path); err != nil {
@@ -133,6 +127,16 @@ func WriteKeys(dir string, k Keys) error {
 		}
 	}
 	return nil
+}
+
+// FormatKeys is the content of a key file, or of a key of a Secret that is mounted as one.
+func FormatKeys(keys []Key) []byte {
+	var b bytes.Buffer
+	for _, key := range keys {
+		b.WriteString(hex.EncodeToString(key[:]))
+		b.WriteByte('\n')
+	}
+	return b.Bytes()
 }
 
 // LoadKeys reads the files read, write and control of dir (a mounted Secret). Some may be missing: a
@@ -149,7 +153,7 @@ func LoadKeys(dir string) (Keys, error) {
 		if err != nil {
 			return Keys{}, fmt.Errorf("keys: %w", err)
 		}
-		keys, err := parseKeys(b)
+		keys, err := ParseKeys(b)
 		if err != nil {
 			return Keys{}, fmt.Errorf("keys: %s: %w", path, err)
 		}
@@ -180,7 +184,8 @@ func readBounded(path string, limit int64) ([]byte, error) {
 	return os.ReadFile(path)
 }
 
-func parseKeys(b []byte) ([]Key, error) {
+// ParseKeys reads what a key file holds: one hex key a line. Errors name the line, never the key.
+func ParseKeys(b []byte) ([]Key, error) {
 	var keys []Key
 	for i, line := range bytes.Split(b, []byte("\n")) {
 		line = bytes.TrimSpace(line)

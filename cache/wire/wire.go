@@ -91,6 +91,10 @@ const (
 	// FlagVerify: the sender received bytes that failed their sums. The receiver reads what it holds again
 	// and compares; a block that is bad in its memory is dropped, fetched anew and counted before it answers.
 	FlagVerify
+	// FlagHandOver, of OpPrefetch: the sender leaves the membership and holds the block, which the receiver
+	// owns from now on. It answers once it holds the block, or NotResident when it has no room but that of
+	// other blocks. Length is within one block.
+	FlagHandOver
 )
 
 // Status of a reply.

@@ -79,8 +79,9 @@ func (d *Duration) UnmarshalJSON(b []byte) error {
 }
 
 // LoadConfig reads and validates a Config. A field that it does not know is an error: a misspelt setting
-// must not be a silent default.
-func LoadConfig(path string) (Config, error) {
+// must not be a silent default. set, which may be nil, fills in what the file, which the workers of a
+// dataset share, cannot say.
+func LoadConfig(path string, set func(*Config)) (Config, error) {
 	f, err := os.Open(path)
 	if err != nil {
 		return Config{}, fmt.Errorf("worker config: %w", err)
@@ -91,6 +92,9 @@ func LoadConfig(path string) (Config, error) {
 	d.DisallowUnknownFields()
 	if err := d.Decode(&c); err != nil {
 		return Config{}, fmt.Errorf("worker config %s: %w", path, err)
+	}
+	if set != nil {
+		set(&c)
 	}
 	if err := c.Validate(); err != nil {
 		return Config{}, fmt.Errorf("worker config %s: %w", path, err)

@@ -55,6 +55,7 @@ func (w *Worker) handler(ctx context.Context) http.Handler {
 		return w.residency(r.Context(), r.URL.Query().Get("prefix"))
 	})
 	signed("POST "+wire.PathRefresh, func(r *http.Request) (any, error) { return w.refresh(r) })
+	signed("POST "+wire.PathMembers, func(r *http.Request) (any, error) { return nil, w.told(r) })
 	signed("GET "+wire.PathLoads, func(r *http.Request) (any, error) { return w.loads.all(), nil })
 	signed("POST "+wire.PathLoads, func(r *http.Request) (any, error) {
 		var req wire.LoadRequest
@@ -120,7 +121,7 @@ func (w *Worker) Status() wire.WorkerStatus {
 	st := w.store.Stats()
 	s := wire.WorkerStatus{
 		Dataset: w.config.Dataset, ID: w.config.ID, Epoch: w.members.view().Epoch,
-		Quota: st.Quota, Used: st.Used, Pinned: st.Pinned,
+		Quota: st.Quota, Used: st.Used, Pinned: st.Pinned, Cached: st.Bytes, HandOver: w.handedOver.Load(),
 		ServedBytes: w.counts.served.Load(), OpenedBytes: w.counts.opened.Load(),
 		Verified: w.counts.verified.Load(), Unverified: w.counts.unverified.Load(), Corrupt: w.counts.corrupt.Load(),
 		Refetched: w.counts.corruptPeer.Load() + int64(st.Corrupt),
@@ -151,6 +152,9 @@ func (w *Worker) Status() wire.WorkerStatus {
 		w.problems.set(problemKeys, nil)
 	}
 	s.Problem = w.problems.String()
+	if err := w.problems.ready(); err != nil {
+		s.Reason = wire.StatusOf(err).String()
+	}
 	return s
 }
 

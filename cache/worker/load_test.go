@@ -394,7 +394,7 @@ func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
 		if err := os.WriteFile(path, []byte(s), 0o644); err != nil {
 			t.Fatal(err)
 		}
-		_, err := LoadConfig(path)
+		_, err := LoadConfig(path, nil)
 		return err
 	}
 	err := write(`{"copies":-1,"mounts":[{"url":"s3://b/p","path":"a"},{"url":"nfs://x","path":"/a"},{"url":"s3://c","path":"/a/b"}]}`)
@@ -412,7 +412,7 @@ func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
 	if err := write(`{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","refresh":"10m","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}]}`); err != nil {
 		t.Errorf("a good one: %v", err)
 	}
-	if _, err := LoadConfig(path + "x"); !errors.Is(err, os.ErrNotExist) {
+	if _, err := LoadConfig(path+"x", nil); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("missing: %v", err)
 	}
 }

@@ -5,6 +5,10 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -19,6 +23,23 @@ type view struct {
 	ring.Membership
 	encoded  []byte
 	replaced chan struct{}
+	// before is the membership as if nobody left; empty when nobody does.
+	before ring.Membership
+}
+
+// former are the members that own a block no longer only because they leave: they may hold it.
+func (v *view) former(o ring.Object, block int64, copies int) []ring.Member {
+	var found []ring.Member
+	for _, m := range v.before.Owners(o, block, copies) {
+		if v.leaves(m.ID) {
+			found = append(found, m)
+		}
+	}
+	return found
+}
+
+func (v *view) leaves(id string) bool {
+	return slices.ContainsFunc(v.Members, func(m ring.Member) bool { return m.ID == id && m.State == ring.Leaving })
 }
 
 // owners are the members that hold a block, in order, and this worker's place among them (-1: none).
@@ -36,6 +57,9 @@ func (v *view) owners(self string, o ring.Object, block int64, copies int) ([]ri
 type members struct {
 	path    string
 	current atomic.Pointer[view]
+
+	mu   sync.Mutex // guards changes of current
+	told bool       // the list in force was told by the controller: the file may be an older one
 }
 
 func newView(m ring.Membership) (*view, error) {
@@ -43,14 +67,21 @@ func newView(m ring.Membership) (*view, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &view{Membership: m, encoded: b, replaced: make(chan struct{})}, nil
+	v := &view{Membership: m, encoded: b, replaced: make(chan struct{})}
+	if slices.ContainsFunc(m.Members, func(m ring.Member) bool { return m.State == ring.Leaving }) {
+		v.before = ring.Membership{Epoch: m.Epoch, Members: slices.Clone(m.Members)}
+		for i := range v.before.Members {
+			v.before.Members[i].State = ring.Ready
+		}
+	}
+	return v, nil
 }
 
 // view is the list in force; before the first one is read it is empty, with epoch 0.
 func (m *members) view() *view { return m.current.Load() }
 
 // reload reads the file. The list in force stays when the file is missing, malformed, or does not have a
-// greater epoch: an epoch names one list, and placement must never go back. Only run calls it.
+// greater epoch: an epoch names one list, and placement must never go back.
 func (m *members) reload() error {
 	next, err := ring.Load(m.path)
 	if err != nil {
@@ -60,15 +91,49 @@ func (m *members) reload() error {
 	if err != nil {
 		return err
 	}
+	m.mu.Lock()
+	defer m.mu.Unlock()
 	old := m.view()
-	if bytes.Equal(v.encoded, old.encoded) {
+	switch {
+	case bytes.Equal(v.encoded, old.encoded):
+		m.told = false
 		return nil
-	}
-	if next.Epoch <= old.Epoch {
+	case next.Epoch < old.Epoch && m.told:
+		return nil
+	case next.Epoch <= old.Epoch:
 		return fmt.Errorf("membership file %s: its list differs but its epoch %d is not greater than %d, the one in force: raise the epoch with every change", m.path, next.Epoch, old.Epoch)
 	}
+	m.told = false
 	m.current.Store(v)
 	close(old.replaced)
+	return nil
+}
+
+// told takes a list from the controller, which is quicker than the file. An older one, or the one in force,
+// changes nothing.
+func (w *Worker) told(r *http.Request) error {
+	b, err := io.ReadAll(r.Body)
+	if err != nil {
+		return failed(http.StatusBadRequest, "membership: %w", err)
+	}
+	next, err := ring.Parse(b)
+	if err != nil {
+		return failed(http.StatusBadRequest, "%w", err)
+	}
+	v, err := newView(next)
+	if err != nil {
+		return err
+	}
+	m := &w.members
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	old := m.view()
+	if next.Epoch > old.Epoch {
+		m.told = true
+		m.current.Store(v)
+		close(old.replaced)
+		w.log.Info("membership told", "epoch", v.Epoch, "members", len(v.Members))
+	}
 	return nil
 }
 

@@ -83,6 +83,14 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		return nil, none, fmt.Errorf("%w: block %d of %s under membership epoch %d", wire.ErrNotOwner, block, f, w.members.view().Epoch)
 	}
 
+	var leaving int // the first of earlier are asked for what they hold only
+	if flags&wire.FlagPeer == 0 && place >= 0 {
+		if former := w.members.view().former(f.ring, block, len(owners)); len(former) > 0 {
+			leaving = len(former)
+			earlier = append(former, earlier...)
+		}
+	}
+
 	// Room is taken before the fill, because a block that cannot be kept is held in heap until its reader
 	// has it. A block that becomes resident needs none.
 	if err := budget.take(ctx, size); err != nil {
@@ -103,7 +111,7 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 	b, err = w.store.Acquire(ctx, f.ring, block, func(ctx context.Context, p []byte) error {
 		err := errNoPeer
 		if len(earlier) > 0 {
-			err = w.readPeers(ctx, earlier, f, block, p)
+			err = w.readPeers(ctx, earlier, leaving, f, block, p)
 		}
 		if errors.Is(err, errNoPeer) {
 			err = w.readSource(ctx, f, block, p)
@@ -128,16 +136,20 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 // errNoPeer: no earlier owner could give the block.
 var errNoPeer = errors.New("no earlier owner has the block")
 
-// readPeers asks the earlier owners of a block for it, each to act as its first owner. The error wraps
+// readPeers asks the earlier owners of a block for it, each to act as its first owner, but the first few,
+// which are leaving and give what they hold only. The error wraps
 // errNoPeer when the bucket should be asked instead.
-func (w *Worker) readPeers(ctx context.Context, earlier []ring.Member, f file, block int64, p []byte) error {
+func (w *Worker) readPeers(ctx context.Context, earlier []ring.Member, leaving int, f file, block int64, p []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
 	defer cancel()
 	var last error
-	for _, m := range earlier {
+	for i, m := range earlier {
 		req := wire.Request{
 			Op: wire.OpRead, Flags: wire.FlagPeer, Epoch: w.members.view().Epoch,
 			Snapshot: f.snapshot, Index: f.index, Off: blockOff(block), Length: int32(len(p)),
+		}
+		if i < leaving {
+			req.Flags |= wire.FlagResidentOnly
 		}
 		last = w.peers.read(ctx, m, req, p)
 		if last == nil {

@@ -303,6 +303,12 @@ func (c *conn) prefetch(ctx context.Context, req wire.Request) error {
 	if req.Off < 0 || req.Length <= 0 || req.Off >= f.ring.Size {
 		return fmt.Errorf("%w: %s: prefetch of %d bytes from %d", source.ErrInvalid, f, req.Length, req.Off)
 	}
+	if req.Flags&wire.FlagHandOver != 0 {
+		if err := w.takeOver(ctx, req, f, c.budget); err != nil {
+			return err
+		}
+		return c.reply(ctx, req, wire.Reply{Index: req.Index, Off: req.Off}, nil)
+	}
 	end := min(req.Off+int64(req.Length), f.ring.Size)
 	for block := req.Off / ring.BlockSize; blockOff(block) < end; block++ {
 		if !w.prefetches.push(f, block) {

@@ -90,7 +90,8 @@ type Worker struct {
 	refusedNow chan struct{}
 	prefetches prefetches
 	loads      *loads
-	requests   chan struct{} // a token for each request under way
+	handedOver atomic.Pointer[wire.HandOver] // nil unless this worker leaves
+	requests   chan struct{}                 // a token for each request under way
 	counts     counts
 	nonces     wire.Nonces
 	registry   *prometheus.Registry
@@ -241,7 +242,7 @@ func (w *Worker) Serve(ctx context.Context) error {
 		return nil
 	})
 	for _, loop := range []func(context.Context) error{
-		w.keepMembers, w.keepSnapshot, w.keepBucket, w.keepDigests, w.keepPrefetching, w.keepScrubbing,
+		w.keepMembers, w.keepSnapshot, w.keepBucket, w.keepDigests, w.keepPrefetching, w.keepScrubbing, w.keepHandingOver,
 		func(ctx context.Context) error { return w.acceptBlocks(ctx, w.blocks) },
 		func(ctx context.Context) error { return w.serveControl(ctx, w.control) },
 	} {

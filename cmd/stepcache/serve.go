@@ -15,7 +15,7 @@ import (
 )
 
 func workerCommand() *cobra.Command {
-	var config string
+	var config, id string
 	cmd := &cobra.Command{
 		Use:   "worker --config FILE",
 		Short: "Serve a dataset's blocks from memory",
@@ -27,7 +27,11 @@ func workerCommand() *cobra.Command {
 			if config == "" {
 				return usage{errors.New("worker: --config is missing: name the configuration file")}
 			}
-			c, err := worker.LoadConfig(config)
+			c, err := worker.LoadConfig(config, func(c *worker.Config) {
+				if id != "" {
+					c.ID = id
+				}
+			})
 			if err != nil {
 				return err
 			}
@@ -35,6 +39,7 @@ func workerCommand() *cobra.Command {
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", "", "configuration file")
+	cmd.Flags().StringVar(&id, "id", "", "this worker's member id, in place of the file's: the workers of a cluster share one file")
 	return cmd
 }
 

@@ -1,0 +1,163 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"sync/atomic"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+const (
+	// handOverAsks is how many blocks a leaving worker has its successors take at once.
+	handOverAsks = 16
+	// handOverTries is how often a successor that is not ready yet is asked for one block.
+	handOverTries = 5
+)
+
+// keepHandingOver gives this worker's blocks to their new owners whenever the membership says that it
+// leaves. The new owners pull: what a load pins there is pinned before it is pulled and makes room for
+// itself; everything else is taken only where it displaces nothing.
+func (w *Worker) keepHandingOver(ctx context.Context) error {
+	for {
+		v := w.members.view()
+		if v.leaves(w.config.ID) {
+			w.handOver(ctx, v)
+		} else {
+			w.handedOver.Store(nil)
+		}
+		select {
+		case <-ctx.Done():
+			return nil
+		case <-v.replaced:
+		}
+	}
+}
+
+// handOver goes once over what the store holds of the current snapshot. It ends early when the membership
+// is replaced: the next round finds what was handed already.
+func (w *Worker) handOver(ctx context.Context, v *view) {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-v.replaced:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	defer func() { cancel(); <-watched }()
+
+	var total, handed, dropped atomic.Int64
+	tell := func(done bool) {
+		w.handedOver.Store(&wire.HandOver{Epoch: v.Epoch, Total: total.Load(), Handed: handed.Load(), Dropped: dropped.Load(), Done: done})
+	}
+	tell(false)
+	snap, ok := w.snapshots.get(wire.Digest{})
+	if !ok {
+		tell(true)
+		return
+	}
+	defer snap.release()
+	var g errgroup.Group
+	g.SetLimit(handOverAsks)
+	snap.Walk(0, func(i catalog.Index) bool {
+		f, ok := snap.file(i)
+		if !ok {
+			return true
+		}
+		bitmap := w.store.Bitmap(f.ring)
+		for block := range ring.Blocks(f.ring.Size) {
+			if at := int(block / 8); at >= len(bitmap) || bitmap[at]&(1<<(block%8)) == 0 {
+				continue
+			}
+			if ctx.Err() != nil {
+				return false
+			}
+			size := blockLen(f.ring.Size, block)
+			total.Add(size)
+			g.Go(func() error {
+				if w.give(ctx, v, f, block) {
+					handed.Add(size)
+				} else {
+					dropped.Add(size)
+				}
+				tell(false)
+				return nil
+			})
+		}
+		return true
+	})
+	g.Wait()
+	if ctx.Err() == nil {
+		tell(true)
+		w.log.Info("handed over", "epoch", v.Epoch, "total", total.Load(), "handed", handed.Load(), "dropped", dropped.Load())
+	}
+}
+
+// give has one block's new owners take it; false when not all of them did.
+func (w *Worker) give(ctx context.Context, v *view, f file, block int64) bool {
+	owners := v.Owners(f.ring, block, w.config.Copies)
+	for _, m := range owners {
+		if err := w.giveTo(ctx, v, m, f, block); err != nil {
+			w.log.Debug("block not handed over", "to", m.ID, "object", f.String(), "block", block, "error", err)
+			return false
+		}
+	}
+	return len(owners) > 0
+}
+
+func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, block int64) error {
+	wait := newBackoff()
+	for try := 1; ; try++ {
+		err := func() error {
+			ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
+			defer cancel()
+			req := wire.Request{
+				Op: wire.OpPrefetch, Flags: wire.FlagHandOver, Epoch: v.Epoch, Snapshot: f.snapshot, Index: f.index,
+				Off: blockOff(block), Length: int32(blockLen(f.ring.Size, block)),
+			}
+			_, _, err := w.peers.frame(ctx, m, req)
+			return err
+		}()
+		// No room is final. A member that does not follow this membership yet, or does not have the
+		// snapshot, will soon.
+		if err == nil || errors.Is(err, wire.ErrNotResident) || try == handOverTries {
+			return err
+		}
+		if w.sleep(ctx, wait.NextBackOff()) != nil {
+			return err
+		}
+	}
+}
+
+// takeOver makes a block resident that its leaving owner offers, unless that would displace others.
+func (w *Worker) takeOver(ctx context.Context, req wire.Request, f file, budget budget) error {
+	block := req.Off / ring.BlockSize
+	if req.Off%ring.BlockSize != 0 || int64(req.Length) != blockLen(f.ring.Size, block) {
+		return fmt.Errorf("%w: %s: %d bytes from %d are not one block to be handed over", source.ErrInvalid, f, req.Length, req.Off)
+	}
+	if !w.store.Room(f.ring, block) {
+		return fmt.Errorf("%w: worker %s has no room for block %d of %s", wire.ErrNotResident, w.config.ID, block, f)
+	}
+	ctx, cancel := context.WithTimeout(ctx, waitOf(req))
+	defer cancel()
+	b, done, err := w.acquire(ctx, f, block, 0, budget)
+	if err != nil {
+		return err
+	}
+	defer done()
+	defer b.Release()
+	if !b.Resident() {
+		return fmt.Errorf("%w: worker %s did not keep block %d of %s", wire.ErrNotResident, w.config.ID, block, f)
+	}
+	return nil
+}
