@@ -135,22 +135,27 @@ func forward() error {
 	return nil
 }
 
-// inNetwork runs f on a thread that is in the network namespace; processes that f starts are in it too.
-// Goroutines that f starts are not.
+// inNetwork runs f on a thread that is in the network namespace meanwhile; processes that f starts are in it
+// too. Goroutines that f starts are not.
 func (c *Cluster) inNetwork(name string, f func() error) error {
-	result := make(chan error, 1)
-	go func() {
-		// The goroutine ends without unlocking, which ends its thread with it: no other goroutine ever runs
-		// in the wrong network.
-		runtime.LockOSThread()
-		result <- func() error {
-			if err := enter(namespacePath(name), unix.CLONE_NEWNET); err != nil {
-				return fmt.Errorf("enter the cluster's network: %w; is the cluster up?", err)
-			}
-			return f()
-		}()
-	}()
-	return <-result
+	runtime.LockOSThread()
+	home, err := os.Open("/proc/thread-self/ns/net")
+	if err != nil {
+		runtime.UnlockOSThread()
+		return err
+	}
+	defer home.Close()
+	if err := enter(namespacePath(name), unix.CLONE_NEWNET); err != nil {
+		runtime.UnlockOSThread()
+		return fmt.Errorf("enter the cluster's network: %w; is the cluster up?", err)
+	}
+	err = f()
+	if back := unix.Setns(int(home.Fd()), unix.CLONE_NEWNET); back != nil {
+		// The thread stays locked to this goroutine: nothing else ever runs in the wrong network.
+		return errors.Join(err, fmt.Errorf("leave the cluster's network: %w", back))
+	}
+	runtime.UnlockOSThread()
+	return err
 }
 
 // enter moves the current thread into a namespace.
