@@ -62,6 +62,11 @@ const (
 	AttributeNamespace = "namespace"
 	// AttributeSize is the size of a store in bytes, as a decimal number.
 	AttributeSize = "size"
+	// AttributeCopies and AttributeNodeMemory are the Dataset's workers.copies and node.memory, the latter in
+	// bytes. A Dataset's volume has them; where its reader Secret has values of these names, those count, since
+	// a PersistentVolume cannot be changed.
+	AttributeCopies     = "copies"
+	AttributeNodeMemory = "nodeMemory"
 )
 
 // Values of AttributeVolume.
