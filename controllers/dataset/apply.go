@@ -1,0 +1,112 @@
+package dataset
+
+import (
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"reflect"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// annotationApplied is the hash of what was last applied, so that a field that is not wanted any more is
+// taken away.
+const annotationApplied = v1alpha1.Group + "/applied"
+
+// object is the metadata of an object that belongs to the Dataset.
+func (p *pass) object(name, component string) metav1.ObjectMeta {
+	return metav1.ObjectMeta{
+		Namespace: p.dataset.Namespace, Name: name,
+		Labels: map[string]string{
+			v1alpha1.LabelDataset: p.dataset.Name, v1alpha1.LabelComponent: component,
+			"app.kubernetes.io/name": "stepcache", "app.kubernetes.io/managed-by": "stepcache",
+		},
+	}
+}
+
+// apply makes an object of the Dataset be as want says, where it is not: created, or changed when what is
+// wanted changed or somebody else changed one of its fields. reader is the cache, or past it. want becomes
+// what is on the server.
+func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, condition string, want client.Object) error {
+	owned := true
+	if _, ok := want.(*corev1.PersistentVolume); ok {
+		owned = false // a namespaced object cannot own it: deletion removes it
+	} else if err := controllerutil.SetControllerReference(p.dataset, want, r.client.Scheme()); err != nil {
+		return err
+	}
+	hash, err := hashOf(want)
+	if err != nil {
+		return err
+	}
+	if want.GetAnnotations() == nil {
+		want.SetAnnotations(map[string]string{})
+	}
+	want.GetAnnotations()[annotationApplied] = hash
+
+	have := reflect.New(reflect.TypeOf(want).Elem()).Interface().(client.Object)
+	err = reader.Get(ctx, client.ObjectKeyFromObject(want), have)
+	if apierrors.IsNotFound(err) {
+		err = r.client.Create(ctx, want)
+		if !apierrors.IsAlreadyExists(err) {
+			return err
+		}
+		// The cache holds our own objects only; this may be one of somebody else.
+		err = r.live.Get(ctx, client.ObjectKeyFromObject(want), have)
+	}
+	if err != nil {
+		return err
+	}
+	kind := reflect.TypeOf(want).Elem().Name()
+	ours := metav1.IsControlledBy(have, p.dataset)
+	if !owned {
+		ours = have.GetLabels()[v1alpha1.LabelDataset] == p.dataset.Name
+	}
+	if !ours {
+		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
+	}
+	if have.GetAnnotations()[annotationApplied] == hash && equality.Semantic.DeepDerivative(want, have) {
+		reflect.ValueOf(want).Elem().Set(reflect.ValueOf(have).Elem())
+		return nil
+	}
+	// Labels and annotations of others stay.
+	labels, annotations := maps.Clone(have.GetLabels()), maps.Clone(have.GetAnnotations())
+	if labels == nil {
+		labels = map[string]string{}
+	}
+	if annotations == nil {
+		annotations = map[string]string{}
+	}
+	maps.Copy(labels, want.GetLabels())
+	maps.Copy(annotations, want.GetAnnotations())
+	want.SetLabels(labels)
+	want.SetAnnotations(annotations)
+	want.SetFinalizers(have.GetFinalizers())
+	want.SetResourceVersion(have.GetResourceVersion())
+	if s, ok := want.(*corev1.Service); ok {
+		s.Spec.ClusterIP, s.Spec.ClusterIPs = have.(*corev1.Service).Spec.ClusterIP, have.(*corev1.Service).Spec.ClusterIPs
+	}
+	if err := r.client.Update(ctx, want); err != nil {
+		return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)
+	}
+	return nil
+}
+
+// hashOf is a short name of a value.
+func hashOf(v any) (string, error) {
+	b, err := json.Marshal(v)
+	if err != nil {
+		return "", err
+	}
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:8]), nil
+}

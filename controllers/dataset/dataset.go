@@ -1,0 +1,307 @@
+// Package dataset makes a Dataset real on a cluster: its keys, its workers and who they are, its volume and
+// claim, and what its status says.
+//
+// It owns one reconciler. Each file named after a phase holds that phase; phases run in the order of
+// Reconcile, each on a pass that holds what the earlier ones found. A phase that cannot go on returns a
+// *blocked error, which names the condition that says why; anything else that fails is tried again with
+// backoff. There is one write of the status per pass, and Events are sent after it.
+//
+// Buckets and the Secrets of their credentials are read by the workers only: what the controller says of
+// them it was told by a worker over the control endpoint, for which it uses the Dataset's control key.
+//
+// Concurrency: passes of different Datasets run at once, of one Dataset never; what is remembered between
+// passes (memory) can be lost at any time at the cost of a later answer. Failure: workers that do not
+// answer are reported and never waited for; deletion finishes without them.
+//
+// It may import api, cache and tier; the load controller imports it to reach a Dataset's workers.
+package dataset
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"math/rand/v2"
+	"net"
+	"sync"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"k8s.io/client-go/tools/events"
+	ctrl "sigs.k8s.io/controller-runtime"
+	"sigs.k8s.io/controller-runtime/pkg/builder"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/handler"
+	"sigs.k8s.io/controller-runtime/pkg/predicate"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// What the controller may do. Secrets are read by name and never listed; a worker's credentials are asked
+// for as metadata only.
+//
+// +kubebuilder:rbac:groups=data.stepcache.dev,resources=datasets,verbs=get;list;watch;update;patch
+// +kubebuilder:rbac:groups=data.stepcache.dev,resources=datasets/status;datasets/finalizers,verbs=update;patch
+// +kubebuilder:rbac:groups=apps,resources=statefulsets,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups="",resources=services;configmaps,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups="",resources=secrets,verbs=get;create;update
+// +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;delete
+// +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
+// +kubebuilder:rbac:groups="",resources=namespaces,verbs=get;list;watch;patch
+// +kubebuilder:rbac:groups="",resources=persistentvolumes;persistentvolumeclaims,verbs=get;list;watch;create;update;patch;delete
+// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
+// +kubebuilder:rbac:groups=coordination.k8s.io,resources=leases,verbs=get;create;update,namespace=stepcache-system
+
+// Store is what holds the workers' bytes.
+type Store string
+
+// Kinds of store. CSI is memory that the node service mounts with huge pages, for clusters whose nodes all
+// run it; EmptyDir works everywhere.
+const (
+	StoreCSI      Store = "csi"
+	StoreEmptyDir Store = "emptydir"
+)
+
+// Clock is the time as the controller sees it.
+type Clock interface{ Now() time.Time }
+
+// Options of a Reconciler.
+type Options struct {
+	// Namespace is the installation's own: controller, node service and webhook run there.
+	Namespace string
+	// Image is what new Datasets' workers run.
+	Image string
+	Store Store
+	// Poll is how often workers are asked for their status once all is well; a random tenth is added.
+	// Zero means 15 s. While something is missing they are asked at a fifth of it.
+	Poll time.Duration
+	// Clock is the time; nil means the system's.
+	Clock Clock
+	// Dial connects to workers; nil means a net.Dialer.
+	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+}
+
+type systemClock struct{}
+
+func (systemClock) Now() time.Time { return time.Now() }
+
+// Reconciler makes Datasets real.
+type Reconciler struct {
+	Options
+	client client.Client
+	// live reads past the cache: Secrets, and the pods of a Dataset that is being deleted.
+	live   client.Reader
+	events events.EventRecorder
+
+	mu     sync.Mutex
+	memory map[types.UID]*memory
+}
+
+// memory is what is remembered of a Dataset between passes.
+type memory struct {
+	// absent is since when a worker cannot serve, by member id.
+	absent map[string]time.Time
+	// leaving is since when a member hands over.
+	leaving map[string]time.Time
+	// said is the last text of each Event, so that an unchanged problem is told once.
+	said map[string]string
+}
+
+// New returns a Reconciler. c should be a manager's client, live its API reader.
+func New(c client.Client, live client.Reader, recorder events.EventRecorder, o Options) *Reconciler {
+	if o.Clock == nil {
+		o.Clock = systemClock{}
+	}
+	if o.Poll == 0 {
+		o.Poll = 15 * time.Second
+	}
+	if o.Dial == nil {
+		o.Dial = (&net.Dialer{Timeout: wire.DialTimeout}).DialContext
+	}
+	return &Reconciler{Options: o, client: c, live: live, events: recorder, memory: make(map[types.UID]*memory)}
+}
+
+// SetupWithManager registers the reconciler.
+func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
+	toDataset := handler.EnqueueRequestsFromMapFunc(func(_ context.Context, o client.Object) []reconcile.Request {
+		name := o.GetLabels()[v1alpha1.LabelDataset]
+		if name == "" {
+			return nil
+		}
+		ns := o.GetNamespace()
+		if pv, ok := o.(*corev1.PersistentVolume); ok && pv.Spec.ClaimRef != nil {
+			ns = pv.Spec.ClaimRef.Namespace
+		}
+		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: ns, Name: name}}}
+	})
+	return ctrl.NewControllerManagedBy(m).Named("dataset").
+		For(&v1alpha1.Dataset{}, builder.WithPredicates(predicate.Or(predicate.GenerationChangedPredicate{}, predicate.AnnotationChangedPredicate{}))).
+		Owns(&appsv1.StatefulSet{}).
+		Owns(&corev1.ConfigMap{}).
+		Owns(&corev1.Service{}).
+		Owns(&policyv1.PodDisruptionBudget{}).
+		Owns(&networkingv1.NetworkPolicy{}).
+		Owns(&corev1.PersistentVolumeClaim{}).
+		Watches(&corev1.Pod{}, toDataset).
+		Watches(&corev1.PersistentVolume{}, toDataset).
+		WithOptions(controller.Options{MaxConcurrentReconciles: 8}).
+		Complete(r)
+}
+
+// blocked is an error that a condition tells: the pass ends, and is tried again at the usual interval or
+// when something changes.
+type blocked struct {
+	condition, reason string
+	err               error
+}
+
+func (b *blocked) Error() string { return b.err.Error() }
+func (b *blocked) Unwrap() error { return b.err }
+
+func block(condition, reason, format string, a ...any) error {
+	return &blocked{condition, reason, fmt.Errorf(format, a...)}
+}
+
+// pass is one reconciliation of one Dataset: what its phases find, for the phases after them.
+type pass struct {
+	*memory
+	dataset *v1alpha1.Dataset // its status is what this pass will write
+	now     time.Time
+	keys    wire.Keys
+	pods    []corev1.Pod // the workers', by ordinal
+	nodes   map[string]*corev1.Node
+	set     *appsv1.StatefulSet // as it is; nil before it was made
+	wanted  string              // the hash that worker pods should carry
+	members ring.Membership
+	status  map[string]wire.WorkerStatus // by member id
+	missing map[string]error             // members that did not answer
+	again   time.Duration                // when to come again; 0: the usual interval
+	events  []event
+}
+
+type event struct{ kind, reason, action, note string }
+
+// phase is one step of a pass.
+type phase func(context.Context, *pass) error
+
+// Reconcile implements reconcile.Reconciler.
+func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
+	have := &v1alpha1.Dataset{}
+	if err := r.client.Get(ctx, req.NamespacedName, have); err != nil {
+		return reconcile.Result{}, client.IgnoreNotFound(err)
+	}
+	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
+	phases := []phase{
+		r.finalizer, r.validate, r.namespace, r.makeKeys, r.observe, r.config, r.membership, r.network,
+		r.ask, r.tell, r.rotate, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
+	}
+	if !have.DeletionTimestamp.IsZero() {
+		phases = []phase{r.deletion}
+	}
+	var failed []error
+	for _, do := range phases {
+		err := do(ctx, p)
+		var b *blocked
+		switch {
+		case err == nil:
+			continue
+		case errors.As(err, &b):
+			p.condition(b.condition, metav1.ConditionFalse, b.reason, "%s", b.Error())
+		case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
+			// The cache is behind; the change that it waits for brings the next pass.
+			p.again = time.Second
+		default:
+			failed = append(failed, err)
+		}
+		break
+	}
+	p.summarize()
+	if err := r.write(ctx, have, p); err != nil {
+		return reconcile.Result{}, errors.Join(append(failed, err)...)
+	}
+	r.send(p)
+	if len(failed) > 0 {
+		return reconcile.Result{}, fmt.Errorf("dataset %s: %w", req, errors.Join(failed...))
+	}
+	if p.again == 0 {
+		p.again = r.Poll
+		if p.dataset.Status.Phase != v1alpha1.DatasetReady {
+			p.again /= 5
+		}
+	}
+	return reconcile.Result{RequeueAfter: p.again + rand.N(p.again/10+1)}, nil
+}
+
+// write is the one write of the status.
+func (r *Reconciler) write(ctx context.Context, have *v1alpha1.Dataset, p *pass) error {
+	if equality.Semantic.DeepEqual(have.Status, p.dataset.Status) {
+		return nil
+	}
+	// What the phases changed of the object's metadata is written already.
+	want := have.DeepCopy()
+	want.Status = p.dataset.Status
+	return client.IgnoreNotFound(r.client.Status().Patch(ctx, want, client.MergeFrom(have)))
+}
+
+// send tells the Events of a pass, each text once until it changes.
+func (r *Reconciler) send(p *pass) {
+	for _, e := range p.events {
+		if p.said[e.reason] == e.note {
+			continue
+		}
+		p.said[e.reason] = e.note
+		r.events.Eventf(p.dataset, nil, e.kind, e.reason, e.action, "%s", e.note)
+	}
+}
+
+func (p *pass) warn(reason, action, format string, a ...any) {
+	p.events = append(p.events, event{corev1.EventTypeWarning, reason, action, fmt.Sprintf(format, a...)})
+}
+
+func (p *pass) note(reason, action, format string, a ...any) {
+	p.events = append(p.events, event{corev1.EventTypeNormal, reason, action, fmt.Sprintf(format, a...)})
+}
+
+func (r *Reconciler) remember(uid types.UID) *memory {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	m := r.memory[uid]
+	if m == nil {
+		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[string]string)}
+		r.memory[uid] = m
+	}
+	return m
+}
+
+func (r *Reconciler) forget(uid types.UID) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.memory, uid)
+}
+
+// finalizer makes sure that deletion waits for the pods that use the Dataset.
+func (r *Reconciler) finalizer(ctx context.Context, p *pass) error {
+	before := p.dataset.DeepCopy()
+	if !controllerutil.AddFinalizer(p.dataset, v1alpha1.Finalizer) {
+		return nil
+	}
+	patched := p.dataset.DeepCopy()
+	if err := r.client.Patch(ctx, patched, client.MergeFromWithOptions(before, client.MergeFromWithOptimisticLock{})); err != nil {
+		return err
+	}
+	p.dataset.ResourceVersion = patched.ResourceVersion
+	return nil
+}

@@ -1,0 +1,129 @@
+package dataset
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// maxNamed is how many of the pods in the way are named.
+const maxNamed = 10
+
+// deletion waits for the pods that use the Dataset, then removes what its owner references do not: the
+// volume, and the claim before it, so that no new pod can start with it. It never asks the workers, which
+// may be gone.
+func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
+	if !controllerutil.ContainsFinalizer(p.dataset, v1alpha1.Finalizer) {
+		r.forget(p.dataset.UID)
+		return nil
+	}
+	p.dataset.Status.ObservedGeneration = p.dataset.Generation
+	wait := func() (bool, error) {
+		pods, err := r.users(ctx, p.dataset)
+		if err != nil || len(pods) == 0 {
+			return false, err
+		}
+		text := fmt.Sprintf("waits for %d pods that use it: %s", len(pods), strings.Join(pods[:min(len(pods), maxNamed)], ", "))
+		if len(pods) > maxNamed {
+			text += " and others"
+		}
+		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "deletion %s", text)
+		p.warn("InUse", "Delete", "deletion %s", text)
+		p.again = r.Poll / 5 // pods of users are not watched
+		return true, nil
+	}
+	if waits, err := wait(); waits || err != nil {
+		return err
+	}
+	claim := &corev1.PersistentVolumeClaim{}
+	err := r.live.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.ClaimName(p.dataset.Name)}, claim)
+	if client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	if err == nil && metav1.IsControlledBy(claim, p.dataset) {
+		if err := client.IgnoreNotFound(r.client.Delete(ctx, claim, client.Preconditions{UID: &claim.UID})); err != nil {
+			return err
+		}
+	}
+	// A pod may have come while the claim could still be used; from now on none can.
+	if waits, err := wait(); waits || err != nil {
+		return err
+	}
+	volume := &corev1.PersistentVolume{}
+	err = r.live.Get(ctx, client.ObjectKey{Name: v1alpha1.VolumeName(p.dataset.Namespace, p.dataset.Name)}, volume)
+	if client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	if err == nil && volume.Labels[v1alpha1.LabelDataset] == p.dataset.Name {
+		if err := client.IgnoreNotFound(r.client.Delete(ctx, volume, client.Preconditions{UID: &volume.UID})); err != nil {
+			return err
+		}
+	}
+	if err := r.unlabelNamespace(ctx, p); err != nil {
+		return err
+	}
+	p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "Deleting", "nothing uses it any more")
+	patched := p.dataset.DeepCopy()
+	controllerutil.RemoveFinalizer(patched, v1alpha1.Finalizer)
+	if err := r.client.Patch(ctx, patched, client.MergeFromWithOptions(p.dataset, client.MergeFromWithOptimisticLock{})); client.IgnoreNotFound(err) != nil {
+		return err
+	}
+	r.forget(p.dataset.UID)
+	return nil
+}
+
+// users names the pods that have not ended and use the Dataset's claim, or mount it inline from a namespace
+// that may. Pods are listed here, past the cache, since nothing else wants to know of every step's.
+func (r *Reconciler) users(ctx context.Context, d *v1alpha1.Dataset) ([]string, error) {
+	namespaces := []string{d.Namespace}
+	for _, ns := range d.Spec.ShareWith {
+		if !slices.Contains(namespaces, string(ns)) {
+			namespaces = append(namespaces, string(ns))
+		}
+	}
+	var names []string
+	for _, ns := range namespaces {
+		next := ""
+		for {
+			pods := &corev1.PodList{}
+			if err := r.live.List(ctx, pods, client.InNamespace(ns), client.Limit(500), client.Continue(next)); err != nil {
+				return nil, err
+			}
+			for i := range pods.Items {
+				if uses(&pods.Items[i], d) {
+					names = append(names, ns+"/"+pods.Items[i].Name)
+				}
+			}
+			if next = pods.Continue; next == "" {
+				break
+			}
+		}
+	}
+	return names, nil
+}
+
+func uses(pod *corev1.Pod, d *v1alpha1.Dataset) bool {
+	if pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
+		return false
+	}
+	return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool {
+		if c := v.PersistentVolumeClaim; c != nil {
+			return pod.Namespace == d.Namespace && c.ClaimName == v1alpha1.ClaimName(d.Name)
+		}
+		c := v.CSI
+		if c == nil || c.Driver != v1alpha1.DriverName {
+			return false
+		}
+		kind, ns := c.VolumeAttributes[v1alpha1.AttributeVolume], c.VolumeAttributes[v1alpha1.AttributeNamespace]
+		return (kind == "" || kind == v1alpha1.VolumeDataset) && c.VolumeAttributes[v1alpha1.AttributeDataset] == d.Name &&
+			(ns == d.Namespace || ns == "" && pod.Namespace == d.Namespace)
+	})
+}

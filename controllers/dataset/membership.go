@@ -1,0 +1,211 @@
+package dataset
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net"
+	"reflect"
+	"slices"
+	"strconv"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	tierclient "github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/tier"
+)
+
+const (
+	// absentAfter is how long a worker that does not serve stays in the membership: a restart moves no
+	// bytes, a loss does, since without its owner every read of a block asks in vain first.
+	absentAfter = time.Minute
+	// askTimeout bounds one question to a worker.
+	askTimeout = 5 * time.Second
+)
+
+// membership writes who the workers are into the ConfigMap that they and the readers mount.
+//
+// A member's id is its pod's name, which placement hashes; its address is the pod's own, which needs no
+// DNS, so a restart under another address is a new epoch and moves nothing. Members are Leaving while they
+// hand over their blocks, before the pod is stopped for good (scale-in) or for a new template (rollout).
+func (r *Reconciler) membership(ctx context.Context, p *pass) error {
+	before, err := r.written(ctx, p)
+	if err != nil {
+		return err
+	}
+	had := make(map[string]ring.Member)
+	for _, m := range before.Members {
+		had[m.ID] = m
+	}
+	next := ring.Membership{Members: []ring.Member{}}
+	seen := make(map[string]bool)
+	for i := range p.pods {
+		pod := &p.pods[i]
+		seen[pod.Name] = true
+		old, was := had[pod.Name]
+		switch {
+		case p.serves(pod):
+			delete(p.absent, pod.Name)
+			next.Members = append(next.Members, r.member(pod))
+		case was && p.lately(pod.Name):
+			next.Members = append(next.Members, old)
+		}
+	}
+	for _, m := range before.Members {
+		// The pod is gone: the set makes it anew, unless it was one too many.
+		if n := ordinal(p.dataset, m.ID); !seen[m.ID] && n >= 0 && n < int(p.dataset.Spec.Workers.Replicas) && p.lately(m.ID) {
+			next.Members = append(next.Members, m)
+		}
+	}
+	slices.SortFunc(next.Members, func(a, b ring.Member) int { return ordinal(p.dataset, a.ID) - ordinal(p.dataset, b.ID) })
+	roll := p.rolling(had)
+	stay := 0
+	for i := range next.Members {
+		m := &next.Members[i]
+		m.State = ring.Ready
+		if ordinal(p.dataset, m.ID) >= int(p.dataset.Spec.Workers.Replicas) || m.ID == roll {
+			m.State = ring.Leaving
+		} else {
+			stay++
+		}
+	}
+	if stay == 0 { // nobody could take anything over
+		for i := range next.Members {
+			next.Members[i].State = ring.Ready
+		}
+	}
+	next.Epoch = before.Epoch
+	if before.Epoch == 0 || !reflect.DeepEqual(before.Members, next.Members) {
+		// The time keeps epochs growing even when the ConfigMap was deleted.
+		next.Epoch = max(before.Epoch+1, uint64(p.now.Unix()))
+	}
+	p.members = next
+	return r.putMembership(ctx, p)
+}
+
+// written is the list that was written last.
+func (r *Reconciler) written(ctx context.Context, p *pass) (ring.Membership, error) {
+	cm := &corev1.ConfigMap{}
+	err := r.client.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.TierName(p.dataset.Name)}, cm)
+	if apierrors.IsNotFound(err) {
+		return ring.Membership{}, nil
+	}
+	if err != nil {
+		return ring.Membership{}, err
+	}
+	m, err := ring.Parse([]byte(cm.Data[v1alpha1.KeyMembership]))
+	if err != nil {
+		// Somebody wrote it by hand: it is made anew.
+		p.warn("MembershipInvalid", "WriteMembership", "config map %q: %v; it is written anew", cm.Name, err)
+		return ring.Membership{}, nil
+	}
+	if m.Members == nil {
+		m.Members = []ring.Member{}
+	}
+	return m, nil
+}
+
+// lately says whether a worker that does not serve did so until a moment ago.
+func (p *pass) lately(id string) bool {
+	since, ok := p.absent[id]
+	if !ok {
+		since = p.now
+		p.absent[id] = since
+	}
+	left := since.Add(absentAfter).Sub(p.now)
+	if left > 0 && (p.again == 0 || p.again > left) {
+		p.again = left
+	}
+	return left > 0
+}
+
+func (r *Reconciler) member(pod *corev1.Pod) ring.Member {
+	m := ring.Member{
+		ID: pod.Name, Node: pod.Spec.NodeName,
+		Addr:    net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(v1alpha1.PortData)),
+		Control: net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(v1alpha1.PortControl)),
+	}
+	if r.Store == StoreCSI {
+		m.Socket = v1alpha1.NodeSocketDir(string(pod.UID)) + "/" + v1alpha1.SocketName
+	}
+	return m
+}
+
+func (r *Reconciler) putMembership(ctx context.Context, p *pass) error {
+	list, err := json.Marshal(p.members)
+	if err != nil {
+		return err
+	}
+	folder, err := json.Marshal(tier.Folder{Dataset: p.name(), Copies: int(p.dataset.Spec.Workers.Copies)})
+	if err != nil {
+		return err
+	}
+	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{
+		ObjectMeta: p.object(v1alpha1.TierName(p.dataset.Name), v1alpha1.ComponentWorker),
+		Data:       map[string]string{v1alpha1.KeyMembership: string(list), v1alpha1.KeyTier: string(folder)},
+	})
+}
+
+// control reaches the workers of the pass's membership.
+func (r *Reconciler) control(p *pass) (*tierclient.Control, error) {
+	return tierclient.NewControl(tierclient.ControlConfig{
+		Dataset: p.name(), Membership: p.members, Keys: p.keys, Timeout: askTimeout, Dialer: r.Dial, Now: r.Clock.Now,
+	})
+}
+
+// ask asks every worker for its status.
+func (r *Reconciler) ask(ctx context.Context, p *pass) error {
+	p.status, p.missing = make(map[string]wire.WorkerStatus), make(map[string]error)
+	if len(p.members.Members) == 0 {
+		return nil
+	}
+	k, err := r.control(p)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	all, err := k.Status(ctx)
+	var miss *tierclient.Missing
+	switch {
+	case errors.As(err, &miss):
+		p.missing = miss.Errors
+	case err != nil:
+		return err
+	}
+	for _, s := range all {
+		p.status[s.ID] = s
+	}
+	return nil
+}
+
+// tell gives the membership to the workers that follow an older one, which is quicker than the kubelet's
+// update of the mounted file. Readers learn of it from the workers' replies.
+func (r *Reconciler) tell(ctx context.Context, p *pass) error {
+	behind := false
+	for _, s := range p.status {
+		behind = behind || s.Epoch < p.members.Epoch
+	}
+	if !behind {
+		return nil
+	}
+	k, err := r.control(p)
+	if err != nil {
+		return err
+	}
+	defer k.Close()
+	p.again = r.Poll / 5
+	if err := k.Tell(ctx); err != nil {
+		var miss *tierclient.Missing
+		if !errors.As(err, &miss) {
+			return err
+		}
+		// Who does not answer is reported by workersReady, and reads the file.
+	}
+	return nil
+}

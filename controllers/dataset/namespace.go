@@ -1,0 +1,62 @@
+package dataset
+
+import (
+	"context"
+	"fmt"
+
+	corev1 "k8s.io/api/core/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// namespace labels the Dataset's namespace where the webhook should look at workflow pods that carry no
+// label of ours.
+func (r *Reconciler) namespace(ctx context.Context, p *pass) error {
+	if !wantsWatch(p.dataset) {
+		return nil
+	}
+	return r.labelNamespace(ctx, p.dataset.Namespace, true)
+}
+
+func wantsWatch(d *v1alpha1.Dataset) bool {
+	return len(d.Spec.Replaces) > 0 || d.Spec.Locality != v1alpha1.LocalityNone
+}
+
+// unlabelNamespace takes the label away with the last Dataset that wants it.
+func (r *Reconciler) unlabelNamespace(ctx context.Context, p *pass) error {
+	others := &v1alpha1.DatasetList{}
+	if err := r.client.List(ctx, others, client.InNamespace(p.dataset.Namespace)); err != nil {
+		return err
+	}
+	for i := range others.Items {
+		if o := &others.Items[i]; o.UID != p.dataset.UID && wantsWatch(o) {
+			return nil
+		}
+	}
+	return r.labelNamespace(ctx, p.dataset.Namespace, false)
+}
+
+func (r *Reconciler) labelNamespace(ctx context.Context, name string, on bool) error {
+	ns := &corev1.Namespace{}
+	if err := r.client.Get(ctx, client.ObjectKey{Name: name}, ns); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	_, has := ns.Labels[v1alpha1.LabelWatched]
+	if has == on {
+		return nil
+	}
+	before := ns.DeepCopy()
+	if on {
+		if ns.Labels == nil {
+			ns.Labels = map[string]string{}
+		}
+		ns.Labels[v1alpha1.LabelWatched] = "true"
+	} else {
+		delete(ns.Labels, v1alpha1.LabelWatched)
+	}
+	if err := r.client.Patch(ctx, ns, client.MergeFrom(before)); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("namespace %s: %w", name, err)
+	}
+	return nil
+}

@@ -1,0 +1,145 @@
+package dataset
+
+import (
+	"fmt"
+	"strconv"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/utils/ptr"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// Where a worker's pod has its files.
+const (
+	configDir   = "/etc/stepcache/worker"
+	configFile  = "worker.json"
+	tierDir     = "/etc/stepcache/tier"
+	keysDir     = "/etc/stepcache/keys"
+	credentials = "/etc/stepcache/credentials"
+	storeDir    = "/var/lib/stepcache"
+	socketDir   = "/run/stepcache"
+)
+
+// user is who workers run as; its group owns their volumes.
+const user = 65532
+
+const mi = 1 << 20
+
+// footprint is the memory of a worker's pod in bytes.
+//
+// Everything that can be charged to the pod is in it, so that a full cache is a clean "no space" and never
+// an OOM kill, after which the pod could not even start again, its tmpfs being charged to it still:
+//
+//   - store, the size of the tmpfs: the quota, within which the store counts pages, kernel inodes and its
+//     journal, and room for the snapshots that are kept beside it (an eighth of the quota, 64 MiB to 1 GiB;
+//     a million files take 130 MB). A snapshot that does not fit is served from heap.
+//   - heap: 128 MiB of buffers for fills and uncached reads, as much again for connections, the runtime and
+//     what the collector has not collected yet, 1/64 of the quota for the index (1.5 KiB for each cached
+//     file of 100 KiB), and once more the room of a snapshot, which is built in heap when the bucket is
+//     listed. GOMEMLIMIT is set below it, so that the collector works harder before the kernel kills.
+func footprint(quota int64) (store, heap int64) {
+	room := min(max(quota/8, 64*mi), 1024*mi)
+	return quota + room, 256*mi + quota/64 + room
+}
+
+// podSpec is the workers' pod: admitted under the restricted level, without an API token.
+func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
+	d := p.dataset
+	store, heap := footprint(d.Spec.Workers.MemoryBytes())
+	memory := *resource.NewQuantity(store+heap, resource.BinarySI)
+
+	volumes := []corev1.Volume{
+		{Name: "config", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: v1alpha1.WorkersName(d.Name)}}}},
+		{Name: "tier", VolumeSource: corev1.VolumeSource{ConfigMap: &corev1.ConfigMapVolumeSource{
+			LocalObjectReference: corev1.LocalObjectReference{Name: v1alpha1.TierName(d.Name)}}}},
+		{Name: "keys", VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{
+			SecretName: v1alpha1.KeysName(d.Name), DefaultMode: ptr.To[int32](0o440)}}},
+	}
+	mounts := []corev1.VolumeMount{
+		{Name: "config", MountPath: configDir, ReadOnly: true},
+		{Name: "tier", MountPath: tierDir, ReadOnly: true},
+		{Name: "keys", MountPath: keysDir, ReadOnly: true},
+		{Name: "store", MountPath: storeDir},
+	}
+	csi := func(kind string, more map[string]string) corev1.VolumeSource {
+		attributes := map[string]string{v1alpha1.AttributeVolume: kind, v1alpha1.AttributeDataset: d.Name, v1alpha1.AttributeNamespace: d.Namespace}
+		for k, v := range more {
+			attributes[k] = v
+		}
+		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: v1alpha1.DriverName, VolumeAttributes: attributes}}
+	}
+	if r.Store == StoreCSI {
+		volumes = append(volumes,
+			corev1.Volume{Name: "store", VolumeSource: csi(v1alpha1.VolumeStore, map[string]string{v1alpha1.AttributeSize: strconv.FormatInt(store, 10)})},
+			corev1.Volume{Name: "socket", VolumeSource: csi(v1alpha1.VolumeSocket, nil)})
+		mounts = append(mounts, corev1.VolumeMount{Name: "socket", MountPath: socketDir})
+	} else {
+		volumes = append(volumes, corev1.Volume{Name: "store", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
+			Medium: corev1.StorageMediumMemory, SizeLimit: resource.NewQuantity(store, resource.BinarySI)}}})
+	}
+	for i, name := range secrets(d) {
+		// Optional, so that the worker starts, and says what is missing, and goes on once it is there.
+		volume := fmt.Sprintf("credentials-%d", i)
+		volumes = append(volumes, corev1.Volume{Name: volume, VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{
+			SecretName: name, Optional: ptr.To(true), DefaultMode: ptr.To[int32](0o440)}}})
+		mounts = append(mounts, corev1.VolumeMount{Name: volume, MountPath: credentialsDir(name), ReadOnly: true})
+	}
+
+	probe := func(path string, period, failures int32) *corev1.Probe {
+		return &corev1.Probe{PeriodSeconds: period, FailureThreshold: failures, TimeoutSeconds: 5, ProbeHandler: corev1.ProbeHandler{
+			HTTPGet: &corev1.HTTPGetAction{Path: path, Port: intstr.FromString("control")}}}
+	}
+	spec := corev1.PodSpec{
+		AutomountServiceAccountToken:  ptr.To(false),
+		EnableServiceLinks:            ptr.To(false),
+		TerminationGracePeriodSeconds: ptr.To[int64](30),
+		SecurityContext: &corev1.PodSecurityContext{
+			RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To[int64](user), RunAsGroup: ptr.To[int64](user), FSGroup: ptr.To[int64](user),
+			SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+		},
+		TopologySpreadConstraints: []corev1.TopologySpreadConstraint{{
+			MaxSkew: 1, TopologyKey: corev1.LabelHostname, WhenUnsatisfiable: corev1.ScheduleAnyway,
+			LabelSelector: &metav1.LabelSelector{MatchLabels: selector(d)},
+		}},
+		Volumes: volumes,
+		Containers: []corev1.Container{{
+			Name: "worker", Image: image,
+			Args: []string{"worker", "--config", configDir + "/" + configFile, "--id", "$(POD_NAME)"},
+			Env: []corev1.EnvVar{
+				{Name: "POD_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.name"}}},
+				{Name: "GOMEMLIMIT", Value: strconv.FormatInt(heap*3/4, 10)},
+			},
+			Ports: []corev1.ContainerPort{
+				{Name: "data", ContainerPort: v1alpha1.PortData},
+				{Name: "control", ContainerPort: v1alpha1.PortControl},
+			},
+			Resources: corev1.ResourceRequirements{
+				Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: resource.MustParse("100m")},
+				Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},
+			},
+			// A worker that verifies what it finds in its memory after a restart takes a while to listen.
+			StartupProbe:   probe("/healthz", 2, 300),
+			LivenessProbe:  probe("/healthz", 10, 6),
+			ReadinessProbe: probe("/readyz", 3, 2),
+			VolumeMounts:   mounts,
+			SecurityContext: &corev1.SecurityContext{
+				AllowPrivilegeEscalation: ptr.To(false), ReadOnlyRootFilesystem: ptr.To(true),
+				Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+			},
+		}},
+	}
+	if t := d.Spec.Workers.Template; t != nil {
+		spec.NodeSelector = t.Spec.NodeSelector
+		spec.Affinity = t.Spec.Affinity
+		spec.Tolerations = t.Spec.Tolerations
+		spec.SchedulerName = t.Spec.SchedulerName
+		spec.PriorityClassName = t.Spec.PriorityClassName
+		spec.ServiceAccountName = t.Spec.ServiceAccountName
+	}
+	return spec
+}

@@ -1,0 +1,345 @@
+package dataset
+
+import (
+	"cmp"
+	"context"
+	"fmt"
+	"maps"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// Reasons of the condition WorkersReady.
+const (
+	ReasonAllReady        = "AllReady"
+	ReasonStarting        = "Starting"
+	ReasonUnschedulable   = "Unschedulable"
+	ReasonOutOfMemory     = "OutOfMemory"
+	ReasonImageNotPulled  = "ImageNotPulled"
+	ReasonCrashing        = "Crashing"
+	ReasonNodeUnreachable = "NodeUnreachable"
+	ReasonNotAnswering    = "NotAnswering"
+	ReasonNotReady        = "NotReady"
+)
+
+// maxMessage bounds a condition's message, well below what the API server takes.
+const maxMessage = 2000
+
+func (p *pass) condition(kind string, status metav1.ConditionStatus, reason, format string, a ...any) {
+	text := fmt.Sprintf(format, a...)
+	if len(text) > maxMessage {
+		text = strings.ToValidUTF8(text[:maxMessage], "") + " …"
+	}
+	meta.SetStatusCondition(&p.dataset.Status.Conditions, metav1.Condition{
+		Type: kind, Status: status, Reason: reason, Message: text,
+		ObservedGeneration: p.dataset.Generation, LastTransitionTime: metav1.NewTime(p.now),
+	})
+}
+
+// sourced takes over what the workers say of the data, and whether they reach it.
+func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
+	st := &p.dataset.Status
+	r.count(p)
+	missing, err := r.missingSecrets(ctx, p)
+	if err != nil {
+		return err
+	}
+	reason, problem := "", ""
+	for _, id := range slices.Sorted(maps.Keys(p.status)) {
+		if s := p.status[id]; s.Reason != "" {
+			reason, problem = s.Reason, s.Problem
+			// Who just waits for another to list says less than the one that cannot.
+			if reasonOf(reason) != ReasonListing {
+				break
+			}
+		}
+	}
+	switch {
+	case problem == "" && len(p.status) == 0 && len(missing) == 0:
+		// Nobody to ask: what was known stays, unless nothing was.
+		if !meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionSourced) {
+			p.condition(v1alpha1.ConditionSourced, metav1.ConditionUnknown, ReasonNoWorker, "no worker answers yet")
+		}
+	case len(missing) > 0 && (problem != "" || st.Snapshot == ""):
+		text := strings.Join(missing, "; ")
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonCredentialsMissing, "%s", text)
+		p.warn(ReasonCredentialsMissing, "ReadCredentials", "%s", text)
+	case problem != "":
+		why, text := reasonOf(reason), forPeople(p.dataset, problem)
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, why, "%s", text)
+		if why != ReasonListing {
+			p.warn(why, "ReadBucket", "%s", text)
+		}
+	case st.Snapshot == "":
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonListing, "the bucket is being listed")
+	default:
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionTrue, ReasonListed, "%d files, %s", st.Files, st.Size)
+		for _, why := range []string{ReasonCredentialsMissing, ReasonAccessDenied, ReasonNoSuchBucket, ReasonUnavailable} {
+			delete(p.said, why) // if it comes again it is told again
+		}
+	}
+	return nil
+}
+
+// reasonOf is the condition's reason for a worker's.
+func reasonOf(worker string) string {
+	switch worker {
+	case wire.Denied.String():
+		return ReasonAccessDenied
+	case wire.NoBucket.String():
+		return ReasonNoSuchBucket
+	case wire.UnknownSnapshot.String():
+		return ReasonListing
+	case wire.Invalid.String():
+		return ReasonInvalidSpec
+	}
+	return ReasonUnavailable
+}
+
+// missingSecrets names the Secrets that are not there and what they should hold. It looks only while
+// something is wrong, and never at what a Secret holds.
+func (r *Reconciler) missingSecrets(ctx context.Context, p *pass) ([]string, error) {
+	if meta.IsStatusConditionTrue(p.dataset.Status.Conditions, v1alpha1.ConditionSourced) && !slices.ContainsFunc(
+		slices.Collect(maps.Values(p.status)), func(s wire.WorkerStatus) bool { return s.Reason != "" }) {
+		return nil, nil
+	}
+	var missing []string
+	for i := range p.dataset.Spec.Mounts {
+		ref := p.dataset.Spec.Mounts[i].CredentialsSecretRef
+		if ref == nil {
+			continue
+		}
+		m := &metav1.PartialObjectMetadata{}
+		m.SetGroupVersionKind(corev1.SchemeGroupVersion.WithKind("Secret"))
+		err := r.live.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: ref.Name}, m)
+		switch {
+		case apierrors.IsNotFound(err):
+			keys := ref.Map()
+			text := fmt.Sprintf("secret %q not found in namespace %s; create it with keys %s and %s", ref.Name, p.dataset.Namespace, keys["accessKeyID"], keys["accessKeySecret"])
+			if !slices.Contains(missing, text) {
+				missing = append(missing, text)
+			}
+		case err != nil:
+			return nil, err
+		}
+	}
+	return missing, nil
+}
+
+// count sums up the workers' own figures.
+func (r *Reconciler) count(p *pass) {
+	st := &p.dataset.Status
+	if len(p.status) == 0 {
+		return
+	}
+	var cached, source, opened int64
+	var sum v1alpha1.Integrity
+	var listed *wire.WorkerStatus
+	lister, _ := p.members.Lister(p.name())
+	for _, id := range slices.Sorted(maps.Keys(p.status)) {
+		s := p.status[id]
+		cached += s.Cached
+		source += s.SourceBytes
+		opened += s.ServedBytes + s.OpenedBytes
+		sum.Verified += s.Verified
+		sum.Unverified += s.Unverified
+		sum.Corrupt += s.Corrupt
+		sum.Refetched += s.Refetched
+		if s.Snapshot != "" && (listed == nil || id == lister.ID) {
+			listed = &s
+		}
+	}
+	st.Integrity = sum
+	if opened > 0 {
+		st.HitRatio = fmt.Sprintf("%.2f", min(1, max(0, 1-float64(source)/float64(opened))))
+	}
+	if listed == nil {
+		return
+	}
+	if st.Snapshot != listed.Snapshot {
+		if st.Snapshot != "" {
+			p.note("Refreshed", "List", "the bucket was listed again: %d files; pods that start from now on see them", listed.Files)
+		}
+		st.Snapshot, st.SnapshotTime = listed.Snapshot, &metav1.Time{Time: p.now}
+	}
+	st.Files, st.Bytes = listed.Files, listed.Bytes
+	st.Size = size(listed.Bytes)
+	st.Skipped = nil
+	for _, why := range slices.SortedFunc(maps.Keys(listed.Skipped), func(a, b string) int {
+		return cmp.Or(cmp.Compare(listed.Skipped[b], listed.Skipped[a]), cmp.Compare(a, b))
+	}) {
+		if len(st.Skipped) < 16 {
+			st.Skipped = append(st.Skipped, v1alpha1.Skipped{Reason: why, Count: listed.Skipped[why]})
+		}
+	}
+	copies := int64(max(1, p.dataset.Spec.Workers.Copies))
+	st.Cached = min(cached/copies, st.Bytes)
+	st.CachedPercentage = 100
+	if st.Bytes > 0 {
+		st.CachedPercentage = int32(float64(st.Cached) / float64(st.Bytes) * 100)
+	}
+}
+
+// size is a number of bytes for people, in the units that manifests use.
+func size(bytes int64) string {
+	const units = "KMGTPE"
+	if bytes < 1024 {
+		return fmt.Sprint(bytes)
+	}
+	v, unit := float64(bytes), -1
+	for v >= 1024 && unit < len(units)-1 {
+		v /= 1024
+		unit++
+	}
+	return strings.TrimSuffix(fmt.Sprintf("%.1f", v), ".0") + string(units[unit]) + "i"
+}
+
+// workersReady counts the workers and says of the first that does not serve what is wrong.
+func (r *Reconciler) workersReady(_ context.Context, p *pass) error {
+	st := &p.dataset.Status
+	replicas := p.dataset.Spec.Workers.Replicas
+	st.Workers = v1alpha1.WorkersStatus{Replicas: int32(len(p.pods)), Selector: labels.SelectorFromSet(selector(p.dataset)).String()}
+	reason, text := "", ""
+	for i := range p.pods {
+		pod := &p.pods[i]
+		why, what := r.wrong(p, pod)
+		if why == "" {
+			st.Workers.Ready++
+			continue
+		}
+		if reason == "" && ordinal(p.dataset, pod.Name) < int(replicas) {
+			reason, text = why, what
+		}
+	}
+	switch {
+	case reason != "":
+		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, reason, "%d of %d workers serve; worker %s", st.Workers.Ready, replicas, text)
+		if reason != ReasonStarting && reason != ReasonNotReady {
+			p.warn(reason, "RunWorkers", "worker %s", text)
+		}
+	case st.Workers.Ready < replicas:
+		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, ReasonStarting, "%d of %d workers serve; the others have no pod yet (see the events of StatefulSet %s)", st.Workers.Ready, replicas, v1alpha1.WorkersName(p.dataset.Name))
+	default:
+		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionTrue, ReasonAllReady, "%d of %d workers serve", st.Workers.Ready, replicas)
+		for _, why := range []string{ReasonUnschedulable, ReasonOutOfMemory, ReasonImageNotPulled, ReasonCrashing, ReasonNodeUnreachable, ReasonNotAnswering} {
+			delete(p.said, why)
+		}
+	}
+	return nil
+}
+
+// wrong says why a worker does not serve, and what helps; nothing when it does.
+func (r *Reconciler) wrong(p *pass, pod *corev1.Pod) (reason, text string) {
+	for _, c := range pod.Status.Conditions {
+		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
+			store, heap := footprint(p.dataset.Spec.Workers.MemoryBytes())
+			return ReasonUnschedulable, fmt.Sprintf("%s: %s; a worker needs %s of memory (its cache of %s and what serves it): lower spec.workers.memory or replicas, or add nodes",
+				pod.Name, c.Message, size(store+heap), size(p.dataset.Spec.Workers.MemoryBytes()))
+		}
+	}
+	if c := unreachable(p.nodes[pod.Spec.NodeName]); c != nil {
+		return ReasonNodeUnreachable, fmt.Sprintf("%s: node %s does not answer (%s)", pod.Name, pod.Spec.NodeName, c.Reason)
+	}
+	for _, c := range pod.Status.ContainerStatuses {
+		if c.Ready {
+			continue
+		}
+		if t := c.LastTerminationState.Terminated; t != nil && t.Reason == "OOMKilled" {
+			return ReasonOutOfMemory, fmt.Sprintf("%s: was killed for its memory limit of %s; raise spec.workers.memory and with it the limit, and please report it", pod.Name, limit(pod))
+		}
+		if w := c.State.Waiting; w != nil {
+			switch w.Reason {
+			case "ErrImagePull", "ImagePullBackOff", "InvalidImageName":
+				return ReasonImageNotPulled, fmt.Sprintf("%s: image %s: %s", pod.Name, c.Image, cmp.Or(w.Message, w.Reason))
+			case "CrashLoopBackOff":
+				last := w.Message
+				if t := c.LastTerminationState.Terminated; t != nil && t.Message != "" {
+					last = t.Message
+				}
+				return ReasonCrashing, fmt.Sprintf("%s: ends again and again: %s (kubectl logs %s)", pod.Name, last, pod.Name)
+			}
+		}
+	}
+	s, answered := p.status[pod.Name]
+	switch {
+	case !pod.DeletionTimestamp.IsZero():
+		return ReasonStarting, pod.Name + ": is being stopped"
+	case pod.Status.Phase != corev1.PodRunning || pod.Status.PodIP == "":
+		return ReasonStarting, pod.Name + ": its pod is starting"
+	case p.missing[pod.Name] != nil:
+		if !podReady(pod) {
+			return ReasonStarting, pod.Name + ": its pod is starting"
+		}
+		return ReasonNotAnswering, fmt.Sprintf("%s: does not answer the controller: %v", pod.Name, p.missing[pod.Name])
+	case answered && s.Reason != "":
+		return ReasonNotReady, fmt.Sprintf("%s: %s", pod.Name, forPeople(p.dataset, s.Problem))
+	case !podReady(pod):
+		return ReasonNotReady, pod.Name + ": is not ready yet"
+	}
+	return "", ""
+}
+
+func limit(pod *corev1.Pod) string {
+	q := resource.Quantity{}
+	for _, c := range pod.Spec.Containers {
+		q.Add(*c.Resources.Limits.Memory())
+	}
+	return q.String()
+}
+
+// summarize sets Ready and the phase from the other conditions.
+func (p *pass) summarize() {
+	st := &p.dataset.Status
+	if !p.dataset.DeletionTimestamp.IsZero() {
+		st.Phase = v1alpha1.DatasetDeleting
+		return
+	}
+	invalid := false
+	var first *metav1.Condition
+	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady} {
+		c := meta.FindStatusCondition(st.Conditions, kind)
+		if c == nil {
+			p.condition(kind, metav1.ConditionUnknown, "NotChecked", "not looked at yet")
+			c = meta.FindStatusCondition(st.Conditions, kind)
+		}
+		invalid = invalid || c.Reason == ReasonInvalidSpec
+		if first == nil && c.Status != metav1.ConditionTrue {
+			copied := *c
+			first = &copied
+		}
+	}
+	before := meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionReady)
+	if first == nil {
+		text := "the data can be read"
+		if all := p.dataset.Spec.Workers.TotalBytes() / int64(max(1, p.dataset.Spec.Workers.Copies)); st.Bytes > all {
+			text = fmt.Sprintf("the data can be read; of its %s the workers can hold %s at a time", st.Size, size(all))
+		}
+		p.condition(v1alpha1.ConditionReady, metav1.ConditionTrue, "Ready", "%s", text)
+		st.Phase = v1alpha1.DatasetReady
+		if !before {
+			p.note("Ready", "Reconcile", "%s", text)
+		}
+		return
+	}
+	delete(p.said, "Ready")
+	p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, first.Reason, "%s: %s", first.Type, first.Message)
+	switch {
+	case invalid:
+		st.Phase = v1alpha1.DatasetFailed
+	case st.Snapshot != "" && st.Workers.Ready > 0 && meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionVolumeReady):
+		st.Phase = v1alpha1.DatasetDegraded
+	default:
+		st.Phase = v1alpha1.DatasetPending
+	}
+}

@@ -1,0 +1,260 @@
+package dataset
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"maps"
+	"path"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/dustin/go-humanize"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/ptr"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/tier"
+)
+
+const (
+	// handOverWithin bounds how long a leaving worker is waited for.
+	handOverWithin = 15 * time.Minute
+	// unreachableAfter is how long a node may not answer before its workers are replaced: they hold nothing
+	// that the bucket does not.
+	unreachableAfter = 2 * time.Minute
+	// annotationWorker, on worker pods, is the hash of what the user decided about them. Pods that carry
+	// another one than is wanted are replaced, one at a time; what a new version of the controller changes
+	// of the template is not part of it.
+	annotationWorker = v1alpha1.Group + "/worker"
+)
+
+// config writes the workers' configuration, which they share.
+func (r *Reconciler) config(ctx context.Context, p *pass) error {
+	c, err := tier.WorkerConfig(p.dataset, credentialsDir)
+	if err != nil {
+		return block(v1alpha1.ConditionSourced, ReasonInvalidSpec, "%w", err)
+	}
+	c.Dir, c.KeysDir, c.MembershipFile = storeDir, keysDir, path.Join(tierDir, v1alpha1.KeyMembership)
+	c.Listen, c.Control = fmt.Sprintf(":%d", v1alpha1.PortData), fmt.Sprintf(":%d", v1alpha1.PortControl)
+	if r.Store == StoreCSI {
+		c.Socket = path.Join(socketDir, v1alpha1.SocketName)
+	}
+	b, err := json.Marshal(c)
+	if err != nil {
+		return err
+	}
+	if p.wanted, err = hashOf([]any{
+		string(b), p.dataset.Spec.Workers.MemoryBytes(), p.dataset.Spec.Workers.Template, r.Store,
+		p.dataset.Annotations[v1alpha1.AnnotationRollout],
+	}); err != nil {
+		return err
+	}
+	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{
+		ObjectMeta: p.object(v1alpha1.WorkersName(p.dataset.Name), v1alpha1.ComponentWorker),
+		Data:       map[string]string{configFile: string(b)},
+	})
+}
+
+// rolling is the member that leaves for a new template: one at a time, and only while all others serve. A
+// pod that is not ready is replaced without leaving, since nobody reads from it.
+func (p *pass) rolling(had map[string]ring.Member) string {
+	replicas := int(p.dataset.Spec.Workers.Replicas)
+	ready, last := 0, ""
+	for i := range p.pods {
+		pod := &p.pods[i]
+		if ordinal(p.dataset, pod.Name) >= replicas {
+			continue
+		}
+		if podReady(pod) {
+			ready++
+		}
+		if !p.stale(pod) || !podReady(pod) {
+			continue
+		}
+		if had[pod.Name].State == ring.Leaving {
+			return pod.Name
+		}
+		last = pod.Name
+	}
+	if ready < replicas {
+		return ""
+	}
+	return last
+}
+
+func (p *pass) stale(pod *corev1.Pod) bool { return pod.Annotations[annotationWorker] != p.wanted }
+
+// workers keeps the StatefulSet, which starts all pods at once and stops one only when told to: pods with an
+// old template are deleted here, and the number of replicas goes down here, both after hand-over.
+func (r *Reconciler) workers(ctx context.Context, p *pass) error {
+	d := p.dataset
+	image, replicas := r.Image, d.Spec.Workers.Replicas
+	if p.set != nil {
+		if p.set.Annotations[v1alpha1.AnnotationRollout] == d.Annotations[v1alpha1.AnnotationRollout] && len(p.set.Spec.Template.Spec.Containers) > 0 {
+			// An upgrade of the controller leaves workers alone until the user asks.
+			image = p.set.Spec.Template.Spec.Containers[0].Image
+		}
+		if have := ptr.Deref(p.set.Spec.Replicas, 1); have > replicas && !p.handedOver(replicas) {
+			replicas = have
+			p.again = r.Poll / 5
+		}
+	}
+	labels := selector(d)
+	template := corev1.PodTemplateSpec{Spec: r.podSpec(p, image)}
+	template.Labels, template.Annotations = map[string]string{}, map[string]string{}
+	if t := d.Spec.Workers.Template; t != nil {
+		for k, v := range t.Metadata.Labels {
+			template.Labels[k] = string(v)
+		}
+		maps.Copy(template.Annotations, t.Metadata.Annotations)
+	}
+	meta := p.object(v1alpha1.WorkersName(d.Name), v1alpha1.ComponentWorker)
+	maps.Copy(template.Labels, meta.Labels)
+	template.Annotations[annotationWorker] = p.wanted
+	meta.Annotations = map[string]string{v1alpha1.AnnotationRollout: d.Annotations[v1alpha1.AnnotationRollout]}
+	set := &appsv1.StatefulSet{ObjectMeta: meta, Spec: appsv1.StatefulSetSpec{
+		ServiceName: v1alpha1.WorkersName(d.Name), Replicas: &replicas, Template: template,
+		Selector:            &metav1.LabelSelector{MatchLabels: labels},
+		PodManagementPolicy: appsv1.ParallelPodManagement,
+		UpdateStrategy:      appsv1.StatefulSetUpdateStrategy{Type: appsv1.OnDeleteStatefulSetStrategyType},
+	}}
+	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, set); err != nil {
+		return err
+	}
+	p.set = set
+	return r.roll(ctx, p)
+}
+
+// handedOver says whether every member that is one too many may go, and tells what is lost.
+func (p *pass) handedOver(replicas int32) bool {
+	var handed, dropped int64
+	for _, m := range p.members.Members {
+		if ordinal(p.dataset, m.ID) < int(replicas) {
+			continue
+		}
+		if m.State == ring.Leaving && !p.mayGo(m) {
+			return false
+		}
+		if h := p.status[m.ID].HandOver; h != nil {
+			handed += h.Handed
+			dropped += h.Dropped
+		}
+	}
+	p.note("ScaledIn", "ScaleIn", "to %d workers: %s handed over, %s dropped%s", replicas, humanize.IBytes(uint64(handed)), humanize.IBytes(uint64(dropped)), why(dropped))
+	return true
+}
+
+func why(dropped int64) string {
+	if dropped == 0 {
+		return ""
+	}
+	return " since the other workers have no room; they read it from the bucket again when it is asked for"
+}
+
+// mayGo says whether a leaving member has handed over what it can, or cannot.
+func (p *pass) mayGo(m ring.Member) bool {
+	since, ok := p.leaving[m.ID]
+	if !ok {
+		since = p.now
+		p.leaving[m.ID] = since
+	}
+	pod := p.pod(m.ID)
+	gone := pod == nil || !p.serves(pod)
+	h := p.status[m.ID].HandOver
+	done := h != nil && h.Done && h.Epoch == p.members.Epoch
+	if gone || done || p.now.Sub(since) > handOverWithin {
+		return true
+	}
+	return false
+}
+
+// roll deletes the pods that have handed over, or have nothing to, and carry an old template.
+func (r *Reconciler) roll(ctx context.Context, p *pass) error {
+	state := make(map[string]ring.Member)
+	for _, m := range p.members.Members {
+		state[m.ID] = m
+		if m.State != ring.Leaving {
+			delete(p.leaving, m.ID)
+		}
+	}
+	alone := len(p.members.Members) <= 1
+	for i := range p.pods {
+		pod := &p.pods[i]
+		if !p.stale(pod) || !pod.DeletionTimestamp.IsZero() || ordinal(p.dataset, pod.Name) >= int(p.dataset.Spec.Workers.Replicas) {
+			continue
+		}
+		m := state[pod.Name]
+		if podReady(pod) && !alone && (m.State != ring.Leaving || !p.mayGo(m)) {
+			p.again = r.Poll / 5
+			continue
+		}
+		if err := client.IgnoreNotFound(r.client.Delete(ctx, pod, client.Preconditions{UID: &pod.UID})); err != nil {
+			return err
+		}
+		lost := ""
+		if h := p.status[pod.Name].HandOver; h != nil && h.Dropped > 0 {
+			lost = fmt.Sprintf("; %s dropped%s", humanize.IBytes(uint64(h.Dropped)), why(h.Dropped))
+		}
+		p.note("WorkerUpdated", "Rollout", "worker %s is restarted with a new configuration%s", pod.Name, lost)
+		p.again = r.Poll / 5
+	}
+	return nil
+}
+
+// replace removes worker pods whose node does not answer, so that the set makes them elsewhere: a write-
+// through worker holds nothing that the bucket does not. The kubelet, which would confirm the end of the
+// pod, is the one that does not answer.
+func (r *Reconciler) replace(ctx context.Context, p *pass) error {
+	for i := range p.pods {
+		pod := &p.pods[i]
+		c := unreachable(p.nodes[pod.Spec.NodeName])
+		if c == nil {
+			continue
+		}
+		if p.dataset.Spec.Write.Policy == v1alpha1.WriteBack {
+			p.warn("WorkerUnreachable", "Replace", "node %s of worker %s does not answer; it may hold bytes that the bucket does not, so it is not replaced: bring the node back or delete the pod", pod.Spec.NodeName, pod.Name)
+			continue
+		}
+		if left := c.LastTransitionTime.Add(unreachableAfter).Sub(p.now); left > 0 {
+			if p.again == 0 || p.again > left {
+				p.again = left
+			}
+			continue
+		}
+		err := r.client.Delete(ctx, pod, client.GracePeriodSeconds(0), client.Preconditions{UID: &pod.UID})
+		if client.IgnoreNotFound(err) != nil {
+			return err
+		}
+		p.warn("WorkerReplaced", "Replace", "node %s does not answer since %s: worker %s is started elsewhere", pod.Spec.NodeName, c.LastTransitionTime.UTC().Format(time.RFC3339), pod.Name)
+	}
+	return nil
+}
+
+// secrets are the names of the Secrets that the workers read.
+func secrets(d *v1alpha1.Dataset) []string {
+	var names []string
+	for _, m := range d.Spec.Mounts {
+		if ref := m.CredentialsSecretRef; ref != nil && !slices.Contains(names, ref.Name) {
+			names = append(names, ref.Name)
+		}
+	}
+	return names
+}
+
+// credentialsDir is where a worker sees a Secret.
+func credentialsDir(secret string) string { return path.Join(credentials, secret) }
+
+// forPeople replaces the folders of a worker's pod in its messages by the Secrets that they show.
+func forPeople(d *v1alpha1.Dataset, text string) string {
+	for _, s := range secrets(d) {
+		name := fmt.Sprintf("secret %q", s)
+		text = strings.NewReplacer("folder "+credentialsDir(s), name, credentialsDir(s), name).Replace(text)
+	}
+	return text
+}
