@@ -1,0 +1,236 @@
+package webhook
+
+import (
+	"path"
+	"slices"
+	"strconv"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// Names of what is added to pods.
+const (
+	keeperName  = "stepcache-keeper"
+	sidecarName = "stepcache-sidecar"
+	stageName   = "stepcache-stage"
+	hostVolume  = "stepcache-host"
+)
+
+// Places in the containers that are added.
+const (
+	tierDir  = "/stepcache/tier"
+	stageDir = "/stepcache/data"
+	// hostDir is a folder of the node: the sidecar's mounts are below sidecars/ID, and below workers are the
+	// sockets at which workers of the node hand out descriptors, where the node service made them.
+	hostDir = "/run/stepcache"
+)
+
+// viaSidecar has a FUSE server in the pod mount the Datasets.
+//
+// The mounts are in a folder of the node (hostPath) and not in an emptyDir: the kubelet cannot take an
+// emptyDir away on which a FUSE server died, so that the pod would be Terminating for ever, and it counts
+// the files in an emptyDir as the pod's own disk usage. Two containers share the folder: the sidecar
+// serves the mounts, the keeper, which is first and so stopped last, unmounts them whatever became of
+// the sidecar.
+func (j *Injector) viaSidecar(p *patch, needs []*need) error {
+	if j.Image == "" {
+		return errNoImage
+	}
+	dir := path.Join(hostDir, "sidecars", j.NewID())
+	create := corev1.HostPathDirectoryOrCreate
+	source := func(n *need) corev1.VolumeSource {
+		return corev1.VolumeSource{HostPath: &corev1.HostPathVolumeSource{Path: path.Join(dir, n.dataset.Name), Type: &create}}
+	}
+	if err := j.give(p, needs, func(n *need, i int) { p.source(i, source(n)) }, source); err != nil {
+		return err
+	}
+	p.volume(corev1.Volume{Name: freeName(p.pod, hostVolume), VolumeSource: corev1.VolumeSource{
+		HostPath: &corev1.HostPathVolumeSource{Path: hostDir, Type: &create},
+	}})
+	shared := corev1.MountPropagationBidirectional
+	mounts := []corev1.VolumeMount{{Name: p.pod.Spec.Volumes[len(p.pod.Spec.Volumes)-1].Name, MountPath: hostDir, MountPropagation: &shared}}
+	keeper := j.container(keeperName, "sidecar", "--keep", "--dir", dir)
+	keeper.VolumeMounts = slices.Clone(mounts)
+	keeper.Resources = resources("10m", "32Mi", "128Mi")
+
+	args := []string{"sidecar", "--dir", dir, "--tier", tierDir}
+	for _, n := range needs {
+		mounts = append(mounts, j.tier(p, n.dataset))
+		args = append(args, "--dataset", n.String())
+	}
+	server := j.container(sidecarName, args...)
+	server.VolumeMounts = mounts
+	server.Env = []corev1.EnvVar{{Name: "NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}}
+	server.Resources = resources("100m", "192Mi", "512Mi")
+	server.StartupProbe = &corev1.Probe{
+		ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/stepcache", "sidecar", "--check", "--dir", dir}}},
+		PeriodSeconds: 1, TimeoutSeconds: 10, FailureThreshold: 1800, // the bucket may have to be listed first
+	}
+	always := corev1.ContainerRestartPolicyAlways
+	root, yes, no := int64(0), true, false
+	for _, c := range []*corev1.Container{&keeper, &server} {
+		c.RestartPolicy = &always
+		c.SecurityContext = &corev1.SecurityContext{
+			Privileged: &yes, RunAsUser: &root, RunAsNonRoot: &no, ReadOnlyRootFilesystem: &yes, AllowPrivilegeEscalation: &yes,
+		}
+	}
+	p.first(keeper, server)
+	return nil
+}
+
+// viaStage has an init container copy what the step reads.
+func (j *Injector) viaStage(namespace string, p *patch, needs []*need) error {
+	if j.Image == "" {
+		return errNoImage
+	}
+	paths, hints, err := j.stagePaths(namespace, p.pod, needs)
+	if err != nil {
+		return err
+	}
+	empty := func(*need) corev1.VolumeSource { return corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}} }
+	if err := j.give(p, needs, func(n *need, i int) { p.source(i, empty(n)) }, empty); err != nil {
+		return err
+	}
+	args := []string{"stage", "--tier", tierDir, "--limit", strconv.FormatInt(j.StageLimit, 10)}
+	var mounts []corev1.VolumeMount
+	for k, n := range needs {
+		mounts = append(mounts, j.tier(p, n.dataset))
+		for _, i := range n.volumes {
+			name := p.pod.Spec.Volumes[i].Name
+			mounts = append(mounts, corev1.VolumeMount{Name: name, MountPath: path.Join(stageDir, name)})
+			args = append(args, "--copy", n.String()+"="+path.Join(stageDir, name))
+		}
+		for _, pattern := range paths[k] {
+			args = append(args, "--path", n.String()+"="+pattern)
+		}
+		for _, pattern := range hints[k] {
+			args = append(args, "--if-present", n.String()+"="+pattern)
+		}
+	}
+	c := j.container(stageName, args...)
+	c.VolumeMounts = mounts
+	c.Resources = resources("100m", "192Mi", "512Mi")
+	c.TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError
+	user, yes, no := int64(65532), true, false
+	c.SecurityContext = &corev1.SecurityContext{
+		RunAsUser: &user, RunAsNonRoot: &yes, AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes,
+		Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+	p.first(c)
+	return nil
+}
+
+// stagePaths says what of each Dataset is copied: patterns that must match something, and others that need
+// not. Neither: all of it.
+func (j *Injector) stagePaths(namespace string, pod *corev1.Pod, needs []*need) (paths, hints [][]string, err error) {
+	var asked []stagePath
+	if value, ok := pod.Annotations[AnnotationStagePaths]; ok {
+		if asked, err = parseStagePaths(value, namespace); err != nil {
+			return nil, nil, denied{err}
+		}
+	}
+	known, _ := stepOf(pod)
+	paths, hints = make([][]string, len(needs)), make([][]string, len(needs))
+	for k, n := range needs {
+		name := types.NamespacedName{Namespace: n.dataset.Namespace, Name: n.dataset.Name}
+		for _, a := range asked {
+			switch a.dataset {
+			case name:
+				paths[k] = append(paths[k], a.pattern)
+			case types.NamespacedName{}:
+				// It need not be in every Dataset, but in the only one.
+				if len(needs) == 1 {
+					paths[k] = append(paths[k], a.pattern)
+				} else {
+					hints[k] = append(hints[k], a.pattern)
+				}
+			}
+		}
+		if len(paths[k])+len(hints[k]) > 0 {
+			continue
+		}
+		if paths[k] = subPaths(pod, n); len(paths[k]) > 0 {
+			continue
+		}
+		for _, o := range known.objects {
+			for _, at := range o.in(n.dataset) {
+				hints[k] = append(hints[k], escapePattern(at))
+			}
+		}
+		if len(hints[k]) == 0 && n.dataset.Status.Bytes > j.StageLimit {
+			return nil, nil, deny("Dataset %s has %s, more than the %s that are staged whole: name the files that the step reads in annotation %s, such as /shards/0001*, or use the mode csi or sidecar",
+				n, size(n.dataset.Status.Bytes), size(j.StageLimit), AnnotationStagePaths)
+		}
+	}
+	for _, a := range asked {
+		if (a.dataset != types.NamespacedName{}) && !slices.ContainsFunc(needs, func(n *need) bool {
+			return n.dataset.Name == a.dataset.Name && n.dataset.Namespace == a.dataset.Namespace
+		}) {
+			return nil, nil, deny("annotation %s names Dataset %s, which the pod does not mount", AnnotationStagePaths, a.dataset)
+		}
+	}
+	return paths, hints, nil
+}
+
+// subPaths are the folders of the Dataset that the pod mounts; nil if any mount is of all.
+func subPaths(pod *corev1.Pod, n *need) []string {
+	if len(n.at) > 0 {
+		return nil
+	}
+	var patterns []string
+	for _, i := range n.volumes {
+		for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+			for _, m := range c.VolumeMounts {
+				if m.Name != pod.Spec.Volumes[i].Name {
+					continue
+				}
+				sub := strings.Trim(path.Clean("/"+m.SubPath), "/")
+				if sub == "" || m.SubPathExpr != "" {
+					return nil
+				}
+				if pattern := "/" + escapePattern(sub); !slices.Contains(patterns, pattern) {
+					patterns = append(patterns, pattern)
+				}
+			}
+		}
+	}
+	return patterns
+}
+
+// tier adds the volume that tells a reader of its workers, and returns its mount.
+func (j *Injector) tier(p *patch, d *v1alpha1.Dataset) corev1.VolumeMount {
+	mode := int32(0o444)
+	name := freeName(p.pod, "stepcache-tier-"+d.Name)
+	p.volume(corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{
+		DefaultMode: &mode,
+		Sources: []corev1.VolumeProjection{
+			{ConfigMap: &corev1.ConfigMapProjection{LocalObjectReference: corev1.LocalObjectReference{Name: v1alpha1.TierName(d.Name)}}},
+			{Secret: &corev1.SecretProjection{
+				LocalObjectReference: corev1.LocalObjectReference{Name: v1alpha1.ReaderName(d.Name)},
+				Items:                []corev1.KeyToPath{{Key: v1alpha1.KeyRead, Path: "keys/" + v1alpha1.KeyRead}},
+			}},
+		},
+	}}})
+	return corev1.VolumeMount{Name: name, MountPath: path.Join(tierDir, d.Name), ReadOnly: true}
+}
+
+func (j *Injector) container(name string, args ...string) corev1.Container {
+	return corev1.Container{Name: name, Image: j.Image, ImagePullPolicy: j.PullPolicy, Command: []string{"/stepcache"}, Args: args}
+}
+
+func resources(cpu, memory, limit string) corev1.ResourceRequirements {
+	return corev1.ResourceRequirements{
+		Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)},
+		Limits:   corev1.ResourceList{corev1.ResourceMemory: resource.MustParse(limit)},
+	}
+}
+
+// size writes bytes for people.
+func size(n int64) string { return humanize.IBytes(uint64(max(n, 0))) }

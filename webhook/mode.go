@@ -1,0 +1,135 @@
+package webhook
+
+import (
+	"fmt"
+	"slices"
+	"strings"
+
+	corev1 "k8s.io/api/core/v1"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// mode is how a pod gets its data.
+type mode string
+
+const (
+	auto    mode = "auto"
+	csi     mode = "csi"
+	sidecar mode = "sidecar"
+	stage   mode = "stage"
+)
+
+// Labels of others by which a pod asks for its data.
+const (
+	labelFluid       = "serverless.fluid.io/inject"
+	labelFluidTarget = "alibabacloud.com/fluid-sidecar-target"
+)
+
+// asks says whether the pod asks for data by a label, and for which mode.
+func asks(pod *corev1.Pod) (m mode, ok bool, err error) {
+	if value, has := pod.Labels[v1alpha1.LabelInject]; has {
+		switch m := mode(value); m {
+		case auto, csi, sidecar, stage:
+			return m, true, nil
+		}
+		return "", true, fmt.Errorf("label %s: %q is not a mode: write auto, csi, sidecar or stage", v1alpha1.LabelInject, value)
+	}
+	if pod.Labels[labelFluid] == "true" || pod.Labels[labelFluidTarget] != "" {
+		return auto, true, nil
+	}
+	return "", false, nil
+}
+
+// privileges is what pod security lets a namespace's pods do.
+type privileges uint8
+
+const (
+	unsaid     privileges = iota // no label: an API server's default is to allow everything
+	privileged                   // said so
+	limited                      // baseline or restricted
+)
+
+const labelEnforce = "pod-security.kubernetes.io/enforce"
+
+func privilegesOf(namespaceLabels map[string]string) privileges {
+	switch namespaceLabels[labelEnforce] {
+	case "":
+		return unsaid
+	case "privileged":
+		return privileged
+	}
+	return limited
+}
+
+// choose decides the mode of a pod that asked for one.
+func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[string]string, nodeService bool) (mode, error) {
+	may := privilegesOf(namespaceLabels)
+	switch asked {
+	case auto:
+		switch {
+		case serverless(pod, namespaceLabels):
+			// Nodes without a kernel of their own rarely run privileged containers: somebody must have said so.
+			if may == privileged {
+				return sidecar, nil
+			}
+			return stage, nil
+		case nodeService:
+			return csi, nil
+		case may != limited:
+			return sidecar, nil
+		}
+		return stage, nil
+	case sidecar:
+		if may == limited {
+			return "", fmt.Errorf("the mode sidecar needs a privileged container, which namespace %s does not allow (label %s=%s): use csi or stage",
+				namespace, labelEnforce, namespaceLabels[labelEnforce])
+		}
+	}
+	return asked, nil
+}
+
+// serverless says whether a pod runs on a node that is made for it: no DaemonSet is there.
+func serverless(pod *corev1.Pod, namespaceLabels map[string]string) bool {
+	if pod.Labels[labelFluidTarget] != "" {
+		return true
+	}
+	for _, labels := range []map[string]string{pod.Labels, namespaceLabels} {
+		for _, key := range []string{"alibabacloud.com/eci", "eci", "alibabacloud.com/acs"} {
+			if labels[key] == "true" {
+				return true
+			}
+		}
+		if labels["alibabacloud.com/compute-class"] != "" {
+			return true
+		}
+	}
+	if strings.HasPrefix(pod.Spec.NodeName, "virtual-kubelet") || pod.Labels["eks.amazonaws.com/fargate-profile"] != "" {
+		return true
+	}
+	for key, value := range pod.Spec.NodeSelector {
+		if virtual(key, value) {
+			return true
+		}
+	}
+	if a := pod.Spec.Affinity; a != nil && a.NodeAffinity != nil && a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution != nil {
+		terms := a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+		elsewhere := func(t corev1.NodeSelectorTerm) bool { // every alternative must lead to such a node
+			return !slices.ContainsFunc(t.MatchExpressions, func(r corev1.NodeSelectorRequirement) bool {
+				return r.Operator == corev1.NodeSelectorOpIn && len(r.Values) == 1 && virtual(r.Key, r.Values[0])
+			})
+		}
+		if len(terms) > 0 && !slices.ContainsFunc(terms, elsewhere) {
+			return true
+		}
+	}
+	return slices.Contains([]string{"eci-scheduler", "fargate-scheduler"}, pod.Spec.SchedulerName)
+}
+
+// virtual says whether a node label belongs to nodes without a machine.
+func virtual(key, value string) bool {
+	return key == "type" && value == "virtual-kubelet" ||
+		key == "kubernetes.io/role" && value == "agent-virtual" ||
+		key == "alibabacloud.com/virtual-node" && value == "true" ||
+		key == "eks.amazonaws.com/compute-type" && value == "fargate"
+}
