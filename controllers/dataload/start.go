@@ -1,0 +1,169 @@
+package dataload
+
+import (
+	"context"
+	"fmt"
+	"time"
+
+	"github.com/robfig/cron/v3"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// waitPoll is how often a load that waits looks again at what is not watched.
+const waitPoll = 30 * time.Second
+
+// advance does what is due.
+func (r *Reconciler) advance(ctx context.Context, p *pass) error {
+	st := &p.load.Status
+	due, err := r.due(p)
+	if err != nil {
+		r.fail(p, ReasonInvalidSchedule, "%v", err)
+		return nil
+	}
+	switch {
+	case st.Phase == v1alpha1.DataLoadRunning:
+		if due {
+			p.note("Skipped", "Schedule", "the run of %s has not ended; the one of %s is left out", st.StartTime.UTC().Format(time.RFC3339), p.now.UTC().Format(time.RFC3339))
+		}
+		return r.follow(ctx, p)
+	case due:
+		return r.start(ctx, p)
+	case st.Phase == v1alpha1.DataLoadComplete:
+		return r.keep(ctx, p)
+	case st.Phase == "" && p.load.Spec.Schedule != "":
+		r.wait(p, ReasonWaiting, "its first run is at %s", st.NextScheduleTime.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// due says whether a run should start now, and writes down when the next one does. A run that was missed
+// while no controller ran is made up for once.
+func (r *Reconciler) due(p *pass) (bool, error) {
+	st := &p.load.Status
+	if p.load.Spec.Schedule == "" {
+		return !ended(p.load), nil
+	}
+	schedule, err := cron.ParseStandard("CRON_TZ=UTC " + string(p.load.Spec.Schedule))
+	if err != nil {
+		return false, fmt.Errorf("schedule %q: %w", p.load.Spec.Schedule, err)
+	}
+	due := st.Phase == v1alpha1.DataLoadPending && st.StartTime != nil // put off for want of a Dataset
+	if st.NextScheduleTime != nil && !st.NextScheduleTime.After(p.now) {
+		due = true
+	}
+	if st.NextScheduleTime == nil || due || p.load.Status.ObservedGeneration != p.load.Generation {
+		next := schedule.Next(p.now.UTC())
+		if next.IsZero() {
+			return false, fmt.Errorf("schedule %q names no day that comes", p.load.Spec.Schedule)
+		}
+		st.NextScheduleTime = &metav1.Time{Time: next}
+	}
+	p.soon(st.NextScheduleTime.Sub(p.now))
+	return due, nil
+}
+
+// start writes a new run down once nothing is in its way; the next pass tells the workers.
+func (r *Reconciler) start(ctx context.Context, p *pass) error {
+	d := p.dataset
+	ref := p.load.Spec.DatasetRef.Name
+	switch {
+	case d == nil:
+		r.putOff(p, ReasonDatasetNotFound, "there is no Dataset %q in namespace %s; create it, or delete this DataLoad", ref, p.load.Namespace)
+		return nil
+	case !d.DeletionTimestamp.IsZero():
+		r.putOff(p, ReasonDatasetNotReady, "dataset %q is being deleted", ref)
+		return nil
+	case p.load.CopiesOf(d) > d.Spec.Workers.Replicas:
+		r.fail(p, ReasonTooManyCopies, "%d copies of each block need as many workers; dataset %q has %d: scale it, or create a DataLoad with fewer copies", p.load.CopiesOf(d), ref, d.Spec.Workers.Replicas)
+		return nil
+	}
+	if ok, err := r.after(ctx, p); !ok || err != nil {
+		return err
+	}
+	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady} {
+		if c := meta.FindStatusCondition(d.Status.Conditions, kind); c == nil || c.Status != metav1.ConditionTrue {
+			text := "its controller has not looked at it yet"
+			if c != nil {
+				text = c.Message
+			}
+			r.putOff(p, ReasonDatasetNotReady, "dataset %q is not ready: %s", ref, text)
+			return nil
+		}
+	}
+	st := &p.load.Status
+	if st.StartTime != nil && st.Phase == v1alpha1.DataLoadComplete || st.Phase == v1alpha1.DataLoadFailed {
+		// The pins of the last run make way for this one's: most are for the same blocks.
+		if err := r.forgetRun(ctx, p); err != nil {
+			return err
+		}
+	}
+	began := metav1.NewTime(p.now.Truncate(time.Second))
+	st.Phase, st.StartTime, st.CompletionTime = v1alpha1.DataLoadRunning, &began, nil
+	st.Snapshot, st.Progress, st.Failures, st.FailedFiles = d.Status.Snapshot, v1alpha1.Progress{}, nil, 0
+	p.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, ReasonLoading, "the workers are being told")
+	p.condition(v1alpha1.ConditionFailed, metav1.ConditionFalse, conditionNotApplicable, "nothing has failed")
+	p.note("Started", "Load", "loads snapshot %.12s of dataset %s", st.Snapshot, ref)
+	p.soon(time.Millisecond)
+	return nil
+}
+
+// after says whether the load that this one runs after is complete.
+func (r *Reconciler) after(ctx context.Context, p *pass) (bool, error) {
+	if p.load.Spec.RunAfter == nil {
+		return true, nil
+	}
+	seen := map[string]bool{p.load.Name: true}
+	var first *v1alpha1.DataLoad
+	for name := p.load.Spec.RunAfter.Name; ; {
+		l := &v1alpha1.DataLoad{}
+		err := r.client.Get(ctx, types.NamespacedName{Namespace: p.load.Namespace, Name: name}, l)
+		if apierrors.IsNotFound(err) {
+			break
+		}
+		if err != nil {
+			return false, err
+		}
+		if first == nil {
+			first = l
+		}
+		seen[name] = true
+		if l.Spec.RunAfter == nil {
+			break
+		}
+		if name = l.Spec.RunAfter.Name; seen[name] {
+			r.fail(p, ReasonLoadsInCircle, "this load and dataload %q wait for each other, so that neither would run; create one without runAfter", first.Name)
+			return false, nil
+		}
+	}
+	name := p.load.Spec.RunAfter.Name
+	switch {
+	case first == nil:
+		r.putOff(p, ReasonWaiting, "there is no DataLoad %q to run after; create it", name)
+	case first.Status.Phase == v1alpha1.DataLoadComplete:
+		return true, nil
+	case ended(first):
+		r.fail(p, ReasonPredecessor, "dataload %q, which it runs after, has failed", name)
+	default:
+		r.putOff(p, ReasonWaiting, "runs after dataload %q", name)
+	}
+	return false, nil
+}
+
+// putOff leaves a run that is due for later.
+func (r *Reconciler) putOff(p *pass, reason, format string, a ...any) {
+	if p.load.Spec.Schedule != "" && p.load.Status.StartTime == nil {
+		p.load.Status.StartTime = &metav1.Time{Time: p.now.Truncate(time.Second)} // so that it stays due
+	}
+	r.wait(p, reason, format, a...)
+	p.soon(waitPoll)
+}
+
+func (r *Reconciler) wait(p *pass, reason, format string, a ...any) {
+	p.load.Status.Phase = v1alpha1.DataLoadPending
+	p.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, reason, format, a...)
+}
