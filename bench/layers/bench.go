@@ -1,0 +1,251 @@
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+// bench is one run.
+type bench struct {
+	o options
+	// dir is a folder on a tmpfs, of 4 KiB pages if this is root.
+	dir string
+	// mounts says whether this process may mount what it likes.
+	mounts bool
+	// file is what a native sequential read reads, of o.bytes.
+	file string
+	// native is that read: N.
+	native *base
+}
+
+// base is what a row is compared with.
+type base struct {
+	name string
+	run  func(ctx context.Context) (float64, error)
+	// beside: the two figures are told side by side, since their ratio says nothing.
+	beside bool
+	// samples are all figures of the run.
+	samples []float64
+}
+
+// row is one line of the table.
+type row struct {
+	layer, name string
+	unit        unit
+	// of is measured before and after each sample; nil: the figure stands alone.
+	of *base
+	// reference is the figure that DESIGN.md gives and its issue asks for, in words.
+	reference string
+	// prepare is not timed; nil: nothing to do.
+	prepare func(ctx context.Context) error
+	run     func(ctx context.Context) (float64, error)
+
+	samples, bases, ratios []float64
+	// reason is why there is no figure; failed, that it should have been there.
+	reason string
+	failed bool
+}
+
+func (r *row) title() string { return r.layer + ": " + r.name }
+
+// group is rows that share what setup makes.
+type group struct {
+	setup func(ctx context.Context, s *scope) error
+	rows  []*row
+}
+
+// scope undoes what a group made, last first.
+type scope struct{ undo []func() }
+
+func (s *scope) add(f func()) { s.undo = append(s.undo, f) }
+
+func (s *scope) close() {
+	for _, f := range slices.Backward(s.undo) {
+		f()
+	}
+	s.undo = nil
+}
+
+// cannot is why a row cannot be measured here, which is no failure.
+type cannot string
+
+func (c cannot) Error() string { return string(c) }
+
+// measure runs the rows and reports.
+func measure(ctx context.Context, o options, dir string, mounts bool) error {
+	b := &bench{o: o, dir: dir, mounts: mounts}
+	var top scope
+	defer top.close()
+	if err := b.scratch(&top); err != nil {
+		return err
+	}
+	var groups []group
+	total := 0
+	for _, g := range b.groups() {
+		g.rows = slices.DeleteFunc(g.rows, func(r *row) bool { return !o.match.MatchString(r.title()) })
+		if len(g.rows) > 0 {
+			groups = append(groups, g)
+			total += len(g.rows)
+		}
+	}
+	if total == 0 {
+		return fmt.Errorf("--only %q matches no row", o.only)
+	}
+	rep := newReport(ctx, b)
+	done := 0
+	for _, g := range groups {
+		b.group(ctx, g, func(r *row) {
+			done++
+			fmt.Fprintf(os.Stderr, "[%d/%d] %s: %s\n", done, total, r.title(), r.outcome())
+			rep.rows = append(rep.rows, r)
+		})
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+	}
+	rep.end = time.Now()
+	if o.readme != "" {
+		if err := rep.intoReadme(o.readme); err != nil {
+			return err
+		}
+	}
+	if err := rep.print(os.Stdout); err != nil {
+		return err
+	}
+	for _, r := range rep.rows {
+		if r.failed {
+			return errors.New("some rows failed, see above")
+		}
+	}
+	return nil
+}
+
+// group measures one group's rows.
+func (b *bench) group(ctx context.Context, g group, done func(*row)) {
+	var s scope
+	defer s.close()
+	var err error
+	if g.setup != nil {
+		err = g.setup(ctx, &s)
+	}
+	for _, r := range g.rows {
+		rowErr := err
+		if rowErr == nil {
+			rowErr = b.row(ctx, r)
+		}
+		if ctx.Err() != nil {
+			return
+		}
+		if rowErr != nil {
+			r.reason = rowErr.Error()
+			r.failed = !errors.As(rowErr, new(cannot))
+			r.samples, r.bases, r.ratios = nil, nil, nil
+		}
+		done(r)
+	}
+}
+
+// row takes the samples of one row: native, row, native, again and again.
+func (b *bench) row(ctx context.Context, r *row) error {
+	for range b.o.rounds {
+		if r.prepare != nil {
+			if err := r.prepare(ctx); err != nil {
+				return err
+			}
+		}
+		before, err := r.of.sample(ctx)
+		if err != nil {
+			return err
+		}
+		v, err := r.run(ctx)
+		if err != nil {
+			return err
+		}
+		after, err := r.of.sample(ctx)
+		if err != nil {
+			return err
+		}
+		r.samples = append(r.samples, v)
+		if r.of == nil {
+			continue
+		}
+		r.bases = append(r.bases, (before+after)/2)
+		if !r.of.beside {
+			r.ratios = append(r.ratios, v/((before+after)/2))
+		}
+	}
+	return nil
+}
+
+func (of *base) sample(ctx context.Context) (float64, error) {
+	if of == nil {
+		return 0, nil
+	}
+	v, err := of.run(ctx)
+	if err != nil {
+		return 0, fmt.Errorf("%s: %w", of.name, err)
+	}
+	of.samples = append(of.samples, v)
+	return v, nil
+}
+
+// scratch makes the folder's memory and the file that native reads read.
+func (b *bench) scratch(s *scope) error {
+	if b.mounts {
+		if err := smallPages(b.dir); err != nil {
+			// A namespace alone is not the right to mount.
+			fmt.Fprintf(os.Stderr, "%v: rows that mount are skipped\n", err)
+			b.mounts = false
+		} else {
+			s.add(func() { _ = unix.Unmount(b.dir, unix.MNT_DETACH) })
+		}
+	}
+	// Whatever the packages below make goes below this folder too.
+	if err := os.Setenv("TMPDIR", b.dir); err != nil {
+		return err
+	}
+	b.file = b.dir + "/native"
+	if err := writeRandom(b.file, b.o.bytes, 1); err != nil {
+		return err
+	}
+	b.native = &base{name: "N", run: func(ctx context.Context) (float64, error) {
+		return sequential(ctx, b.file, b.o.bytes, 1)
+	}}
+	return nil
+}
+
+// smallPages mounts a tmpfs of 4 KiB pages at a folder.
+func smallPages(dir string) error {
+	const flags = unix.MS_NOSUID | unix.MS_NODEV
+	// Half of the memory is tmpfs's default; the rows check for themselves that there is enough.
+	err := unix.Mount("stepcache-bench", dir, "tmpfs", flags, "huge=never,nr_inodes=0,mode=0700,size=90%")
+	if errors.Is(err, unix.EINVAL) { // a kernel without huge pages on tmpfs
+		err = unix.Mount("stepcache-bench", dir, "tmpfs", flags, "nr_inodes=0,mode=0700,size=90%")
+	}
+	if err != nil {
+		return fmt.Errorf("mount a tmpfs: %w", err)
+	}
+	return nil
+}
+
+// needMounts is the reason of rows that mount.
+func (b *bench) needMounts() error {
+	if !b.mounts {
+		return cannot("needs root (CAP_SYS_ADMIN) to mount")
+	}
+	return nil
+}
+
+// groups are all rows, in the order of the table.
+func (b *bench) groups() []group {
+	return []group{
+		b.storeGroup(), b.wireGroup(), b.largeGroup(), b.smallGroup(), b.treeGroup(),
+		b.warmGroup(), b.onceGroup(), b.memoryGroup(), b.idleGroup(), b.evictionGroup(),
+	}
+}

@@ -1,0 +1,183 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"os"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/test/bucket"
+)
+
+const bucketName = "bench"
+
+// parallel is how many requests the S3 client has under way when it reads alone: as many as a worker's load.
+const parallel = 64
+
+// objects is how many the bucket holds.
+const objects = 8
+
+// startBucket runs an S3 server without limits that holds o.bytes in some objects.
+func (b *bench) startBucket(ctx context.Context, s *scope) (*bucket.Server, error) {
+	dir, err := os.MkdirTemp(b.dir, "b")
+	if err != nil {
+		return nil, err
+	}
+	s.add(func() { _ = os.RemoveAll(dir) })
+	s3, err := bucket.Start(ctx, bucket.Options{Binary: b.o.versitygw, Dir: dir})
+	if err != nil {
+		return nil, err
+	}
+	s.add(s3.Close)
+	if err := s3.MakeBucket(ctx, bucketName); err != nil {
+		return nil, err
+	}
+	c, err := s3.Client()
+	if err != nil {
+		return nil, err
+	}
+	for k := range objects {
+		file := fmt.Sprintf("%s/object", b.dir)
+		if err := writeRandom(file, b.o.bytes/objects, byte(k)); err != nil {
+			return nil, err
+		}
+		_, err := c.FPutObject(ctx, bucketName, fmt.Sprintf("o%d", k), file, minio.PutObjectOptions{})
+		_ = os.Remove(file)
+		if err != nil {
+			return nil, fmt.Errorf("put the input: %w", err)
+		}
+	}
+	return s3, nil
+}
+
+// startFrom brings up the tier of the bucket.
+func (b *bench) startFrom(ctx context.Context, s3 *bucket.Server) (*dataset, error) {
+	secret := fmt.Sprintf(`apiVersion: v1
+kind: Secret
+metadata: {name: access-key}
+stringData: {accessKeyID: %q, accessKeySecret: %q}
+---
+`, s3.AccessKey, s3.SecretKey)
+	mount := fmt.Sprintf("source: \"s3://%s/\", endpoint: %q, region: %s, credentialsSecretRef: {name: access-key}", bucketName, s3.Endpoint(), s3.Region)
+	return b.start(ctx, secret, mount, b.o.bytes+b.o.bytes/4+64<<20)
+}
+
+// warmGroup: how fast a tier pulls a dataset out of a bucket that does not limit it.
+func (b *bench) warmGroup() group {
+	var s3 *bucket.Server
+	var d *dataset
+	size := b.o.bytes / objects * objects
+	alone := &base{name: "the S3 client alone", run: func(ctx context.Context) (float64, error) {
+		return alone(ctx, s3, b.o.bytes/objects)
+	}}
+	renew := func(ctx context.Context) (err error) {
+		if d != nil {
+			d.close()
+			d = nil
+		}
+		d, err = b.startFrom(ctx, s3)
+		return err
+	}
+	return group{
+		setup: func(ctx context.Context, s *scope) (err error) {
+			if s3, err = b.startBucket(ctx, s); err != nil {
+				return err
+			}
+			s.add(func() {
+				if d != nil {
+					d.close()
+				}
+			})
+			return nil
+		},
+		rows: []*row{{layer: "warming", name: "from an S3 server on loopback", unit: bytesPerSecond, of: alone, reference: "≥ 0.9 of the client alone",
+			prepare: renew,
+			run: func(ctx context.Context) (float64, error) {
+				took, err := d.load(ctx)
+				return float64(size) / took.Seconds(), err
+			}}},
+	}
+}
+
+// alone reads every object of the bucket by ranges of a block, with the client library that workers use and
+// nothing behind it.
+func alone(ctx context.Context, s3 *bucket.Server, size int64) (float64, error) {
+	c, err := s3.Client()
+	if err != nil {
+		return 0, err
+	}
+	core := minio.Core{Client: c}
+	start := time.Now()
+	g, ctx := errgroup.WithContext(ctx)
+	g.SetLimit(parallel)
+	for k := range objects {
+		for off := int64(0); off < size; off += ring.BlockSize {
+			g.Go(func() error {
+				var o minio.GetObjectOptions
+				n := min(ring.BlockSize, size-off)
+				if err := o.SetRange(off, off+n-1); err != nil {
+					return err
+				}
+				body, _, _, err := core.GetObject(ctx, bucketName, fmt.Sprintf("o%d", k), o)
+				if err != nil {
+					return err
+				}
+				defer body.Close()
+				got, err := io.Copy(io.Discard, body)
+				if err == nil && got != n {
+					err = io.ErrUnexpectedEOF
+				}
+				return err
+			})
+		}
+	}
+	err = g.Wait()
+	return perSecond(size*objects, start), err
+}
+
+// onceGroup: how often each byte leaves the bucket when many want it at the same time.
+func (b *bench) onceGroup() group {
+	const readers = 8
+	var s3 *bucket.Server
+	size := b.o.bytes / objects * objects
+	return group{
+		setup: func(ctx context.Context, s *scope) (err error) {
+			s3, err = b.startBucket(ctx, s)
+			return err
+		},
+		rows: []*row{{layer: "once", name: fmt.Sprintf("bytes that left the bucket, %d cold readers of all", readers), unit: times, reference: "≤ 1.02",
+			run: func(ctx context.Context) (float64, error) {
+				d, err := b.startFrom(ctx, s3)
+				if err != nil {
+					return 0, err
+				}
+				defer d.close()
+				before := s3.Sent()
+				g, ctx := errgroup.WithContext(ctx)
+				for range readers {
+					g.Go(func() error {
+						var c *client.Client
+						c, err := d.folder.Dial(ctx)
+						if err != nil {
+							return err
+						}
+						defer c.Close()
+						for k := range objects {
+							if _, err := clientRead(ctx, c, fmt.Sprintf("/o%d", k), size/objects); err != nil {
+								return err
+							}
+						}
+						return nil
+					})
+				}
+				err = g.Wait()
+				return float64(s3.Sent()-before) / float64(size), err
+			}}},
+	}
+}

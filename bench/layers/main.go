@@ -1,0 +1,160 @@
+// Command layers measures each layer of the data path as a ratio to native memory: a row of its table is
+// a layer's rate divided by that of a plain read of a file on a tmpfs of 4 KiB pages (or by what else the
+// row names), measured before and after it in the same run, so that the figures of two machines, or of a
+// quiet and a busy hour, can be compared.
+//
+// It owns the rows, how they are interleaved with what they are compared with, and the report. Tiers and
+// mounts are the real ones: processes of the stepcache program, brought up by package local.
+//
+// Concurrency: one goroutine measures; readers are started by a row and have ended when it has its
+// figure. Failure: a row that cannot be measured here says why; one that fails says how, the others still
+// run, and the exit status is 1. As root everything is mounted in a mount namespace of its own, so that
+// nothing is left however the program ends.
+//
+// It may import cache/..., tier, local and test/bucket.
+package main
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"syscall"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+)
+
+// scratchEnv names the folder that the parent process made and will remove.
+const scratchEnv = "STEPCACHE_BENCH_SCRATCH"
+
+type options struct {
+	stepcache, versitygw string
+	only, size           string
+	rounds, files        int
+	output, readme       string
+
+	match *regexp.Regexp
+	bytes int64
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// The packages under measurement speak through the table.
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	var o options
+	cmd := &cobra.Command{
+		Use:   "layers",
+		Short: "Each layer of the data path as a ratio to native memory, in one run",
+		Long: `Measures store, wire, client, mounts, small files, warming, eviction and memory, each beside a native read in
+the same run, and prints one table. bench/README.md says how to read it. Mounts need root.`,
+		Example: `  go run ./bench/layers --stepcache .bin/stepcache
+  go run ./bench/layers --stepcache .bin/stepcache --only 'same node' --rounds 9
+  go run ./bench/layers --stepcache .bin/stepcache -o json > layers.json`,
+		SilenceUsage: true, SilenceErrors: true, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := o.check(); err != nil {
+				return err
+			}
+			return isolated(cmd.Context(), o)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.stepcache, "stepcache", ".bin/stepcache", "the stepcache program")
+	f.StringVar(&o.versitygw, "versitygw", "", "the S3 server's program (default: built from its pinned module)")
+	f.StringVar(&o.only, "only", "", "measure the rows whose \"layer: name\" matches this regular expression")
+	f.StringVar(&o.size, "size", "256MiB", "size of the file that is read; others follow from it")
+	f.IntVar(&o.files, "files", 10_000, "number of small files; trees have 10 and 100 times as many")
+	f.IntVar(&o.rounds, "rounds", 5, "samples of each row, of which the median is told")
+	f.StringVarP(&o.output, "output", "o", "table", "table or json")
+	f.StringVar(&o.readme, "readme", "", "also write the table into this file, between its markers")
+	if err := cmd.ExecuteContext(ctx); err != nil {
+		if errors.Is(err, context.Canceled) {
+			err = errors.New("interrupted; everything is stopped and removed")
+		}
+		fmt.Fprintln(os.Stderr, "layers:", err)
+		os.Exit(1)
+	}
+}
+
+func (o *options) check() error {
+	size, err := humanize.ParseBytes(o.size)
+	if err != nil || size < 1<<20 || size > 1<<36 {
+		return fmt.Errorf("--size %q: want 1MiB to 64GiB", o.size)
+	}
+	o.bytes = int64(size) &^ (1<<20 - 1)
+	if o.rounds < 1 || o.rounds > 1000 {
+		return fmt.Errorf("--rounds %d: want 1 to 1000", o.rounds)
+	}
+	if o.files < 10 || o.files > 1_000_000 {
+		return fmt.Errorf("--files %d: want 10 to 1000000", o.files)
+	}
+	if o.match, err = regexp.Compile(o.only); err != nil {
+		return fmt.Errorf("--only: %w", err)
+	}
+	if o.output != "table" && o.output != "json" {
+		return fmt.Errorf("-o %q: want table or json", o.output)
+	}
+	if o.stepcache, err = filepath.Abs(o.stepcache); err != nil {
+		return err
+	}
+	if _, err := os.Stat(o.stepcache); err != nil {
+		return fmt.Errorf("--stepcache: %w; `make build` makes it", err)
+	}
+	if o.readme != "" {
+		text, err := os.ReadFile(o.readme)
+		if err != nil {
+			return fmt.Errorf("--readme: %w", err)
+		}
+		if _, _, err := markers(text); err != nil { // better now than after ten minutes
+			return fmt.Errorf("--readme %s: %w", o.readme, err)
+		}
+	}
+	return nil
+}
+
+// isolated runs the bench; as root in a child with a mount namespace of its own, whose mounts end with it.
+func isolated(ctx context.Context, o options) error {
+	if dir := os.Getenv(scratchEnv); dir != "" {
+		return measure(ctx, o, dir, true)
+	}
+	parent := ""
+	if os.Geteuid() != 0 {
+		parent = "/dev/shm" // what cannot be mounted must be in memory already
+	}
+	dir, err := os.MkdirTemp(parent, "scb")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	if os.Geteuid() != 0 {
+		return measure(ctx, o, dir, false)
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	child := exec.Command(self, os.Args[1:]...)
+	child.Stdout, child.Stderr = os.Stdout, os.Stderr
+	child.Env = append(os.Environ(), scratchEnv+"="+dir)
+	child.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	if err := child.Start(); err != nil {
+		fmt.Fprintf(os.Stderr, "no mount namespace of its own (%v): rows that mount are skipped\n", err)
+		return measure(ctx, o, dir, false)
+	}
+	stop := context.AfterFunc(ctx, func() { _ = child.Process.Signal(syscall.SIGTERM) })
+	defer stop()
+	err = child.Wait()
+	var exit *exec.ExitError
+	if errors.As(err, &exit) && exit.ExitCode() > 0 {
+		os.RemoveAll(dir)
+		os.Exit(exit.ExitCode()) // it has said why
+	}
+	return err
+}

@@ -1,0 +1,123 @@
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+)
+
+// smallGroup: datasets of many small files, opened for the first time and again.
+func (b *bench) smallGroup() group {
+	var v *view
+	dir := b.dir + "/small"
+	names := treeNames(b.o.files)
+	sizes := []int64{100 << 10, 16 << 10}
+	sub := func(size int64) string { return fmt.Sprintf("k%d", size>>10) }
+
+	var rows []*row
+	for _, size := range sizes {
+		for _, n := range []int{1, 4} {
+			open := func(dir func() string, whole bool) func(context.Context) (float64, error) {
+				return func(ctx context.Context) (float64, error) {
+					return smallReads(ctx, dir()+"/"+sub(size), names, size, n, whole)
+				}
+			}
+			mounted := func() string { return v.dir }
+			native := func(whole bool) *base {
+				return &base{name: "native files", run: open(func() string { return dir }, whole)}
+			}
+			rows = append(rows, &row{layer: "small files", name: fmt.Sprintf("first open and read, %d KiB, %s", size>>10, plural(n, "thread")),
+				unit: each, of: native(true), reference: map[int]string{1: "≥ 5 K/s unassisted, ≥ 60 K/s after push", 4: "none given"}[n],
+				prepare: func(ctx context.Context) error { return v.renew(ctx) },
+				run:     open(mounted, true)})
+			rows = append(rows, &row{layer: "small files", name: fmt.Sprintf("re-open, %d KiB, %s", size>>10, plural(n, "thread")),
+				unit: each, of: native(false), reference: map[int]string{1: "≥ 120 K/s", 4: "≥ 250 K/s"}[n],
+				prepare: func(ctx context.Context) error {
+					if err := v.need(ctx); err != nil {
+						return err
+					}
+					_, err := smallReads(ctx, v.dir+"/"+sub(size), names, size, 4, true)
+					return err
+				},
+				run: open(mounted, false)})
+		}
+	}
+	return group{
+		setup: func(ctx context.Context, s *scope) error {
+			if err := b.needMounts(); err != nil {
+				return err
+			}
+			s.add(func() { _ = os.RemoveAll(dir) })
+			total := int64(0)
+			for _, size := range sizes {
+				if err := writeTree(ctx, dir+"/"+sub(size), names, noise(int(size)), false); err != nil {
+					return err
+				}
+				total += size * int64(len(names))
+			}
+			d, err := b.start(ctx, "", fromFolder(dir), total+total/4+int64(2*len(names))*(8<<10)+64<<20)
+			if err != nil {
+				return err
+			}
+			s.add(d.close)
+			if _, err := d.load(ctx); err != nil {
+				return err
+			}
+			v = b.view(s, d.folder)
+			first := sub(sizes[0]) + "/" + names[0]
+			return v.same(ctx, first, dir+"/"+first)
+		},
+		rows: rows,
+	}
+}
+
+func plural(n int, what string) string {
+	if n == 1 {
+		return "1 " + what
+	}
+	return fmt.Sprintf("%d %ss", n, what)
+}
+
+// treeGroup: a large tree's names, without its bytes.
+func (b *bench) treeGroup() group {
+	var v *view
+	dir := b.dir + "/tree"
+	n := 10 * b.o.files
+	names := treeNames(n)
+	entries := n + dirsOf(n)
+	walkOf := &base{name: "native walk", run: func(ctx context.Context) (float64, error) { return walk(ctx, dir, entries) }}
+	statOf := &base{name: "native open+stat", run: func(ctx context.Context) (float64, error) { return openStat(ctx, dir, names) }}
+	walked := func(ctx context.Context) (float64, error) { return walk(ctx, v.dir, entries) }
+	again := func(ctx context.Context) error {
+		if err := v.need(ctx); err != nil {
+			return err
+		}
+		_, err := walked(ctx)
+		return err
+	}
+	return group{
+		setup: func(ctx context.Context, s *scope) error {
+			if err := b.needMounts(); err != nil {
+				return err
+			}
+			s.add(func() { _ = os.RemoveAll(dir) })
+			if err := writeTree(ctx, dir, names, nil, false); err != nil {
+				return err
+			}
+			d, err := b.start(ctx, "", fromFolder(dir), 0)
+			if err != nil {
+				return err
+			}
+			s.add(d.close)
+			v = b.view(s, d.folder)
+			return nil
+		},
+		rows: []*row{
+			{layer: "tree", name: fmt.Sprintf("ls -lR of %d files, first", n), unit: each, of: walkOf, reference: "≥ 100 K/s",
+				prepare: func(ctx context.Context) error { return v.renew(ctx) }, run: walked},
+			{layer: "tree", name: fmt.Sprintf("ls -lR of %d files, again", n), unit: each, of: walkOf, reference: "≥ 100 K/s", prepare: again, run: walked},
+			{layer: "tree", name: fmt.Sprintf("open and stat of %d files", n), unit: each, of: statOf, reference: "none given", prepare: again,
+				run: func(ctx context.Context) (float64, error) { return openStat(ctx, v.dir, names) }},
+		},
+	}
+}
