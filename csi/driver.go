@@ -1,0 +1,473 @@
+package csi
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+	"golang.org/x/sync/errgroup"
+	"google.golang.org/grpc"
+	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+)
+
+// Config of a node service. NodeName is needed; the rest has defaults.
+type Config struct {
+	// NodeName is the node's, as the API server and the membership lists call it.
+	NodeName string
+	// KubeletDir is the kubelet's folder, at the same path here as on the node and with mounts that propagate
+	// both ways; /var/lib/kubelet.
+	KubeletDir string
+	// Dir is the driver's own folder, below KubeletDir.
+	Dir string
+	// Keeper is the keeper's socket, in Dir.
+	Keeper string
+	// SocketDir is where the links to workers' sockets are; the parent of v1alpha1.NodeSocketDir.
+	SocketDir string
+	// CacheDir is where the node's caches are mounted, seen by this process only; /cache.
+	CacheDir string
+	// NodeMemory is for all Datasets together; zero streams everything.
+	NodeMemory int64
+	// BufferBytes is the memory of each mount for what is on its way; 128 MiB.
+	BufferBytes int64
+	// Linger is how long a mount is kept without a pod; a minute.
+	Linger time.Duration
+	// KeeperWait is how long a start waits for the keeper; 10 s.
+	KeeperWait time.Duration
+	// Listen is the address of health and metrics; empty: none.
+	Listen string
+	// Version is told to the kubelet.
+	Version string
+	// Seeds are addresses of the workers of a Dataset; by default its Service's.
+	Seeds func(namespace, dataset string) []string
+	// Node is the node's object; nil: none is told of anything.
+	Node Node
+	// Logger; slog.Default.
+	Logger *slog.Logger
+}
+
+// Node tells others of this node.
+type Node interface {
+	// Ready labels the node, or takes the label away.
+	Ready(ctx context.Context, ready bool) error
+	// Event is for people.
+	Event(ctx context.Context, reason, text string) error
+}
+
+func (c Config) withDefaults() Config {
+	def := func(v *string, d string) {
+		if *v == "" {
+			*v = d
+		}
+	}
+	def(&c.KubeletDir, "/var/lib/kubelet")
+	def(&c.Dir, filepath.Join(c.KubeletDir, "plugins", v1alpha1.DriverName))
+	def(&c.Keeper, filepath.Join(c.Dir, "keeper.sock"))
+	def(&c.SocketDir, filepath.Dir(v1alpha1.NodeSocketDir("pod")))
+	def(&c.CacheDir, "/cache")
+	if c.BufferBytes == 0 {
+		c.BufferBytes = 128 << 20
+	}
+	if c.Linger == 0 {
+		c.Linger = time.Minute
+	}
+	if c.KeeperWait == 0 {
+		c.KeeperWait = 10 * time.Second
+	}
+	if c.Seeds == nil {
+		c.Seeds = func(namespace, dataset string) []string {
+			return []string{fmt.Sprintf("%s.%s.svc:%d", v1alpha1.WorkersName(dataset), namespace, v1alpha1.PortData)}
+		}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	return c
+}
+
+// Validate says what is wrong with c.
+func (c Config) Validate() error {
+	c = c.withDefaults()
+	var errs []error
+	if c.NodeName == "" {
+		errs = append(errs, errors.New("no node name: set it from the pod's spec.nodeName"))
+	}
+	if c.NodeMemory < 0 {
+		errs = append(errs, fmt.Errorf("node memory of %d bytes: set 0 to stream everything, or more", c.NodeMemory))
+	}
+	for name, path := range map[string]string{"kubelet folder": c.KubeletDir, "driver's folder": c.Dir, "keeper's socket": c.Keeper, "folder of sockets": c.SocketDir, "cache folder": c.CacheDir} {
+		if !filepath.IsAbs(path) {
+			errs = append(errs, fmt.Errorf("%s %q: want an absolute path", name, path))
+		}
+	}
+	for _, path := range []string{c.Keeper + "~", c.csiSocket() + "~", c.registrationSocket() + "~"} {
+		if len(path) > 107 {
+			errs = append(errs, fmt.Errorf("socket %s: its path has %d bytes, a Unix socket's may have 107", path, len(path)))
+		}
+	}
+	return errors.Join(errs...)
+}
+
+func (c Config) csiSocket() string { return filepath.Join(c.Dir, "csi.sock") }
+
+func (c Config) registrationSocket() string {
+	return filepath.Join(c.KubeletDir, "plugins_registry", v1alpha1.DriverName+"-reg.sock")
+}
+
+// service is one node service.
+type service struct {
+	csi.UnimplementedIdentityServer
+	csi.UnimplementedNodeServer
+	registration.UnimplementedRegistrationServer
+
+	config    Config
+	log       *slog.Logger
+	now       func() time.Time
+	mountsDir string
+	dialer    net.Dialer
+	budget    *budget
+	keeping   *keeping
+	metrics   *metrics
+	// left is closed when this process leaves its mounts to whoever comes.
+	left chan struct{}
+	work sync.WaitGroup // of mounts being followed and Events being sent
+
+	adopted    atomic.Bool // what was parked is served
+	registered chan struct{}
+	once       sync.Once
+
+	mu   sync.Mutex
+	sets map[string]*dataset // by namespace/name
+	busy map[string]bool     // paths that a call is working on
+	made []made              // the sockets of this process
+}
+
+// made is a file that this process made and a successor replaces.
+type made struct {
+	path string
+	info fs.FileInfo
+}
+
+// tick is how often the house is kept: idle mounts, and mounts parked by somebody else.
+const tick = 3 * time.Second
+
+// Run is a node service until ctx ends. Mounts that pods have are left as they are then, parked; the others are
+// taken away.
+func Run(ctx context.Context, config Config) error {
+	if err := config.Validate(); err != nil {
+		return fmt.Errorf("node service: %w", err)
+	}
+	s := newService(config.withDefaults())
+	if err := s.run(ctx); err != nil {
+		return fmt.Errorf("node service: %w", err)
+	}
+	return nil
+}
+
+func newService(c Config) *service {
+	s := &service{
+		config: c, log: c.Logger, now: time.Now, mountsDir: filepath.Join(c.Dir, "mounts"),
+		budget: newBudget(c.CacheDir, c.NodeMemory, c.Logger), left: make(chan struct{}), registered: make(chan struct{}),
+		sets: map[string]*dataset{}, busy: map[string]bool{},
+	}
+	s.keeping = &keeping{s: s}
+	s.metrics = newMetrics(s)
+	return s
+}
+
+func (s *service) snapshotDir() string { return filepath.Join(s.config.Dir, "snapshots") }
+
+func (s *service) run(ctx context.Context) error {
+	if err := os.MkdirAll(s.mountsDir, 0o755); err != nil {
+		return err
+	}
+	// Paths are compared with those of mountinfo.
+	for _, p := range []*string{&s.config.Dir, &s.mountsDir} {
+		resolved, err := mountinfo.Resolve(*p)
+		if err != nil {
+			return err
+		}
+		*p = resolved
+	}
+	g, ctx := errgroup.WithContext(ctx)
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	// The keeper is told of what goes at the end.
+	keeping, stopKeeping := context.WithCancel(context.WithoutCancel(ctx))
+	defer stopKeeping()
+	var servers []*grpc.Server
+	err := s.begin(ctx, keeping, g, &servers)
+	if err == nil {
+		<-ctx.Done()
+	}
+	cancel()
+	err = errors.Join(err, s.leave(servers))
+	stopKeeping()
+	return errors.Join(err, g.Wait())
+}
+
+// begin starts everything, in order; an end of ctx meanwhile is no error.
+func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers *[]*grpc.Server) error {
+	if s.config.Listen != "" {
+		l, err := net.Listen("tcp", s.config.Listen)
+		if err != nil {
+			return err
+		}
+		g.Go(func() error { return s.metrics.serve(ctx, l) })
+	}
+
+	// First what is parked, since its readers wait.
+	connected := make(chan struct{})
+	var once sync.Once
+	g.Go(func() error {
+		s.keeping.run(keeping, func() { once.Do(func() { close(connected) }) })
+		return nil
+	})
+	limit := time.NewTimer(s.config.KeeperWait)
+	defer limit.Stop()
+	select {
+	case <-connected:
+		// Without a keeper nobody could tell what is left from what is parked.
+		if err := s.sweep(ctx); err != nil {
+			s.log.Warn("mounts of former node services are not looked after", "error", err)
+		}
+		s.trim()
+	case <-limit.C:
+	case <-ctx.Done():
+		return nil
+	}
+	s.adopted.Store(true)
+	if err := s.unlinkSockets(func(target string) bool {
+		at, err := mountinfo.At(target)
+		return err == nil && len(at) == 0
+	}); err != nil {
+		s.log.Warn("links to workers' sockets are left", "error", err)
+	}
+
+	for _, e := range []struct {
+		path     string
+		register func(*grpc.Server)
+	}{
+		{s.config.csiSocket(), func(g *grpc.Server) {
+			csi.RegisterIdentityServer(g, s)
+			csi.RegisterNodeServer(g, s)
+		}},
+		{s.config.registrationSocket(), func(g *grpc.Server) { registration.RegisterRegistrationServer(g, s) }},
+	} {
+		l, err := s.listen(e.path)
+		if err != nil {
+			return err
+		}
+		server := grpc.NewServer(grpc.UnaryInterceptor(s.call))
+		e.register(server)
+		g.Go(func() error {
+			if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+				return err
+			}
+			return nil
+		})
+		*servers = append(*servers, server)
+	}
+	g.Go(func() error { s.housekeep(ctx); return nil })
+	g.Go(func() error { s.announce(ctx); return nil })
+	s.log.Info("serving", "node", s.config.NodeName, "socket", s.config.csiSocket())
+	return nil
+}
+
+// leave ends this process's part: what pods have goes on without it.
+func (s *service) leave(servers []*grpc.Server) error {
+	superseded := s.superseded() // before the sockets go
+	var err error
+	if !superseded {
+		if s.config.Node != nil {
+			ctx, cancel := context.WithTimeout(context.Background(), goodbye)
+			err = s.config.Node.Ready(ctx, false)
+			cancel()
+		}
+		s.removeSockets()
+	}
+	for _, server := range servers {
+		stopGracefully(server)
+	}
+	if !superseded {
+		err = errors.Join(err, s.reap(-1))
+	}
+	close(s.left)
+	s.work.Wait()
+	return err
+}
+
+// goodbye bounds each thing that is done after the end was asked for.
+const goodbye = 5 * time.Second
+
+func stopGracefully(g *grpc.Server) {
+	t := time.AfterFunc(goodbye, g.Stop)
+	defer t.Stop()
+	g.GracefulStop()
+}
+
+// listen makes a socket in place of a predecessor's, with no moment without one. The name meanwhile begins with a
+// dot: the kubelet's watcher of the registry overlooks such.
+func (s *service) listen(path string) (net.Listener, error) {
+	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
+		return nil, err
+	}
+	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
+	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+		return nil, err
+	}
+	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
+	if err != nil {
+		return nil, err
+	}
+	l.SetUnlinkOnClose(false)
+	info, err := os.Lstat(tmp)
+	if err = errors.Join(err, os.Chmod(tmp, 0o600), os.Rename(tmp, path)); err != nil {
+		l.Close()
+		return nil, err
+	}
+	s.mu.Lock()
+	s.made = append(s.made, made{path, info})
+	s.mu.Unlock()
+	return l, nil
+}
+
+// superseded says whether another node service has taken this one's place.
+func (s *service) superseded() bool {
+	s.mu.Lock()
+	sockets := s.made
+	s.mu.Unlock()
+	for _, m := range sockets {
+		if now, err := os.Lstat(m.path); err == nil && !os.SameFile(m.info, now) {
+			return true
+		}
+	}
+	return false
+}
+
+func (s *service) removeSockets() {
+	s.mu.Lock()
+	sockets := s.made
+	s.made = nil
+	s.mu.Unlock()
+	for _, m := range sockets {
+		if now, err := os.Lstat(m.path); err == nil && os.SameFile(m.info, now) {
+			_ = os.Remove(m.path)
+		}
+	}
+}
+
+// housekeep looks after the mounts until ctx ends.
+func (s *service) housekeep(ctx context.Context) {
+	t := time.NewTicker(tick)
+	defer t.Stop()
+	for {
+		select {
+		case <-ctx.Done():
+			return
+		case <-t.C:
+		}
+		if s.superseded() {
+			continue // the successor does
+		}
+		if err := s.reap(s.config.Linger); err != nil {
+			s.log.Warn("idle mounts stay", "error", err)
+		}
+		s.keeping.adopt(ctx)
+		if s.takeRenewed() {
+			s.keeping.parkAll()
+		}
+	}
+}
+
+// takeRenewed says whether any Dataset's keys changed since the last call.
+func (s *service) takeRenewed() bool {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	any := false
+	for _, set := range s.sets {
+		any = any || set.renewed
+		set.renewed = false
+	}
+	return any
+}
+
+// announce labels the node once the kubelet knows the driver: only then can a pod have its volume here.
+func (s *service) announce(ctx context.Context) {
+	select {
+	case <-s.registered:
+	case <-ctx.Done():
+		return
+	}
+	if s.config.Node == nil {
+		return
+	}
+	for pause := time.Second; ctx.Err() == nil; pause = min(2*pause, 30*time.Second) {
+		err := s.config.Node.Ready(ctx, true)
+		if err == nil {
+			return
+		}
+		s.log.Error("the node is not labelled: no pod that needs it is placed here", "error", err)
+		wait(ctx, pause)
+	}
+}
+
+// event tells people, without waiting for it.
+func (s *service) event(object, reason, text string) {
+	if s.config.Node == nil {
+		return
+	}
+	s.work.Go(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), goodbye)
+		defer cancel()
+		if err := s.config.Node.Event(ctx, reason, text); err != nil {
+			s.log.Warn("event not sent", "about", object, "error", err)
+		}
+	})
+}
+
+// GetInfo implements registration.RegistrationServer.
+func (s *service) GetInfo(context.Context, *registration.InfoRequest) (*registration.PluginInfo, error) {
+	return &registration.PluginInfo{
+		Type: registration.CSIPlugin, Name: v1alpha1.DriverName, Endpoint: s.config.csiSocket(), SupportedVersions: []string{"1.0.0"},
+	}, nil
+}
+
+// NotifyRegistrationStatus implements registration.RegistrationServer.
+func (s *service) NotifyRegistrationStatus(_ context.Context, r *registration.RegistrationStatus) (*registration.RegistrationStatusResponse, error) {
+	if !r.GetPluginRegistered() {
+		s.log.Error("the kubelet does not take the driver", "error", r.GetError())
+		return &registration.RegistrationStatusResponse{}, nil
+	}
+	s.log.Info("registered with the kubelet")
+	s.once.Do(func() { close(s.registered) })
+	return &registration.RegistrationStatusResponse{}, nil
+}
+
+// call is around every call of the kubelet. Requests hold keys and are never logged.
+func (s *service) call(ctx context.Context, r any, info *grpc.UnaryServerInfo, handler grpc.UnaryHandler) (answer any, err error) {
+	began := s.now()
+	answer, err = handler(ctx, r)
+	method := filepath.Base(info.FullMethod)
+	s.metrics.call(method, s.now().Sub(began), err)
+	if err != nil {
+		id := ""
+		if v, ok := r.(interface{ GetVolumeId() string }); ok {
+			id = v.GetVolumeId()
+		}
+		// The kubelet gets it too, but shows it to the pod's owner only.
+		s.log.Warn("call failed", "method", method, "volume", id, "error", err)
+	}
+	return answer, err
+}

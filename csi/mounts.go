@@ -1,0 +1,519 @@
+package csi
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"time"
+
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/mount"
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+const (
+	// dialTimeout is how long a mount waits for the workers' snapshot. It is less than the kubelet's two
+	// minutes, so that the pod's events say what is waited for.
+	dialTimeout = 90 * time.Second
+	// currentTimeout is how long a pod waits to be told the current snapshot when this node has one already.
+	currentTimeout = 15 * time.Second
+	// probeTimeout is how long a mount that somebody else may serve has to answer.
+	probeTimeout = 5 * time.Second
+)
+
+// dataset is what this node has of one Dataset. Its fields are service.mu's but for the turn.
+type dataset struct {
+	namespace, name string
+	// proven is a key that the workers took; whoever has it is let in. keys are what clients use, newest first.
+	proven wire.Key
+	keys   []wire.Key
+	// renewed says that the keeper's notes have older keys.
+	renewed bool
+	copies  int
+	memory  int64
+	// current is the snapshot that the last new pod got.
+	current catalog.Digest
+	cache   *slice
+	mounts  []*mounted // oldest first
+
+	// turn is held by whoever makes mounts of it or takes its cache away.
+	turn chan struct{}
+}
+
+func (d *dataset) String() string { return d.namespace + "/" + d.name }
+
+// mounted is one mount.
+type mounted struct {
+	id     string // its folder's name, and its name at the keeper
+	dir    string
+	set    *dataset
+	digest catalog.Digest
+	device device
+	server *mount.Server
+	client *client.Client
+
+	// service.mu's:
+	using  int       // pods that are being given it
+	unused time.Time // since when no pod has it; zero: some has
+	ending bool      // being unmounted by this process
+}
+
+// device is a file system's number in mountinfo.
+type device struct{ major, minor uint32 }
+
+func deviceOf(m mountinfo.Mount) device { return device{m.Major, m.Minor} }
+
+// take returns the mount of the Dataset's current snapshot, made now if need be. It stays until done is called,
+// and from then on as long as a pod has it.
+func (s *service) take(ctx context.Context, v volume) (m *mounted, done func(), err error) {
+	digest, err := s.admit(ctx, v)
+	if err != nil {
+		return nil, nil, err
+	}
+	s.mu.Lock()
+	set := s.sets[v.name()]
+	s.mu.Unlock()
+	select {
+	case set.turn <- struct{}{}:
+	case <-ctx.Done():
+		return nil, nil, fmt.Errorf("dataset %s: another mount of it is being made: %w", set, context.Cause(ctx))
+	}
+	defer func() { <-set.turn }()
+	if m = s.use(set, digest); m == nil {
+		if m, err = s.mount(ctx, set, digest); err != nil {
+			return nil, nil, err
+		}
+	}
+	return m, func() {
+		s.mu.Lock()
+		m.using--
+		s.mu.Unlock()
+	}, nil
+}
+
+// use finds a mount that is served, and counts its user.
+func (s *service) use(set *dataset, digest catalog.Digest) *mounted {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	set.current = digest
+	for _, m := range set.mounts {
+		if m.digest == digest && !m.ending && !ended(m.server) {
+			m.using++
+			m.unused = time.Time{}
+			return m
+		}
+	}
+	return nil
+}
+
+func ended(m *mount.Server) bool {
+	select {
+	case <-m.Done():
+		return true
+	default:
+		return false
+	}
+}
+
+// admit decides whether a volume's key opens the Dataset, and tells the current snapshot. When the workers do not
+// answer, a known key gets the newest snapshot that this node has.
+func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
+	s.mu.Lock()
+	set := s.sets[v.name()]
+	known := set != nil && len(set.mounts) > 0 && slices.Contains(v.keys, set.proven)
+	var have *mounted
+	if known {
+		if !v.inline {
+			set.renew(v.keys)
+			set.copies, set.memory = v.copies, v.memory
+		}
+		for _, m := range set.mounts {
+			if !m.ending && !ended(m.server) {
+				have = m
+			}
+		}
+	}
+	s.mu.Unlock()
+	if known && have != nil {
+		ctx, cancel := context.WithTimeout(ctx, currentTimeout)
+		digest, err := have.client.Current(ctx)
+		cancel()
+		if err == nil {
+			return digest, nil
+		}
+		if !errors.Is(err, wire.ErrUnauthorized) {
+			s.log.Warn("workers do not tell the current snapshot: the newest of this node is taken", "dataset", v.name(), "error", err)
+			return have.digest, nil
+		}
+	}
+	// Each by itself, to know which one it is that they take.
+	var refused error
+	for _, key := range v.keys {
+		c := s.clientConfig(v.namespace, v.dataset)
+		c.Keys = wire.Keys{Read: []wire.Key{key}}
+		digest, err := client.Current(ctx, c)
+		if err == nil {
+			s.admitted(v, key)
+			return digest, nil
+		}
+		refused = err
+		if !errors.Is(err, wire.ErrUnauthorized) {
+			break
+		}
+	}
+	return catalog.Digest{}, refused
+}
+
+// admitted records what a key was taken for.
+func (s *service) admitted(v volume, key wire.Key) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	set := s.sets[v.name()]
+	if set == nil {
+		set = &dataset{namespace: v.namespace, name: v.dataset, turn: make(chan struct{}, 1)}
+		s.sets[v.name()] = set
+	}
+	set.proven, set.copies, set.memory = key, v.copies, v.memory
+	if v.inline {
+		set.renew([]wire.Key{key})
+	} else {
+		set.renew(v.keys)
+	}
+}
+
+// renew makes clients use these keys at their next connection.
+func (d *dataset) renew(keys []wire.Key) {
+	if !slices.Equal(d.keys, keys) {
+		d.keys, d.renewed = keys, len(d.mounts) > 0
+	}
+}
+
+// clientConfig is what all clients of a Dataset have in common.
+func (s *service) clientConfig(namespace, name string) client.Config {
+	return client.Config{
+		Dataset: namespace + "/" + name, Seeds: s.config.Seeds(namespace, name), Node: s.config.NodeName,
+		BufferBytes: s.config.BufferBytes, SnapshotDir: s.snapshotDir(),
+		Logger: s.log, Dialer: s.dialWorker,
+	}
+}
+
+// dial connects a client for one snapshot. The caller holds the turn.
+func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest) (*client.Client, error) {
+	s.mu.Lock()
+	cache, limit, copies := set.cache, set.memory, set.copies
+	s.mu.Unlock()
+	if cache == nil {
+		if cache = s.budget.open(ctx, set.String(), limit); cache != nil {
+			s.mu.Lock()
+			set.cache = cache
+			s.mu.Unlock()
+		}
+	}
+	c := s.clientConfig(set.namespace, set.name)
+	c.Snapshot, c.Copies = digest, copies
+	c.KeySource = func() wire.Keys {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		return wire.Keys{Read: set.keys}
+	}
+	if cache != nil {
+		c.Store = cache.store
+	}
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
+	return client.Dial(ctx, c)
+}
+
+func (s *service) mountOptions(set *dataset) mount.Options {
+	return mount.Options{Dataset: set.String(), Logger: s.log}
+}
+
+// mount makes a mount, for one user already. The caller holds the turn.
+func (s *service) mount(ctx context.Context, set *dataset, digest catalog.Digest) (*mounted, error) {
+	if s.superseded() {
+		return nil, status.Error(codes.Unavailable, "another node service has taken over; ask again")
+	}
+	c, err := s.dial(ctx, set, digest)
+	if err != nil {
+		s.shrink(set)
+		return nil, err
+	}
+	m, err := s.mountClient(ctx, set, c)
+	if err != nil {
+		c.Close()
+		s.shrink(set)
+		return nil, err
+	}
+	return m, nil
+}
+
+func (s *service) mountClient(ctx context.Context, set *dataset, c *client.Client) (*mounted, error) {
+	if err := os.MkdirAll(s.mountsDir, 0o755); err != nil {
+		return nil, err
+	}
+	digest := c.Snapshot().Digest()
+	// A folder of its own: what a dead mount leaves is in nobody's way.
+	dir, err := os.MkdirTemp(s.mountsDir, set.namespace+"."+set.name+"."+hex.EncodeToString(digest[:4])+".")
+	if err != nil {
+		return nil, err
+	}
+	server, err := mount.Mount(ctx, dir, c.Snapshot(), mount.FromClient(c), s.mountOptions(set))
+	if err != nil {
+		return nil, errors.Join(err, os.Remove(dir))
+	}
+	s.log.Info("mounted", "dataset", set.String(), "snapshot", hex.EncodeToString(digest[:6]), "dir", dir, "mode", server.Mode())
+	return s.add(set, c, server, 1)
+}
+
+// add makes a served mount known, parks it, and looks after it until its end.
+func (s *service) add(set *dataset, c *client.Client, server *mount.Server, using int) (*mounted, error) {
+	p, err := server.Park()
+	if err != nil {
+		return nil, err
+	}
+	defer p.Close()
+	m := &mounted{
+		id: filepath.Base(server.Dir()), dir: server.Dir(), set: set, digest: c.Snapshot().Digest(),
+		device: device{p.Settings.Major, p.Settings.Minor}, server: server, client: c, using: using,
+	}
+	s.mu.Lock()
+	set.mounts = append(set.mounts, m)
+	s.mu.Unlock()
+	s.metrics.add(m)
+	s.work.Go(func() { s.follow(m) })
+	if err := s.keeping.park(m); err != nil {
+		// It is served all the same, and parked as soon as there is a keeper.
+		s.log.Error("mount is not parked: it will not outlive this process", "dir", m.dir, "error", err)
+	}
+	return m, nil
+}
+
+// follow waits for a mount's end, and cleans up after it.
+func (s *service) follow(m *mounted) {
+	select {
+	case <-m.server.Done():
+	case <-s.left:
+		if !ended(m.server) {
+			return // this process ends, and the mount goes on without it
+		}
+	}
+	s.mu.Lock()
+	expected := m.ending
+	m.ending = true
+	s.forget(m)
+	s.mu.Unlock()
+	s.metrics.remove(m)
+	if !expected && !s.superseded() {
+		users, err := s.users()
+		s.log.Error("a mount ended by itself: pods that have it get errors and must be restarted; new pods get a new one",
+			"dataset", m.set.String(), "dir", m.dir, "pods", users[m.device], "error", err)
+		s.event(m.set.String(), "MountLost", fmt.Sprintf("a mount of dataset %s ended; %d pods of this node that have it must be restarted", m.set, len(users[m.device])))
+	}
+	s.keeping.drop(m.id)
+	if err := m.client.Close(); err != nil {
+		s.log.Warn("client", "error", err)
+	}
+	s.clear(m.dir)
+	s.trim()
+	m.set.turn <- struct{}{}
+	s.shrink(m.set)
+	<-m.set.turn
+}
+
+// trim removes snapshots that no mount shows. Those that are young may be of a mount that is being made.
+func (s *service) trim() {
+	dir := s.snapshotDir()
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return // there is none yet
+	}
+	shown := map[string]bool{}
+	s.mu.Lock()
+	for _, set := range s.sets {
+		for _, m := range set.mounts {
+			shown[hex.EncodeToString(m.digest[:])] = true
+		}
+	}
+	s.mu.Unlock()
+	for _, e := range entries {
+		digest, _, _ := strings.Cut(e.Name(), ".")
+		if info, err := e.Info(); err == nil && !shown[digest] && s.now().Sub(info.ModTime()) > youth {
+			_ = os.Remove(filepath.Join(dir, e.Name()))
+		}
+	}
+}
+
+// youth is how long something that nobody seems to use is left alone, since it may be on its way.
+const youth = 10 * time.Minute
+
+// forget takes a mount out of the table. The caller holds s.mu.
+func (s *service) forget(m *mounted) {
+	m.set.mounts = slices.DeleteFunc(m.set.mounts, func(o *mounted) bool { return o == m })
+}
+
+// shrink gives up what is kept for a Dataset without mounts. The caller holds the turn.
+func (s *service) shrink(set *dataset) {
+	s.mu.Lock()
+	if len(set.mounts) > 0 || set.cache == nil {
+		s.mu.Unlock()
+		return
+	}
+	cache := set.cache
+	set.cache = nil
+	s.mu.Unlock()
+	if err := cache.close(); err != nil {
+		s.log.Warn("node cache is left", "dataset", set.String(), "error", err)
+	}
+}
+
+// clear takes away what is left at a mount's folder, and the folder. Nothing is looked at that may be dead.
+func (s *service) clear(dir string) {
+	if _, err := mountinfo.Detach(dir, nil); err != nil {
+		s.log.Warn("a dead mount is left", "dir", dir, "error", err)
+		return
+	}
+	if err := os.Remove(dir); err != nil && !errors.Is(err, os.ErrNotExist) {
+		s.log.Warn("a mount's folder is left", "dir", dir, "error", err)
+	}
+}
+
+// end unmounts a mount that no pod has; false: one has, or somebody else ends it.
+func (s *service) end(m *mounted) bool {
+	s.mu.Lock()
+	if m.ending || m.using > 0 {
+		s.mu.Unlock()
+		return false
+	}
+	m.ending = true
+	s.forget(m)
+	s.mu.Unlock()
+	// Before the unmount: a successor must not resume what is going away.
+	s.keeping.drop(m.id)
+	if err := m.server.Unmount(); err != nil {
+		s.log.Warn("unmount", "dir", m.dir, "error", err)
+	}
+	return true
+}
+
+// users are the paths at which pods have each file system of ours.
+func (s *service) users() (map[device][]string, error) {
+	all, err := mountinfo.List()
+	users := map[device][]string{}
+	for _, m := range all {
+		if m.Type == mount.FSType && filepath.Dir(m.Point) != s.mountsDir {
+			users[deviceOf(m)] = append(users[deviceOf(m)], m.Point)
+		}
+	}
+	return users, err
+}
+
+// reap ends mounts that no pod has had for a while, and those of old snapshots at once.
+func (s *service) reap(linger time.Duration) error {
+	users, err := s.users()
+	if err != nil {
+		return err
+	}
+	now := s.now()
+	var over []*mounted
+	s.mu.Lock()
+	for _, set := range s.sets {
+		for _, m := range set.mounts {
+			switch {
+			case m.using > 0 || len(users[m.device]) > 0:
+				m.unused = time.Time{}
+			case m.unused.IsZero():
+				m.unused = now
+			}
+			if !m.unused.IsZero() && (now.Sub(m.unused) >= linger || m.digest != set.current) {
+				over = append(over, m)
+			}
+		}
+	}
+	s.mu.Unlock()
+	for _, m := range over {
+		if s.end(m) {
+			s.log.Info("unmounted, since no pod has it", "dataset", m.set.String(), "dir", m.dir)
+		}
+	}
+	return nil
+}
+
+// sweep looks, once, for mounts of former node services that nobody serves nor keeps any more.
+func (s *service) sweep(ctx context.Context) error {
+	all, err := mountinfo.Below(s.mountsDir)
+	if err != nil {
+		return err
+	}
+	users, err := s.users()
+	if err != nil {
+		return err
+	}
+	ours := map[string]bool{}
+	s.mu.Lock()
+	for _, set := range s.sets {
+		for _, m := range set.mounts {
+			ours[m.dir] = true
+		}
+	}
+	s.mu.Unlock()
+	for _, m := range all {
+		if m.Type != mount.FSType || ours[m.Point] {
+			continue
+		}
+		if !s.dead(ctx, m.Point) {
+			s.log.Warn("a mount is not this node service's, and alive: left alone", "dir", m.Point)
+			continue
+		}
+		pods := users[deviceOf(m)]
+		s.log.Error("the node service and the keeper were both gone: a mount is dead", "source", m.Source, "dir", m.Point, "pods", pods)
+		if len(pods) > 0 {
+			s.event(m.Source, "MountLost", fmt.Sprintf("%s: the node service and the keeper were both gone; %d pods of this node that have it must be restarted", m.Source, len(pods)))
+		}
+		s.clear(m.Point)
+	}
+	mounts := map[string]bool{}
+	for _, m := range all {
+		mounts[m.Point] = true
+	}
+	// Folders of mounts that were never made. One that is being made by somebody else is young.
+	entries, err := os.ReadDir(s.mountsDir)
+	if err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	for _, e := range entries {
+		dir := filepath.Join(s.mountsDir, e.Name())
+		if mounts[dir] || ours[dir] {
+			continue
+		}
+		if info, err := e.Info(); err == nil && s.now().Sub(info.ModTime()) > youth {
+			_ = os.Remove(dir)
+		}
+	}
+	return nil
+}
+
+// dead says whether a mount's server is gone for good. One that is parked and unserved does not answer at all:
+// that is not dead, and the goroutine that asked waits until it is served or gone.
+func (s *service) dead(ctx context.Context, dir string) bool {
+	answer := make(chan error, 1)
+	go func() { answer <- statfs(dir) }()
+	t := time.NewTimer(probeTimeout)
+	defer t.Stop()
+	select {
+	case err := <-answer:
+		return isDead(err)
+	case <-t.C:
+	case <-ctx.Done():
+	}
+	return false
+}
