@@ -65,7 +65,8 @@ Start with "stepcache local": it runs the tier on this machine from the manifest
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage{err} })
 	root.AddCommand(
-		localCommand(), workerCommand(), mountCommand(),
+		localCommand(), workerCommand(), mountCommand(), controllerCommand(),
+		nodeCommand(), keeperCommand(),
 		loadCommand(), statusCommand(), lsCommand(), getCommand(), verifyCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version", Args: args(cobra.NoArgs),

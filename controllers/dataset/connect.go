@@ -3,7 +3,6 @@ package dataset
 import (
 	"context"
 	"fmt"
-	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -34,9 +33,5 @@ func Connect(ctx context.Context, lists, live client.Reader, d *v1alpha1.Dataset
 	if err != nil {
 		return nil, fmt.Errorf("dataset %s: secret %s: %w", name, secret.Name, err)
 	}
-	now := time.Now
-	if o.Clock != nil {
-		now = o.Clock.Now
-	}
-	return tierclient.NewControl(tierclient.ControlConfig{Dataset: name, Membership: m, Keys: keys, Timeout: askTimeout, Dialer: o.Dial, Now: now})
+	return tierclient.NewControl(tierclient.ControlConfig{Dataset: name, Membership: m, Keys: keys, Timeout: askTimeout, Dialer: o.Dial})
 }

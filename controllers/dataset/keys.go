@@ -3,6 +3,7 @@ package dataset
 import (
 	"context"
 	"fmt"
+	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -62,7 +63,7 @@ func (r *Reconciler) rotate(ctx context.Context, p *pass) error {
 	}
 	k, err := tierclient.NewControl(tierclient.ControlConfig{
 		Dataset: p.name(), Membership: p.members, Keys: wire.Keys{Control: p.keys.Control[1:]},
-		Timeout: askTimeout, Dialer: r.Dial, Now: r.Clock.Now,
+		Timeout: askTimeout, Dialer: r.Dial,
 	})
 	if err != nil {
 		return err
@@ -91,7 +92,14 @@ func (r *Reconciler) putKeys(ctx context.Context, p *pass, done, next string) er
 		return err
 	}
 	reader := &corev1.Secret{ObjectMeta: p.object(v1alpha1.ReaderName(p.dataset.Name), v1alpha1.ComponentWorker), Type: corev1.SecretTypeOpaque}
-	reader.Data = map[string][]byte{v1alpha1.KeyRead: wire.FormatKeys(p.keys.Read[:1])}
+	reader.Data = map[string][]byte{
+		v1alpha1.KeyRead: wire.FormatKeys(p.keys.Read[:1]),
+		// Nodes take these from here, since a PersistentVolume cannot be changed.
+		v1alpha1.AttributeCopies: []byte(strconv.Itoa(int(p.dataset.Spec.Workers.Copies))),
+	}
+	if memory, ok := p.dataset.Spec.Node.MemoryBytes(); ok {
+		reader.Data[v1alpha1.AttributeNodeMemory] = []byte(strconv.FormatInt(memory, 10))
+	}
 	return r.apply(ctx, p, r.live, v1alpha1.ConditionVolumeReady, reader)
 }
 

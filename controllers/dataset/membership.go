@@ -155,7 +155,7 @@ func (r *Reconciler) putMembership(ctx context.Context, p *pass) error {
 // control reaches the workers of the pass's membership.
 func (r *Reconciler) control(p *pass) (*tierclient.Control, error) {
 	return tierclient.NewControl(tierclient.ControlConfig{
-		Dataset: p.name(), Membership: p.members, Keys: p.keys, Timeout: askTimeout, Dialer: r.Dial, Now: r.Clock.Now,
+		Dataset: p.name(), Membership: p.members, Keys: p.keys, Timeout: askTimeout, Dialer: r.Dial,
 	})
 }
 

@@ -25,6 +25,7 @@ const (
 func (r *Reconciler) volume(ctx context.Context, p *pass) error {
 	d := p.dataset
 	const least = 1 * mi
+	reader := &corev1.SecretReference{Namespace: d.Namespace, Name: v1alpha1.ReaderName(d.Name)}
 	pv := &corev1.PersistentVolume{ObjectMeta: p.object(v1alpha1.VolumeName(d.Namespace, d.Name), v1alpha1.ComponentNode)}
 	pv.Namespace = ""
 	pv.Spec = corev1.PersistentVolumeSpec{
@@ -35,6 +36,8 @@ func (r *Reconciler) volume(ctx context.Context, p *pass) error {
 		PersistentVolumeSource: corev1.PersistentVolumeSource{CSI: &corev1.CSIPersistentVolumeSource{
 			Driver: v1alpha1.DriverName, VolumeHandle: v1alpha1.VolumeHandle(d.Namespace, d.Name), ReadOnly: true,
 			VolumeAttributes: map[string]string{v1alpha1.AttributeDataset: d.Name, v1alpha1.AttributeNamespace: d.Namespace},
+			// The kubelet hands the read key to the node service, which so needs no right to read Secrets.
+			NodeStageSecretRef: reader, NodePublishSecretRef: reader,
 		}},
 		ClaimRef: &corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolumeClaim", Namespace: d.Namespace, Name: v1alpha1.ClaimName(d.Name)},
 		NodeAffinity: &corev1.VolumeNodeAffinity{Required: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{

@@ -1,0 +1,68 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/go-logr/logr"
+	"github.com/spf13/cobra"
+	"k8s.io/klog/v2"
+	ctrl "sigs.k8s.io/controller-runtime"
+
+	"github.com/stepcache/stepcache/controllers"
+	"github.com/stepcache/stepcache/controllers/dataset"
+)
+
+func controllerCommand() *cobra.Command {
+	var o controllers.Options
+	var store, level string
+	cmd := &cobra.Command{
+		Use:   "controller",
+		Short: "Run the Dataset and DataLoad controllers of a cluster",
+		Long: `Makes Datasets and DataLoads of a cluster real until SIGTERM: workers, keys, volumes, loads, status. It talks
+to the cluster of its pod, or of $KUBECONFIG. Several replicas agree on one that acts.
+
+Workers run the image that --image named when their Dataset was made: a new version of the controller leaves
+them and their memory alone. A new value of a Dataset's annotation data.stepcache.dev/rollout moves that
+Dataset's workers to the current image, one at a time, each after it handed over what it holds.`,
+		Example: "  stepcache controller --namespace stepcache-system --image registry.example/stepcache:v1 --store csi",
+		Args:    args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var l slog.Level
+			if err := l.UnmarshalText([]byte(level)); err != nil {
+				return usage{fmt.Errorf("controller: --log-level %q: want debug, info, warn or error", level)}
+			}
+			switch o.Dataset.Store = dataset.Store(store); {
+			case o.Dataset.Store != dataset.StoreCSI && o.Dataset.Store != dataset.StoreEmptyDir:
+				return usage{fmt.Errorf("controller: --store %q: want %s or %s", store, dataset.StoreCSI, dataset.StoreEmptyDir)}
+			case o.Dataset.Image == "":
+				return usage{errors.New("controller: --image is missing: name the image that workers run, which is this program's own")}
+			case o.Dataset.Namespace == "":
+				return usage{errors.New("controller: --namespace is missing: name the namespace of this installation, or set POD_NAMESPACE")}
+			}
+			o.Logger = logr.FromSlogHandler(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
+			ctrl.SetLogger(o.Logger)
+			klog.SetLogger(o.Logger)
+			cluster, err := ctrl.GetConfig()
+			if err != nil {
+				return fmt.Errorf("controller: no cluster: %w", err)
+			}
+			m, err := controllers.New(cluster, o)
+			if err != nil {
+				return err
+			}
+			return m.Start(cmd.Context())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Dataset.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of this installation (default $POD_NAMESPACE)")
+	f.StringVar(&o.Dataset.Image, "image", "", "image of the workers of new Datasets")
+	f.StringVar(&store, "store", string(dataset.StoreCSI), "what holds the workers' bytes: csi (huge pages, needs the node service on every node), or emptydir")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	f.BoolVar(&o.LeaderElection, "leader-elect", true, "agree with other replicas on one that acts")
+	f.StringVar(&o.Metrics, "metrics", ":8080", "address of /metrics; 0 for none")
+	f.StringVar(&o.Probes, "probes", ":8081", "address of /healthz and /readyz; 0 for none")
+	return cmd
+}
