@@ -50,7 +50,7 @@ func (h *Validate) Handle(ctx context.Context, r admission.Request) admission.Re
 	case v1alpha1.KindDataset:
 		d, old := &v1alpha1.Dataset{}, &v1alpha1.Dataset{}
 		if err = decode(r, d, old); err == nil && d.DeletionTimestamp == nil {
-			d.Namespace, d.Name = r.Namespace, r.Name
+			d.Namespace = r.Namespace
 			err = h.dataset(ctx, d, &v)
 			// What was let in before must not keep an object from being changed otherwise, or mended.
 			if r.Operation == admissionv1.Update && sameJSON(d.Spec, old.Spec) {
@@ -60,7 +60,7 @@ func (h *Validate) Handle(ctx context.Context, r admission.Request) admission.Re
 	case v1alpha1.KindDataLoad:
 		l, old := &v1alpha1.DataLoad{}, &v1alpha1.DataLoad{}
 		if err = decode(r, l, old); err == nil && l.DeletionTimestamp == nil {
-			l.Namespace, l.Name = r.Namespace, r.Name
+			l.Namespace = r.Namespace
 			err = h.load(ctx, l, &v)
 			if r.Operation == admissionv1.Update && sameJSON(l.Spec, old.Spec) {
 				v.errs = nil
@@ -237,7 +237,7 @@ func (h *Validate) load(ctx context.Context, l *v1alpha1.DataLoad, v *verdict) e
 		return err
 	}
 	at := spec.Child("runAfter")
-	seen := map[string]bool{l.Name: true}
+	seen := map[string]bool{}
 	for name := l.Spec.RunAfter.Name; ; {
 		if name == l.Name {
 			v.errs = append(v.errs, field.Invalid(at, l.Spec.RunAfter.Name, "that load runs, by way of others, after this one: neither would ever begin"))
@@ -252,10 +252,6 @@ func (h *Validate) load(ctx context.Context, l *v1alpha1.DataLoad, v *verdict) e
 			if name == l.Spec.RunAfter.Name {
 				v.warn("%s: there is no DataLoad %s in namespace %s yet; the load waits for it", at, name, l.Namespace)
 			}
-			return nil
-		}
-		if name == l.Spec.RunAfter.Name && loads[k].Spec.Schedule != "" {
-			v.errs = append(v.errs, field.Invalid(at, name, "that load is repeated by its schedule and never finishes: run after one that runs once"))
 			return nil
 		}
 		if loads[k].Spec.RunAfter == nil {

@@ -65,7 +65,7 @@ Start with "stepcache local": it runs the tier on this machine from the manifest
 	}
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage{err} })
 	root.AddCommand(
-		localCommand(), workerCommand(), mountCommand(), controllerCommand(),
+		localCommand(), workerCommand(), mountCommand(), sidecarCommand(), stageCommand(), webhookCommand(), controllerCommand(),
 		nodeCommand(), keeperCommand(),
 		loadCommand(), statusCommand(), lsCommand(), getCommand(), verifyCommand(),
 		&cobra.Command{

@@ -1,0 +1,69 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"os"
+	"slices"
+	"strings"
+
+	"github.com/dustin/go-humanize"
+	"github.com/spf13/cobra"
+
+	"github.com/stepcache/stepcache/sidecar"
+)
+
+func sidecarCommand() *cobra.Command {
+	var o sidecar.Options
+	var keep, check bool
+	var buffer string
+	cmd := &cobra.Command{
+		Use:   "sidecar --dir DIR --tier DIR --dataset NAMESPACE/NAME ...",
+		Short: "Mount Datasets for the other containers of a pod",
+		Long: `Mounts each Dataset at DIR/NAME until SIGTERM, and then ends at once. The webhook adds it to pods, twice: with
+--keep it mounts nothing but holds the mounts, so that they outlive a server that is killed, and takes them
+away at the end. With --check it says by its exit status whether everything is mounted: the startup probe.`,
+		Example: `  stepcache sidecar --keep --dir /run/stepcache/sidecars/0123
+  stepcache sidecar --dir /run/stepcache/sidecars/0123 --tier /stepcache/tier --dataset argo/genomes`,
+		Args: args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if o.Dir == "" {
+				return usage{errors.New("sidecar: --dir is missing: name the folder of this pod's mounts")}
+			}
+			switch {
+			case check && keep:
+				return usage{errors.New("sidecar: --check and --keep do not go together")}
+			case check:
+				return sidecar.Ready(o.Dir)
+			case keep:
+				return sidecar.Keep(cmd.Context(), o.Dir, logger())
+			}
+			n, err := humanize.ParseBytes(buffer)
+			if err != nil || n > 1<<50 {
+				return usage{fmt.Errorf("sidecar: --buffer %q: want a size such as 128MiB", buffer)}
+			}
+			var names []string
+			for _, d := range o.Datasets {
+				namespace, name, ok := strings.Cut(d, "/")
+				if !ok || namespace == "" || name == "" || strings.Contains(name, "/") || slices.Contains(names, name) {
+					return usage{fmt.Errorf("sidecar: --dataset %q: want NAMESPACE/NAME, each name once", d)}
+				}
+				names = append(names, name)
+			}
+			if o.Tier == "" || len(names) == 0 {
+				return usage{errors.New("sidecar: --tier or --dataset is missing: say what to mount")}
+			}
+			o.BufferBytes, o.Logger = int64(n), logger()
+			return sidecar.Serve(cmd.Context(), o)
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Dir, "dir", "", "folder of this pod's mounts")
+	f.StringVar(&o.Tier, "tier", "", "folder with the folder of a tier for each Dataset")
+	f.StringArrayVar(&o.Datasets, "dataset", nil, "a Dataset to mount, as namespace/name")
+	f.StringVar(&o.Node, "node", os.Getenv("NODE_NAME"), "name of this node (default $NODE_NAME)")
+	f.StringVar(&buffer, "buffer", "128MiB", "memory for what is read of each Dataset")
+	f.BoolVar(&keep, "keep", false, "hold the mounts of another sidecar")
+	f.BoolVar(&check, "check", false, "say whether everything is mounted")
+	return cmd
+}

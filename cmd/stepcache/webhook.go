@@ -1,0 +1,78 @@
+package main
+
+import (
+	"errors"
+	"fmt"
+	"log/slog"
+	"os"
+
+	"github.com/dustin/go-humanize"
+	"github.com/go-logr/logr"
+	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/klog/v2"
+	ctrl "sigs.k8s.io/controller-runtime"
+
+	"github.com/stepcache/stepcache/webhook"
+)
+
+func webhookCommand() *cobra.Command {
+	var o webhook.Options
+	var limit, pull, level string
+	cmd := &cobra.Command{
+		Use:   "webhook",
+		Short: "Give pods of a cluster their data at admission",
+		Long: `Answers a cluster's API servers until SIGTERM: gives pods that carry a label their Datasets, sends pods of
+workflows to the nodes that hold their data, and checks Datasets and DataLoads. It makes its certificate by
+itself and writes it into the webhook configurations. Any number of replicas may run.
+
+Containers that it adds to pods run the image that --image names.`,
+		Example: "  stepcache webhook --namespace stepcache-system --image registry.example/stepcache:v1",
+		Args:    args(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var l slog.Level
+			if err := l.UnmarshalText([]byte(level)); err != nil {
+				return usage{fmt.Errorf("webhook: --log-level %q: want debug, info, warn or error", level)}
+			}
+			n, err := humanize.ParseBytes(limit)
+			if err != nil || n > 1<<50 {
+				return usage{fmt.Errorf("webhook: --stage-limit %q: want a size such as 10GiB", limit)}
+			}
+			o.StageLimit = int64(n)
+			switch o.PullPolicy = corev1.PullPolicy(pull); o.PullPolicy {
+			case "", corev1.PullAlways, corev1.PullIfNotPresent, corev1.PullNever:
+			default:
+				return usage{fmt.Errorf("webhook: --image-pull-policy %q: want Always, IfNotPresent or Never", pull)}
+			}
+			switch {
+			case o.Image == "":
+				return usage{errors.New("webhook: --image is missing: name the image of the containers that pods are given, which is this program's own")}
+			case o.Namespace == "":
+				return usage{errors.New("webhook: --namespace is missing: name the namespace of this installation, or set POD_NAMESPACE")}
+			}
+			o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
+			ctrl.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
+			klog.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
+			cluster, err := ctrl.GetConfig()
+			if err != nil {
+				return fmt.Errorf("webhook: no cluster: %w", err)
+			}
+			m, err := webhook.New(cluster, o)
+			if err != nil {
+				return err
+			}
+			return m.Start(cmd.Context())
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of this installation (default $POD_NAMESPACE)")
+	f.StringVar(&o.Image, "image", "", "image of the containers that pods are given")
+	f.StringVar(&pull, "image-pull-policy", "", "their pull policy (default: the cluster's)")
+	f.StringVar(&limit, "stage-limit", "10GiB", "size up to which the mode stage copies a Dataset whole")
+	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	f.StringVar(&o.Host, "host", "", "address to serve at (default: all)")
+	f.IntVar(&o.Port, "port", 9443, "port to serve at")
+	f.StringVar(&o.Metrics, "metrics", ":8080", "address of /metrics; 0 for none")
+	f.StringVar(&o.Probes, "probes", ":8081", "address of /healthz and /readyz; 0 for none")
+	return cmd
+}

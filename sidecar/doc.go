@@ -1,0 +1,24 @@
+// Package sidecar mounts Datasets for the other containers of a pod.
+//
+// # The model
+//
+// Two native sidecars of a pod share a folder of their node, which the webhook named so that no other pod
+// has it. Serve mounts each Dataset in a folder of its own in it and answers for it; Keep, which begins first
+// and is stopped last, holds the connections of the mounts (package keeper) and takes the mounts away at the
+// end. So:
+//
+//   - A server that is killed is started again and goes on where it was: reads under way wait.
+//   - A server that dies while the pod ends leaves no mount behind. A mount left behind would keep its pod
+//     Terminating, were it in a volume that the kubelet takes away; in a folder of the node it would stay for
+//     ever. Should both be killed, the next Keep on the node sweeps up.
+//
+// Both end at once, without an error, when their context does.
+//
+// # Rules
+//
+// Concurrency: one Serve and one Keep a folder, each a process of its own; a lock tells whether there is a
+// Keep. Failure: errors name the Dataset or the folder. Nothing here looks at a mount that may be unserved;
+// mountinfo tells.
+//
+// It may import cache/client, cache/mount, cache/wire, csi/keeper and tier.
+package sidecar
