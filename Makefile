@@ -2,6 +2,7 @@
 SHELL := /usr/bin/env bash
 .SHELLFLAGS := -euo pipefail -c
 BIN := .bin
+IMAGE ?= stepcache/stepcache:dev
 VERSION ?= $(shell git describe --tags --always --dirty 2>/dev/null || echo dev)
 LDFLAGS := -s -w -X main.version=$(VERSION)
 
@@ -13,7 +14,7 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint generate bench image clean
+.PHONY: help build demo test lint generate bench image cluster-up cluster-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -31,25 +32,34 @@ lint: $(BIN)/staticcheck ## gofmt, go vet and staticcheck
 	go vet ./...
 	$(BIN)/staticcheck ./...
 
-generate: ## deepcopy and CustomResourceDefinitions from the API's types
+generate: ## deepcopy, CustomResourceDefinitions and roles, from the code
 	go generate ./api/...
+	go tool -modfile=tools/generate/go.mod controller-gen rbac:roleName=stepcache-controller paths=./controllers/... output:rbac:dir=config/rbac
 
 bench: $(BIN)/stepcache $(BIN)/versitygw ## ratios to native tmpfs, side by side in one run (bench/README.md)
 	go run ./bench/layers --stepcache $(BIN)/stepcache $(BENCH_FLAGS)
 
 image: $(BIN)/image ## an OCI image, in .bin/stepcache.tar, without Docker
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/linux/stepcache ./cmd/stepcache
-	$(BIN)/image -binary $(BIN)/linux/stepcache -arch "$$(go env GOARCH)" -tag stepcache:$(VERSION) -o $(BIN)/stepcache.tar
+	$(BIN)/image -binary $(BIN)/linux/stepcache -arch "$$(go env GOARCH)" -tag $(IMAGE) -o $(BIN)/stepcache.tar
+
+cluster-up: $(BIN)/cluster ## a real Kubernetes cluster of three nodes on this machine (test/cluster/README.md)
+	$(BIN)/cluster up
+
+cluster-down: $(BIN)/cluster ## its end: nothing is left
+	$(BIN)/cluster down
 
 clean: ## remove what was built
 	rm -rf $(BIN) bench/out
 
 # Programs. Go's build cache decides what is out of date, so these rules always run it.
-.PHONY: $(BIN)/stepcache $(BIN)/demo
+.PHONY: $(BIN)/stepcache $(BIN)/demo $(BIN)/cluster
 $(BIN)/stepcache:
 	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/stepcache
 $(BIN)/demo:
 	@CGO_ENABLED=0 go build -trimpath -o $@ ./bench/demo
+$(BIN)/cluster:
+	@CGO_ENABLED=0 go -C test/cluster build -o ../../$@ .
 $(BIN)/versitygw: tools/bucket/go.mod
 	@echo "building the S3 server of tests and demo (once, about a minute)"
 	@CGO_ENABLED=0 go -C tools/bucket build -o ../../$@ github.com/versity/versitygw/cmd/versitygw
