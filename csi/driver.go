@@ -33,7 +33,8 @@ type Config struct {
 	Dir string
 	// Keeper is the keeper's socket, in Dir.
 	Keeper string
-	// SocketDir is where the links to workers' sockets are; the parent of v1alpha1.NodeSocketDir.
+	// SocketDir is where workers' sockets are found by a short path, the parent of v1alpha1.NodeSocketDir: a folder
+	// of the node, with mounts that propagate both ways.
 	SocketDir string
 	// CacheDir is where the node's caches are mounted, seen by this process only; /cache.
 	CacheDir string
@@ -189,11 +190,11 @@ func newService(c Config) *service {
 func (s *service) snapshotDir() string { return filepath.Join(s.config.Dir, "snapshots") }
 
 func (s *service) run(ctx context.Context) error {
-	if err := os.MkdirAll(s.mountsDir, 0o755); err != nil {
+	if err := errors.Join(os.MkdirAll(s.mountsDir, 0o755), os.MkdirAll(s.config.SocketDir, 0o755)); err != nil {
 		return err
 	}
 	// Paths are compared with those of mountinfo.
-	for _, p := range []*string{&s.config.Dir, &s.mountsDir} {
+	for _, p := range []*string{&s.config.Dir, &s.mountsDir, &s.config.SocketDir} {
 		resolved, err := mountinfo.Resolve(*p)
 		if err != nil {
 			return err
@@ -248,11 +249,8 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 		return nil
 	}
 	s.adopted.Store(true)
-	if err := s.unlinkSockets(func(target string) bool {
-		at, err := mountinfo.At(target)
-		return err == nil && len(at) == 0
-	}); err != nil {
-		s.log.Warn("links to workers' sockets are left", "error", err)
+	if err := s.hideSockets(s.lost); err != nil {
+		s.log.Warn("workers' sockets of former pods are left", "error", err)
 	}
 
 	for _, e := range []struct {

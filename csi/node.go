@@ -207,8 +207,14 @@ func (s *service) NodeUnpublishVolume(_ context.Context, r *csi.NodeUnpublishVol
 		return nil, err
 	}
 	defer unlock()
-	if err := s.unlinkSockets(func(to string) bool { return to == target }); err != nil {
-		s.log.Warn("link to a worker's socket is left", "error", err)
+	at, err := mountinfo.At(target)
+	if err != nil {
+		return nil, failed(err)
+	}
+	if len(at) > 0 && at[0].Source == socketSource {
+		if err := s.hideSockets(func(m mountinfo.Mount, _ []mountinfo.Mount) bool { return deviceOf(m) == deviceOf(at[0]) }); err != nil {
+			s.log.Warn("a worker's socket is left", "error", err)
+		}
 	}
 	// Lazily, whatever is there and in whatever state: a pod must never be left Terminating by it.
 	if _, err := mountinfo.Detach(target, nil); err != nil {

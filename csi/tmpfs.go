@@ -48,53 +48,76 @@ func (s *service) mountStore(target string, v volume, group string) error {
 }
 
 // mountSocket mounts a folder for a worker's socket. It is a file system of its own, and tiny, so that nobody
-// fills the node's memory through it; a link with a short path leads the node service to it, since a Unix
-// socket's path holds 107 bytes.
+// fills the node's memory through it. A second mount of it at a short path leads readers of this node to it,
+// since a Unix socket's path holds 107 bytes.
 func (s *service) mountSocket(target string, v volume, group string) error {
 	gid, err := parseGroup(group)
 	if err != nil {
-		return err
-	}
-	if err := os.MkdirAll(s.config.SocketDir, 0o755); err != nil {
 		return err
 	}
 	options := fmt.Sprintf("size=65536,nr_inodes=32,mode=2770,uid=0,gid=%d", gid)
 	if err := unix.Mount(socketSource, target, "tmpfs", tmpfsFlags, options); err != nil {
 		return fmt.Errorf("mount a folder for the socket at %s: %w", target, err)
 	}
-	if err := s.linkSocket(target, v.pod.uid); err != nil {
+	if err := s.showSocket(target, v.pod.uid); err != nil {
 		_, derr := mountinfo.Detach(target, nil)
 		return errors.Join(err, derr)
 	}
 	return nil
 }
 
-// linkSocket makes the short path, also over one that is there.
-func (s *service) linkSocket(target, uid string) error {
-	link := filepath.Join(s.config.SocketDir, uid)
-	tmp := filepath.Join(s.config.SocketDir, "."+uid)
-	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
+// showSocket makes the short path, in place of one that is there.
+func (s *service) showSocket(target, uid string) error {
+	dir := filepath.Join(s.config.SocketDir, uid)
+	if err := os.MkdirAll(dir, 0o755); err != nil {
 		return err
 	}
-	if err := os.Symlink(target, tmp); err != nil {
+	if _, err := mountinfo.Detach(dir, nil); err != nil {
 		return err
 	}
-	return os.Rename(tmp, link)
+	if err := unix.Mount(target, dir, "", unix.MS_BIND, ""); err != nil {
+		return errors.Join(fmt.Errorf("bind %s at %s: %w", target, dir, err), os.Remove(dir))
+	}
+	return nil
 }
 
-// unlinkSockets removes the links for which gone says so.
-func (s *service) unlinkSockets(gone func(target string) bool) error {
+// hideSockets takes away the short paths of socket folders for which gone says so, given what else is mounted.
+func (s *service) hideSockets(gone func(m mountinfo.Mount, all []mountinfo.Mount) bool) error {
 	entries, err := os.ReadDir(s.config.SocketDir)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil
 	}
+	all, lerr := mountinfo.List()
+	if err = errors.Join(err, lerr); err != nil {
+		return err
+	}
 	for _, e := range entries {
-		link := filepath.Join(s.config.SocketDir, e.Name())
-		if target, lerr := os.Readlink(link); lerr == nil && gone(target) {
-			err = errors.Join(err, os.Remove(link))
+		dir := filepath.Join(s.config.SocketDir, e.Name())
+		at := mountinfo.Filter(all, dir)
+		if len(at) > 0 && (at[0].Source != socketSource || !gone(at[0], all)) {
+			continue
 		}
+		if len(at) > 0 {
+			if _, derr := mountinfo.Detach(dir, nil); derr != nil {
+				err = errors.Join(err, derr)
+				continue
+			}
+		} else if info, ierr := e.Info(); ierr != nil || s.now().Sub(info.ModTime()) < youth {
+			continue // it may be on its way
+		}
+		err = errors.Join(err, os.Remove(dir))
 	}
 	return err
+}
+
+// lost is true for a socket folder that no pod has any more: its short path is all that is left.
+func (s *service) lost(m mountinfo.Mount, all []mountinfo.Mount) bool {
+	for _, o := range all {
+		if deviceOf(o) == deviceOf(m) && filepath.Dir(o.Point) != s.config.SocketDir {
+			return false
+		}
+	}
+	return true
 }
 
 // parseGroup reads what the kubelet takes from the pod's fsGroup: a worker is not root and reaches its volumes
@@ -121,18 +144,14 @@ func (s *service) dialWorker(ctx context.Context, network, addr string) (net.Con
 	if filepath.Dir(dir) != s.config.SocketDir || name != v1alpha1.SocketName {
 		return nil, fmt.Errorf("socket %s: not a worker's: those are in folders of %s", addr, s.config.SocketDir)
 	}
-	target, err := os.Readlink(dir)
-	if err != nil {
-		return nil, fmt.Errorf("socket %s: %w", addr, err)
-	}
-	at, err := mountinfo.At(target)
+	at, err := mountinfo.At(dir)
 	if err != nil {
 		return nil, err
 	}
 	if len(at) == 0 || at[0].Type != "tmpfs" || at[0].Source != socketSource {
-		return nil, fmt.Errorf("socket %s: %s is not a socket volume", addr, target)
+		return nil, fmt.Errorf("socket %s: %s is not the folder of a socket volume", addr, dir)
 	}
-	fd, err := unix.Open(filepath.Join(target, name), unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
+	fd, err := unix.Open(addr, unix.O_PATH|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, fmt.Errorf("socket %s: %w", addr, err)
 	}
