@@ -52,6 +52,7 @@ func (r *Reconciler) policy(d *v1alpha1.Dataset) networkingv1.NetworkPolicySpec 
 	readers := []networkingv1.NetworkPolicyPeer{
 		in("", reader),
 		in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentNode}),
+		in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentWebhook}), // pulls snapshots
 	}
 	for _, ns := range d.Spec.ShareWith {
 		readers = append(readers, in(string(ns), reader))
@@ -64,7 +65,6 @@ func (r *Reconciler) policy(d *v1alpha1.Dataset) networkingv1.NetworkPolicySpec 
 			{From: readers, Ports: []networkingv1.NetworkPolicyPort{port("data")}},
 			{From: []networkingv1.NetworkPolicyPeer{
 				in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentController}),
-				in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentWebhook}),
 			}, Ports: []networkingv1.NetworkPolicyPort{port("control")}},
 		},
 	}
