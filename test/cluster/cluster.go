@@ -9,6 +9,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"time"
 
@@ -88,7 +89,7 @@ func (c *Cluster) Up(ctx context.Context) error {
 		return err
 	}
 	have, _ := os.ReadFile(c.run("key"))
-	if string(have) != key || !c.running("apiserver") || !c.running("etcd") {
+	if string(have) != key || !c.controlPlaneRuns() {
 		if err := c.Down(ctx); err != nil {
 			return err
 		}
@@ -104,6 +105,10 @@ func (c *Cluster) Up(ctx context.Context) error {
 	}
 	c.say("ready: %s", c.kubeconfig("admin"))
 	return os.WriteFile(c.run("key"), []byte(key), 0o644)
+}
+
+func (c *Cluster) controlPlaneRuns() bool {
+	return !slices.ContainsFunc(controlPlane, func(name string) bool { return !c.running(name) })
 }
 
 // prepare makes the folders of a new cluster; what a former one left in them is gone.
@@ -144,7 +149,7 @@ func (c *Cluster) Down(context.Context) error {
 	for _, n := range nodes {
 		errs = append(errs, c.endNode(n.name))
 	}
-	errs = append(errs, c.endNetwork(), c.removeControlGroups(), c.leftovers())
+	errs = append(errs, c.endNetwork(), removeGroups(c.name), c.leftovers())
 	if err := os.RemoveAll(c.run("")); err != nil {
 		errs = append(errs, err)
 	}
@@ -196,6 +201,9 @@ func (c *Cluster) Status(ctx context.Context) error {
 	return nil
 }
 
+// kubectlCache is what kubectl remembers of this cluster's API; the next one's is another.
+func (c *Cluster) kubectlCache() string { return c.run("kubectl-cache") }
+
 // kubectl runs kubectl in the cluster's network and returns what it printed.
 func (c *Cluster) kubectl(ctx context.Context, args ...string) (string, error) {
 	return c.kubectlWith(ctx, "", args...)
@@ -204,7 +212,7 @@ func (c *Cluster) kubectl(ctx context.Context, args ...string) (string, error) {
 // kubectlWith is kubectl with an input, such as manifests for `apply -f -`.
 func (c *Cluster) kubectlWith(ctx context.Context, input string, args ...string) (string, error) {
 	cmd := exec.CommandContext(ctx, c.bin("kubectl"), args...)
-	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.kubeconfig("admin"), "HOME="+c.state)
+	cmd.Env = append(os.Environ(), "KUBECONFIG="+c.kubeconfig("admin"), "KUBECACHEDIR="+c.kubectlCache())
 	cmd.Stdin = strings.NewReader(input)
 	var out, problems strings.Builder
 	cmd.Stdout, cmd.Stderr = &out, &problems

@@ -35,13 +35,17 @@ func (c *Cluster) nodeFolder(name string, elem ...string) string {
 	return filepath.Join(append([]string{c.state, "nodes", name}, elem...)...)
 }
 
-// StartNode starts a node that does not run, and waits until it is ready.
+// StartNode starts a node that does not run, mends one that is frozen or cut, and waits until it is ready.
 func (c *Cluster) StartNode(ctx context.Context, name string) error {
 	n, _ := nodeNamed(name)
 	if !c.running("apiserver") {
 		return errors.New("the cluster is not up; `cluster up` starts it")
 	}
-	if !c.running(name) {
+	if c.running(name) {
+		if err := errors.Join(c.ResumeNode(ctx, name), c.JoinNode(ctx, name)); err != nil {
+			return err
+		}
+	} else {
 		if err := c.endNode(name); err != nil {
 			return err
 		}
@@ -145,7 +149,8 @@ func (c *Cluster) KillNode(_ context.Context, name string) error {
 	return c.endNode(name)
 }
 
-// endNode kills a node, whatever is left of it, and removes its network. Its files stay for its next start.
+// endNode kills a node, whatever is left of it, and removes its network and control groups. Its files stay
+// for its next start.
 func (c *Cluster) endNode(name string) error {
 	// A frozen process does not even die.
 	if err := c.freeze(name, false); err != nil {
@@ -154,7 +159,12 @@ func (c *Cluster) endNode(name string) error {
 	if err := c.kill(name); err != nil {
 		return err
 	}
-	return removeNetwork(c.nodeNetwork(name))
+	if hasNetwork(c.name) {
+		// With the network its end of the link would go too, but only some time later, and then take the name
+		// from the node's next one.
+		_ = ip(c.name, "link del "+name) // an error: there is none
+	}
+	return errors.Join(removeNetwork(c.nodeNetwork(name)), removeGroups(filepath.Join(c.name, name)))
 }
 
 // PauseNode freezes a node: connections to it stay open and are not answered.
@@ -229,6 +239,7 @@ func (c *Cluster) Exec(args []string) error {
 		}
 		return errors.Join(
 			os.Setenv("KUBECONFIG", c.kubeconfig("admin")),
+			os.Setenv("KUBECACHEDIR", c.kubectlCache()),
 			os.Setenv("PATH", c.bin("")+string(os.PathListSeparator)+os.Getenv("PATH")))
 	})
 }
@@ -316,9 +327,10 @@ func (c *Cluster) freeze(name string, frozen bool) error {
 	return err
 }
 
-// removeControlGroups removes all groups of the cluster; their processes have ended.
-func (c *Cluster) removeControlGroups() error {
-	dirs, err := filepath.Glob(filepath.Join(cgroups, "*", c.name))
+// removeGroups removes a control group and those below from every hierarchy, once their processes have
+// ended.
+func removeGroups(group string) error {
+	dirs, err := filepath.Glob(filepath.Join(cgroups, "*", group))
 	if err != nil {
 		return err
 	}
