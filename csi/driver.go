@@ -135,6 +135,7 @@ type service struct {
 	config    Config
 	log       *slog.Logger
 	now       func() time.Time
+	patience  time.Duration
 	mountsDir string
 	dialer    net.Dialer
 	budget    *budget
@@ -178,7 +179,7 @@ func Run(ctx context.Context, config Config) error {
 
 func newService(c Config) *service {
 	s := &service{
-		config: c, log: c.Logger, now: time.Now, mountsDir: filepath.Join(c.Dir, "mounts"),
+		config: c, log: c.Logger, now: time.Now, patience: patience, mountsDir: filepath.Join(c.Dir, "mounts"),
 		budget: newBudget(c.CacheDir, c.NodeMemory, c.Logger), left: make(chan struct{}), registered: make(chan struct{}),
 		sets: map[string]*dataset{}, busy: map[string]bool{},
 	}

@@ -25,8 +25,8 @@ const (
 	// dialTimeout is how long a mount waits for the workers' snapshot. It is less than the kubelet's two
 	// minutes, so that the pod's events say what is waited for.
 	dialTimeout = 90 * time.Second
-	// currentTimeout is how long a pod waits to be told the current snapshot when this node has one already.
-	currentTimeout = 15 * time.Second
+	// patience is how long a pod waits to be told the current snapshot when this node has one already.
+	patience = 5 * time.Second
 	// probeTimeout is how long a mount that somebody else may serve has to answer.
 	probeTimeout = 5 * time.Second
 )
@@ -145,7 +145,7 @@ func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
 	}
 	s.mu.Unlock()
 	if known && have != nil {
-		ctx, cancel := context.WithTimeout(ctx, currentTimeout)
+		ctx, cancel := context.WithTimeout(ctx, s.patience)
 		digest, err := have.client.Current(ctx)
 		cancel()
 		if err == nil {

@@ -172,6 +172,7 @@ func TestRunningPodsKeepTheirSnapshotAndNewPodsGetTheCurrentOne(t *testing.T) {
 	}
 	// Workers that are away: what the node has serves new pods.
 	k.stop()
+	n.s.patience = 100 * time.Millisecond
 	other := n.publish("other")
 	if deviceAt(t, other) != deviceAt(t, fresh) {
 		t.Error("another file system")
