@@ -115,6 +115,7 @@ type Client struct {
 	members  *members
 	cache    *blocks
 	streams  *streams
+	walks    *walks
 	latency  latency
 	count    counters
 
@@ -145,6 +146,7 @@ func dial(ctx context.Context, config Config, t timing) (*Client, error) {
 		return nil, err
 	}
 	c.snapshot, c.digest = s, s.Digest()
+	c.walks = newWalks(s, c.config.BufferBytes)
 	return c, nil
 }
 

@@ -83,6 +83,46 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 	}
 }
 
+// guess is fetch for bytes that nobody has asked for. It asks the first owner only, as often as that one is busy
+// with others' guesses, and gives up with errGuess. Once somebody waits for the bytes it is fetch.
+func (c *Client) guess(ctx context.Context, w piece, dst []byte) error {
+	pause := c.pauses()
+	for try := 0; ; try++ {
+		steps := c.plan(c.members.view(), w)
+		if len(steps) == 0 {
+			return errGuess
+		}
+		err := c.ask(ctx, step{peer: steps[0].peer}, wire.FlagGuess, w, dst)
+		switch {
+		case err == nil:
+			return nil
+		case ctx.Err() != nil:
+			return context.Cause(ctx)
+		case isClosed(w.urgent):
+			return c.fetch(ctx, w, dst)
+		case errors.Is(err, errHung):
+			steps[0].peer.suspect(err)
+			return errGuess
+		case errors.Is(err, wire.ErrCorrupt):
+			c.count.corrupt.Add(1)
+			c.count.refetched.Add(1)
+			return c.fetch(ctx, w, dst) // the worker shall check what it holds
+		case !errors.Is(err, wire.ErrOverloaded) || try == busyTries:
+			return errGuess
+		}
+		t := time.NewTimer(pause.NextBackOff())
+		select {
+		case <-t.C:
+		case <-w.urgent:
+		case <-ctx.Done():
+		}
+		t.Stop()
+		if isClosed(w.urgent) {
+			return c.fetch(ctx, w, dst)
+		}
+	}
+}
+
 var errDeadline = errors.New("deadline exceeded")
 
 func (c *Client) pauses() *backoff.ExponentialBackOff {

@@ -74,6 +74,7 @@ type reading struct {
 	index  catalog.Index
 	object ring.Object
 	advice advice
+	walk   *walk // for which it guesses that somebody will read this; nil for a read
 }
 
 // part is the piece of a read that lies in one block.
@@ -123,6 +124,9 @@ func (r *reading) read(ctx context.Context, p []byte, off int64) (int, error) {
 		}
 		if done == 0 {
 			r.readAhead((off + int64(len(p)) - 1) / ring.BlockSize)
+			if off == 0 && r.object.Size <= smallFile {
+				r.nextFiles(open[0].extent != nil && !isClosed(open[0].extent.done))
+			}
 		}
 		if err := r.finish(ctx, &open[0]); err != nil {
 			return done, err
@@ -187,7 +191,12 @@ func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent
 	}
 	buf := e.buf
 	ok := c.spawn(func() {
-		err := c.fetch(e.ctx, w, buf)
+		var err error
+		if r.walk == nil {
+			err = c.fetch(e.ctx, w, buf)
+		} else if err = c.guess(e.ctx, w, buf); errors.Is(err, errGuess) {
+			c.walks.refused(r.walk)
+		}
 		c.cache.finish(e, err)
 		if err != nil {
 			return
@@ -243,10 +252,10 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 				c.count.bufferBytes.Add(int64(len(k.p)))
 				return nil
 			}
-			if !errors.Is(e.err, context.Canceled) || c.ctx.Err() != nil {
+			if !errors.Is(e.err, context.Canceled) && !errors.Is(e.err, errGuess) || c.ctx.Err() != nil {
 				return e.err
 			}
-			// Those for whom it was fetched gave up as this reader joined.
+			// Those for whom it was fetched gave up as this reader joined, or it was a guess.
 			r.end(k)
 			r.begin(k)
 			continue

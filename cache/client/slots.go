@@ -15,6 +15,7 @@ const (
 	slotBytes  = 8 * ring.BlockSize
 	slotCalls  = 256
 	aheadBytes = 6 * ring.BlockSize
+	aheadCalls = 192
 )
 
 // slots bounds the requests under way to one worker, by bytes and by number. Demand goes before
@@ -42,8 +43,8 @@ type slot struct {
 	ended bool
 }
 
-func (s *slots) fits(n int64, limit int64) bool {
-	return s.calls == 0 || (s.calls < slotCalls && s.bytes+n <= limit)
+func (s *slots) fits(n, bytes int64, calls int) bool {
+	return s.calls == 0 || (s.calls < calls && s.bytes+n <= bytes)
 }
 
 // acquire waits for room for n bytes. The request is read-ahead until urgent is closed.
@@ -91,7 +92,7 @@ func (s *slots) acquire(ctx context.Context, n int64, urgent <-chan struct{}) (*
 func (s *slots) try(n int64) (*slot, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.demand.Len() > 0 || !s.fits(n, slotBytes) {
+	if s.demand.Len() > 0 || !s.fits(n, slotBytes, slotCalls) {
 		return nil, false
 	}
 	s.bytes += n
@@ -103,11 +104,12 @@ func (s *slots) try(n int64) (*slot, bool) {
 func (s *slots) grant() {
 	for _, q := range []struct {
 		l     *list.List
-		limit int64
-	}{{&s.demand, slotBytes}, {&s.ahead, aheadBytes}} {
+		bytes int64
+		calls int
+	}{{&s.demand, slotBytes, slotCalls}, {&s.ahead, aheadBytes, aheadCalls}} {
 		for q.l.Len() > 0 {
 			w := q.l.Front().Value.(*waiter)
-			if !s.fits(w.bytes, q.limit) {
+			if !s.fits(w.bytes, q.bytes, q.calls) {
 				return
 			}
 			q.l.Remove(w.elem)

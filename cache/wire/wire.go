@@ -95,6 +95,10 @@ const (
 	// owns from now on. It answers once it holds the block, or NotResident when it has no room but that of
 	// other blocks. Length is within one block.
 	FlagHandOver
+	// FlagGuess, of OpRead: nobody has asked for the bytes yet. The receiver fetches a block that it does not
+	// hold only where that takes the place of nothing (NotResident otherwise) and while few such fetches are
+	// under way (Overloaded otherwise), so that guesses never stand in the way of readers.
+	FlagGuess
 )
 
 // Status of a reply.

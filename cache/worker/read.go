@@ -57,10 +57,46 @@ func (w *Worker) acquire(ctx context.Context, f file, block int64, flags wire.Fl
 	if flags&wire.FlagResidentOnly != 0 {
 		return nil, none, fmt.Errorf("%w: block %d of %s", wire.ErrNotResident, block, f)
 	}
+	if flags&wire.FlagGuess != 0 {
+		end, err := w.guess(f, block)
+		if err != nil {
+			return nil, none, err
+		}
+		defer end()
+	}
 	v := w.members.view()
 	owners, place := v.owners(w.config.ID, f.ring, block, w.config.Copies)
 	return w.fill(ctx, f, block, owners, place, flags, budget)
 }
+
+// maxGuesses is how many blocks are fetched at once that nobody asked for: fewer than the requests that a
+// source has under way, so that what somebody waits for never waits for them.
+const maxGuesses = 48
+
+// guess begins a fill for a reader that only guesses it will want the block, unless the block would take the
+// place of another, counting what the guesses under way will take, or they are too many. The caller ends it.
+func (w *Worker) guess(f file, block int64) (end func(), err error) {
+	select {
+	case w.guesses <- struct{}{}:
+	default:
+		return nil, fmt.Errorf("%w: %d blocks are fetched already that nobody asked for", wire.ErrOverloaded, maxGuesses)
+	}
+	size := blockLen(f.ring.Size, block)
+	held := w.guessed.Add(size)
+	end = func() {
+		w.guessed.Add(-size)
+		<-w.guesses
+	}
+	if s := w.store.Stats(); s.Used+held > s.Quota-s.Quota/guessRoom || !w.store.Room(f.ring, block) {
+		end()
+		return nil, fmt.Errorf("%w: no room for block %d of %s but that of others", wire.ErrNotResident, block, f)
+	}
+	return end, nil
+}
+
+// guessRoom is the part of the quota that guesses leave free: fills that are under way for readers have not
+// taken their room yet.
+const guessRoom = 32
 
 // fill acquires a block that is not resident; owners are its owners in order and place is this worker's
 // among them.

@@ -84,7 +84,10 @@ type Worker struct {
 	peerFills  *semaphore.Weighted
 	connBudget int64
 	asking     blockSet
-	digests    *digests
+	// guesses has a token for each fill that nobody asked for, and guessed are the bytes of their blocks.
+	guesses chan struct{}
+	guessed atomic.Int64
+	digests *digests
 	// refused is a file that the bucket refused to be read; nil while it lets us in.
 	refused    atomic.Pointer[file]
 	refusedNow chan struct{}
@@ -142,7 +145,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16),
 		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, digests: newDigests(),
 		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches),
-		requests: make(chan struct{}, maxRequests),
+		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
 	}
 	if w.scrubRate == 0 {
@@ -157,7 +160,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	if w.keys, err = wire.WatchKeys(c.KeysDir, w.clock.Now); err != nil {
 		return nil, err
 	}
-	w.peers = &peers{dataset: c.Dataset, keys: w.keys.Keys, dial: d.Dial, idle: make(map[string][]*peerConn)}
+	w.peers = &peers{dataset: c.Dataset, keys: w.keys.Keys, dial: d.Dial, now: w.clock.Now, idle: make(map[string][]*peerConn), down: make(map[string]down)}
 
 	if err := os.MkdirAll(c.Dir, 0o750); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
