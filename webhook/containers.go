@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"fmt"
 	"path"
 	"slices"
 	"strconv"
@@ -85,17 +86,17 @@ func (j *Injector) viaSidecar(p *patch, needs []*need) error {
 }
 
 // viaStage has an init container copy what the step reads.
-func (j *Injector) viaStage(namespace string, p *patch, needs []*need) error {
+func (j *Injector) viaStage(namespace string, p *patch, needs []*need) (warnings []string, err error) {
 	if j.Image == "" {
-		return errNoImage
+		return nil, errNoImage
 	}
-	paths, hints, err := j.stagePaths(namespace, p.pod, needs)
+	paths, hints, warnings, err := j.stagePaths(namespace, p.pod, needs)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	empty := func(*need) corev1.VolumeSource { return corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}} }
 	if err := j.give(p, needs, func(n *need, i int) { p.source(i, empty(n)) }, empty); err != nil {
-		return err
+		return nil, err
 	}
 	args := []string{"stage", "--tier", tierDir, "--limit", strconv.FormatInt(j.StageLimit, 10)}
 	var mounts []corev1.VolumeMount
@@ -124,16 +125,17 @@ func (j *Injector) viaStage(namespace string, p *patch, needs []*need) error {
 		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
 	}
 	p.first(c)
-	return nil
+	return warnings, nil
 }
 
 // stagePaths says what of each Dataset is copied: patterns that must match something, and others that need
-// not. Neither: all of it.
-func (j *Injector) stagePaths(namespace string, pod *corev1.Pod, needs []*need) (paths, hints [][]string, err error) {
+// not. Neither: all of it. A step that finds a part of its files where it expects all may not notice, so
+// what it reads is guessed only where the choice is between that and a denial.
+func (j *Injector) stagePaths(namespace string, pod *corev1.Pod, needs []*need) (paths, hints [][]string, warnings []string, err error) {
 	var asked []stagePath
 	if value, ok := pod.Annotations[AnnotationStagePaths]; ok {
 		if asked, err = parseStagePaths(value, namespace); err != nil {
-			return nil, nil, denied{err}
+			return nil, nil, nil, denied{err}
 		}
 	}
 	known, _ := stepOf(pod)
@@ -159,24 +161,28 @@ func (j *Injector) stagePaths(namespace string, pod *corev1.Pod, needs []*need) 
 		if paths[k] = subPaths(pod, n); len(paths[k]) > 0 {
 			continue
 		}
+		if n.dataset.Status.Bytes <= j.StageLimit {
+			continue // all of it: no guess can leave anything out
+		}
 		for _, o := range known.objects {
 			for _, at := range o.in(n.dataset) {
 				hints[k] = append(hints[k], escapePattern(at))
 			}
 		}
-		if len(hints[k]) == 0 && n.dataset.Status.Bytes > j.StageLimit {
-			return nil, nil, deny("Dataset %s has %s, more than the %s that are staged whole: name the files that the step reads in annotation %s, such as /shards/0001*, or use the mode csi or sidecar",
+		if len(hints[k]) == 0 {
+			return nil, nil, nil, deny("Dataset %s has %s, more than the %s that are staged whole: name the files that the step reads in annotation %s, such as /shards/0001*, or use the mode csi or sidecar",
 				n, size(n.dataset.Status.Bytes), size(j.StageLimit), AnnotationStagePaths)
 		}
+		warnings = append(warnings, fmt.Sprintf("of Dataset %s only the step's input artifacts are staged; name all that it reads in annotation %s", n, AnnotationStagePaths))
 	}
 	for _, a := range asked {
 		if (a.dataset != types.NamespacedName{}) && !slices.ContainsFunc(needs, func(n *need) bool {
 			return n.dataset.Name == a.dataset.Name && n.dataset.Namespace == a.dataset.Namespace
 		}) {
-			return nil, nil, deny("annotation %s names Dataset %s, which the pod does not mount", AnnotationStagePaths, a.dataset)
+			return nil, nil, nil, deny("annotation %s names Dataset %s, which the pod does not mount", AnnotationStagePaths, a.dataset)
 		}
 	}
-	return paths, hints, nil
+	return paths, hints, warnings, nil
 }
 
 // subPaths are the folders of the Dataset that the pod mounts; nil if any mount is of all.

@@ -104,7 +104,9 @@ func (j *Injector) Inject(ctx context.Context, namespace string, p *patch) (need
 	case sidecar:
 		err = j.viaSidecar(p, needs)
 	case stage:
-		err = j.viaStage(namespace, p, needs)
+		var more []string
+		more, err = j.viaStage(namespace, p, needs)
+		warnings = append(warnings, more...)
 	}
 	if err != nil {
 		return nil, nil, err

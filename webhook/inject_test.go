@@ -1,0 +1,330 @@
+package webhook
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	admissionv1 "k8s.io/api/admission/v1"
+	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// The patches as they are, applied, and applied again: the second time there is nothing left to do.
+func TestPatches(t *testing.T) {
+	restricted := func(w *world) { w.namespaces["argo"][labelEnforce] = "restricted" }
+	noService := func(w *world) { w.service = false }
+	for _, c := range []struct {
+		name, pod string
+		change    []func(map[string]any)
+		world     func(*world)
+		mode      string
+	}{
+		{"argo-csi", "argo-v3.7", []func(map[string]any){inject("auto")}, nil, "csi"},
+		{"argo-sidecar", "argo-v3.7", []func(map[string]any){inject("sidecar")}, nil, "sidecar"},
+		{"argo-stage", "argo-v3.7", []func(map[string]any){inject("stage")}, restricted, "stage"},
+		{"argo-stage-artifacts", "argo-v3.7", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, "stage"},
+		{"argo-fluid-serverless", "argo-v3.7", []func(map[string]any){put("labels", labelFluidTarget, "eci")}, nil, "stage"},
+		{"initless-csi", "argo-v4-initless", nil, nil, "csi"},
+		{"initless-sidecar", "argo-v4-initless", nil, noService, "sidecar"},
+		{"initless-stage", "argo-v4-initless", nil, func(w *world) { noService(w); restricted(w) }, "stage"},
+		{"plain-csi", "plain", nil, nil, "csi"},
+		{"plain-sidecar", "plain", []func(map[string]any){inject("sidecar")}, nil, "sidecar"},
+		{"plain-stage", "plain", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "/shards/{0001,0002}.bin,genomes=/ref/empty")}, nil, "stage"},
+		{"shared-csi", "affinity", nil, nil, "csi"},
+		{"require", "plain", nil, func(w *world) { w.datasets[0].Spec.Locality = v1alpha1.LocalityRequire }, "csi"},
+		{"require-affinity", "affinity", []func(map[string]any){mounts("genomes=/data")}, func(w *world) { w.datasets[0].Spec.Locality = v1alpha1.LocalityRequire }, "csi"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld()
+			if c.world != nil {
+				c.world(w)
+			}
+			h := injectHandler(t, w)
+			raw := readPod(t, c.pod, c.change...)
+			r := h.Handle(context.Background(), request("argo", raw))
+			after := apply(t, raw, r)
+			golden(t, c.name, r)
+			pod := decodePod(t, after)
+			if got := pod.Annotations[AnnotationInjected]; got != c.mode {
+				t.Errorf("mode %q, want %q", got, c.mode)
+			}
+			if strings.Contains(string(raw), "fromTheFuture") && (!strings.Contains(string(after), `"fromTheFuture":{"keep":true}`) || !strings.Contains(string(after), `"futureField":7`)) {
+				t.Errorf("a field that is not known got lost: %s", after)
+			}
+			before := decodePod(t, raw)
+			for i, v := range before.Spec.Volumes {
+				if pod.Spec.Volumes[i].Name != v.Name {
+					t.Errorf("volume %d is %s, was %s", i, pod.Spec.Volumes[i].Name, v.Name)
+				}
+			}
+			again := h.Handle(context.Background(), request("argo", after))
+			if !again.Allowed || len(again.Patches) > 0 {
+				b, _ := json.Marshal(again.Patches)
+				t.Errorf("patched again: %s (%v)", b, again.Result)
+			}
+		})
+	}
+}
+
+// What the pod security level "restricted" asks of every container that is added.
+func TestStageIsRestricted(t *testing.T) {
+	h := injectHandler(t, newWorld())
+	raw := readPod(t, "plain", inject("stage"))
+	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
+	if len(pod.Spec.InitContainers) != 1 {
+		t.Fatalf("%d init containers", len(pod.Spec.InitContainers))
+	}
+	s := pod.Spec.InitContainers[0].SecurityContext
+	if s.Privileged != nil || *s.AllowPrivilegeEscalation || !*s.RunAsNonRoot || *s.RunAsUser == 0 ||
+		!slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || len(s.Capabilities.Add) > 0 || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+		t.Errorf("not restricted: %+v", s)
+	}
+	for _, v := range pod.Spec.Volumes {
+		if v.HostPath != nil {
+			t.Errorf("volume %s is a folder of the node", v.Name)
+		}
+	}
+}
+
+// Init containers of the pod read the Dataset too: what serves it comes before them.
+func TestSidecarIsFirstOfAll(t *testing.T) {
+	h := injectHandler(t, newWorld())
+	raw := readPod(t, "argo-v3.7", inject("sidecar"))
+	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
+	var names []string
+	for _, c := range pod.Spec.InitContainers {
+		names = append(names, c.Name)
+	}
+	if want := []string{keeperName, sidecarName, "init"}; !slices.Equal(names, want) {
+		t.Fatalf("init containers %v, want %v", names, want)
+	}
+	for _, c := range pod.Spec.InitContainers[:2] {
+		if c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways {
+			t.Errorf("%s is no native sidecar", c.Name)
+		}
+	}
+	if pod.Spec.InitContainers[1].StartupProbe == nil {
+		t.Error("nothing waits for the sidecar")
+	}
+	if pod.Labels[v1alpha1.LabelReader] != "true" {
+		t.Error("workers would not let the pod in")
+	}
+}
+
+func TestArgoContainersGetNoMounts(t *testing.T) {
+	h := injectHandler(t, newWorld())
+	raw := readPod(t, "argo-v3.7", inject("csi"), mounts("genomes=/more"))
+	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
+	for _, c := range slices.Concat(pod.Spec.InitContainers, pod.Spec.Containers) {
+		has := slices.ContainsFunc(c.VolumeMounts, func(m corev1.VolumeMount) bool { return m.MountPath == "/more" && m.Name == "data" })
+		if want := c.Name == "main"; has != want {
+			t.Errorf("%s has the mount: %v", c.Name, has)
+		}
+	}
+	if got, want := volumeNames(pod), "data tmp-dir-argo var-run-argo"; got != want {
+		t.Errorf("volumes %s, want %s", got, want)
+	}
+}
+
+func TestDenials(t *testing.T) {
+	deleting := metav1.NewTime(time.Unix(1, 0))
+	volume := func(pod map[string]any) {
+		c := pod["spec"].(map[string]any)["containers"].([]any)[0].(map[string]any)
+		c["volumeMounts"] = []any{map[string]any{"name": "v", "mountPath": "/data"}, map[string]any{"name": "v", "mountPath": "/in/deep"}, map[string]any{"name": "v", "mountPath": "/ro", "readOnly": true}}
+		pod["spec"].(map[string]any)["volumes"] = []any{map[string]any{"name": "v", "emptyDir": map[string]any{}}}
+	}
+	for _, c := range []struct {
+		name   string
+		change []func(map[string]any)
+		world  func(*world)
+		says   []string
+	}{
+		{"unknown mode", []func(map[string]any){inject("fuse")}, nil, []string{`"fuse"`, "auto, csi, sidecar or stage"}},
+		{"unknown Dataset", []func(map[string]any){mounts("genome=/data")}, nil, []string{`no Dataset "genome"`, "there is: genomes"}},
+		{"no Dataset at all", nil, func(w *world) { w.datasets = nil }, []string{"there is: none"}},
+		{"not shared", []func(map[string]any){mounts("ref/hg38=/ref")}, func(w *world) { w.datasets[1].Spec.ShareWith = nil }, []string{"ref/hg38", "spec.shareWith"}},
+		{"unknown elsewhere", []func(map[string]any){mounts("ref/nothing=/ref")}, nil, []string{"ref/nothing", "spec.shareWith"}},
+		{"no path", []func(map[string]any){mounts("genomes")}, nil, []string{`"genomes" has no =`, "NAME=/path"}},
+		{"relative path", []func(map[string]any){mounts("genomes=data")}, nil, []string{"does not begin with /"}},
+		{"the root", []func(map[string]any){mounts("genomes=/")}, nil, []string{"cannot be mounted at /"}},
+		{"dots", []func(map[string]any){mounts("genomes=/data/../etc")}, nil, []string{".. folder"}},
+		{"colon", []func(map[string]any){mounts("genomes=/a:b")}, nil, []string{"no mount path may have"}},
+		{"bad name", []func(map[string]any){mounts("Genomes=/data")}, nil, []string{"not the name of a Dataset"}},
+		{"nothing named", []func(map[string]any){mounts(" , ")}, nil, []string{"names nothing"}},
+		{"twice", []func(map[string]any){mounts("genomes=/data,genomes=/data/")}, nil, []string{"overlap"}},
+		{"nested", []func(map[string]any){mounts("genomes=/data/x,ref/hg38=/data")}, nil, []string{"overlap"}},
+		{"path taken", []func(map[string]any){volume}, nil, []string{"container main already mounts volume v", "another path"}},
+		{"above a mount", []func(map[string]any){volume, mounts("genomes=/in")}, nil, []string{"below it, at /in/deep", "read-only"}},
+		{"below a read-only mount", []func(map[string]any){volume, mounts("genomes=/ro/data")}, nil, []string{"read-only above it"}},
+		{"being deleted", nil, func(w *world) { w.datasets[0].DeletionTimestamp = &deleting }, []string{"is being deleted"}},
+		{"sidecar where it is not allowed", []func(map[string]any){inject("sidecar")}, func(w *world) { w.namespaces["argo"][labelEnforce] = "baseline" }, []string{"privileged", "baseline", "use csi or stage"}},
+		{"sidecar of another namespace", []func(map[string]any){inject("sidecar"), mounts("ref/hg38=/ref")}, nil, []string{"ref/hg38 is of another namespace", "use the mode csi"}},
+		{"stage of another namespace", []func(map[string]any){inject("stage"), mounts("ref/hg38=/ref")}, nil, []string{"use the mode csi"}},
+		{"stage of a writable Dataset", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"ReadWrite", "use the mode csi"}},
+		{"stage of too much", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, []string{"5.0 GiB", "4.0 GiB", AnnotationStagePaths}},
+		{"bad stage paths", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "shards")}, nil, []string{AnnotationStagePaths, "does not begin with /"}},
+		{"bad pattern", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "/shards/[")}, nil, []string{"not closed"}},
+		{"dots in stage paths", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "/a/../b")}, nil, []string{".. folder"}},
+		{"stage paths of another Dataset", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "other=/a")}, nil, []string{"argo/other", "does not mount"}},
+		{"reserved name", []func(map[string]any){func(pod map[string]any) {
+			pod["spec"].(map[string]any)["containers"].([]any)[0].(map[string]any)["name"] = stageName
+		}}, nil, []string{stageName, "the webhook's own"}},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			w := newWorld()
+			if c.world != nil {
+				c.world(w)
+			}
+			got := denial(t, injectHandler(t, w).Handle(context.Background(), request("argo", readPod(t, "plain", c.change...))))
+			for _, want := range append(c.says, "stepcache: ") {
+				if !strings.Contains(got, want) {
+					t.Errorf("%q does not say %q", got, want)
+				}
+			}
+		})
+	}
+}
+
+// What another namespace has is not told.
+func TestDenialTellsNothingOfOthers(t *testing.T) {
+	w := newWorld()
+	w.datasets[1].Spec.ShareWith = nil
+	h := injectHandler(t, w)
+	there := denial(t, h.Handle(context.Background(), request("argo", readPod(t, "plain", mounts("ref/hg38=/ref")))))
+	absent := denial(t, h.Handle(context.Background(), request("argo", readPod(t, "plain", mounts("ref/hg39=/ref")))))
+	if strings.ReplaceAll(there, "hg38", "X") != strings.ReplaceAll(absent, "hg39", "X") {
+		t.Errorf("%q tells another story than %q", there, absent)
+	}
+}
+
+func TestPodsThatWantNothing(t *testing.T) {
+	h := injectHandler(t, newWorld())
+	ctx := context.Background()
+	for name, raw := range map[string][]byte{
+		"no label":       readPod(t, "plain", inject("")),
+		"no Dataset":     readPod(t, "plain", mounts("")),
+		"Fluid says no":  readPod(t, "plain", inject(""), put("labels", labelFluid, "false")),
+		"Fluid, nothing": readPod(t, "plain", inject(""), mounts(""), put("labels", labelFluid, "true")),
+	} {
+		r := h.Handle(ctx, request("argo", raw))
+		if !r.Allowed || len(r.Patches) > 0 {
+			t.Errorf("%s: %v %v", name, r.Patches, r.Result)
+		}
+		if (name == "no Dataset") != (len(r.Warnings) > 0) {
+			t.Errorf("%s: warnings %v", name, r.Warnings)
+		}
+	}
+	update := request("argo", readPod(t, "plain"))
+	update.Operation = admissionv1.Update
+	if r := h.Handle(ctx, update); !r.Allowed || len(r.Patches) > 0 {
+		t.Errorf("an update is patched: %v", r.Patches)
+	}
+	// An unreadable pod must not run without its data.
+	if r := h.Handle(ctx, request("argo", []byte(`{"spec":[]}`))); r.Allowed {
+		t.Error("a pod that cannot be read is let in")
+	}
+}
+
+// A fault of ours is told as one that goes away, so that Argo tries again.
+func TestOurFault(t *testing.T) {
+	w := newWorld()
+	w.fails = errors.New("no cache")
+	r := injectHandler(t, w).Handle(context.Background(), request("argo", readPod(t, "plain")))
+	if r.Allowed || r.Result.Code != http.StatusServiceUnavailable {
+		t.Errorf("allowed %v, %v", r.Allowed, r.Result)
+	}
+	if r := localityHandler(t, w).Handle(context.Background(), request("argo", readPod(t, "argo-v3.7"))); !r.Allowed {
+		t.Errorf("locality refuses a pod: %v", r.Result)
+	}
+}
+
+func TestModes(t *testing.T) {
+	pod := func(change func(*corev1.Pod)) *corev1.Pod {
+		p := &corev1.Pod{}
+		if change != nil {
+			change(p)
+		}
+		return p
+	}
+	term := func(key, value string) corev1.NodeSelectorTerm {
+		return corev1.NodeSelectorTerm{MatchExpressions: []corev1.NodeSelectorRequirement{{Key: key, Operator: corev1.NodeSelectorOpIn, Values: []string{value}}}}
+	}
+	required := func(terms ...corev1.NodeSelectorTerm) *corev1.Pod {
+		return pod(func(p *corev1.Pod) {
+			p.Spec.Affinity = &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: terms}}}
+		})
+	}
+	virtual := pod(func(p *corev1.Pod) { p.Spec.NodeSelector = map[string]string{"type": "virtual-kubelet"} })
+	for _, c := range []struct {
+		name    string
+		asked   mode
+		pod     *corev1.Pod
+		labels  map[string]string
+		service bool
+		want    mode
+	}{
+		{"node service", auto, pod(nil), nil, true, csi},
+		{"node service, restricted", auto, pod(nil), map[string]string{labelEnforce: "restricted"}, true, csi},
+		{"none", auto, pod(nil), nil, false, sidecar},
+		{"none, privileged", auto, pod(nil), map[string]string{labelEnforce: "privileged"}, false, sidecar},
+		{"none, baseline", auto, pod(nil), map[string]string{labelEnforce: "baseline"}, false, stage},
+		{"virtual kubelet", auto, virtual, nil, true, stage},
+		{"virtual kubelet, privileged", auto, virtual, map[string]string{labelEnforce: "privileged"}, true, sidecar},
+		{"ECI label", auto, pod(func(p *corev1.Pod) { p.Labels = map[string]string{"alibabacloud.com/eci": "true"} }), nil, true, stage},
+		{"ECI namespace", auto, pod(nil), map[string]string{"alibabacloud.com/eci": "true"}, true, stage},
+		{"scheduler", auto, pod(func(p *corev1.Pod) { p.Spec.SchedulerName = "eci-scheduler" }), nil, true, stage},
+		{"affinity", auto, required(term("type", "virtual-kubelet")), nil, true, stage},
+		{"affinity that allows both", auto, required(term("type", "virtual-kubelet"), term("zone", "a")), nil, true, csi},
+		{"asked for csi", csi, virtual, nil, false, csi},
+		{"asked for stage", stage, pod(nil), nil, true, stage},
+		{"asked for sidecar", sidecar, pod(nil), nil, true, sidecar},
+	} {
+		got, err := choose(c.asked, c.pod, "argo", c.labels, c.service)
+		if err != nil || got != c.want {
+			t.Errorf("%s: %s, %v; want %s", c.name, got, err, c.want)
+		}
+	}
+}
+
+// Replaced claims and placement need no label in watched namespaces.
+func TestLocalityHandler(t *testing.T) {
+	h := localityHandler(t, newWorld())
+	ctx := context.Background()
+	raw := readPod(t, "argo-v3.7")
+	r := h.Handle(ctx, request("argo", raw))
+	after := apply(t, raw, r)
+	golden(t, "argo-locality", r)
+	if again := h.Handle(ctx, request("argo", after)); len(again.Patches) > 0 {
+		t.Errorf("patched again: %v", again.Patches)
+	}
+	if r := h.Handle(ctx, request("argo", readPod(t, "argo-v3.7", inject("csi")))); len(r.Patches) > 0 {
+		t.Error("a labelled pod is the other endpoint's")
+	}
+	if r := h.Handle(ctx, request("argo", readPod(t, "argo-v3.7", mounts("genomes=/x")))); len(r.Warnings) != 1 {
+		t.Errorf("an annotation without a label: warnings %v", r.Warnings)
+	}
+	if r := h.Handle(ctx, request("elsewhere", raw)); len(r.Patches) > 0 {
+		t.Errorf("a claim of another namespace is replaced: %v", r.Patches)
+	}
+	if r := h.Handle(ctx, request("argo", []byte("{"))); !r.Allowed {
+		t.Error("what cannot be read is refused")
+	}
+	// Without a node service the claim that the pod has works, and ours would not.
+	w := newWorld()
+	w.service = false
+	r = localityHandler(t, w).Handle(ctx, request("argo", raw))
+	if pod := decodePod(t, apply(t, raw, r)); pod.Spec.Volumes[2].PersistentVolumeClaim.ClaimName != "oss-data" {
+		t.Errorf("the claim is replaced: %+v", pod.Spec.Volumes[2])
+	}
+}
+
+var _ admission.Handler = (*Locality)(nil)
