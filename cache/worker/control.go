@@ -16,6 +16,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -234,31 +235,44 @@ func (w *Worker) forwardRefresh(r *http.Request) (any, error) {
 	if !ok || m.Control == "" || m.ID == w.config.ID || r.Header.Get(headerForwarded) != "" {
 		return nil, failed(http.StatusServiceUnavailable, "worker %s: which worker lists the bucket is being settled: ask again", w.config.ID)
 	}
-	key, ok := w.keys.Keys().Current(wire.RoleControl)
-	if !ok {
-		return nil, failed(http.StatusServiceUnavailable, "worker %s has no control key", w.config.ID)
+	// During a rotation the lister may know only the older key: each is tried, the current one first.
+	err := fmt.Errorf("worker %s has no control key", w.config.ID)
+	code := http.StatusServiceUnavailable
+	for _, key := range w.keys.Keys().Control {
+		var b []byte
+		if code, b, err = w.askRefresh(r.Context(), m, key); err == nil {
+			return json.RawMessage(b), nil
+		}
+		if code != http.StatusUnauthorized {
+			break
+		}
 	}
-	out, err := http.NewRequestWithContext(r.Context(), http.MethodPost, "http://"+m.Control+wire.PathRefresh, nil)
+	return nil, failed(code, "%w", err)
+}
+
+// askRefresh asks the worker that lists for a refresh; code is the status to answer with after an error.
+func (w *Worker) askRefresh(ctx context.Context, m ring.Member, key wire.Key) (code int, answer []byte, err error) {
+	out, err := http.NewRequestWithContext(ctx, http.MethodPost, "http://"+m.Control+wire.PathRefresh, nil)
 	if err != nil {
-		return nil, fmt.Errorf("worker %s: %w", m.ID, err)
+		return http.StatusInternalServerError, nil, fmt.Errorf("worker %s: %w", m.ID, err)
 	}
 	out.Header.Set(headerForwarded, w.config.ID)
 	if err := wire.SignRequest(out, key, w.clock.Now()); err != nil {
-		return nil, err
+		return http.StatusInternalServerError, nil, err
 	}
 	resp, err := w.http.Do(out)
 	if err != nil {
-		return nil, failed(http.StatusBadGateway, "worker %s, which lists the bucket: %w", m.ID, err)
+		return http.StatusBadGateway, nil, fmt.Errorf("worker %s, which lists the bucket: %w", m.ID, err)
 	}
 	defer resp.Body.Close()
 	b, err := io.ReadAll(io.LimitReader(resp.Body, wire.MaxBody))
 	if err != nil {
-		return nil, failed(http.StatusBadGateway, "worker %s, which lists the bucket: %w", m.ID, err)
+		return http.StatusBadGateway, nil, fmt.Errorf("worker %s, which lists the bucket: %w", m.ID, err)
 	}
 	if resp.StatusCode != http.StatusOK {
-		return nil, failed(resp.StatusCode, "worker %s, which lists the bucket: %s", m.ID, strings.TrimSpace(string(b)))
+		return resp.StatusCode, nil, fmt.Errorf("worker %s, which lists the bucket: %s", m.ID, strings.TrimSpace(string(b)))
 	}
-	return json.RawMessage(b), nil
+	return 0, b, nil
 }
 
 // serveControl serves HTTP until ctx ends.

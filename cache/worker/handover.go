@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"sync"
 	"sync/atomic"
 
 	"golang.org/x/sync/errgroup"
@@ -67,6 +68,7 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 		return
 	}
 	defer snap.release()
+	var lost sync.Map // ids of members that take nothing: nobody waits for them block by block
 	var g errgroup.Group
 	g.SetLimit(handOverAsks)
 	snap.Walk(0, func(i catalog.Index) bool {
@@ -85,7 +87,7 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 			size := blockLen(f.ring.Size, block)
 			total.Add(size)
 			g.Go(func() error {
-				if w.give(ctx, v, f, block) {
+				if w.give(ctx, v, &lost, f, block) {
 					handed.Add(size)
 				} else {
 					dropped.Add(size)
@@ -104,10 +106,19 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 }
 
 // give has one block's new owners take it; false when not all of them did.
-func (w *Worker) give(ctx context.Context, v *view, f file, block int64) bool {
+func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, block int64) bool {
 	owners := v.Owners(f.ring, block, w.config.Copies)
 	for _, m := range owners {
+		if _, ok := lost.Load(m.ID); ok {
+			return false
+		}
 		if err := w.giveTo(ctx, v, m, f, block); err != nil {
+			var unreachable *errPeer
+			if errors.As(err, &unreachable) || errors.Is(err, wire.ErrNotOwner) || errors.Is(err, wire.ErrUnknownSnapshot) {
+				if _, known := lost.LoadOrStore(m.ID, true); !known {
+					w.log.Warn("a new owner takes nothing of what this worker hands over", "to", m.ID, "error", err)
+				}
+			}
 			w.log.Debug("block not handed over", "to", m.ID, "object", f.String(), "block", block, "error", err)
 			return false
 		}
@@ -145,7 +156,11 @@ func (w *Worker) takeOver(ctx context.Context, req wire.Request, f file, budget 
 	if req.Off%ring.BlockSize != 0 || int64(req.Length) != blockLen(f.ring.Size, block) {
 		return fmt.Errorf("%w: %s: %d bytes from %d are not one block to be handed over", source.ErrInvalid, f, req.Length, req.Off)
 	}
-	if !w.store.Room(f.ring, block) {
+	// Many are offered at once, and each takes its room only when it has arrived.
+	size := int64(req.Length)
+	promised := w.promised.Add(size)
+	defer w.promised.Add(-size)
+	if !w.store.Room(f.ring, block, promised-size) {
 		return fmt.Errorf("%w: worker %s has no room for block %d of %s", wire.ErrNotResident, w.config.ID, block, f)
 	}
 	ctx, cancel := context.WithTimeout(ctx, waitOf(req))

@@ -52,6 +52,7 @@ func (w *Worker) keepSnapshot(ctx context.Context) error {
 	k := &snapshotKeeper{w: w, src: src, wait: newBackoff(), tried: make(map[wire.Digest]time.Time)}
 	for {
 		next := k.step(ctx)
+		w.peers.keep(w.members.view().Members)
 		for _, d := range w.snapshots.expire() {
 			os.Remove(w.snapshotPath(d))
 		}

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"slices"
 	"sync"
 	"time"
 
@@ -15,8 +16,13 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// maxIdlePeers is how many idle connections are kept to one worker.
-const maxIdlePeers = 4
+const (
+	// maxIdlePeers is how many idle connections are kept to one worker.
+	maxIdlePeers = 4
+	// downFor is how long a worker that could not be reached, or hung, is not asked for blocks again: the
+	// bucket has them, and each question would cost a reader the time that it takes to find out.
+	downFor = 5 * time.Second
+)
 
 // peers asks other workers: for snapshots, and for blocks that this worker holds a copy of. A connection
 // carries one request at a time; idle ones are kept for the next.
@@ -24,10 +30,18 @@ type peers struct {
 	dataset string
 	keys    func() wire.Keys
 	dial    func(ctx context.Context, network, addr string) (net.Conn, error)
+	now     func() time.Time
 
 	mu     sync.Mutex
 	idle   map[string][]*peerConn
+	down   map[string]down
 	closed bool
+}
+
+// down is why a worker is not asked for blocks, and until when.
+type down struct {
+	until time.Time
+	err   error
 }
 
 type peerConn struct {
@@ -60,6 +74,12 @@ func (p *peers) frame(ctx context.Context, m ring.Member, req wire.Request) (wir
 
 // read asks m for exactly len(p) bytes, which go into p.
 func (p *peers) read(ctx context.Context, m ring.Member, req wire.Request, into []byte) error {
+	p.mu.Lock()
+	d := p.down[m.Addr]
+	p.mu.Unlock()
+	if p.now().Before(d.until) {
+		return &errPeer{m, fmt.Errorf("not asked again so soon: %w", d.err)}
+	}
 	rep, err := p.do(ctx, m, req, func(rep wire.Reply) []byte {
 		if int(rep.Length) != len(into) {
 			return nil
@@ -81,6 +101,7 @@ func (p *peers) do(ctx context.Context, m ring.Member, req wire.Request, buffer 
 	for {
 		c, err := p.conn(ctx, m)
 		if err != nil {
+			p.failed(ctx, m, err)
 			return wire.Reply{}, &errPeer{m, err}
 		}
 		reused := c.used
@@ -90,6 +111,9 @@ func (p *peers) do(ctx context.Context, m ring.Member, req wire.Request, buffer 
 			c.Close()
 			if reused && !answered && ctx.Err() == nil && !errors.Is(err, errHung) {
 				continue // the peer was restarted since: a new connection tells
+			}
+			if errors.Is(err, errHung) {
+				p.failed(ctx, m, err)
 			}
 			return wire.Reply{}, &errPeer{m, err}
 		}
@@ -107,21 +131,59 @@ func (p *peers) conn(ctx context.Context, m ring.Member) (*peerConn, error) {
 		return c, nil
 	}
 	p.mu.Unlock()
-	key, ok := p.keys().Current(wire.RoleRead)
-	if !ok {
-		return nil, fmt.Errorf("%w: this worker has no read key", wire.ErrUnauthorized)
-	}
 	dctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
 	defer cancel()
-	nc, err := p.dial(dctx, "tcp", m.Addr)
-	if err != nil {
-		return nil, err
-	}
-	if err := wire.ClientHandshake(dctx, nc, p.dataset, wire.RoleRead, key); err != nil {
+	// During a rotation the other worker may know only the older key: each is tried, the current one first.
+	err := fmt.Errorf("%w: this worker has no read key", wire.ErrUnauthorized)
+	for _, key := range p.keys().Read {
+		var nc net.Conn
+		if nc, err = p.dial(dctx, "tcp", m.Addr); err != nil {
+			return nil, err
+		}
+		if err = wire.ClientHandshake(dctx, nc, p.dataset, wire.RoleRead, key); err == nil {
+			return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10)}, nil
+		}
 		nc.Close()
-		return nil, err
+		if !errors.Is(err, wire.ErrUnauthorized) {
+			return nil, err
+		}
 	}
-	return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10)}, nil
+	return nil, err
+}
+
+// failed notes that m could not be reached, unless it was the caller who gave up.
+func (p *peers) failed(ctx context.Context, m ring.Member, err error) {
+	if ctx.Err() != nil {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.down[m.Addr] = down{p.now().Add(downFor), err}
+}
+
+// keep closes the idle connections to everybody but the given members, whose addresses change with every
+// restart of theirs, and forgets what was noted of others.
+func (p *peers) keep(members []ring.Member) {
+	var drop []*peerConn
+	p.mu.Lock()
+	is := func(addr string) bool {
+		return slices.ContainsFunc(members, func(m ring.Member) bool { return m.Addr == addr })
+	}
+	for addr, l := range p.idle {
+		if !is(addr) {
+			drop = append(drop, l...)
+			delete(p.idle, addr)
+		}
+	}
+	for addr := range p.down {
+		if !is(addr) {
+			delete(p.down, addr)
+		}
+	}
+	p.mu.Unlock()
+	for _, c := range drop {
+		c.Close()
+	}
 }
 
 func (p *peers) put(addr string, c *peerConn) {
@@ -130,6 +192,7 @@ func (p *peers) put(addr string, c *peerConn) {
 	if keep {
 		p.idle[addr] = append(p.idle[addr], c)
 	}
+	delete(p.down, addr)
 	p.mu.Unlock()
 	if !keep {
 		c.Close()

@@ -7,8 +7,11 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/http"
+	"path/filepath"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -239,5 +242,153 @@ func TestAWorkerThatCannotStartLeavesNothing(t *testing.T) {
 	w.Close()
 	if err := w.Serve(context.Background()); err == nil {
 		t.Error("it serves after Close")
+	}
+}
+
+// TestAnEarlierOwnerThatHungIsNotAskedForEveryBlock: who found out spares the others the wait, for a while.
+func TestAnEarlierOwnerThatHungIsNotAskedForEveryBlock(t *testing.T) {
+	keys := wire.GenerateKeys()
+	var asked atomic.Int64
+	hang := func(c net.Conn, req wire.Request) {
+		if req.Op == wire.OpRead {
+			asked.Add(1)
+		}
+		<-t.Context().Done()
+	}
+	now := time.Unix(1000, 0)
+	p := &peers{
+		dataset: dataset, keys: func() wire.Keys { return keys }, dial: (&net.Dialer{}).DialContext,
+		now: func() time.Time { return now }, idle: map[string][]*peerConn{}, down: map[string]down{},
+	}
+	defer p.close()
+	m := ring.Member{ID: "hung", Addr: impostor(t, keys, hang), State: ring.Ready}
+	read := func(ctx context.Context) error {
+		return p.read(ctx, m, wire.Request{Op: wire.OpRead, Length: 10}, make([]byte, 10))
+	}
+	// A reader that gives up says nothing of the peer.
+	ctx, cancel := context.WithCancel(context.Background())
+	time.AfterFunc(time.Millisecond, cancel)
+	if err := read(ctx); err == nil {
+		t.Error("a read that was given up succeeded")
+	}
+	first := asked.Load()
+	if err := read(context.Background()); !errors.Is(err, errHung) {
+		t.Fatal(err)
+	}
+	for range 100 {
+		if err := read(context.Background()); !errors.Is(err, errHung) {
+			t.Fatal(err)
+		}
+	}
+	if n := asked.Load() - first; n != 1 {
+		t.Errorf("it was asked %d times", n)
+	}
+	now = now.Add(downFor)
+	if err := read(context.Background()); !errors.Is(err, errHung) || asked.Load()-first != 2 {
+		t.Errorf("after a while it is not asked again: %v", err)
+	}
+	p.keep(nil)
+	if len(p.down) != 0 {
+		t.Error("a member that left is remembered")
+	}
+}
+
+// TestConnectionsToFormerMembersAreClosed: a worker's address changes with every restart of its pod.
+func TestConnectionsToFormerMembersAreClosed(t *testing.T) {
+	keys := wire.GenerateKeys()
+	ended := make(chan struct{}, 2)
+	list := func() ring.Member {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			defer c.Close()
+			if _, err := wire.ServerHandshake(c, dataset, keys); err != nil {
+				return
+			}
+			for {
+				req, err := wire.ReadRequest(c)
+				if err != nil {
+					ended <- struct{}{}
+					return
+				}
+				c.Write(wire.AppendFrame(nil, wire.Reply{ID: req.ID}, nil))
+			}
+		}()
+		return ring.Member{ID: "m", Addr: l.Addr().String(), State: ring.Ready}
+	}
+	p := &peers{
+		dataset: dataset, keys: func() wire.Keys { return keys }, dial: (&net.Dialer{}).DialContext,
+		now: time.Now, idle: map[string][]*peerConn{}, down: map[string]down{},
+	}
+	defer p.close()
+	stays, goes := list(), list()
+	for _, m := range []ring.Member{stays, goes} {
+		if _, _, err := p.frame(context.Background(), m, wire.Request{Op: wire.OpPing}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p.keep([]ring.Member{stays})
+	select {
+	case <-ended:
+	case <-time.After(patience):
+		t.Fatal("the connection to a member that left is kept")
+	}
+	if len(p.idle) != 1 || len(p.idle[stays.Addr]) != 1 {
+		t.Errorf("kept: %v", p.idle)
+	}
+}
+
+// TestWorkersReachEachOtherDuringAKeyRotation: the kubelets bring a new key to the workers one after the
+// other, and for a minute or so some have it and some do not.
+func TestWorkersReachEachOtherDuringAKeyRotation(t *testing.T) {
+	tr := newTier(t, manyFiles(30, 1000))
+	dirs := make([]string, 2)
+	for i := range dirs {
+		dirs[i] = filepath.Join(tr.dir, fmt.Sprintf("keys%d", i))
+		if err := wire.WriteKeys(dirs[i], tr.keys); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tr.config = func(i int, c *Config) { c.Copies, c.KeysDir = 2, dirs[i] }
+	tr.start(2)
+	snap := tr.snapshot()
+	behind := tr.lister()
+	rotated := 1 - behind
+	both := wire.GenerateKeys()
+	both.Read = append(both.Read, tr.keys.Read...)
+	both.Control = append(both.Control, tr.keys.Control...)
+	if err := wire.WriteKeys(dirs[rotated], both); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the new key is in force", func() error {
+		if k := tr.workers[rotated].keys.Keys().Read[0]; k != both.Read[0] {
+			return errors.New("it is the old one")
+		}
+		return nil
+	})
+	tr.workers[rotated].peers.close() // from now on each question takes a connection of its own, and a key
+	for name := range 30 {
+		path := fmt.Sprintf("/f%02d", name)
+		if tr.owners(snap, path, 0)[0] != behind {
+			continue
+		}
+		i := index(t, snap, path)
+		if _, err := tr.dial(rotated).read(i, 0, 1000+name, 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if gets, _ := tr.gates[rotated].counts(); gets != 0 {
+		t.Errorf("the worker with the new key went to the bucket %d times for what the other holds", gets)
+	}
+	var done refreshed
+	if code, err := tr.control(rotated, http.MethodPost, wire.PathRefresh, nil, &done); err != nil || done.Snapshot == "" {
+		t.Errorf("a refresh passed on to the worker with the old key: %d %v", code, err)
 	}
 }

@@ -87,7 +87,7 @@ func (w *Worker) guess(f file, block int64) (end func(), err error) {
 		w.guessed.Add(-size)
 		<-w.guesses
 	}
-	if s := w.store.Stats(); s.Used+held > s.Quota-s.Quota/guessRoom || !w.store.Room(f.ring, block) {
+	if !w.store.Room(f.ring, block, held-size+w.config.Memory/guessRoom) {
 		end()
 		return nil, fmt.Errorf("%w: no room for block %d of %s but that of others", wire.ErrNotResident, block, f)
 	}

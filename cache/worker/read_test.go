@@ -3,6 +3,7 @@ package worker
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -538,5 +539,28 @@ func TestKeysRotate(t *testing.T) {
 	})
 	if err := try(wire.GenerateKeys().Read[0]); !errors.Is(err, wire.ErrUnauthorized) {
 		t.Errorf("a wrong key: %v", err)
+	}
+}
+
+// TestAFileCutShortInTheStoresFolderCostsOneConnection: somebody truncated it; it is found out and fetched again.
+func TestAFileCutShortInTheStoresFolderCostsOneConnection(t *testing.T) {
+	const size = 3 * chunkSize
+	want := content(size, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	snap := tr.snapshot()
+	i := index(t, snap, "/f")
+	if _, err := tr.dial(0).read(i, 0, size, 0); err != nil {
+		t.Fatal(err)
+	}
+	r, _ := snap.Ring(i)
+	if err := os.Truncate(filepath.Join(tr.configOf(0).Dir, hex.EncodeToString(r.ID[:])), chunkSize+10); err != nil {
+		t.Fatal(err)
+	}
+	if p, err := tr.dial(0).read(i, 0, size, 0); err == nil && !bytes.Equal(p, want) {
+		t.Fatal("wrong bytes")
+	}
+	if p, err := tr.dial(0).read(i, 0, size, 0); err != nil || !bytes.Equal(p, want) {
+		t.Fatalf("it was not fetched again: %v", err)
 	}
 }

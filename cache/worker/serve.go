@@ -405,6 +405,8 @@ func (c *conn) replyBlock(ctx context.Context, req wire.Request, rep wire.Reply,
 		for left := int64(rep.Length); left > 0; {
 			p := (*buf)[:min(left, chunkSize)]
 			if _, err := b.ReadAt(p, off); err != nil {
+				// Whoever cut the file short did so to all who come: the next one has the block fetched again.
+				c.worker.store.Verify(b)
 				return fmt.Errorf("read a block in memory: %w", err)
 			}
 			bufs := net.Buffers{header, p}

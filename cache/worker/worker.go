@@ -94,6 +94,7 @@ type Worker struct {
 	prefetches prefetches
 	loads      *loads
 	handedOver atomic.Pointer[wire.HandOver] // nil unless this worker leaves
+	promised   atomic.Int64                  // bytes being taken over from workers that leave
 	requests   chan struct{}                 // a token for each request under way
 	counts     counts
 	nonces     wire.Nonces

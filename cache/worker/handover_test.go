@@ -1,0 +1,320 @@
+package worker
+
+import (
+	"bytes"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net"
+	"net/http"
+	"strings"
+	"sync/atomic"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// tell posts the list of the running workers, of which some leave, with the next epoch to all of them.
+func (tr *tier) tell(extra []ring.Member, leaving ...int) ring.Membership {
+	tr.t.Helper()
+	tr.epoch++
+	list := ring.Membership{Epoch: tr.epoch, Members: extra}
+	for i, w := range tr.workers {
+		if w == nil {
+			continue
+		}
+		m := ring.Member{ID: fmt.Sprintf("w%d", i), Node: fmt.Sprintf("n%d", i), Addr: w.Addr().String(), Control: w.ControlAddr().String(), State: ring.Ready}
+		for _, l := range leaving {
+			if l == i {
+				m.State = ring.Leaving
+			}
+		}
+		list.Members = append(list.Members, m)
+	}
+	for i, w := range tr.workers {
+		if w == nil {
+			continue
+		}
+		if code, err := tr.control(i, http.MethodPost, wire.PathMembers, list, nil); err != nil || code != http.StatusNoContent {
+			tr.t.Fatalf("worker %d was told: %d %v", i, code, err)
+		}
+		if e := w.members.view().Epoch; e != tr.epoch {
+			tr.t.Fatalf("worker %d follows epoch %d, told was %d", i, e, tr.epoch)
+		}
+	}
+	return list
+}
+
+// handedOver waits until worker i has handed over under the epoch in force.
+func (tr *tier) handedOver(i int) wire.HandOver {
+	tr.t.Helper()
+	var h *wire.HandOver
+	eventually(tr.t, "the blocks are handed over", func() error {
+		if h = tr.workers[i].Status().HandOver; h == nil || !h.Done || h.Epoch != tr.epoch {
+			return fmt.Errorf("%+v", h)
+		}
+		return nil
+	})
+	if h.Handed+h.Dropped != h.Total {
+		tr.t.Errorf("handed and dropped do not add up: %+v", h)
+	}
+	return *h
+}
+
+// all reads every file from worker i, which reads through what it does not own.
+func (tr *tier) all(i int, snap *catalog.Snapshot, files map[string][]byte) {
+	tr.t.Helper()
+	c := tr.dial(i)
+	for name, want := range files {
+		p, err := c.file(index(tr.t, snap, "/"+name), int64(len(want)), wire.FlagReadThrough)
+		if err != nil || !bytes.Equal(p, want) {
+			tr.t.Fatalf("%s: %v", name, err)
+		}
+	}
+}
+
+func manyFiles(n int, size int64) map[string][]byte {
+	files := map[string][]byte{}
+	for i := range n {
+		files[fmt.Sprintf("f%02d", i)] = content(size+int64(i), byte(i))
+	}
+	return files
+}
+
+func TestALeavingWorkerHandsItsBlocksToTheirNewOwnersAndTheBucketSendsNothing(t *testing.T) {
+	files := manyFiles(20, 100_000)
+	files["large"] = content(2*ring.BlockSize+5, 99)
+	tr := newTier(t, files)
+	tr.start(3)
+	snap := tr.snapshot()
+	c := tr.dial(0)
+	var total int64
+	for name, want := range files {
+		if tr.owners(snap, "/"+name, 0)[0] == 0 {
+			if _, err := c.file(index(t, snap, "/"+name), int64(len(want)), 0); err != nil {
+				t.Fatal(err)
+			}
+			total += int64(len(want))
+		}
+	}
+	tr.tell(nil, 0)
+	if h := tr.handedOver(0); h.Total != total || h.Handed != total {
+		t.Errorf("handed over %+v of %d bytes", h, total)
+	}
+	for _, i := range []int{1, 2} {
+		if gets, _ := tr.gates[i].counts(); gets != 0 {
+			t.Errorf("worker %d asked the bucket %d times for what the leaving one holds", i, gets)
+		}
+	}
+	// What the leaving one held is its new owners': they serve it although it is gone.
+	held := map[string][]byte{}
+	for name := range files {
+		if r, _ := snap.Ring(index(t, snap, "/"+name)); tr.workers[0].store.Residency(r).Whole {
+			held[name] = files[name]
+		}
+	}
+	tr.stop(0)
+	for name, want := range held {
+		r, _ := snap.Ring(index(t, snap, "/"+name))
+		owner := tr.workers[1].members.view().Owners(r, 0, 1)[0].ID
+		i := int(owner[1] - '0')
+		p, err := tr.dial(i).file(index(t, snap, "/"+name), int64(len(want)), wire.FlagResidentOnly)
+		if err != nil || !bytes.Equal(p, want) {
+			t.Errorf("%s from %s: %v", name, owner, err)
+		}
+	}
+	// A worker that is to stay after all has nothing to report.
+	tr.tell(nil, 1)
+	tr.handedOver(1)
+	tr.tell(nil)
+	eventually(t, "no account of a hand-over is left", func() error {
+		if h := tr.workers[1].Status().HandOver; h != nil {
+			return fmt.Errorf("%+v", h)
+		}
+		return nil
+	})
+}
+
+// Before anything is handed over, a new owner that is asked for a block gets it from the one that leaves.
+func TestAMissAtANewOwnerIsServedByTheLeavingOne(t *testing.T) {
+	want := content(1000, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(2)
+	snap := tr.snapshot()
+	i := index(t, snap, "/f")
+	owners := tr.owners(snap, "/f", 0)
+	if _, err := tr.dial(owners[0]).read(i, 0, 1000, 0); err != nil {
+		t.Fatal(err)
+	}
+	tr.workers[owners[0]].handedOver.Store(nil)
+	tr.tell(nil, owners[0])
+	if p, err := tr.dial(owners[1]).read(i, 0, 1000, 0); err != nil || !bytes.Equal(p, want) {
+		t.Fatal(err)
+	}
+	if gets, _ := tr.gates[owners[1]].counts(); gets != 0 {
+		t.Errorf("the new owner asked the bucket %d times", gets)
+	}
+}
+
+func TestAHandOverDisplacesNothing(t *testing.T) {
+	files := manyFiles(12, 2<<20)
+	tr := newTier(t, files)
+	tr.config = func(i int, c *Config) {
+		if i == 1 {
+			c.Memory = 12 << 20
+		}
+	}
+	tr.start(2)
+	snap := tr.snapshot()
+	tr.all(0, snap, files)
+	// Fill worker 1 with what it can hold.
+	tr.all(1, snap, files)
+	before := map[string]bool{}
+	for name := range files {
+		r, _ := snap.Ring(index(t, snap, "/"+name))
+		before[name] = tr.workers[1].store.Residency(r).Whole
+	}
+	tr.tell(nil, 0)
+	h := tr.handedOver(0)
+	if h.Dropped == 0 {
+		t.Errorf("a full successor took everything: %+v", h)
+	}
+	for name, held := range before {
+		r, _ := snap.Ring(index(t, snap, "/"+name))
+		if held && !tr.workers[1].store.Residency(r).Whole {
+			t.Errorf("%s was displaced", name)
+		}
+	}
+	if st := tr.workers[1].store.Stats(); st.Used > st.Quota {
+		t.Errorf("%d bytes used of %d", st.Used, st.Quota)
+	}
+}
+
+// A new owner that cannot be reached costs its own blocks, once, and not the wait of every one of them.
+func TestAHandOverDoesNotWaitForAMemberThatIsGoneBlockByBlock(t *testing.T) {
+	files := manyFiles(120, 1000)
+	tr := newTier(t, files)
+	tr.start(1)
+	snap := tr.snapshot()
+	tr.all(0, snap, files)
+	var dials atomic.Int64
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			dials.Add(1)
+			c.Close()
+		}
+	}()
+	tr.tell([]ring.Member{{ID: "gone", Addr: l.Addr().String(), State: ring.Ready}}, 0)
+	if h := tr.handedOver(0); h.Dropped != h.Total || h.Total == 0 {
+		t.Errorf("%+v", h)
+	}
+	// The workers' own questions for snapshots are among them, hence the slack.
+	if n := dials.Load(); n > 3*handOverAsks*handOverTries/2 {
+		t.Errorf("%d attempts to reach a member that is gone, for %d blocks", n, len(files))
+	}
+}
+
+func TestHostileHandOversAreInvalid(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(2*ring.BlockSize+7, 1)})
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	c := tr.dial(0)
+	for _, r := range []struct {
+		off    int64
+		length int32
+	}{{0, 7}, {1, ring.BlockSize}, {2 * ring.BlockSize, ring.BlockSize}, {ring.BlockSize, 2 * ring.BlockSize}, {-ring.BlockSize, ring.BlockSize}, {3 * ring.BlockSize, 7}} {
+		_, _, err := c.ask(wire.Request{Op: wire.OpPrefetch, Flags: wire.FlagHandOver, Index: i, Off: r.off, Length: r.length})
+		if wire.StatusOf(err) != wire.Invalid {
+			t.Errorf("%d bytes from %d: %v", r.length, r.off, err)
+		}
+	}
+	if gets, _ := tr.gates[0].counts(); gets != 0 {
+		t.Errorf("the bucket was asked %d times", gets)
+	}
+}
+
+func TestAToldMembershipCountsWhereItIsNewer(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(10, 1)})
+	tr.start(1)
+	tr.snapshot()
+	w := tr.workers[0]
+	list := tr.tell(nil)
+
+	// The file still has the list from before: that is no problem to report, and changes nothing.
+	for range 3 {
+		if err := w.members.reload(); err != nil {
+			t.Errorf("an older file beside a told list: %v", err)
+		}
+	}
+	if e := w.members.view().Epoch; e != list.Epoch {
+		t.Errorf("epoch %d, told was %d", e, list.Epoch)
+	}
+	older := list
+	older.Epoch, older.Members = 1, nil
+	if _, err := tr.control(0, http.MethodPost, wire.PathMembers, older, nil); err != nil {
+		t.Errorf("an older list: %v", err)
+	}
+	same := list
+	same.Members = nil
+	if _, err := tr.control(0, http.MethodPost, wire.PathMembers, same, nil); err != nil {
+		t.Errorf("another list of the same epoch: %v", err)
+	}
+	if v := w.members.view(); v.Epoch != list.Epoch || len(v.Members) != 1 {
+		t.Errorf("epoch %d with %d members is in force", v.Epoch, len(v.Members))
+	}
+	// Lists that are wrong, and senders that may not tell.
+	for what, body := range map[string]any{
+		"no list":      "x",
+		"no id":        ring.Membership{Epoch: 99, Members: []ring.Member{{Addr: "a:1", State: ring.Ready}}},
+		"two of an id": ring.Membership{Epoch: 99, Members: []ring.Member{{ID: "a", Addr: "a:1", State: ring.Ready}, {ID: "a", Addr: "a:2", State: ring.Ready}}},
+		"odd state":    ring.Membership{Epoch: 99, Members: []ring.Member{{ID: "a", Addr: "a:1", State: "Odd"}}},
+	} {
+		if code, err := tr.control(0, http.MethodPost, wire.PathMembers, body, nil); code != http.StatusBadRequest {
+			t.Errorf("%s: %d %v", what, code, err)
+		}
+	}
+	next := list
+	next.Epoch = 99
+	for what, key := range map[string]wire.Key{"a reader": tr.keys.Read[0], "a writer": tr.keys.Write[0], "a stranger": wire.GenerateKeys().Control[0]} {
+		if code, err := tr.controlWith(0, key, http.MethodPost, wire.PathMembers, next, nil); code != http.StatusUnauthorized {
+			t.Errorf("%s told the membership: %d %v", what, code, err)
+		}
+	}
+	if e := w.members.view().Epoch; e != list.Epoch {
+		t.Errorf("epoch %d is in force", e)
+	}
+	// Once the file has caught up, a file that goes back is a mistake to report again.
+	b, err := json.Marshal(list)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := replaceFile(tr.membersFile(), b); err != nil {
+		t.Fatal(err)
+	}
+	if err := w.members.reload(); err != nil {
+		t.Error(err)
+	}
+	if b, err = json.Marshal(older); err != nil {
+		t.Fatal(err)
+	}
+	if err := replaceFile(tr.membersFile(), b); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the file that goes back is told", func() error {
+		if p := w.Status().Problem; !strings.Contains(p, "raise the epoch") {
+			return errors.New(p)
+		}
+		return nil
+	})
+}
