@@ -46,9 +46,6 @@ type Options struct {
 	// Metrics and Probes are addresses to listen at; "0" turns one off.
 	Metrics, Probes string
 	Logger          logr.Logger
-	// Only limits the manager to the objects of one namespace, and allows several managers in a process.
-	// Empty: all namespaces.
-	Only string
 }
 
 // Scheme knows every type that the controllers handle.
@@ -70,8 +67,8 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 	}
 	mine := cache.ByObject{Label: labels.NewSelector().Add(*ours)}
 	var namespaces map[string]cache.Config
-	if o.Only != "" {
-		namespaces = map[string]cache.Config{o.Only: {}}
+	if o.Dataset.Only != "" {
+		namespaces = map[string]cache.Config{o.Dataset.Only: {}}
 	}
 	m, err := ctrl.NewManager(cluster, ctrl.Options{
 		Scheme: Scheme(), Logger: o.Logger,
@@ -97,7 +94,7 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 		LeaderElectionID:              "stepcache-controller",
 		LeaderElectionNamespace:       o.Dataset.Namespace,
 		LeaderElectionReleaseOnCancel: true,
-		Controller:                    config.Controller{SkipNameValidation: ptr.To(o.Only != "")},
+		Controller:                    config.Controller{SkipNameValidation: ptr.To(o.Dataset.Only != "")},
 	})
 	if err != nil {
 		return nil, fmt.Errorf("controller: %w", err)

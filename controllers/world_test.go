@@ -162,9 +162,9 @@ func (w *world) start() {
 	log := logr.FromSlogHandler(slog.NewTextHandler(testLog{w.T}, &slog.HandlerOptions{Level: slog.LevelWarn}))
 	m, err := controllers.New(cluster, controllers.Options{
 		Dataset: dataset.Options{
-			Namespace: "stepcache-system", Image: w.image, Store: dataset.StoreCSI, Poll: time.Second, Clock: w.clock,
+			Namespace: "stepcache-system", Image: w.image, Store: dataset.StoreCSI, Poll: time.Second, Clock: w.clock, Only: w.ns,
 		},
-		LoadPoll: 100 * time.Millisecond, Metrics: "0", Probes: "0", Logger: log, Only: w.ns,
+		LoadPoll: 100 * time.Millisecond, Metrics: "0", Probes: "0", Logger: log,
 	})
 	if err != nil {
 		w.Fatal(err)

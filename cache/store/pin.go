@@ -82,8 +82,8 @@ func (s *Store) Unpin(owner string) {
 }
 
 // Room says whether a block can be kept without evicting another: it is held already, pinned, or there is
-// room for it.
-func (s *Store) Room(o ring.Object, n int64) bool {
+// room for it beside what the caller has promised to others.
+func (s *Store) Room(o ring.Object, n, promised int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if ob := s.objects[o.ID]; ob != nil {
@@ -91,5 +91,5 @@ func (s *Store) Room(o ring.Object, n int64) bool {
 			return true
 		}
 	}
-	return s.used+s.weight(blockLen(o.Size, n)) <= s.limit
+	return s.used+promised+s.weight(blockLen(o.Size, n)) <= s.limit
 }

@@ -27,7 +27,7 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 	}
 	switch {
 	case st.Phase == v1alpha1.DataLoadRunning:
-		if due {
+		if due && p.load.Spec.Schedule != "" {
 			p.note("Skipped", "Schedule", "the run of %s has not ended; the one of %s is left out", st.StartTime.UTC().Format(time.RFC3339), p.now.UTC().Format(time.RFC3339))
 		}
 		return r.follow(ctx, p)

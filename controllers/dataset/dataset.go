@@ -88,6 +88,9 @@ type Options struct {
 	// Poll is how often workers are asked for their status once all is well; a random tenth is added.
 	// Zero means 15 s. While something is missing they are asked at a fifth of it.
 	Poll time.Duration
+	// Only limits the controllers to the objects of one namespace, and allows several managers in one
+	// process. Empty: all namespaces.
+	Only string
 	// Clock is the time; nil means the system's.
 	Clock Clock
 	// Dial connects to workers; nil means a net.Dialer.
@@ -114,6 +117,8 @@ type Reconciler struct {
 type memory struct {
 	// absent is since when a worker cannot serve, by member id.
 	absent map[string]time.Time
+	// epoch is the greatest that was written, or that a worker follows.
+	epoch uint64
 	// leaving is since when a member hands over.
 	leaving map[string]time.Time
 	// said is the last text of each Event, so that an unchanged problem is told once.
@@ -144,6 +149,9 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 		ns := o.GetNamespace()
 		if pv, ok := o.(*corev1.PersistentVolume); ok && pv.Spec.ClaimRef != nil {
 			ns = pv.Spec.ClaimRef.Namespace
+		}
+		if r.Only != "" && ns != r.Only {
+			return nil
 		}
 		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: ns, Name: name}}}
 	})

@@ -81,12 +81,16 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 		}
 	}
 	next.Epoch = before.Epoch
-	if before.Epoch == 0 || !reflect.DeepEqual(before.Members, next.Members) {
+	if before.Epoch == 0 || before.Epoch < p.epoch || !reflect.DeepEqual(before.Members, next.Members) {
 		// The time keeps epochs growing even when the ConfigMap was deleted.
-		next.Epoch = max(before.Epoch+1, uint64(p.now.Unix()))
+		next.Epoch = max(before.Epoch+1, p.epoch+1, uint64(p.now.Unix()))
 	}
 	p.members = next
-	return r.putMembership(ctx, p)
+	if err := r.putMembership(ctx, p); err != nil {
+		return err
+	}
+	p.epoch = next.Epoch
+	return nil
 }
 
 // written is the list that was written last.
@@ -180,6 +184,7 @@ func (r *Reconciler) ask(ctx context.Context, p *pass) error {
 	}
 	for _, s := range all {
 		p.status[s.ID] = s
+		p.epoch = max(p.epoch, s.Epoch)
 	}
 	return nil
 }

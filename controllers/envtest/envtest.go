@@ -40,9 +40,13 @@ func Start(ctx context.Context) (cluster *rest.Config, stop func() error, err er
 			return nil, nil, err
 		}
 	}
+	crds, err := filepath.Glob(filepath.Join(root(), "config", "crd", "data.*.yaml"))
+	if err != nil {
+		return nil, nil, err
+	}
 	env := &envtest.Environment{
 		BinaryAssetsDirectory: dir,
-		CRDDirectoryPaths:     []string{filepath.Join(root(), "config", "crd")},
+		CRDDirectoryPaths:     crds,
 		ErrorIfCRDPathMissing: true,
 		// Ready within seconds; CI's machines are slow and busy.
 		ControlPlaneStartTimeout: 3 * time.Minute,

@@ -1,0 +1,549 @@
+package controllers_test
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+	"testing"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/resource"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/utils/ptr"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 6, 100_000)
+	if d.Status.Files != 6 || d.Status.Bytes != 600_000 || d.Status.Size != "585.9Ki" || d.Status.Snapshot == "" || d.Status.SnapshotTime == nil {
+		t.Errorf("status %s", asJSON(d.Status))
+	}
+	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady, v1alpha1.ConditionReady} {
+		w.condition(d, kind, metav1.ConditionTrue, map[string]string{"Sourced": "Listed", "WorkersReady": "AllReady", "VolumeReady": "Bound", "Ready": "Ready"}[kind])
+	}
+	w.event("Ready", "can be read")
+
+	// The scale subresource's selector finds the worker pods and nothing else.
+	sel, err := labels.Parse(d.Status.Workers.Selector)
+	w.must(err)
+	pods := &corev1.PodList{}
+	w.must(w.List(t.Context(), pods, client.InNamespace(w.ns), client.MatchingLabelsSelector{Selector: sel}))
+	if len(pods.Items) != 2 {
+		t.Errorf("selector %s finds %d pods", d.Status.Workers.Selector, len(pods.Items))
+	}
+
+	m := w.members(d)
+	if len(m.Members) != 2 || m.Members[0].ID != "genomes-worker-0" || m.Members[0].State != ring.Ready || m.Members[0].Node == m.Members[1].Node || m.Epoch == 0 {
+		t.Errorf("membership %s", asJSON(m))
+	}
+	if want := "/run/stepcache/workers/" + string(pods.Items[0].UID) + "/worker.sock"; m.Members[0].Socket != want {
+		t.Errorf("socket %q, want %q", m.Members[0].Socket, want)
+	}
+
+	// Keys: all three for workers, the read key alone for readers.
+	keys, reader := &corev1.Secret{}, &corev1.Secret{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-keys"}, keys))
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-reader"}, reader))
+	if len(keys.Data) != 3 || reader.Data["write"] != nil || reader.Data["control"] != nil || string(reader.Data["read"]) != string(keys.Data["read"]) {
+		t.Errorf("keys' Secret has %d keys, reader's %d", len(keys.Data), len(reader.Data))
+	}
+	if string(keys.Data["read"]) == string(keys.Data["control"]) {
+		t.Error("the read key is the control key")
+	}
+
+	// The volume says which Dataset and is only for nodes with a node service.
+	pv, claim := &corev1.PersistentVolume{}, &corev1.PersistentVolumeClaim{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Name: v1alpha1.VolumeName(w.ns, "genomes")}, pv))
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes"}, claim))
+	if c := pv.Spec.CSI; c == nil || c.Driver != "csi.data.stepcache.dev" || c.VolumeAttributes["dataset"] != "genomes" || c.VolumeAttributes["namespace"] != w.ns || !c.ReadOnly {
+		t.Errorf("volume %s", asJSON(pv.Spec))
+	}
+	if got := pv.Spec.NodeAffinity.Required.NodeSelectorTerms[0].MatchExpressions[0].Key; got != v1alpha1.LabelNodeReady {
+		t.Errorf("affinity to %s", got)
+	}
+	if *claim.Spec.StorageClassName != "" || claim.Spec.AccessModes[0] != corev1.ReadOnlyMany || claim.Spec.VolumeName != pv.Name {
+		t.Errorf("claim %s", asJSON(claim.Spec))
+	}
+	w.eventually("the volume tells the data's size", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(pv), pv))
+		if got := pv.Spec.Capacity.Storage().Value(); got != 1<<20 {
+			return fmt.Errorf("capacity %d", got) // of less than a mebibyte it says one
+		}
+		return nil
+	})
+
+	pod := pods.Items[0].Spec
+	c := pod.Containers[0]
+	if limit, request := c.Resources.Limits.Memory(), c.Resources.Requests.Memory(); !limit.Equal(*request) || limit.Value() <= 128<<20 {
+		t.Errorf("memory limit %v, request %v", limit, request)
+	}
+	for _, v := range pod.Volumes {
+		if v.Name == "store" && (v.CSI == nil || v.CSI.VolumeAttributes["size"] != "134217728" || v.CSI.VolumeAttributes["volume"] != "store") {
+			t.Errorf("store volume %s", asJSON(v))
+		}
+	}
+	if pod.AutomountServiceAccountToken == nil || *pod.AutomountServiceAccountToken {
+		t.Error("workers mount an API token")
+	}
+
+	np := &networkingv1.NetworkPolicy{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, np))
+	if len(np.Spec.Ingress) != 3 {
+		t.Errorf("policy %s", asJSON(np.Spec))
+	}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, &policyv1.PodDisruptionBudget{}))
+	svc := &corev1.Service{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, svc))
+	if svc.Spec.ClusterIP != corev1.ClusterIPNone || !svc.Spec.PublishNotReadyAddresses {
+		t.Errorf("service %s", asJSON(svc.Spec))
+	}
+	ns := &corev1.Namespace{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Name: w.ns}, ns))
+	if ns.Labels[v1alpha1.LabelWatched] != "true" {
+		t.Error("the namespace is not labelled for the webhook")
+	}
+
+	// What somebody deletes or changes comes back.
+	w.must(w.Delete(t.Context(), np))
+	update(w, svc, func(s *corev1.Service) { s.Spec.PublishNotReadyAddresses = false })
+	w.eventually("drift is mended", func() error {
+		if err := w.Get(t.Context(), client.ObjectKeyFromObject(np), np); err != nil {
+			return err
+		}
+		if err := w.Get(t.Context(), client.ObjectKeyFromObject(svc), svc); err != nil || !svc.Spec.PublishNotReadyAddresses {
+			return fmt.Errorf("service %s: %v", asJSON(svc.Spec), err)
+		}
+		return nil
+	})
+}
+
+func TestDatasetNamesWhatIsWrongWithItsSourceAndRecovers(t *testing.T) {
+	w := newWorld(t)
+	w.bucket.PutT(t, "other", "x", []byte("x"))
+	d := w.dataset("genomes", 1)
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "CredentialsMissing", `secret "access-key"`, "accessKeyID")
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "CredentialsMissing", `secret "access-key"`)
+	w.event("CredentialsMissing", `secret "access-key"`)
+	if d.Status.Phase != v1alpha1.DatasetPending {
+		t.Errorf("phase %s", d.Status.Phase)
+	}
+
+	s := w.secret("access-key")
+	delete(s.StringData, "accessKeySecret")
+	w.must(w.Create(t.Context(), s))
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "AccessDenied", "has no key accessKeySecret")
+
+	update(w, s, func(s *corev1.Secret) { s.StringData = map[string]string{"accessKeySecret": "wrong"} })
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "AccessDenied")
+	w.eventually("the message is the bucket's refusal", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		if strings.Contains(asJSON(d.Status.Conditions), "has no key") {
+			return fmt.Errorf("conditions %s", asJSON(d.Status.Conditions))
+		}
+		return nil
+	})
+
+	update(w, s, func(s *corev1.Secret) { s.StringData = map[string]string{"accessKeySecret": w.bucket.SecretKey} })
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "NoSuchBucket", "data")
+
+	w.bucket.PutT(t, "data", "file", []byte("content"))
+	w.waitReady(d)
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionTrue, "Listed", "1 files")
+}
+
+func TestDatasetThatCannotWorkOnAClusterFails(t *testing.T) {
+	w := newWorld(t)
+	d := w.dataset("local", 1)
+	d.Spec.Mounts[0] = v1alpha1.Mount{Source: "file:///data", Path: "/"}
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "InvalidSpec", "file:///data", "local mode")
+	if d.Status.Phase != v1alpha1.DatasetFailed {
+		t.Errorf("phase %s", d.Status.Phase)
+	}
+	w.event("InvalidSpec", "file:///data")
+
+	// It has made nothing, and can be deleted.
+	err := w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "local-worker"}, &appsv1.StatefulSet{})
+	if !apierrors.IsNotFound(err) {
+		t.Errorf("a StatefulSet of an invalid Dataset: %v", err)
+	}
+	w.must(w.Delete(t.Context(), d))
+	w.gone(d)
+}
+
+func (w *world) gone(o client.Object) {
+	w.Helper()
+	w.eventually(o.GetName()+" is gone", func() error {
+		err := w.Get(w.Context(), client.ObjectKeyFromObject(o), o)
+		if apierrors.IsNotFound(err) {
+			return nil
+		}
+		return errors.Join(err, fmt.Errorf("%s", asJSON(o)))
+	})
+}
+
+func TestDatasetSaysWhyItsWorkersDoNotRun(t *testing.T) {
+	w := newWorld(t)
+	w.bucket.PutT(t, "data", "file", []byte("content"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	w.set(func(w *world) { w.pending = true })
+	d := w.dataset("big", 1)
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting")
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "big-worker-0"}}
+	for _, c := range []struct {
+		reason string
+		says   []string
+		status corev1.PodStatus
+	}{
+		{"Unschedulable", []string{"Insufficient memory", "a worker needs 449Mi", "cache of 64Mi", "spec.workers.memory"}, corev1.PodStatus{Phase: corev1.PodPending, Conditions: []corev1.PodCondition{
+			{Type: corev1.PodScheduled, Status: corev1.ConditionFalse, Reason: "Unschedulable", Message: "0/3 nodes are available: 3 Insufficient memory."}}}},
+		{"ImageNotPulled", []string{"stepcache:v1", "no such image"}, corev1.PodStatus{Phase: corev1.PodPending, ContainerStatuses: []corev1.ContainerStatus{
+			{Name: "worker", Image: "stepcache:v1", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "ImagePullBackOff", Message: "no such image"}}}}}},
+		{"OutOfMemory", []string{"memory limit of"}, corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{
+			{Name: "worker", LastTerminationState: corev1.ContainerState{Terminated: &corev1.ContainerStateTerminated{Reason: "OOMKilled", ExitCode: 137}}}}}},
+		{"Crashing", []string{"kubectl logs big-worker-0"}, corev1.PodStatus{Phase: corev1.PodRunning, ContainerStatuses: []corev1.ContainerStatus{
+			{Name: "worker", State: corev1.ContainerState{Waiting: &corev1.ContainerStateWaiting{Reason: "CrashLoopBackOff", Message: "back-off"}}}}}},
+	} {
+		w.eventually("pod status", func() error {
+			if err := w.Get(t.Context(), client.ObjectKeyFromObject(pod), pod); err != nil {
+				return err
+			}
+			pod.Status = c.status
+			return w.Status().Update(t.Context(), pod)
+		})
+		w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, c.reason, c.says...)
+		w.event(c.reason, c.says...)
+	}
+	// Once there is room for it, it runs.
+	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
+	w.set(func(w *world) { w.pending = false })
+	w.waitReady(d)
+}
+
+func TestNameThatIsTakenIsToldAndLeftAlone(t *testing.T) {
+	w := newWorld(t)
+	claim := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes"}, Spec: corev1.PersistentVolumeClaimSpec{
+		AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},
+		Resources:   corev1.VolumeResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")}},
+	}}
+	w.must(w.Create(t.Context(), claim))
+	w.bucket.PutT(t, "data", "file", []byte("content"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	d := w.dataset("genomes", 1)
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionVolumeReady, metav1.ConditionFalse, "NameTaken", `PersistentVolumeClaim "genomes"`)
+	w.must(w.Delete(t.Context(), d))
+	w.gone(d)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(claim), claim))
+	if claim.DeletionTimestamp != nil {
+		t.Error("somebody else's claim was deleted")
+	}
+}
+
+func TestDeletionWaitsForThePodsThatUseTheDataset(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	user := func(name string, v corev1.VolumeSource) *corev1.Pod {
+		return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: corev1.PodSpec{
+			SecurityContext: &corev1.PodSecurityContext{RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To[int64](1000), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
+			Containers: []corev1.Container{{Name: "main", Image: "busybox", SecurityContext: &corev1.SecurityContext{
+				AllowPrivilegeEscalation: ptr.To(false), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}}}},
+			Volumes: []corev1.Volume{{Name: "data", VolumeSource: v}},
+		}}
+	}
+	byClaim := user("by-claim", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "genomes"}})
+	inline := user("inline", corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: v1alpha1.DriverName, ReadOnly: ptr.To(true),
+		VolumeAttributes: map[string]string{v1alpha1.AttributeDataset: "genomes"}}})
+	other := user("other", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "else"}})
+	for _, p := range []*corev1.Pod{byClaim, inline, other} {
+		w.must(w.Create(t.Context(), p))
+	}
+	w.must(w.Delete(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "2 pods", w.ns+"/by-claim", w.ns+"/inline")
+	if d.Status.Phase != v1alpha1.DatasetDeleting || strings.Contains(asJSON(d.Status.Conditions), "/other") {
+		t.Errorf("status %s", asJSON(d.Status))
+	}
+	w.event("InUse", w.ns+"/by-claim")
+	// The workers serve on, whatever becomes of them meanwhile.
+	if len(w.statuses()) != 1 {
+		t.Error("a Dataset in use has lost its worker")
+	}
+	// A pod that has ended does not count, and one that is gone neither. Workers that are gone do not
+	// hinder.
+	byClaim.Status.Phase = corev1.PodSucceeded
+	w.must(w.Status().Update(t.Context(), byClaim))
+	w.set(func(w *world) {
+		w.deaf = true
+		for name, r := range w.workers {
+			r.stop()
+			delete(w.workers, name)
+		}
+	})
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "1 pods", "/inline")
+	w.must(w.Delete(t.Context(), inline, client.GracePeriodSeconds(0)))
+	w.gone(d)
+	pv := &corev1.PersistentVolume{}
+	if err := w.Get(t.Context(), client.ObjectKey{Name: v1alpha1.VolumeName(w.ns, "genomes")}, pv); err == nil && pv.DeletionTimestamp == nil {
+		t.Error("the volume is left behind")
+	}
+	ns := &corev1.Namespace{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Name: w.ns}, ns))
+	if _, ok := ns.Labels[v1alpha1.LabelWatched]; ok {
+		t.Error("the namespace kept its label")
+	}
+}
+
+// cached is the sum of what the workers hold.
+func (w *world) cached() (sum int64) {
+	for _, s := range w.statuses() {
+		sum += s.Cached
+	}
+	return sum
+}
+
+func (w *world) scale(d *v1alpha1.Dataset, n int32) {
+	w.Helper()
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Workers.Replicas = n })
+	w.waitReady(d)
+}
+
+func TestScaleInHandsOverWhatFits(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 12, 500_000)
+	w.scale(d, 3)
+	w.load(d, "all", nil)
+	if got := w.cached(); got != 6_000_000 {
+		t.Fatalf("%d bytes cached", got)
+	}
+	sent, epoch := w.bucket.Requests(), w.members(d).Epoch
+	w.scale(d, 1)
+	if got := w.cached(); got != 6_000_000 {
+		t.Errorf("%d bytes cached after scale-in, want all 6,000,000", got)
+	}
+	if now := w.bucket.Requests(); now != sent {
+		t.Errorf("the bucket was asked %d times for what the leaving workers held", now-sent)
+	}
+	w.event("ScaledIn", "to 1 workers", "0 B dropped")
+	m := w.members(d)
+	if len(m.Members) != 1 || m.Epoch <= epoch {
+		t.Errorf("membership %s", asJSON(m))
+	}
+	w.eventually("status counts what is held", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		if d.Status.Cached != 6_000_000 || d.Status.CachedPercentage != 100 {
+			return fmt.Errorf("status %s", asJSON(d.Status))
+		}
+		return nil
+	})
+}
+
+func TestScaleInReportsWhatItDrops(t *testing.T) {
+	w := newWorld(t)
+	p := make([]byte, 4<<20)
+	for i := range 10 {
+		p[0] = byte(i)
+		w.bucket.PutT(t, "data", fmt.Sprintf("f%d", i), p)
+	}
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	d := w.dataset("genomes", 2)
+	d.Spec.Workers.Memory = resource.MustParse("32Mi")
+	w.must(w.Create(t.Context(), d))
+	w.waitReady(d)
+	w.load(d, "all", nil)
+	w.scale(d, 1)
+	w.event("ScaledIn", "to 1 workers", "have no room")
+	for name, s := range w.statuses() {
+		if s.Used > s.Quota {
+			t.Errorf("worker %s holds %d of %d", name, s.Used, s.Quota)
+		}
+		if s.Cached < 20<<20 {
+			t.Errorf("worker %s took only %d bytes over", name, s.Cached)
+		}
+	}
+}
+
+// load creates a load of everything and waits until it is complete.
+func (w *world) load(d *v1alpha1.Dataset, name string, change func(*v1alpha1.DataLoad)) *v1alpha1.DataLoad {
+	w.Helper()
+	l := &v1alpha1.DataLoad{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: v1alpha1.DataLoadSpec{DatasetRef: v1alpha1.Reference{Name: d.Name}}}
+	if change != nil {
+		change(l)
+	}
+	w.must(w.Create(w.Context(), l))
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionTrue, "Loaded")
+	return l
+}
+
+func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 8, 200_000)
+	w.load(d, "all", nil)
+	uids := func() map[string]string {
+		out := make(map[string]string)
+		w.mu.Lock()
+		defer w.mu.Unlock()
+		for name, r := range w.workers {
+			out[name] = r.uid
+		}
+		return out
+	}
+	set := &appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker"}}
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
+	before, generation, members := uids(), set.Generation, w.members(d)
+
+	// Another version of the controller starts: nothing happens to workers, membership or status.
+	w.stopManager()
+	w.image = "stepcache:v2"
+	w.start()
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{"elsewhere"} })
+	np := &networkingv1.NetworkPolicy{}
+	w.eventually("the new controller acts", func() error {
+		if err := w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, np); err != nil {
+			return err
+		}
+		if !strings.Contains(asJSON(np.Spec), "elsewhere") {
+			return errors.New("the policy does not let the other namespace in")
+		}
+		return nil
+	})
+	w.waitReady(d)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
+	if after := uids(); fmt.Sprint(after) != fmt.Sprint(before) || set.Generation != generation || set.Spec.Template.Spec.Containers[0].Image != "stepcache:v1" {
+		t.Errorf("an upgrade changed the workers: %v to %v, generation %d to %d", before, after, generation, set.Generation)
+	}
+	if now := w.members(d); asJSON(now) != asJSON(members) {
+		t.Errorf("an upgrade changed the membership from %s to %s", asJSON(members), asJSON(now))
+	}
+
+	// The user asks: one after the other, and what they hold is kept.
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "v2")
+	})
+	w.eventually("all workers are new", func() error {
+		w.mu.Lock()
+		n := len(w.workers)
+		w.mu.Unlock()
+		now := uids()
+		for name, uid := range before {
+			if now[name] == uid || now[name] == "" {
+				return fmt.Errorf("%d workers run, %s is the old one", n, name)
+			}
+		}
+		return nil
+	})
+	w.waitReady(d)
+	w.event("WorkerUpdated", "genomes-worker-0")
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
+	if got := set.Spec.Template.Spec.Containers[0].Image; got != "stepcache:v2" {
+		t.Errorf("image %s after a rollout", got)
+	}
+	if got := w.cached(); got == 0 {
+		t.Error("a rollout of two workers lost everything")
+	}
+}
+
+func TestWorkerOnANodeThatDoesNotAnswerIsReplaced(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 4, 1000)
+	m := w.members(d)
+	lost := m.Members[0]
+	w.node(0, corev1.ConditionUnknown)
+	if lost.Node != w.nodeName(0) {
+		t.Fatalf("worker 0 is on %s", lost.Node)
+	}
+	w.set(func(w *world) { // the machine is gone
+		w.workers[lost.ID].cancel()
+		<-w.workers[lost.ID].done
+	})
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "NodeUnreachable", lost.ID, lost.Node)
+	if d.Status.Phase != v1alpha1.DatasetDegraded {
+		t.Errorf("phase %s", d.Status.Phase)
+	}
+	w.event("NodeUnreachable", lost.ID)
+	w.clock.advance(3 * time.Minute)
+	update(w, d, func(d *v1alpha1.Dataset) { metav1.SetMetaDataAnnotation(&d.ObjectMeta, "poke", "1") })
+	w.waitReady(d)
+	w.event("WorkerReplaced", lost.ID, lost.Node)
+	m = w.members(d)
+	if len(m.Members) != 2 || m.Members[0].Node == lost.Node {
+		t.Errorf("membership %s", asJSON(m))
+	}
+}
+
+func TestKeysRotateWithoutShuttingAnyoneOut(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 2, 1000)
+	keys := func(name string) map[string][]byte {
+		s := &corev1.Secret{}
+		w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: name}, s))
+		return s.Data
+	}
+	old := keys("genomes-keys")
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "today")
+	})
+	w.event("KeysRotated", "new keys are in use")
+	now := keys("genomes-keys")
+	for _, role := range []string{"read", "write", "control"} {
+		k, err := wire.ParseKeys(now[role])
+		w.must(err)
+		was, err := wire.ParseKeys(old[role])
+		w.must(err)
+		if len(k) != 2 || k[1] != was[0] || k[0] == was[0] {
+			t.Errorf("role %s has %d keys, the old one is not the second", role, len(k))
+		}
+	}
+	w.eventually("readers use the new key", func() error {
+		k, _ := wire.ParseKeys(keys("genomes-reader")["read"])
+		all, _ := wire.ParseKeys(keys("genomes-keys")["read"])
+		if len(k) != 1 || k[0] != all[0] {
+			return fmt.Errorf("reader has %d keys, not the new one", len(k))
+		}
+		return nil
+	})
+	w.waitReady(d)
+	update(w, d, func(d *v1alpha1.Dataset) { delete(d.Annotations, v1alpha1.AnnotationRotateKeys) })
+	w.eventually("the old keys end", func() error {
+		if k, err := wire.ParseKeys(keys("genomes-keys")["control"]); err != nil || len(k) != 1 {
+			return fmt.Errorf("%d keys: %v", len(k), err)
+		}
+		return nil
+	})
+	w.waitReady(d)
+}
+
+func TestMembershipThatWasDeletedComesBackWithAGreaterEpoch(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 2, 1000)
+	before := w.members(d)
+	cm := &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-tier"}}
+	w.must(w.Delete(t.Context(), cm))
+	w.eventually("workers follow the new list", func() error {
+		if err := w.Get(t.Context(), client.ObjectKeyFromObject(cm), cm); err != nil {
+			return err
+		}
+		m := w.members(d)
+		if m.Epoch <= before.Epoch || len(m.Members) != 2 {
+			return fmt.Errorf("membership %s", asJSON(m))
+		}
+		for name, s := range w.statuses() {
+			if s.Epoch != m.Epoch {
+				return fmt.Errorf("worker %s follows epoch %d, not %d", name, s.Epoch, m.Epoch)
+			}
+		}
+		return nil
+	})
+}
