@@ -2,7 +2,7 @@ package main
 
 import (
 	"context"
-	_ "embed"
+	"embed"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -13,8 +13,6 @@ import (
 	"os"
 	"path/filepath"
 	"time"
-
-	"embed"
 )
 
 // What runs on the cluster from the start: Argo Workflows in the namespace argo, and a bucket in the
@@ -50,7 +48,7 @@ func (c *Cluster) applyAddons(ctx context.Context) error {
 
 // argoInstallation writes the kustomization beside the module's source, whose manifests it refers to.
 func (c *Cluster) argoInstallation(ctx context.Context) (string, error) {
-	version, err := moduleVersion(ctx, filepath.Join(c.source, "components", "argo"), argoModule)
+	version, err := moduleVersion(ctx, filepath.Join(c.source, argoFolder), argoModule)
 	if err != nil {
 		return "", err
 	}
@@ -87,6 +85,14 @@ func (c *Cluster) addonsReady(ctx context.Context) error {
 			return fmt.Errorf("%s does not start: %w\n%s", d.name, err, pods)
 		}
 		c.say("%s ready", d.name)
+	}
+	// kube-proxy learns of a ready pod a moment later; until then its Service refuses.
+	err := until(ctx, time.Minute, func(ctx context.Context) error {
+		_, err := c.bucketCounters(ctx)
+		return err
+	})
+	if err != nil {
+		return fmt.Errorf("the Service of the bucket does not answer: %w\n%s", err, c.tail("proxy"))
 	}
 	return nil
 }

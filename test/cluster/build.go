@@ -17,23 +17,30 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// component is a set of programs that one module builds. It is built again only when a file of the module
+// component is a set of programs that one folder builds. It is built again only when a file of the folder
 // (its go.mod pins all that goes in) or the Go version changed.
 type component struct {
-	name  string // also its folder below components
+	name  string
+	dir   string // from this one's
 	build func(c *Cluster, ctx context.Context, dir string) error
 }
 
 var (
-	kubernetes = component{"kubernetes", buildKubernetes}
+	kubernetes = component{"kubernetes", "components/kubernetes", buildKubernetes}
 	components = []component{
 		kubernetes,
-		{"containerd", func(c *Cluster, ctx context.Context, dir string) error {
-			return c.goBuild(ctx, dir, "-ldflags", "-s -w", "-o", c.bin("")+"/", "tool")
-		}},
-		{"argo", buildArgo},
+		{"containerd", "components/containerd", building("tool")},
+		{"argo", argoFolder, buildArgo},
+		{"versitygw", "../../tools/bucket", building("github.com/versity/versitygw/cmd/versitygw")},
+		{"probe", "images", building("./...")},
 	}
 )
+
+func building(pkg string) func(*Cluster, context.Context, string) error {
+	return func(c *Cluster, ctx context.Context, dir string) error {
+		return c.goBuild(ctx, dir, "-ldflags", "-s -w", "-o", c.bin("")+"/", pkg)
+	}
+}
 
 // Build makes every program and image that is missing or out of date.
 func (c *Cluster) Build(ctx context.Context) error {
@@ -49,7 +56,7 @@ func (c *Cluster) Build(ctx context.Context) error {
 }
 
 func (c *Cluster) buildComponent(ctx context.Context, p component) error {
-	dir := filepath.Join(c.source, "components", p.name)
+	dir := filepath.Join(c.source, p.dir)
 	key, err := c.componentKey(p)
 	if err != nil {
 		return err
@@ -60,7 +67,7 @@ func (c *Cluster) buildComponent(ctx context.Context, p component) error {
 	if err := os.MkdirAll(c.bin(""), 0o755); err != nil {
 		return err
 	}
-	c.say("building %s (many minutes the first time)", p.name)
+	c.say("building %s", p.name)
 	began, cpu := time.Now(), childTime()
 	if err := p.build(c, ctx, dir); err != nil {
 		return fmt.Errorf("build %s: %w", p.name, err)
@@ -72,7 +79,7 @@ func (c *Cluster) buildComponent(ctx context.Context, p component) error {
 func (c *Cluster) builtFile(p component) string { return c.bin("." + p.name + ".built") }
 
 func (c *Cluster) componentKey(p component) (string, error) {
-	return hashFolder(filepath.Join(c.source, "components", p.name))
+	return hashFolder(filepath.Join(c.source, p.dir))
 }
 
 // key names all that a running cluster consists of.
@@ -85,13 +92,15 @@ func (c *Cluster) key() (string, error) {
 		}
 		keys = append(keys, k)
 	}
-	for _, dir := range []string{"manifests", "images"} {
-		k, err := hashFolder(filepath.Join(c.source, dir))
-		if err != nil {
-			return "", err
-		}
-		keys = append(keys, k)
+	manifests, err := hashFolder(filepath.Join(c.source, "manifests"))
+	if err != nil {
+		return "", err
 	}
+	images, err := c.imageKeys()
+	if err != nil {
+		return "", err
+	}
+	keys = append(keys, manifests, images)
 	return strings.Join(keys, "\n"), nil
 }
 
@@ -157,7 +166,10 @@ func buildKubernetes(c *Cluster, ctx context.Context, dir string) error {
 	return nil
 }
 
-const argoModule = "github.com/argoproj/argo-workflows/v3"
+const (
+	argoModule = "github.com/argoproj/argo-workflows/v3"
+	argoFolder = "components/argo"
+)
 
 // argoSource is the module's source as it is built and whose manifests are applied.
 func (c *Cluster) argoSource() string { return filepath.Join(c.state, "build", "argo", "source") }

@@ -83,7 +83,6 @@ func (c *Cluster) Up(ctx context.Context) error {
 	if err := c.Build(ctx); err != nil {
 		return err
 	}
-	c.began = time.Now() // what follows is the time to start; building said its own
 	key, err := c.key()
 	if err != nil {
 		return err

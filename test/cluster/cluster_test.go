@@ -376,7 +376,7 @@ func TestComponentsArePinned(t *testing.T) {
 			t.Error(err)
 		}
 	}
-	version, err := moduleVersion(t.Context(), filepath.Join(c.source, "components", "argo"), argoModule)
+	version, err := moduleVersion(t.Context(), filepath.Join(c.source, argoFolder), argoModule)
 	if err != nil || version == "" {
 		t.Errorf("Argo Workflows %q, %v", version, err)
 	}

@@ -46,7 +46,7 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	files := map[string][]byte{
 		"audit-policy.yaml": auditPolicy,
 		"Corefile":          fmt.Appendf(nil, corefile, controlPlaneIP, c.kubeconfig("coredns")),
-		"proxy.yaml":        proxyConfig("control-plane", controlPlaneIP, c.kubeconfig("proxy")),
+		"proxy.yaml":        proxyConfig(nodes[0].name, controlPlaneIP, c.kubeconfig("proxy")),
 		"resolv.conf":       []byte("nameserver " + controlPlaneIP + "\nsearch svc.cluster.local cluster.local\noptions ndots:2\n"),
 	}
 	for name, content := range files {
@@ -120,7 +120,8 @@ func (c *Cluster) startControlPlane(ctx context.Context) error {
 	return run("proxy", "kube-proxy", "--config", c.run("proxy.yaml"))
 }
 
-// proxyConfig is a kube-proxy's configuration. It leaves the machine's connection tracking alone.
+// proxyConfig is a kube-proxy's configuration. Its host must be a node: kube-proxy does nothing before a
+// node of that name exists, so the control plane's takes n1's. It leaves the machine's connection tracking alone.
 func proxyConfig(host, ip, kubeconfig string) []byte {
 	return fmt.Appendf(nil, `apiVersion: kubeproxy.config.k8s.io/v1alpha1
 kind: KubeProxyConfiguration

@@ -58,18 +58,11 @@ func (c *Cluster) buildImages(ctx context.Context) error {
 	if err := os.MkdirAll(c.images(), 0o755); err != nil {
 		return err
 	}
-	root := filepath.Join(c.source, "..", "..")
-	// Go's own cache decides whether there is anything to build.
-	for _, b := range []struct{ dir, pkg string }{
-		{c.source, "./images/..."},
-		{root, "./test/bucket/bucketd"},
-		{filepath.Join(root, "tools", "bucket"), "github.com/versity/versitygw/cmd/versitygw"},
-	} {
-		if err := c.goBuild(ctx, b.dir, "-ldflags", "-s -w", "-o", c.bin("")+"/", b.pkg); err != nil {
-			return err
-		}
+	// Of the product's own module, so Go's cache decides whether there is anything to build.
+	if err := building("./test/bucket/bucketd")(c, ctx, filepath.Join(c.source, "..", "..")); err != nil {
+		return err
 	}
-	argo, err := moduleVersion(ctx, filepath.Join(c.source, "components", "argo"), argoModule)
+	argo, err := moduleVersion(ctx, filepath.Join(c.source, argoFolder), argoModule)
 	if err != nil {
 		return err
 	}
@@ -106,7 +99,7 @@ func (c *Cluster) writeImage(i image) error {
 		return err
 	}
 	key := fmt.Sprintf("%x %s %v %s", sha256.Sum256(layer), i.tag, i.entrypoint, i.user)
-	keyFile := filepath.Join(c.images(), "."+i.name)
+	keyFile := c.imageKey(i.name)
 	if have, _ := os.ReadFile(keyFile); string(have) == key {
 		if _, err := os.Stat(c.archive(i.name)); err == nil {
 			return nil
@@ -141,6 +134,25 @@ func (c *Cluster) writeImage(i image) error {
 		return err
 	}
 	return os.WriteFile(keyFile, []byte(key), 0o644)
+}
+
+func (c *Cluster) imageKey(name string) string { return filepath.Join(c.images(), "."+name) }
+
+// imageKeys names the content of all images.
+func (c *Cluster) imageKeys() (string, error) {
+	files, err := filepath.Glob(c.imageKey("*"))
+	if err != nil {
+		return "", err
+	}
+	var b strings.Builder
+	for _, f := range files {
+		key, err := os.ReadFile(f)
+		if err != nil {
+			return "", err
+		}
+		fmt.Fprintf(&b, "%s\n", key)
+	}
+	return b.String(), nil
 }
 
 // layer is the image's content; the same programs give the same bytes.
@@ -236,6 +248,7 @@ func containerdName(r name.Reference) string {
 	return strings.Replace(r.Name(), name.DefaultRegistry+"/", "docker.io/", 1)
 }
 
+// onEachNode runs f for every running node at once and returns the first error.
 func (c *Cluster) onEachNode(f func(node string) error) error {
 	done := make(chan error)
 	n := 0
@@ -248,11 +261,13 @@ func (c *Cluster) onEachNode(f func(node string) error) error {
 	if n == 0 {
 		return errors.New("no node runs; `cluster up` starts them")
 	}
-	var err error
+	var first error // the others say the same
 	for range n {
-		err = errors.Join(err, <-done)
+		if err := <-done; first == nil {
+			first = err
+		}
 	}
-	return err
+	return first
 }
 
 func copyFile(from, to string) error {

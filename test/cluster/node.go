@@ -199,7 +199,9 @@ func (c *Cluster) ExecInNode(name string, args []string) error {
 		return fmt.Errorf("node %s does not run", name)
 	}
 	enter := []string{"nsenter", "--target", fmt.Sprint(pid), "--mount", "--uts", "--ipc", "--net", "--pid", "--"}
-	return become(append(enter, args...), nil)
+	return become(append(enter, args...), func() error {
+		return errors.Join(c.leadPath(), os.Setenv("CONTAINERD_NAMESPACE", "k8s.io"))
+	})
 }
 
 // inNode runs a command inside a node and returns what it printed.
@@ -207,7 +209,8 @@ func (c *Cluster) inNode(ctx context.Context, name string, args ...string) (stri
 	enter := []string{"--target", fmt.Sprint(c.pid(name)), "--mount", "--uts", "--ipc", "--net", "--pid", "--"}
 	out, err := exec.CommandContext(ctx, "nsenter", append(enter, args...)...).CombinedOutput()
 	if err != nil {
-		return string(out), fmt.Errorf("on node %s: %s: %w: %s", name, strings.Join(args, " "), err, bytes.TrimSpace(out))
+		lines := strings.Split(strings.TrimSpace(string(out)), "\n") // the last says what, before it come warnings
+		return string(out), fmt.Errorf("on node %s: %s: %w: %s", name, strings.Join(args, " "), err, lines[len(lines)-1])
 	}
 	return string(out), nil
 }
@@ -240,8 +243,13 @@ func (c *Cluster) Exec(args []string) error {
 		return errors.Join(
 			os.Setenv("KUBECONFIG", c.kubeconfig("admin")),
 			os.Setenv("KUBECACHEDIR", c.kubectlCache()),
-			os.Setenv("PATH", c.bin("")+string(os.PathListSeparator)+os.Getenv("PATH")))
+			c.leadPath())
 	})
+}
+
+// leadPath makes the cluster's programs the first that are found.
+func (c *Cluster) leadPath() error {
+	return os.Setenv("PATH", c.bin("")+string(os.PathListSeparator)+os.Getenv("PATH"))
 }
 
 // Control groups. The cluster's lie in a group of its own in every hierarchy (version 1).
