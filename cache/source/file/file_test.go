@@ -24,7 +24,7 @@ func TestConformance(t *testing.T) {
 	sourcetest.Run(t, func(t *testing.T) sourcetest.Fixture {
 		dir := t.TempDir()
 		return sourcetest.Fixture{
-			Config: source.Config{URL: "file://" + dir}, Open: open,
+			Config: source.Config{URL: "file://" + dir}, Open: open, Part: 1 << 20,
 			PutByHand: func(t *testing.T, key string, content []byte) { // in place: the inode stays
 				f, err := os.OpenFile(filepath.Join(dir, key), os.O_WRONLY|os.O_TRUNC, 0)
 				if err != nil {

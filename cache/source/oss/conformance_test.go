@@ -65,13 +65,14 @@ func TestConformance(t *testing.T) {
 		return sourcetest.Fixture{
 			Config: configOf(t, s),
 			Open: func(ctx context.Context, c source.Config) (source.Source, error) {
-				b, err := Open(ctx, c)
+				b, err := open(c, deps{part: 1 << 20})
 				if err != nil {
 					return nil, err
 				}
 				return b, nil
 			},
 			Digest: source.CRC64ECMA,
+			Part:   1 << 20,
 			PutByHand: func(t *testing.T, key string, content []byte) {
 				if _, err := s.Put(testBucket, key, content); err != nil {
 					t.Fatal(err)

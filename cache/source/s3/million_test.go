@@ -76,12 +76,12 @@ func (c *counted) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 }
 
 // A million keys are listed completely, once each, with hardly more pages than they fill, and in memory
-// for a few pages. With the race detector, under which XML is ten times as slow, a twentieth of that;
+// for a few pages. With the race detector, under which XML is ten times as slow, a fiftieth of that;
 // package source has the same test of a million keys without XML.
 func TestMillionKeysInBoundedMemory(t *testing.T) {
 	n := 1_000_000
 	if raceEnabled || testing.Short() {
-		n = 50_000
+		n = 20_000
 	}
 	c := &counted{n: n}
 	server := httptest.NewServer(c)

@@ -204,7 +204,7 @@ func testRetryThroughFaults(t *testing.T, s *suite) {
 // A Put repeats by itself what the store refused, part by part.
 func testPutThroughFaults(t *testing.T, s *suite) {
 	src, f := s.proxied(t)
-	want := content(37, large)
+	want := content(37, s.large())
 	var n atomic.Int64
 	f.Set(func(r *http.Request) bucket.Fault {
 		if n.Add(1)%2 == 0 {

@@ -10,18 +10,25 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 )
 
-// large is more than two of anybody's parts.
-const large = 40<<20 + 12345
+// large is more than two parts of an object.
+func (s *suite) large() int {
+	part := s.Part
+	if part == 0 {
+		part = 16 << 20
+	}
+	return part/2*5 + 12345
+}
 
 func testPutStreams(t *testing.T, s *suite) {
+	large := s.large()
 	want := content(20, large)
-	for key, size := range map[string]int64{"known": large, "unknown": -1} {
+	for key, size := range map[string]int64{"known": int64(large), "unknown": -1} {
 		o, err := s.src.Put(t.Context(), key, onlyReader{bytes.NewReader(want)}, size)
-		if err != nil || o.Size != large || o.Version == "" {
+		if err != nil || o.Size != int64(large) || o.Version == "" {
 			t.Fatalf("put with %s size: %+v, %v", key, o, err)
 		}
 		now, err := s.src.Stat(t.Context(), key)
-		if err != nil || now.Version != o.Version || now.Size != large {
+		if err != nil || now.Version != o.Version || now.Size != int64(large) {
 			t.Errorf("stat says %+v, put said %+v, %v", now, o, err)
 		}
 		if got, err := read(t.Context(), s.src, o, 0, o.Size); err != nil || !bytes.Equal(got, want) {
@@ -64,23 +71,26 @@ func testFailedPutLeavesNothing(t *testing.T, s *suite) {
 	zeros := func(n int, end error) func(context.CancelFunc) io.Reader {
 		return func(context.CancelFunc) io.Reader { return &brokenReader{n, func() error { return end }} }
 	}
+	large := s.large()
+	both := []string{"old", "new"}
 	bytesOf := func(context.CancelFunc) io.Reader { return bytes.NewReader(before) }
 	for name, c := range map[string]struct {
 		content func(context.CancelFunc) io.Reader
 		size    int64
 		want    error
+		keys    []string // what fails after parts were sent costs them, so that one key must do
 	}{
-		"content breaks":       {zeros(1000, errContent), 2000, errContent},
-		"content breaks late":  {zeros(large, errContent), -1, errContent},
-		"content too short":    {bytesOf, 1001, source.ErrInvalid},
-		"content much shorter": {zeros(large, io.EOF), 3 * large, source.ErrInvalid},
-		"content too long":     {bytesOf, 999, source.ErrInvalid},
-		"content longer late":  {zeros(large+1, io.EOF), large, source.ErrInvalid},
+		"content breaks":       {zeros(1000, errContent), 2000, errContent, both},
+		"content breaks late":  {zeros(large, errContent), -1, errContent, both},
+		"content too short":    {bytesOf, 1001, source.ErrInvalid, both},
+		"content much shorter": {zeros(large, io.EOF), int64(3 * large), source.ErrInvalid, both[:1]},
+		"content too long":     {bytesOf, 999, source.ErrInvalid, both},
+		"content longer late":  {zeros(large+1, io.EOF), int64(large), source.ErrInvalid, both[1:]},
 		"canceled": {func(cancel context.CancelFunc) io.Reader {
 			return &brokenReader{large, func() error { cancel(); return context.Canceled }}
-		}, -1, context.Canceled},
+		}, -1, context.Canceled, both[:1]},
 	} {
-		for _, key := range []string{"old", "new"} {
+		for _, key := range c.keys {
 			ctx, cancel := context.WithCancel(t.Context())
 			_, err := s.src.Put(ctx, key, c.content(cancel), c.size)
 			cancel()

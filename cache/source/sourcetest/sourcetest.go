@@ -30,6 +30,9 @@ type Fixture struct {
 	PutByHand func(t *testing.T, key string, content []byte)
 	// Leftovers, when set, counts the parts or temporary files that unfinished puts left behind.
 	Leftovers func(t *testing.T) int
+	// Part is the size of the parts that Open's sources put large objects in; zero means 16 MiB. Small ones
+	// make the suite quick.
+	Part int
 	// NoKey, when set, says why the server cannot hold a key (a folder has no "a//b"), which then is not
 	// tried; empty means it can.
 	NoKey func(key string) string
