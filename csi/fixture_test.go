@@ -253,10 +253,10 @@ func (m *machine) config() Config {
 
 func (m *machine) order() order {
 	c := m.config().withDefaults()
-	return order{Keeper: c.Keeper, Config: Config2{
-		NodeName: c.NodeName, KubeletDir: c.KubeletDir, SocketDir: c.SocketDir, CacheDir: c.CacheDir,
+	return order{
+		Keeper: c.Keeper, NodeName: c.NodeName, KubeletDir: c.KubeletDir, SocketDir: c.SocketDir, CacheDir: c.CacheDir,
 		Seeds: []string{m.tier.gate.addr()}, Events: filepath.Join(m.base, "events"),
-	}}
+	}
 }
 
 func (m *machine) events() string {

@@ -105,15 +105,13 @@ func abort(minor uint32) {
 
 // order is what a child is told.
 type order struct {
-	Config Config2
+	// Keeper is the keeper's socket.
 	Keeper string
-}
-
-// Config2 is what of a Config can be written down.
-type Config2 struct {
+	// Of a node service's Config.
 	NodeName, KubeletDir, SocketDir, CacheDir string
 	Seeds                                     []string
-	Events                                    string
+	// Events is the file for what it tells the node's object.
+	Events string
 }
 
 // child is a node service or a keeper, until SIGTERM.
@@ -130,8 +128,8 @@ func child(what string) int {
 	switch what {
 	case "node":
 		err = Run(ctx, Config{
-			NodeName: o.Config.NodeName, KubeletDir: o.Config.KubeletDir, SocketDir: o.Config.SocketDir, CacheDir: o.Config.CacheDir,
-			Seeds: func(string, string) []string { return o.Config.Seeds }, Logger: log, Node: fileNode{o.Config.Events},
+			NodeName: o.NodeName, KubeletDir: o.KubeletDir, SocketDir: o.SocketDir, CacheDir: o.CacheDir,
+			Seeds: func(string, string) []string { return o.Seeds }, Logger: log, Node: fileNode{o.Events},
 			KeeperWait: 2 * time.Second, Linger: time.Hour,
 		})
 	case "keeper":

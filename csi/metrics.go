@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
@@ -19,6 +20,8 @@ type metrics struct {
 	s        *service
 	registry *prometheus.Registry
 	calls    *prometheus.HistogramVec
+
+	listening atomic.Value // string: the address
 
 	mounts, pods, keeper, budget, used, left *prometheus.Desc
 }
@@ -57,6 +60,12 @@ func (m *metrics) add(n *mounted) {
 func (m *metrics) remove(n *mounted) {
 	m.registry.Unregister(n.server)
 	m.registry.Unregister(n.client.Collector())
+}
+
+// addr is where serve listens.
+func (m *metrics) addr() string {
+	a, _ := m.listening.Load().(string)
+	return a
 }
 
 // Describe implements prometheus.Collector.
@@ -112,6 +121,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 // serve answers /healthz (this process runs), /readyz (the kubelet may call, and what was parked is served) and
 // /metrics until ctx ends.
 func (m *metrics) serve(ctx context.Context, l net.Listener) error {
+	m.listening.Store(l.Addr().String())
 	mux := http.NewServeMux()
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {

@@ -11,6 +11,7 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sync/errgroup"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -440,12 +441,17 @@ func (s *service) reap(linger time.Duration) error {
 		}
 	}
 	s.mu.Unlock()
+	// At once: one that somebody still has open, in a pod that has gone, takes its time.
+	var g errgroup.Group
 	for _, m := range over {
-		if s.end(m) {
-			s.log.Info("unmounted, since no pod has it", "dataset", m.set.String(), "dir", m.dir)
-		}
+		g.Go(func() error {
+			if s.end(m) {
+				s.log.Info("unmounted, since no pod has it", "dataset", m.set.String(), "dir", m.dir)
+			}
+			return nil
+		})
 	}
-	return nil
+	return g.Wait()
 }
 
 // sweep looks, once, for mounts of former node services that nobody serves nor keeps any more.

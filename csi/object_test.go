@@ -1,0 +1,161 @@
+package csi
+
+import (
+	"context"
+	"errors"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/kubernetes/fake"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+func TestNodeObjectIsLabelledAndLeftAsItWas(t *testing.T) {
+	ctx := context.Background()
+	client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName, Labels: map[string]string{"zone": "a"}}})
+	at := time.Unix(1_700_000_000, 0)
+	n := NodeObject{Client: client, Name: nodeName, Now: func() time.Time { return at }}
+	labels := func() map[string]string {
+		o, err := client.CoreV1().Nodes().Get(ctx, nodeName, metav1.GetOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return o.Labels
+	}
+	for range 2 {
+		if err := n.Ready(ctx, true); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := labels(); got[v1alpha1.LabelNodeReady] != "true" || got["zone"] != "a" {
+		t.Errorf("labels %v", got)
+	}
+	for range 2 {
+		if err := n.Ready(ctx, false); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if got := labels(); len(got) != 1 || got["zone"] != "a" {
+		t.Errorf("labels %v", got)
+	}
+	if err := n.Event(ctx, "MountLost", "text"); err != nil {
+		t.Fatal(err)
+	}
+	events, err := client.CoreV1().Events("default").List(ctx, metav1.ListOptions{})
+	if err != nil || len(events.Items) != 1 {
+		t.Fatal(events, err)
+	}
+	e := events.Items[0]
+	if e.InvolvedObject.Kind != "Node" || e.InvolvedObject.Name != nodeName || e.Reason != "MountLost" || e.Message != "text" || e.Type != "Warning" || !e.FirstTimestamp.Time.Equal(at) {
+		t.Errorf("event %+v", e)
+	}
+	n.Name = "other"
+	if err := n.Ready(ctx, true); !apierrors.IsNotFound(err) || !strings.Contains(err.Error(), "label node other") {
+		t.Error(err)
+	}
+}
+
+// flakyNode refuses at first.
+type flakyNode struct {
+	memoryNode
+	refuse int
+}
+
+func (n *flakyNode) Ready(ctx context.Context, ready bool) error {
+	n.mu.Lock()
+	refuse := n.refuse > 0
+	n.refuse--
+	n.mu.Unlock()
+	if refuse {
+		return errors.New("no API server at the moment")
+	}
+	return n.memoryNode.Ready(ctx, ready)
+}
+
+func TestTheLabelComesOnceTheKubeletKnowsTheDriverAndTheAPIServerAnswers(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	m := newMachine(t, k)
+	m.keep()
+	told := &flakyNode{refuse: 1}
+	n := m.run(func(c *Config) { c.Node, c.Listen = told, "127.0.0.1:0" })
+	eventually(t, "the label", func() bool { return slices.Equal(told.all(), []string{"ready true"}) })
+	_ = n
+}
+
+func TestHealthAndMetrics(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	k.publish(1, "")
+	m := newMachine(t, k)
+	m.keep()
+	n := m.run(func(c *Config) { c.Listen, c.NodeMemory = "127.0.0.1:0", 4*leastSlice })
+	get := func(path string) (int, string) {
+		t.Helper()
+		r, err := http.Get("http://" + n.s.metrics.addr() + path)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer r.Body.Close()
+		b, err := io.ReadAll(r.Body)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r.StatusCode, string(b)
+	}
+	for _, path := range []string{"/healthz", "/readyz"} {
+		if code, text := get(path); code != http.StatusOK {
+			t.Errorf("%s: %d %s", path, code, text)
+		}
+	}
+	n.publish("a")
+	n.publish("b")
+	_, text := get("/metrics")
+	for _, want := range []string{
+		`stepcache_node_mounts{dataset="argo/genomes"} 1`, `stepcache_node_pods{dataset="argo/genomes"} 2`, `stepcache_node_keeper_connected 1`,
+		`stepcache_node_cache_unassigned_bytes 6.7`, `stepcache_mount_lookups_total{`, `stepcache_client_`, `stepcache_node_call_seconds_count{code="OK",method="NodePublishVolume"} 2`,
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("metrics lack %s", want)
+		}
+	}
+	n.unpublish("a")
+	n.unpublish("b")
+	if err := n.s.reap(-1); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the mount's metrics to go", func() bool {
+		_, text := get("/metrics")
+		return !strings.Contains(text, "stepcache_mount_") && !strings.Contains(text, "stepcache_client_")
+	})
+}
+
+func TestConfigIsChecked(t *testing.T) {
+	for _, c := range []struct {
+		want string
+		c    Config
+	}{
+		{"no node name", Config{}},
+		{"node memory", Config{NodeName: "n", NodeMemory: -1}},
+		{"absolute path", Config{NodeName: "n", KubeletDir: "kubelet"}},
+		{"107", Config{NodeName: "n", KubeletDir: "/" + strings.Repeat("x", 80)}},
+	} {
+		if err := c.c.Validate(); err == nil || !strings.Contains(err.Error(), c.want) {
+			t.Errorf("%+v: %v, want %q", c.c, err, c.want)
+		}
+		if err := Run(context.Background(), c.c); err == nil {
+			t.Errorf("%+v: it runs", c.c)
+		}
+	}
+	if err := (Config{NodeName: "n"}).Validate(); err != nil {
+		t.Error(err)
+	}
+}

@@ -1,0 +1,385 @@
+package csi
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"sync"
+	"testing"
+
+	"golang.org/x/sys/unix"
+	"google.golang.org/grpc"
+
+	"github.com/container-storage-interface/spec/lib/go/csi"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+)
+
+// Here node services and keepers are processes that are killed, while the worker and the pods are this process.
+
+// startNode starts a node service and registers it, as the kubelet does. It is the one that has the sockets then.
+func (m *machine) startNode() (*process, *kubelet) {
+	m.t.Helper()
+	c := m.config().withDefaults()
+	before, _ := os.Lstat(c.registrationSocket())
+	p := start(m.t, "node", m.order())
+	eventually(m.t, "the node service's sockets", func() bool {
+		now, err := os.Lstat(c.registrationSocket())
+		return err == nil && (before == nil || !os.SameFile(before, now)) || exited(p)
+	})
+	k := m.kubelet()
+	k.register()
+	return p, k
+}
+
+func exited(p *process) bool {
+	return p.cmd.Process.Signal(unix.Signal(0)) != nil
+}
+
+func (m *machine) startKeeper() *process {
+	m.t.Helper()
+	path := m.config().withDefaults().Keeper
+	before, _ := os.Lstat(path)
+	p := start(m.t, "keeper", m.order())
+	eventually(m.t, "the keeper's socket", func() bool {
+		now, err := os.Lstat(path)
+		return err == nil && (before == nil || !os.SameFile(before, now))
+	})
+	return p
+}
+
+// parked waits until the keeper has n mounts.
+func (p *process) parked(t *testing.T, n int) {
+	t.Helper()
+	eventually(t, fmt.Sprintf("%d mounts at the keeper", n), func() bool {
+		return strings.Count(p.out.String(), "msg=parked")-strings.Count(p.out.String(), "msg=dropped") >= n
+	})
+}
+
+// waiting is how many requests a file system has not answered.
+func waiting(t *testing.T, d device) int {
+	t.Helper()
+	ctl, err := fusectl()
+	if err != nil {
+		t.Skipf("needs fusectl: %v", err)
+	}
+	b, err := os.ReadFile(filepath.Join(ctl, fmt.Sprint(d.minor), "waiting"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n, err := strconv.Atoi(strings.TrimSpace(string(b)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	return n
+}
+
+// pieces are files that nobody has read yet, one for each time that a read must go to the worker.
+func pieces() map[string][]byte {
+	files := someFiles()
+	for i := range 6 {
+		name := fmt.Sprintf("piece-%d", i)
+		files[name] = content(name, 600_000+i)
+	}
+	return files
+}
+
+func TestPodsDoNotNoticeThatTheNodeServiceIsKilled(t *testing.T) {
+	needMounts(t)
+	files := pieces()
+	k := newTier(t, files)
+	m := newMachine(t, k)
+	keeper := m.startKeeper()
+	first, kube := m.startNode()
+
+	// A worker of this node, so that a file is open by passthrough.
+	socket := kube.inline("worker-uid", v1alpha1.VolumeSocket, "0", nil)
+	if _, err := kube.NodePublishVolume(testContext(t), socket); err != nil {
+		t.Fatal(err)
+	}
+	k.stop()
+	path := filepath.Join(m.base, "run", "worker-uid", v1alpha1.SocketName)
+	k.start(path)
+	k.publish(1, path)
+
+	dir := kube.publish("step")
+	d := deviceAt(t, dir)
+	keeper.parked(t, 1)
+	sameFile(t, filepath.Join(dir, "big"), files["big"])
+	open := func(name string) *os.File {
+		f, err := os.Open(filepath.Join(dir, name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return f
+	}
+	whole := func(f *os.File, name string) error {
+		_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_DONTNEED)
+		h := sha256.New()
+		n, err := io.Copy(h, io.NewSectionReader(f, 0, 1<<40))
+		if err != nil {
+			return err
+		}
+		if want := sha256.Sum256(files[name]); !bytes.Equal(h.Sum(nil), want[:]) {
+			return fmt.Errorf("%s: %d bytes that are not the object's %d", name, n, len(files[name]))
+		}
+		return nil
+	}
+	big := open("big")
+	defer big.Close()
+	if err := whole(big, "big"); err != nil {
+		t.Fatal(err)
+	}
+
+	// inFlight starts a read of a piece, which the worker does not answer until released.
+	inFlight := func(i int) (result chan error) {
+		t.Helper()
+		name := fmt.Sprintf("piece-%d", i)
+		f := open(name)
+		k.gate.hold()
+		result = make(chan error, 1)
+		go func() {
+			err := whole(f, name)
+			result <- errors.Join(err, f.Close())
+		}()
+		eventually(t, "a read in flight", func() bool { return waiting(t, d) > 0 })
+		return result
+	}
+	check := func(when string, result chan error) {
+		t.Helper()
+		if result != nil {
+			k.gate.release()
+			if err := <-result; err != nil {
+				t.Errorf("%s: the read in flight: %v", when, err)
+			}
+		}
+		if err := whole(big, "big"); err != nil {
+			t.Errorf("%s: the handle from before: %v", when, err)
+		}
+		for name, want := range files {
+			sameFile(t, filepath.Join(dir, name), want)
+		}
+		if got := deviceAt(t, dir); got != d {
+			t.Errorf("%s: another file system", when)
+		}
+	}
+	check("before", nil)
+
+	result := inFlight(0)
+	first.kill()
+	second, kube := m.startNode()
+	check("the node service was killed", result)
+	if got := deviceAt(t, kube.publish("other")); got != d {
+		t.Error("a new pod gets another mount than the one that was resumed")
+	}
+
+	// The keeper is replaced: the node service parks again at the next one.
+	keeper.kill()
+	check("the keeper was killed", nil)
+	keeper = m.startKeeper()
+	keeper.parked(t, 1)
+	result = inFlight(1)
+	second.kill()
+	third, kube := m.startNode()
+	check("the keeper, then the node service was killed", result)
+
+	// An orderly update without a surge: the old one first.
+	result = inFlight(2)
+	third.terminate(t)
+	fourth, kube := m.startNode()
+	check("the node service was stopped", result)
+	for _, pod := range []string{"step", "other", "worker-uid"} {
+		if pod == "step" {
+			big.Close()
+		}
+		kube.unpublish(pod)
+	}
+	fourth.terminate(t)
+	eventually(t, "all mounts to go", func() bool { return fuseMounts(t, m.base) == 0 })
+	if got := m.events(); strings.Contains(got, "event") {
+		t.Errorf("events: %s", got)
+	}
+}
+
+func TestALaterNodeServiceTakesOverFromAnEarlierOne(t *testing.T) {
+	needMounts(t)
+	files := pieces()
+	k := newTier(t, files)
+	k.publish(1, "")
+	m := newMachine(t, k)
+	keeper := m.startKeeper()
+	first, kube := m.startNode()
+	dir := kube.publish("step")
+	keeper.parked(t, 1)
+	// A reader that never stops, and must not see anything of it.
+	ctx, cancel := context.WithCancel(context.Background())
+	var wg sync.WaitGroup
+	rounds := make(chan struct{})
+	wg.Go(func() {
+		for {
+			for name, want := range files {
+				got, err := os.ReadFile(filepath.Join(dir, name))
+				if err != nil || !bytes.Equal(got, want) {
+					t.Errorf("%s: %d bytes, %v", name, len(got), err)
+					cancel()
+				}
+			}
+			select {
+			case rounds <- struct{}{}:
+			case <-ctx.Done():
+				return
+			}
+		}
+	})
+	progress := func() {
+		for range 2 {
+			select {
+			case <-rounds:
+			case <-ctx.Done():
+			}
+		}
+	}
+	progress()
+	second, kube := m.startNode() // both serve
+	progress()
+	first.terminate(t)
+	progress()
+	other := kube.publish("other")
+	if deviceAt(t, other) != deviceAt(t, dir) {
+		t.Error("a new pod gets another mount")
+	}
+	progress()
+	cancel()
+	wg.Wait()
+	if got, want := m.events(), "ready true\nready true\n"; got != want {
+		t.Errorf("the node was told %q: the one that went must not take the label from its successor", got)
+	}
+	kube.unpublish("step")
+	kube.unpublish("other")
+	second.terminate(t)
+	if n := fuseMounts(t, m.base); n != 0 {
+		t.Errorf("%d mounts are left", n)
+	}
+	if got := m.events(); !strings.HasSuffix(got, "ready false\n") {
+		t.Errorf("the node was told %q", got)
+	}
+}
+
+func TestANewPodGetsANewMountWhenNodeServiceAndKeeperAreBothKilled(t *testing.T) {
+	needMounts(t)
+	files := someFiles()
+	k := newTier(t, files)
+	k.publish(1, "")
+	m := newMachine(t, k)
+	keeper := m.startKeeper()
+	first, kube := m.startNode()
+	dir := kube.publish("step")
+	keeper.parked(t, 1)
+	sameFile(t, filepath.Join(dir, "dir/x"), files["dir/x"])
+	dead := deviceAt(t, dir)
+
+	first.kill()
+	keeper.kill()
+	if _, err := os.ReadFile(filepath.Join(dir, "big")); !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED) && !errors.Is(err, unix.EIO) {
+		t.Errorf("a read of the dead mount: %v", err)
+	}
+	m.startKeeper()
+	second, kube := m.startNode()
+	fresh := kube.publish("fresh") // the kubelet does not stage again
+	for name, want := range files {
+		sameFile(t, filepath.Join(fresh, name), want)
+	}
+	if deviceAt(t, fresh) == dead {
+		t.Error("the dead mount was given to a new pod")
+	}
+	eventually(t, "an Event", func() bool { return strings.Contains(m.events(), "event MountLost") })
+	if got := m.events(); !strings.Contains(got, testDataset) || !strings.Contains(got, "1 pods") {
+		t.Errorf("the Event does not say what is lost: %s", got)
+	}
+	if !strings.Contains(second.out.String(), "pods/step/") {
+		t.Errorf("the log does not say which pod must be restarted:\n%s", second.out)
+	}
+	// Nothing of the dead one is left but at the pod, where the kubelet takes it away, or publishes again.
+	all, err := mountinfo.Below(filepath.Join(kube.dir, "plugins"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, m := range all {
+		if deviceOf(m) == dead {
+			t.Errorf("the dead mount is left at %s", m.Point)
+		}
+	}
+	if _, err := kube.NodeGetVolumeStats(testContext(t), &csi.NodeGetVolumeStatsRequest{VolumeId: testDataset, VolumePath: dir}, grpc.WaitForReady(true)); err == nil {
+		t.Error("a dead mount has statistics")
+	}
+	kube.publish("step")
+	if deviceAt(t, dir) != deviceAt(t, fresh) {
+		t.Error("publishing again leaves the pod its dead mount")
+	}
+	sameFile(t, filepath.Join(dir, "big"), files["big"])
+	kube.unpublish("step")
+	kube.unpublish("fresh")
+	second.terminate(t)
+	if n := fuseMounts(t, m.base); n != 0 {
+		t.Errorf("%d mounts are left", n)
+	}
+}
+
+// A pod is never left Terminating by a mount that is dead, or that nobody serves at the moment.
+func TestUnpublishNeverWaitsForAMount(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	k.publish(1, "")
+	m := newMachine(t, k)
+	keeper := m.startKeeper()
+	first, kube := m.startNode()
+	kube.publish("dead")
+	kube.publish("unserved")
+	keeper.parked(t, 1)
+	first.kill() // from here on its mount is held, and does not answer
+	// A node service for another folder of the same kubelet, so that it adopts nothing.
+	other := newService(func() Config {
+		c := m.config()
+		c.Dir, c.Keeper = filepath.Join(m.base, "other"), filepath.Join(m.base, "none.sock")
+		return c.withDefaults()
+	}())
+	unpublish := func(pod string) {
+		if _, err := other.NodeUnpublishVolume(testContext(t), &csi.NodeUnpublishVolumeRequest{VolumeId: testDataset, TargetPath: kube.target(pod)}); err != nil {
+			t.Error(err)
+		}
+		if _, err := os.Lstat(kube.target(pod)); !errors.Is(err, os.ErrNotExist) {
+			t.Error(err)
+		}
+	}
+	unpublish("unserved")
+	keeper.kill()
+	unpublish("dead")
+}
+
+func TestWithoutAKeeperEverythingIsServedAndParkedOnceThereIsOne(t *testing.T) {
+	needMounts(t)
+	files := someFiles()
+	k := newTier(t, files)
+	k.publish(1, "")
+	m := newMachine(t, k)
+	first, kube := m.startNode() // waits a little for the keeper, then goes on
+	dir := kube.publish("step")
+	sameFile(t, filepath.Join(dir, "big"), files["big"])
+	keeper := m.startKeeper()
+	keeper.parked(t, 1)
+	first.kill()
+	second, kube := m.startNode()
+	for name, want := range files {
+		sameFile(t, filepath.Join(dir, name), want)
+	}
+	kube.unpublish("step")
+	second.terminate(t)
+}
