@@ -110,18 +110,18 @@ func (c *Cluster) controlPlaneRuns() bool {
 	return !slices.ContainsFunc(controlPlane, func(name string) bool { return !c.running(name) })
 }
 
-// prepare makes the folders of a new cluster; what a former one left in them is gone.
+// perCluster are the folders of the state that end with a cluster. Logs stay until the next one.
+var perCluster = []string{"run", "pki", "nodes", loadedFolder}
+
+// prepare makes the folders of a new cluster, after Down.
 func (c *Cluster) prepare() error {
-	for _, dir := range []string{"run", "log", "pki", "nodes"} {
-		if err := os.RemoveAll(filepath.Join(c.state, dir)); err != nil {
-			return fmt.Errorf("clear the state of the last cluster: %w", err)
-		}
+	if err := os.RemoveAll(filepath.Join(c.state, "log")); err != nil {
+		return err
+	}
+	for _, dir := range append(perCluster, "log") {
 		if err := os.MkdirAll(filepath.Join(c.state, dir), 0o755); err != nil {
 			return err
 		}
-	}
-	if err := os.RemoveAll(c.loadedImages()); err != nil {
-		return err
 	}
 	return c.makeKeys()
 }
@@ -149,10 +149,15 @@ func (c *Cluster) Down(context.Context) error {
 		errs = append(errs, c.endNode(n.name))
 	}
 	errs = append(errs, c.endNetwork(), removeGroups(c.name), c.leftovers())
-	if err := os.RemoveAll(c.run("")); err != nil {
-		errs = append(errs, err)
+	if err := errors.Join(errs...); err != nil {
+		return err
 	}
-	return errors.Join(errs...)
+	for _, dir := range perCluster {
+		if err := os.RemoveAll(filepath.Join(c.state, dir)); err != nil {
+			return fmt.Errorf("remove the cluster's files: %w", err)
+		}
+	}
+	return nil
 }
 
 // leftovers names mounts that remain below the state folder. There are none: nodes mount in namespaces of

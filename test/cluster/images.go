@@ -38,9 +38,11 @@ func argoImages(version string) (controller, executor string) {
 	return "quay.io/argoproj/workflow-controller:" + version, "quay.io/argoproj/argoexec:" + version
 }
 
+const loadedFolder = "images-loaded"
+
 // images has the archives that up makes, loadedImages those of load-image.
 func (c *Cluster) images() string             { return filepath.Join(c.state, "images") }
-func (c *Cluster) loadedImages() string       { return filepath.Join(c.state, "images-loaded") }
+func (c *Cluster) loadedImages() string       { return filepath.Join(c.state, loadedFolder) }
 func (c *Cluster) archive(name string) string { return filepath.Join(c.images(), name+".tar") }
 
 // image is one image: programs and links in a folder /bin, and nothing else but what a program expects of
@@ -207,8 +209,8 @@ func sorted(m map[string]string) []string {
 
 // LoadImages puts archives onto every running node, and onto those that start later.
 func (c *Cluster) LoadImages(ctx context.Context, archives []string) error {
-	if err := os.MkdirAll(c.loadedImages(), 0o755); err != nil {
-		return err
+	if !c.running("apiserver") {
+		return errors.New("the cluster is not up; `cluster up` starts it")
 	}
 	for _, from := range archives {
 		to := filepath.Join(c.loadedImages(), strings.TrimSuffix(filepath.Base(from), ".tar")+".tar")
