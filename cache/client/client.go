@@ -146,7 +146,7 @@ func dial(ctx context.Context, config Config, t timing) (*Client, error) {
 		return nil, err
 	}
 	c.snapshot, c.digest = s, s.Digest()
-	c.walks = newWalks(s, c.config.BufferBytes)
+	c.walks = newWalks(s, c.config.BufferBytes, c.now)
 	return c, nil
 }
 

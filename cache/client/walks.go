@@ -2,6 +2,7 @@ package client
 
 import (
 	"sync"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -14,7 +15,7 @@ import (
 // Only reads count: looking names up or listing folders says nothing of what will be read. Nobody says which
 // reader a read is of, so walks are found by the files alone: a read continues a walk if it was expected;
 // it begins one if the files before it, in even steps, were read shortly before. What is expected is
-// guessed, and guesses are cheap to be wrong about: few at first, more only while readers wait for them, and
+// guessed, and guesses are cheap to be wrong about: few at first, more only while readers wait for them and it helps, and
 // the workers fetch them only where that takes room and requests from nobody (wire.FlagGuess).
 const (
 	// smallFile is the size up to which a file is read ahead. From larger ones a reader has enough to do
@@ -37,6 +38,9 @@ const (
 	firstAhead  = 4
 	maxAhead    = 128
 	aheadOfWalk = 16 << 20
+	// growGain is what a doubled window must gain to be kept, and growRest after how many turns of the window
+	// one that was not kept is tried again.
+	growGain, growRest = 1.25, 16
 	// firstBeyond is how many files beyond its folder a walk has ahead that has never left one: most
 	// readers of one folder read no other. It doubles with each folder that it goes on to.
 	firstBeyond = 4
@@ -52,6 +56,7 @@ const (
 type walks struct {
 	snap   *catalog.Snapshot
 	budget int64 // bytes that one walk may have ahead
+	now    func() time.Time
 
 	mu       sync.Mutex
 	clock    int64                   // reads so far
@@ -72,7 +77,13 @@ type walk struct {
 	bytes  int64         // of memory, of those in the queue
 	window int           // files to have ahead
 	hits   int
-	grow   int           // the number of hits from which on the window may grow again
+	grow   int // the number of hits from which on the window may grow again
+	// was is the window before it grew last, rate what it gave in files a second, and from and began are when
+	// the present one was first seen at work.
+	was    int
+	rate   float64
+	from   int
+	began  time.Time
 	folder catalog.Index // of the last file read
 	beyond int           // files that may be ahead in other folders
 	again  bool          // files that were read lately are read again
@@ -85,9 +96,9 @@ type next struct {
 	bytes         int64
 }
 
-func newWalks(s *catalog.Snapshot, buffers int64) *walks {
+func newWalks(s *catalog.Snapshot, buffers int64, now func() time.Time) *walks {
 	return &walks{
-		snap: s, budget: min(aheadOfWalk, buffers/8), read: make(map[catalog.Index]int64), expected: make(map[catalog.Index]*walk),
+		snap: s, now: now, budget: min(aheadOfWalk, buffers/8), read: make(map[catalog.Index]int64), expected: make(map[catalog.Index]*walk),
 	}
 }
 
@@ -153,9 +164,25 @@ func (s *walks) hit(w *walk, i catalog.Index, late bool) {
 	}
 	w.hits++
 	if late && w.hits >= w.grow {
-		w.grow = w.hits + w.window // what is ahead now shows whether that is enough
+		s.grow(w)
+	}
+}
+
+// grow doubles the window of a walk whose reader waits, or takes that back if it was no use: then it is not for
+// the time that an answer takes that the reader waits, and more requests at once only make it longer.
+func (s *walks) grow(w *walk) {
+	now := s.now()
+	rate := float64(w.hits-w.from) / max(now.Sub(w.began), time.Microsecond).Seconds()
+	rest := 1 // turns of the window until the next look
+	if w.was > 0 && rate < growGain*w.rate {
+		w.window, w.was = max(1, min(w.window, w.was)), 0
+		rest = growRest
+	} else {
+		w.was, w.rate = w.window, rate
 		w.window = min(2*w.window, maxAhead)
 	}
+	w.grow = w.hits + rest*w.window
+	w.from, w.began = w.hits, now
 }
 
 // drop gives up the first file that a walk expects.
@@ -194,7 +221,7 @@ func (s *walks) find(i catalog.Index) *walk {
 		s.end(oldest)
 	}
 	n, _ := s.snap.Node(i)
-	w := &walk{stride: stride, at: i, window: firstAhead, folder: n.Parent, beyond: firstBeyond}
+	w := &walk{stride: stride, at: i, window: firstAhead, folder: n.Parent, beyond: firstBeyond, grow: firstAhead, began: s.now()}
 	s.list = append(s.list, w)
 	return w
 }

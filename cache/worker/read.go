@@ -82,12 +82,12 @@ func (w *Worker) guess(f file, block int64) (end func(), err error) {
 		return nil, fmt.Errorf("%w: %d blocks are fetched already that nobody asked for", wire.ErrOverloaded, maxGuesses)
 	}
 	size := blockLen(f.ring.Size, block)
-	held := w.guessed.Add(size)
+	promised := w.promised.Add(size)
 	end = func() {
-		w.guessed.Add(-size)
+		w.promised.Add(-size)
 		<-w.guesses
 	}
-	if !w.store.Room(f.ring, block, held-size+w.config.Memory/guessRoom) {
+	if !w.store.Room(f.ring, block, promised-size+w.config.Memory/guessRoom) {
 		end()
 		return nil, fmt.Errorf("%w: no room for block %d of %s but that of others", wire.ErrNotResident, block, f)
 	}

@@ -84,17 +84,15 @@ type Worker struct {
 	peerFills  *semaphore.Weighted
 	connBudget int64
 	asking     blockSet
-	// guesses has a token for each fill that nobody asked for, and guessed are the bytes of their blocks.
-	guesses chan struct{}
-	guessed atomic.Int64
-	digests *digests
+	guesses    chan struct{} // a token for each fill that nobody asked for
+	digests    *digests
 	// refused is a file that the bucket refused to be read; nil while it lets us in.
 	refused    atomic.Pointer[file]
 	refusedNow chan struct{}
 	prefetches prefetches
 	loads      *loads
 	handedOver atomic.Pointer[wire.HandOver] // nil unless this worker leaves
-	promised   atomic.Int64                  // bytes being taken over from workers that leave
+	promised   atomic.Int64                  // bytes of guesses, and being taken over from workers that leave
 	requests   chan struct{}                 // a token for each request under way
 	counts     counts
 	nonces     wire.Nonces
