@@ -100,7 +100,7 @@ func (s *Store) unlease(o *object) {
 
 // Drop forgets an object at once: the next Acquire fills it anew, into a new file. Blocks and leases in
 // use keep the bytes they have, which count against the quota until the last reader is gone; a fill under
-// way goes to those who wait for it.
+// way goes to those who wait for it. Pins stay, for what is filled next.
 func (s *Store) Drop(o ring.Object) {
 	s.mu.Lock()
 	ob := s.objects[o.ID]
@@ -121,13 +121,6 @@ func (s *Store) drop(o *object) {
 	}
 	o.gone = true // from here nothing new is reserved in it
 	o.closing = make(chan struct{})
-	for n, owners := range o.pins {
-		for _, owner := range owners {
-			delete(s.owners[owner], key{o.id, n})
-		}
-		s.pinned -= s.weight(blockLen(o.size, n))
-	}
-	o.pins = nil
 	for _, b := range o.blocks {
 		s.policyRemove(b)
 	}
@@ -158,6 +151,10 @@ func (s *Store) drop(o *object) {
 	s.zombies[o] = struct{}{}
 	delete(s.held, o)
 	delete(s.objects, o.id)
+	if len(o.pins) > 0 {
+		s.objects[o.id] = &object{id: o.id, size: o.size, blocks: make(map[int64]*block), pins: o.pins}
+		o.pins = nil
+	}
 	close(o.closing)
 	o.closing = nil
 	s.changes++

@@ -172,6 +172,55 @@ func TestDropFreesAtOnceAndKeepsWhatIsInUse(t *testing.T) {
 	}
 }
 
+// An object that turned out bad is dropped and fetched again: a load that pinned it does not have to notice.
+func TestPinsOutliveADrop(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, 2*ring.BlockSize)
+	for _, owner := range []string{"one", "two"} {
+		for n := range int64(2) {
+			if err := s.Pin(o, n, owner); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	load(t, s, o)
+	pinned := s.Stats().Pinned
+	held := acquire(t, s, o, 1)
+	s.Drop(o)
+	if st := s.Stats(); st.Pinned != pinned || st.Blocks != 0 {
+		t.Errorf("pinned %d, were %d; %d blocks", st.Pinned, pinned, st.Blocks)
+	}
+	load(t, s, o)
+	for i := range 20 {
+		load(t, s, anObject(100+i, 3*mib))
+		load(t, s, anObject(100+i, 3*mib))
+	}
+	if !s.Residency(o).Whole {
+		t.Error("a pinned block was evicted after a drop")
+	}
+	if s.Stats().Evicted == 0 {
+		t.Fatal("nothing was evicted: the test tests nothing")
+	}
+	check(t, o, 1, held)
+	held.Release()
+	checkBooks(t, s)
+	s.Unpin("one")
+	if p := s.Stats().Pinned; p != pinned {
+		t.Errorf("%d bytes pinned by the second owner, were %d", p, pinned)
+	}
+	s.Drop(o)
+	s.Unpin("two")
+	checkBooks(t, s)
+	if st := s.Stats(); st.Pinned != 0 || len(s.owners) != 0 {
+		t.Errorf("%d bytes are pinned by nobody", st.Pinned)
+	}
+	s.mu.Lock()
+	if s.objects[o.ID] != nil {
+		t.Error("an object of which nothing is held or pinned is remembered")
+	}
+	s.mu.Unlock()
+}
+
 func TestPinnedBlocksStayAndPinsFitTheQuota(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
 	o := anObject(1, 4*ring.BlockSize)
