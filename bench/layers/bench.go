@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"os"
 	"slices"
-	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -109,7 +108,7 @@ func measure(ctx context.Context, o options, dir string, mounts bool) error {
 			return context.Cause(ctx)
 		}
 	}
-	rep.end = time.Now()
+	rep.finish()
 	if o.readme != "" {
 		if err := rep.intoReadme(o.readme); err != nil {
 			return err

@@ -1,14 +1,17 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
+	"fmt"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"testing"
 	"time"
 
@@ -23,7 +26,15 @@ func TestMain(m *testing.M) {
 		main()
 		return
 	}
-	os.Exit(m.Run())
+	dir, err := os.MkdirTemp("", "layers-test-")
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	built = filepath.Join(dir, "stepcache")
+	status := m.Run()
+	os.RemoveAll(dir)
+	os.Exit(status)
 }
 
 // patience bounds what takes some ten seconds; two loaded cores and the race detector take longer.
@@ -60,17 +71,22 @@ func layers(t *testing.T, args ...string) (stdout, stderr string, err error) {
 	return out.String(), errs.String(), err
 }
 
-// stepcache builds the program under measurement.
-func stepcache(t *testing.T) string {
-	t.Helper()
-	program := filepath.Join(t.TempDir(), "stepcache")
+// built is where the program under measurement goes.
+var built string
+
+// build makes it, once for all tests.
+var build = sync.OnceValues(func() ([]byte, error) {
 	ctx, cancel := context.WithTimeout(context.Background(), patience)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, "go", "build", "-o", program, "github.com/stepcache/stepcache/cmd/stepcache").CombinedOutput()
-	if err != nil {
+	return exec.CommandContext(ctx, "go", "build", "-ldflags", "-s -w", "-o", built, "github.com/stepcache/stepcache/cmd/stepcache").CombinedOutput()
+})
+
+func stepcache(t *testing.T) string {
+	t.Helper()
+	if out, err := build(); err != nil {
 		t.Fatalf("build stepcache: %v\n%s", err, out)
 	}
-	return program
+	return built
 }
 
 type result struct {
@@ -158,6 +174,48 @@ func TestReadme(t *testing.T) {
 	middle, ok2 := strings.CutSuffix(middle, after)
 	if !ok || !ok2 || strings.Contains(middle, "old") || !strings.Contains(middle, "| wire | frames of 1 MiB") || !strings.Contains(middle, "2 rounds") {
 		t.Errorf("README: %q", text)
+	}
+}
+
+// TestInterrupted stops the bench while it measures: what it has started ends, and nothing is left.
+func TestInterrupted(t *testing.T) {
+	program := stepcache(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	tmp, err := os.MkdirTemp("", "l")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer os.RemoveAll(tmp)
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, self, "--stepcache", program, "--size", "1MiB", "--only", "^(client|same node)", "--rounds", "50")
+	cmd.Env = append(os.Environ(), asProgram+"=1", "TMPDIR="+tmp)
+	cmd.WaitDelay = 30 * time.Second
+	stderr, err := cmd.StderrPipe()
+	if err == nil {
+		err = cmd.Start()
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	var said strings.Builder
+	lines := bufio.NewScanner(stderr)
+	for lines.Scan() {
+		said.WriteString(lines.Text() + "\n")
+		if strings.Contains(lines.Text(), "client: ") { // a tier runs, and mounts are next
+			if err := cmd.Process.Signal(os.Interrupt); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	if err := cmd.Wait(); err == nil || !strings.Contains(said.String(), "interrupted") {
+		t.Errorf("interrupted: %v, said %q", err, said.String())
+	}
+	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
+		t.Errorf("the bench left %v (%v)", left, err)
 	}
 }
 

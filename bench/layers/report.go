@@ -11,6 +11,7 @@ import (
 	"os/exec"
 	"runtime"
 	"slices"
+	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -81,10 +82,12 @@ type machine struct {
 	// Load is the load average of the minute before the run: a figure above the number of cores says that
 	// others were at work, and that ratios are less certain.
 	Load string `json:"loadBefore"`
+	// Huge is what /proc/vmstat says of huge pages of files during the run: taken, and refused.
+	Huge [2]int64 `json:"hugePagesTakenAndRefused"`
 }
 
 func thisMachine(ctx context.Context, program string) machine {
-	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), Load: "unknown"}
+	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), Load: "unknown", Huge: hugePages()}
 	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(text)) {
 			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
@@ -110,8 +113,25 @@ func thisMachine(ctx context.Context, program string) machine {
 	return m
 }
 
+// hugePages are the machine's counters: huge pages of files that were taken, and that were asked for in vain.
+func hugePages() (n [2]int64) {
+	text, err := os.ReadFile("/proc/vmstat")
+	if err != nil {
+		return n
+	}
+	for line := range strings.Lines(string(text)) {
+		for i, name := range []string{"thp_file_alloc ", "thp_file_fallback "} {
+			if v, ok := strings.CutPrefix(line, name); ok {
+				n[i], _ = strconv.ParseInt(strings.TrimSpace(v), 10, 64)
+			}
+		}
+	}
+	return n
+}
+
 func (m machine) String() string {
-	return fmt.Sprintf("%s, %d cores, %s, %s, %s, stepcache %s, load %s before the run", m.CPU, m.Cores, humanize.IBytes(m.Memory), m.Kernel, m.Go, m.Stepcache, m.Load)
+	return fmt.Sprintf("%s, %d cores, %s, %s, %s, stepcache %s, load %s before the run, %d huge pages taken and %d refused", m.CPU, m.Cores,
+		humanize.IBytes(m.Memory), m.Kernel, m.Go, m.Stepcache, m.Load, m.Huge[0], m.Huge[1])
 }
 
 // report is what the run tells.
@@ -124,6 +144,15 @@ type report struct {
 
 func newReport(ctx context.Context, b *bench) *report {
 	return &report{b: b, machine: thisMachine(ctx, b.o.stepcache), start: time.Now()}
+}
+
+// finish notes the end.
+func (rep *report) finish() {
+	rep.end = time.Now()
+	after := hugePages()
+	for i := range after {
+		rep.machine.Huge[i] = after[i] - rep.machine.Huge[i]
+	}
 }
 
 // outcome is a row in a few words.
