@@ -147,7 +147,7 @@ func newManager(cluster *rest.Config, o Options) (manager.Manager, error) {
 		PathLocality: &Locality{injector, placer, o.Logger},
 		PathValidate: &Validate{known},
 	} {
-		server.Register(path, &admission.Webhook{Handler: h})
+		m.GetWebhookServer().Register(path, &admission.Webhook{Handler: h}) // asking for it has the manager start it
 	}
 	if err := m.Add(manager.RunnableFunc(func(ctx context.Context) error {
 		certs.Run(ctx)

@@ -1,0 +1,178 @@
+package webhook
+
+import (
+	"context"
+	"fmt"
+	"math"
+	"testing"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/ring"
+)
+
+// owner is the node that owns a file of genomes, on the given workers.
+func owners(t *testing.T, h *Holdings, file string, n int) []string {
+	t.Helper()
+	k, _ := h.get(types.NamespacedName{Namespace: "argo", Name: "genomes"})
+	i, ok := k.snapshot.Lookup(file)
+	if !ok {
+		t.Fatalf("no file %s", file)
+	}
+	o, _ := k.snapshot.Ring(i)
+	var nodes []string
+	for _, m := range k.members.Owners(o, 0, n) {
+		nodes = append(nodes, m.Node)
+	}
+	return nodes
+}
+
+func TestShare(t *testing.T) {
+	h := holdings(t)
+	d := dataset("argo", "genomes")
+	near := func(got, want float64) bool { return math.Abs(got-want) < 1 }
+	one := owners(t, h, "/shards/0001.bin", 1)[0]
+	two := owners(t, h, "/shards/0002.bin", 1)[0]
+	if one == two {
+		t.Fatal("both shards are on one node: this tests nothing")
+	}
+	for _, c := range []struct {
+		name     string
+		patterns []string
+		want     map[string]float64
+		total    float64
+	}{
+		{"one file", []string{"/shards/0001.bin"}, map[string]float64{one: 600 << 20}, 600 << 20},
+		{"twice named", []string{"/shards/0001.bin", "/shards/0001*"}, map[string]float64{one: 600 << 20}, 600 << 20},
+		{"a folder", []string{"/shards"}, map[string]float64{one: 600 << 20, two: 400 << 20}, 1000 << 20},
+		{"wildcards", []string{"/*/000{1,2}.b?n"}, map[string]float64{one: 600 << 20, two: 400 << 20}, 1000 << 20},
+		{"folder by wildcard", []string{"/shar*"}, map[string]float64{one: 600 << 20, two: 400 << 20}, 1000 << 20},
+		{"escaped", []string{escapePattern("/odd [name]*")}, map[string]float64{owners(t, h, "/odd [name]*", 1)[0]: 5}, 5},
+		{"empty file", []string{"/ref/empty"}, map[string]float64{owners(t, h, "/ref/empty", 1)[0]: 1}, 1},
+		// Larger than the threshold: striped over all.
+		{"striped", []string{"/ref/huge"}, map[string]float64{"n1": 1 << 30, "n2": 1 << 30, "n3": 1 << 30}, 3 << 30},
+		// No hint, or none that is right: the Dataset as a whole.
+		{"nothing", nil, map[string]float64{"n1": 1 << 30, "n2": 1 << 30, "n3": 1 << 30}, 3 << 30},
+		{"unknown", []string{"/nope", "/no/*"}, map[string]float64{"n1": 1 << 30, "n2": 1 << 30, "n3": 1 << 30}, 3 << 30},
+		{"all", []string{"/"}, map[string]float64{"n1": 1 << 30, "n2": 1 << 30, "n3": 1 << 30}, 3 << 30},
+	} {
+		got, total := h.Share(d, c.patterns)
+		if len(got) != len(c.want) || !near(total, c.total) {
+			t.Errorf("%s: %v of %v, want %v of %v", c.name, got, total, c.want, c.total)
+			continue
+		}
+		for n, b := range c.want {
+			if !near(got[n], b) {
+				t.Errorf("%s: %s holds %v, want %v", c.name, n, got[n], b)
+			}
+		}
+	}
+	// Each copy is as good as the other.
+	d.Spec.Workers.Copies = 2
+	got, total := h.Share(d, []string{"/shards/0001.bin"})
+	for _, n := range owners(t, h, "/shards/0001.bin", 2) {
+		if got[n] != 600<<20 || total != 600<<20 {
+			t.Errorf("copies: %v of %v", got, total)
+		}
+	}
+	// Nobody is ready; nobody knows.
+	k, _ := h.get(types.NamespacedName{Namespace: "argo", Name: "genomes"})
+	for i := range k.members.Members {
+		k.members.Members[i].State = ring.Leaving
+	}
+	if got, _ := h.Share(d, nil); got != nil {
+		t.Errorf("leaving workers: %v", got)
+	}
+	if got, _ := h.Share(dataset("argo", "other"), nil); got != nil {
+		t.Errorf("unknown Dataset: %v", got)
+	}
+}
+
+// A Dataset of very many files is not gone through file by file during a call.
+func TestShareIsBounded(t *testing.T) {
+	files := make(map[string]int64)
+	for i := range 3000 {
+		files[fmt.Sprintf("many/%04d", i)] = 1
+	}
+	nodes := make([]string, 100)
+	for i := range nodes {
+		nodes[i] = fmt.Sprintf("n%d", i)
+	}
+	h := &Holdings{Logger: quiet()}
+	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members(nodes...), snapshot: snapshot(t, "", files)})
+	d := dataset("argo", "genomes")
+	got, total := h.Share(d, []string{"/many"})
+	if len(got) != 100 || total != float64(d.Status.Bytes) {
+		t.Errorf("%d nodes of %v: not the Dataset as a whole", len(got), total)
+	}
+	if got, _ := h.Share(d, []string{"/many/0001", "/many/0002"}); len(got) > 2 {
+		t.Errorf("two files on %d nodes", len(got))
+	}
+}
+
+func place(t *testing.T, w *world, h *Holdings, pod *corev1.Pod, needs ...*need) *patch {
+	t.Helper()
+	p := &patch{pod: pod}
+	(&Placer{Nodes: w, Holdings: h}).Place(context.Background(), "argo", p, needs)
+	return p
+}
+
+func TestPlace(t *testing.T) {
+	h := holdings(t)
+	n := &need{dataset: dataset("argo", "genomes")}
+	for _, c := range []struct {
+		name  string
+		world func(*world)
+		pod   *corev1.Pod
+		need  *need
+		ops   bool
+	}{
+		{"placed", nil, &corev1.Pod{}, n, true},
+		{"nodes that are gone or take no pods", func(w *world) { w.nodes = nil }, &corev1.Pod{}, n, false},
+		{"a node already", nil, &corev1.Pod{Spec: corev1.PodSpec{NodeName: "n1"}}, n, false},
+		{"not wanted", nil, &corev1.Pod{}, &need{dataset: dataset("argo", "genomes", func(d *v1alpha1.Dataset) { d.Spec.Locality = v1alpha1.LocalityNone })}, false},
+		{"required, but no nodes", func(w *world) { w.nodes = nil }, &corev1.Pod{}, &need{dataset: dataset("argo", "genomes", func(d *v1alpha1.Dataset) { d.Spec.Locality = v1alpha1.LocalityRequire })}, false},
+	} {
+		w := newWorld()
+		if c.world != nil {
+			c.world(w)
+		}
+		if p := place(t, w, h, c.pod, c.need); (len(p.ops) > 0) != c.ops {
+			t.Errorf("%s: %v", c.name, p.ops)
+		}
+	}
+	// Only nodes that are there are named, and not more than a pod should carry.
+	nodes := make([]string, 200)
+	w := newWorld()
+	for i := range nodes {
+		nodes[i] = fmt.Sprintf("m%d", i)
+		w.nodes[nodes[i]] = "h" + nodes[i]
+	}
+	delete(w.nodes, "m7")
+	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members(nodes...)})
+	pod := &corev1.Pod{}
+	place(t, w, h, pod, n)
+	named := 0
+	for _, term := range pod.Spec.Affinity.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution {
+		named += len(term.Preference.MatchExpressions[0].Values)
+		if term.Weight < 1 || term.Weight > 100 {
+			t.Errorf("weight %d", term.Weight)
+		}
+	}
+	if named != maxNodes {
+		t.Errorf("%d nodes named", named)
+	}
+}
+
+func BenchmarkInject(b *testing.B) {
+	h := injectHandler(b, newWorld())
+	r := request("argo", readPod(b, "argo-v3.7", inject("sidecar")))
+	b.ReportAllocs()
+	for b.Loop() {
+		if a := h.Handle(context.Background(), r); !a.Allowed {
+			b.Fatal(a.Result)
+		}
+	}
+}
