@@ -115,7 +115,9 @@ func TestPidOfAnotherProcessIsNotOurs(t *testing.T) {
 	if err := other.Start(); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { _ = other.Process.Kill(); _ = other.Wait() })
+	ended := make(chan error, 1)
+	go func() { ended <- other.Wait() }()
+	t.Cleanup(func() { _ = other.Process.Kill(); <-ended })
 	began, err := startTime(other.Process.Pid)
 	if err != nil {
 		t.Fatal(err)
@@ -147,7 +149,6 @@ func TestPidOfAnotherProcessIsNotOurs(t *testing.T) {
 	if c.pid("p") != other.Process.Pid {
 		t.Fatal("a running process is not found")
 	}
-	go func() { _ = other.Wait() }()
 	if err := c.kill("p"); err != nil || c.running("p") {
 		t.Fatalf("kill: %v, running %v", err, c.running("p"))
 	}
