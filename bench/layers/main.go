@@ -24,6 +24,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"syscall"
 
 	"github.com/dustin/go-humanize"
@@ -143,7 +144,10 @@ func isolated(ctx context.Context, o options) error {
 	child := exec.Command(self, os.Args[1:]...)
 	child.Stdout, child.Stderr = os.Stdout, os.Stderr
 	child.Env = append(os.Environ(), scratchEnv+"="+dir)
-	child.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
+	// A parent that is killed takes the child along. The signal is sent when the thread that forked ends.
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	child.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGTERM}
 	if err := child.Start(); err != nil {
 		fmt.Fprintf(os.Stderr, "no mount namespace of its own (%v): rows that mount are skipped\n", err)
 		return measure(ctx, o, dir, false)

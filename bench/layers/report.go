@@ -238,18 +238,22 @@ func (rep *report) print(out io.Writer) error {
 	return nil
 }
 
-// reasons lists what was not measured, and why.
+// reasons lists what was not measured, and why: one reason is often that of many rows.
 func (rep *report) reasons(out io.Writer) {
-	first := true
+	rows := map[string][]string{}
+	var order []string
 	for _, r := range rep.rows {
 		if r.reason == "" {
 			continue
 		}
-		if first {
-			fmt.Fprintln(out)
-			first = false
+		why := r.outcome()
+		if rows[why] == nil {
+			order = append(order, why)
 		}
-		fmt.Fprintf(out, "%s: %s\n", r.title(), r.outcome())
+		rows[why] = append(rows[why], r.title())
+	}
+	for _, why := range order {
+		fmt.Fprintf(out, "\n%s\n  %s\n", why, strings.Join(rows[why], "\n  "))
 	}
 }
 
