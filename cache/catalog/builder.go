@@ -12,6 +12,9 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 )
 
+// maxSize is the size of the largest object that is shown, above what any store holds.
+const maxSize = 64 << 40
+
 // maxExamples is how many examples a snapshot keeps of each kind of skipped key.
 const maxExamples = 5
 
@@ -199,6 +202,10 @@ func (b *Builder) add(mount int, o source.Object) error {
 	}
 	if reason := badKey(m.Path, rel); reason != "" {
 		b.skips.add(reason, m.URL, o.Key)
+		return nil
+	}
+	if o.Size > maxSize && !marker {
+		b.skips.add(LargeFile, m.URL, o.Key)
 		return nil
 	}
 	dirName, name := "", rel

@@ -30,6 +30,8 @@
 //     the others are counted (Duplicate). The same version given twice is one object.
 //   - Mount paths must not overlap, so two mounts never claim one path. The directories above a mount's path
 //     are made up. One object below two mounts is two files with one identity, cached once.
+//   - An object of more than 64 TiB, which no store has but a sparse file or a broken listing can claim, is
+//     counted (LargeFile): it would have more blocks than anybody can keep account of.
 //   - What the source itself says is no object (source.Object.Skip) is counted with the source's reason.
 //
 // A counted key leaves no trace in the tree; Skipped says how many there are of each kind, with examples.
@@ -103,5 +105,6 @@ const (
 	LongPath      = "path over 4095 bytes"
 	Shadowed      = "object beside a directory of the same name"
 	MarkerContent = "directory marker with content"
+	LargeFile     = "object over 64 TiB"
 	Duplicate     = "older version in the same listing"
 )

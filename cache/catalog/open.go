@@ -210,7 +210,7 @@ func (c *checker) node(i Index, previous string) bool {
 	}
 
 	size := r.i64(offSize)
-	if size < 0 || size > math.MaxInt64-s.bytes {
+	if size < 0 || size > maxSize || size > math.MaxInt64-s.bytes {
 		c.problem = fmt.Sprintf("size %d", size)
 		return false
 	}

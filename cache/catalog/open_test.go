@@ -192,12 +192,12 @@ func TestWalkIsInPathOrderAndStops(t *testing.T) {
 
 func TestHistogram(t *testing.T) {
 	var given []source.Object
-	for i, size := range []int64{0, 1, 1, 2, 3, 4, 1 << 20, 1<<20 - 1, 1<<63 - 1<<40} {
+	for i, size := range []int64{0, 1, 1, 2, 3, 4, 1 << 20, 1<<20 - 1, maxSize} {
 		given = append(given, object(fmt.Sprint(i), size))
 	}
 	h := build(t, root, given).Histogram()
 	want := make([]int64, 64)
-	want[0], want[1], want[2], want[3], want[20], want[21], want[63] = 1, 2, 2, 1, 1, 1, 1
+	want[0], want[1], want[2], want[3], want[20], want[21], want[47] = 1, 2, 2, 1, 1, 1, 1
 	if diff := cmp.Diff(want, h); diff != "" {
 		t.Error(diff)
 	}
@@ -219,19 +219,45 @@ func TestAccessorsGiveCopies(t *testing.T) {
 }
 
 func TestSumOfSizesDoesNotOverflow(t *testing.T) {
+	const n = 1 << 63 / maxSize
 	b := NewBuilder(root)
-	for _, k := range []string{"a", "b"} {
-		if err := b.Add(0, object(k, 1<<62)); err != nil {
+	for i := range n {
+		if err := b.Add(0, object(fmt.Sprintf("%06d", i), maxSize)); err != nil {
 			t.Fatal(err)
 		}
 	}
-	if _, err := b.Encode(day0); err == nil || !strings.Contains(err.Error(), "s3://bucket/b: its size") {
+	if _, err := b.Encode(day0); err == nil || !strings.Contains(err.Error(), fmt.Sprintf("s3://bucket/%06d: its size", n-1)) {
 		t.Errorf("2^63 bytes: %v", err)
 	}
-	one := build(t, root, []source.Object{object("a", 1<<62), object("b", 1)}).Encoded()
-	binary.LittleEndian.PutUint64(one[headerSize+2*recordSize+offSize:], 1<<62)
+	var objects []source.Object
+	for i := range n {
+		objects = append(objects, object(fmt.Sprintf("%06d", i), maxSize))
+	}
+	objects[n-1].Size = 1
+	one := build(t, root, objects).Encoded()
+	binary.LittleEndian.PutUint64(one[headerSize+n*recordSize+offSize:], maxSize)
 	if _, err := Open(one); !errors.Is(err, ErrCorrupt) {
 		t.Errorf("2^63 bytes, encoded: %v", err)
+	}
+}
+
+// A listing, or a snapshot of somebody else's making, that claims a size beyond any store's must not have the
+// tier keep account of as many blocks.
+func TestAnObjectTooLargeForAnyStoreIsCounted(t *testing.T) {
+	for _, size := range []int64{maxSize + 1, 1<<63 - 1} {
+		s := build(t, root, []source.Object{object("big", size), object("least", maxSize), object("small", 1)})
+		if _, ok := s.Lookup("/big"); ok || s.Files() != 2 {
+			t.Errorf("%d bytes: it is shown beside %d files", size, s.Files()-1)
+		}
+		if k := s.Skipped(); len(k) != 1 || k[0].Reason != LargeFile || k[0].Count != 1 || !strings.HasSuffix(k[0].Examples[0], "/big") {
+			t.Errorf("%d bytes: skipped %+v", size, k)
+		}
+		b := slices.Clone(s.Encoded())
+		i, _ := s.Lookup("/small")
+		binary.LittleEndian.PutUint64(b[headerSize+int(i)*recordSize+offSize:], uint64(size))
+		if _, err := Open(b); !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%d bytes, encoded: %v", size, err)
+		}
 	}
 }
 

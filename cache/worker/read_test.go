@@ -27,6 +27,11 @@ func TestReadFilesOfEverySize(t *testing.T) {
 	for i, n := range []int64{1, 4095, wire.SumSize, wire.SumSize + 1, ring.BlockSize - 1, ring.BlockSize, ring.BlockSize + 1, 2*ring.BlockSize + 3*wire.SumSize + 5} {
 		files[fmt.Sprintf("d/f%d", i)] = content(n, byte(i))
 	}
+	// Holes at the end, within it and in whole blocks are zeros that are in the object.
+	sparse := make([]byte, 4*ring.BlockSize+wire.SumSize+1)
+	copy(sparse, content(5000, 50))
+	copy(sparse[2*ring.BlockSize+wire.SumSize-7:], content(5000, 51))
+	files["d/sparse"] = sparse
 	tr := newTier(t, files)
 	tr.start(1)
 	snap := tr.snapshot()

@@ -107,7 +107,7 @@ func contentRange(s string) (first, last, size int64, ok bool) {
 	first, errs[0] = strconv.ParseInt(from, 10, 64)
 	last, errs[1] = strconv.ParseInt(to, 10, 64)
 	size, errs[2] = strconv.ParseInt(total, 10, 64)
-	return first, last, size, errors.Join(errs[:]...) == nil
+	return first, last, size, errors.Join(errs[:]...) == nil && 0 <= first && first <= last && last < size
 }
 
 // body yields exactly the bytes asked for, or fails.

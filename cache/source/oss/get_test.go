@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"fmt"
 	"hash/crc64"
 	"io"
 	"math/rand/v2"
@@ -313,4 +314,25 @@ func TestFlippedBitIsTheDigestsToFind(t *testing.T) {
 	if bytes.Equal(crcDigest(crc64.Checksum(got, ecma)).Sum, body.Digest.Sum) {
 		t.Error("the digest is of the corrupted bytes")
 	}
+}
+
+// FuzzContentRange: what is taken for a range is written as one.
+func FuzzContentRange(f *testing.F) {
+	for _, s := range []string{"bytes 0-99/100", "bytes 5-5/6", "bytes 0-0/*", "bytes */100", "bytes -5-9/10", "bytes 1-2-3/4", "bytes 0-99",
+		"0-99/100", "bytes 9223372036854775807-9223372036854775807/9223372036854775807", "bytes 0-9223372036854775808/1", "bytes  1-2/3", "bytes +1-+2/+3", ""} {
+		f.Add(s)
+	}
+	f.Fuzz(func(t *testing.T, s string) {
+		first, last, size, ok := contentRange(s)
+		if !ok {
+			return
+		}
+		again := fmt.Sprintf("bytes %d-%d/%d", first, last, size)
+		if a, b, c, ok := contentRange(again); !ok || a != first || b != last || c != size {
+			t.Errorf("%q is read as %q, which is read as %d %d %d %v", s, again, a, b, c, ok)
+		}
+		if first < 0 || last < first || size <= last {
+			t.Errorf("%q is no range of an object: %d to %d of %d", s, first, last, size)
+		}
+	})
 }
