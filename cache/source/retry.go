@@ -45,6 +45,14 @@ func Try(ctx context.Context, o RetryOptions, f func(ctx context.Context) error)
 	return t.try(ctx, t.Elapsed, func() error { return f(ctx) })
 }
 
+// NotifyTries returns a context whose operations tell f of each try that failed and is repeated. Like the
+// operations themselves, f may be called at once from several goroutines.
+func NotifyTries(ctx context.Context, f func(error)) context.Context {
+	return context.WithValue(ctx, triesKey{}, f)
+}
+
+type triesKey struct{}
+
 // trier is RetryOptions with defaults filled in, and when it last logged.
 type trier struct {
 	RetryOptions
@@ -85,6 +93,9 @@ func (t *trier) try(ctx context.Context, elapsed time.Duration, f func() error) 
 		}
 		return struct{}{}, last
 	}, backoff.WithBackOff(waits), backoff.WithMaxElapsedTime(max(elapsed, 1)), backoff.WithNotify(func(_ error, wait time.Duration) {
+		if f, ok := ctx.Value(triesKey{}).(func(error)); ok {
+			f(last)
+		}
 		t.log(last, wait)
 	}))
 	if err == nil {

@@ -62,6 +62,14 @@ type WorkerStatus struct {
 	HandOver *HandOver `json:"handOver,omitempty"`
 }
 
+// ListingProblem ends the Problem of a worker that cannot serve yet because the bucket is being listed, and
+// that knows of no trouble: Files is how far that is.
+const ListingProblem = "no snapshot yet"
+
+// FollowingProblem is in the Problem of a worker that waits for the listing of another: what keeps that one is
+// the cause.
+const FollowingProblem = "no snapshot from worker"
+
 // HandOver is a leaving worker's account of its blocks, in bytes.
 type HandOver struct {
 	// Epoch is the membership under which the new owners were found.

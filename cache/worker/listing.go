@@ -13,6 +13,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -138,6 +139,14 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 	w := k.w
 	w.log.Info("listing the bucket")
 	start := w.clock.Now()
+	if cur, ok := w.snapshots.get(wire.Digest{}); ok {
+		cur.release()
+	} else {
+		// The tries of one listing may go on for a while, and whoever waits for the first should know why.
+		ctx = source.NotifyTries(ctx, func(err error) {
+			w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: list: %w", w.config.Dataset, err))
+		})
+	}
 	snap, err := catalog.List(ctx, k.src.mounts, k.src.plain(), func(files, bytes int64) {
 		w.listed.Store(files)
 	})
@@ -202,7 +211,7 @@ func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member
 			return
 		}
 	}
-	w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: no snapshot from worker %s, which lists: %w", w.config.Dataset, lister.ID, err))
+	w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: %s %s, which lists: %w", w.config.Dataset, wire.FollowingProblem, lister.ID, err))
 }
 
 // newest makes the newest of what this worker and its peers hold current, if it is of the mounts as they

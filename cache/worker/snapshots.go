@@ -182,7 +182,7 @@ func (s *snapshots) closeAll() {
 	s.current = nil
 }
 
-var errNoSnapshot = errors.New("no snapshot yet")
+var errNoSnapshot = errors.New(wire.ListingProblem)
 
 // unknownSnapshot is the error of a request for a snapshot that is not here.
 func (w *Worker) unknownSnapshot(d wire.Digest) error {
