@@ -4,10 +4,12 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
+	"maps"
 	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -54,13 +56,14 @@ func (t *Tier) newDataset(object *v1alpha1.Dataset, set *manifest.Set, memory in
 		Dir: filepath.Join(t.state.dir, fmt.Sprintf("d%d", len(t.datasets))), Dataset: name(object), Node: node,
 		Copies: int(object.Spec.Workers.Copies),
 	}
+	d.folder.Snapshots = filepath.Join(d.folder.Dir, "snapshots")
 	for _, dir := range []string{d.folder.Dir, d.folder.KeysDir()} {
 		if err := os.Mkdir(dir, 0o700); err != nil {
 			return nil, err
 		}
 	}
 	var err error
-	if d.base, err = configure(set, object, filepath.Join(d.folder.Dir, "secrets")); err != nil {
+	if d.base, err = configure(set, object, d.secretsDir()); err != nil {
 		return nil, err
 	}
 	d.base.Memory, d.base.KeysDir, d.base.MembershipFile = memory, d.folder.KeysDir(), d.folder.MembershipFile()
@@ -69,6 +72,9 @@ func (t *Tier) newDataset(object *v1alpha1.Dataset, set *manifest.Set, memory in
 	}
 	return d, d.folder.Write()
 }
+
+// secretsDir holds the files of the Dataset's Secrets.
+func (d *dataset) secretsDir() string { return filepath.Join(d.folder.Dir, "secrets") }
 
 // start runs the workers.
 func (d *dataset) start() error {
@@ -92,19 +98,16 @@ func (d *dataset) start() error {
 			return err
 		}
 		d.dirs = append(d.dirs, dir)
-		first := true
-		err = d.workers.keep(fmt.Sprintf("dataset %s: worker %d", name(d.object), i), func() (*process.Process, error) {
-			if !first {
-				if err := d.move(i); err != nil {
-					return nil, err
-				}
-			}
-			first = false
-			return d.runWorker(i)
-		})
+		p, err := d.runWorker(i)
 		if err != nil {
 			return err
 		}
+		d.workers.keep(fmt.Sprintf("dataset %s: worker %d", name(d.object), i), p, func() (*process.Process, error) {
+			if err := d.move(i); err != nil {
+				return nil, err
+			}
+			return d.runWorker(i)
+		})
 	}
 	var err error
 	d.control, err = d.folder.Control()
@@ -192,48 +195,96 @@ func (d *dataset) move(i int) error {
 	return d.writeMembers()
 }
 
-// waitReady waits until every worker has the listing.
+// waitReady waits until every worker has the listing, and says how the listing gets on.
 func (d *dataset) waitReady(ctx context.Context) error {
-	const poll = 50 * time.Millisecond
-	var problem string
-	var since, spoke time.Time
+	const poll, firstWord, nextWord = 50 * time.Millisecond, 2 * time.Second, 5 * time.Second
+	var at readiness
+	start := time.Now()
+	spoke := start.Add(firstWord - nextWord)
+	since, files, said := start, int64(0), ""
 	for {
 		status, err := d.control.Status(ctx)
-		ready := err == nil && len(status) == int(d.object.Spec.Workers.Replicas)
-		var said string
-		for _, s := range status {
-			if s.Snapshot == "" {
-				ready = false
-			}
-			if s.Problem != "" && said == "" {
-				said = s.Problem
-			}
-		}
-		if ready {
-			d.tier.logf("dataset %s: %d files, %d workers", name(d.object), status[0].Files, len(status))
+		at = d.judge(status, err)
+		if at.ready {
+			d.tier.logf("dataset %s: %s, %s", name(d.object), count(status[0].Files, "file"), count(int64(len(status)), "worker"))
+			d.warn(status[0])
 			return nil
 		}
-		if said == "" && err != nil {
-			said = err.Error()
-		}
 		now := time.Now()
-		if said == "" || problem == "" {
-			since = now
+		// A listing that goes on is a sign of life, also where the bucket answers badly at times.
+		if at.problem == "" || at.files > files {
+			since, files = now, at.files
 		}
-		problem = said
-		// A worker that has not opened its ports yet is not ready within the first moments.
-		if problem != "" && now.Sub(since) > d.tier.options.Problems {
-			return fmt.Errorf("dataset %s: %s%s", name(d.object), problem, d.tails("w*.log"))
+		if at.problem != "" && now.Sub(since) > d.tier.options.Problems {
+			if at.silent {
+				at.problem += d.tails("w*.log")
+			}
+			return fmt.Errorf("dataset %s: %s", name(d.object), at.problem)
 		}
-		if problem != "" && now.Sub(since) > 2*time.Second && now.Sub(spoke) > 5*time.Second {
-			spoke = now
-			d.tier.logf("dataset %s: not ready yet: %s", name(d.object), problem)
+		word := at.problem
+		if word == "" {
+			word = fmt.Sprintf("listing the bucket: %s so far", count(at.files, "file"))
+		}
+		if now.Sub(spoke) > nextWord && word != said {
+			spoke, said = now, word
+			d.tier.logf("dataset %s: not ready yet: %s", name(d.object), word)
 		}
 		select {
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		case <-time.After(poll):
 		}
+	}
+}
+
+// readiness is how far the workers are.
+type readiness struct {
+	ready   bool
+	files   int64  // listed so far
+	problem string // what keeps them from serving; empty while they list
+	silent  bool   // a worker does not answer: its log may say why
+}
+
+func (d *dataset) judge(status []wire.WorkerStatus, err error) readiness {
+	r := readiness{ready: err == nil && len(status) == int(d.object.Spec.Workers.Replicas)}
+	for _, s := range status {
+		r.ready = r.ready && s.Snapshot != ""
+		r.files = max(r.files, s.Files)
+		// A worker that waits for another one's listing repeats what that said.
+		if p := d.forPeople(s.Problem); p != "" && (r.problem == "" || strings.Contains(r.problem, wire.FollowingProblem)) {
+			r.problem = p
+		}
+	}
+	if r.problem == "" && err != nil {
+		// Also a worker that has not opened its ports yet; it is not ready within the first moments.
+		r.problem, r.silent = err.Error(), true
+	}
+	return r
+}
+
+// forPeople is a worker's problem as somebody sees it who knows the manifests and not the run's folder;
+// empty when the worker only waits for the listing.
+func (d *dataset) forPeople(problem string) string {
+	if strings.HasSuffix(problem, wire.ListingProblem) {
+		return ""
+	}
+	problem = strings.TrimPrefix(problem, wire.ListingProblem+"; ")
+	problem = strings.TrimPrefix(problem, "dataset "+name(d.object)+": ")
+	problem = strings.TrimPrefix(problem, "list: ") // said twice
+	return strings.ReplaceAll(problem, d.secretsDir()+"/", "Secret ")
+}
+
+// warn says what of the listing a person should know.
+func (d *dataset) warn(s wire.WorkerStatus) {
+	if s.Files == 0 {
+		var sources []string
+		for _, m := range d.object.Spec.Mounts {
+			sources = append(sources, m.Source)
+		}
+		d.tier.logf("dataset %s: there is no object below %s; is the prefix right?", name(d.object), strings.Join(sources, " and "))
+	}
+	for _, reason := range slices.Sorted(maps.Keys(s.Skipped)) {
+		d.tier.logf("dataset %s: %s cannot be shown as files: %s", name(d.object), count(s.Skipped[reason], "key"), reason)
 	}
 }
 
@@ -252,34 +303,44 @@ func (d *dataset) tails(pattern string) string {
 	return b.String()
 }
 
-// mount runs the process that serves the dataset at dir/name.
-func (d *dataset) mount(ctx context.Context, dir string) error {
-	d.target = filepath.Join(dir, d.object.Name)
-	if err := d.tier.state.mounting(d.target); err != nil {
-		return err
-	}
-	d.mounts = newKeeper(d.tier.logf)
+// mount runs the process that serves the dataset at its target.
+func (d *dataset) mount(ctx context.Context) error {
 	log := filepath.Join(d.folder.Dir, "mount.log")
-	err := d.mounts.keep(fmt.Sprintf("dataset %s: mount", name(d.object)), func() (*process.Process, error) {
+	start := func() (*process.Process, error) {
 		return process.Start(exec.Command(d.tier.options.Program, "mount", "--tier", d.folder.Dir, d.target), log)
-	})
+	}
+	ctx, cancel := context.WithTimeoutCause(ctx, mountTimeout, fmt.Errorf("not mounted after %v", mountTimeout))
+	defer cancel()
+	p, err := start()
 	if err != nil {
 		return err
 	}
-	ctx, cancel := context.WithTimeout(ctx, time.Minute)
-	defer cancel()
 	for {
 		at, err := mountinfo.At(d.target)
-		if err != nil || len(at) > 0 && at[0].Type == mount.FSType {
-			return err
+		if err == nil && len(at) > 0 && at[0].Type == mount.FSType {
+			break
 		}
 		select {
+		case <-p.Done():
+			// Nothing that a second try would mend: it says what is in its way.
+			lines := strings.Split(p.Tail(), "\n")
+			return fmt.Errorf("dataset %s: cannot mount: %s", name(d.object), strings.TrimPrefix(lines[len(lines)-1], "stepcache: "))
 		case <-ctx.Done():
-			return fmt.Errorf("dataset %s: mount at %s: %w%s", name(d.object), d.target, context.Cause(ctx), d.tails("mount.log"))
+			tail := p.Tail()
+			stopping, cancel := context.WithTimeout(context.Background(), stopTimeout)
+			defer cancel()
+			p.Stop(stopping)
+			return fmt.Errorf("dataset %s: mount at %s: %w\n%s", name(d.object), d.target, context.Cause(ctx), tail)
 		case <-time.After(10 * time.Millisecond):
 		}
 	}
+	d.mounts = newKeeper(d.tier.logf)
+	d.mounts.keep(fmt.Sprintf("dataset %s: mount", name(d.object)), p, start)
+	return nil
 }
+
+// mountTimeout bounds what takes milliseconds on an idle machine.
+const mountTimeout = time.Minute
 
 // pollLoad is how often the workers are asked how far a load is.
 const pollLoad = 200 * time.Millisecond

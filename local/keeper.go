@@ -2,6 +2,7 @@ package local
 
 import (
 	"context"
+	"strings"
 	"sync"
 	"time"
 
@@ -22,13 +23,9 @@ func newKeeper(logf func(string, ...any)) *keeper {
 	return k
 }
 
-// keep starts a process and from then on keeps one running. start is not called concurrently. Only the
-// first start's error is returned; later ones are logged and tried again.
-func (k *keeper) keep(name string, start func() (*process.Process, error)) error {
-	p, err := start()
-	if err != nil {
-		return err
-	}
+// keep takes over a process, and starts another one whenever it ends. start is not called concurrently; its
+// errors are logged and it is tried again.
+func (k *keeper) keep(name string, p *process.Process, start func() (*process.Process, error)) {
 	k.wg.Go(func() {
 		const least, most = 100 * time.Millisecond, 10 * time.Second
 		wait := least
@@ -42,7 +39,7 @@ func (k *keeper) keep(name string, start func() (*process.Process, error)) error
 				return
 			case <-p.Done():
 			}
-			k.logf("%s ended (%v) and is started again: %s", name, p.Err(), p.Tail())
+			k.logf("%s ended and is started again (%s)", name, ending(p))
 			if time.Since(began) > most {
 				wait = least
 			}
@@ -52,13 +49,25 @@ func (k *keeper) keep(name string, start func() (*process.Process, error)) error
 					return
 				case <-time.After(wait):
 				}
+				var err error
 				if p, err = start(); err != nil {
 					k.logf("%s: %v", name, err)
 				}
 			}
 		}
 	})
-	return nil
+}
+
+// ending says how a process ended, with the end of what it said.
+func ending(p *process.Process) string {
+	how := "exit status 0"
+	if err := p.Err(); err != nil {
+		how = err.Error()
+	}
+	if tail := p.Tail(); tail != "" {
+		how += "; it said:\n  " + strings.ReplaceAll(tail, "\n", "\n  ")
+	}
+	return how
 }
 
 // close stops the processes, all at once, and waits for them.

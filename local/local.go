@@ -15,6 +15,8 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
+	"path/filepath"
 	"slices"
 	"strings"
 	"time"
@@ -34,8 +36,9 @@ const stopTimeout = 15 * time.Second
 
 // Options of Start.
 type Options struct {
-	// Manifests is a file or a folder of YAML or JSON: Datasets, DataLoads, Secrets.
-	Manifests string
+	// Manifests are files, or folders of them, of YAML or JSON: Datasets, DataLoads, Secrets; "-" is
+	// standard input.
+	Manifests []string
 	// Mount is the folder below which each Dataset appears under its name; empty: nothing is mounted.
 	Mount string
 	// Program is the stepcache binary that workers and mounts run.
@@ -71,12 +74,12 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 	if o.Problems == 0 {
 		o.Problems = 10 * time.Second
 	}
-	set, err := manifest.Read(o.Manifests)
+	set, err := manifest.Read(o.Manifests...)
 	if err != nil {
 		return nil, err
 	}
 	if len(set.Datasets) == 0 {
-		return nil, fmt.Errorf("%s: no Dataset in it; write one, or name another file or folder", o.Manifests)
+		return nil, fmt.Errorf("%s: no Dataset in it; write one, or name another file or folder", strings.Join(o.Manifests, ", "))
 	}
 	if o.Mount != "" {
 		if err := mount.Supported(); err != nil {
@@ -84,6 +87,9 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 		}
 	}
 	t = &Tier{options: o, loads: set.Loads()}
+	for _, kind := range slices.Sorted(maps.Keys(set.Ignored)) {
+		t.logf("not used: %s of %s", count(int64(set.Ignored[kind]), "object"), kind)
+	}
 	defer func() {
 		if err != nil {
 			t.Close()
@@ -110,6 +116,17 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 			return t, fmt.Errorf("two Datasets are named %s and would be mounted at the same folder: run their namespaces one at a time", d.object.Name)
 		}
 		t.datasets = append(t.datasets, d)
+		if o.Mount != "" {
+			d.target = filepath.Join(t.options.Mount, d.object.Name)
+			if err := t.state.claim(d.target); err != nil {
+				return t, err
+			}
+		}
+		if d.object.Spec.Access == v1alpha1.ReadWrite {
+			t.logf("dataset %s: access: ReadWrite is served read-only on this machine: write to the bucket itself", name(d.object))
+		}
+	}
+	for _, d := range t.datasets {
 		if err := d.start(); err != nil {
 			return t, err
 		}
@@ -121,7 +138,7 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 	}
 	if o.Mount != "" {
 		for _, d := range t.datasets {
-			if err := d.mount(ctx, t.options.Mount); err != nil {
+			if err := d.mount(ctx); err != nil {
 				return t, err
 			}
 		}
@@ -147,7 +164,7 @@ func (t *Tier) memoryShares(datasets []*v1alpha1.Dataset) ([]int64, error) {
 	for i := range datasets {
 		w := &datasets[i].Spec.Workers
 		if n := int32(t.options.Workers); w.Replicas > n {
-			t.logf("dataset %s: %d workers on this machine instead of %d (--workers)", name(datasets[i]), n, w.Replicas)
+			t.logf("dataset %s: %s on this machine instead of %d (--workers)", name(datasets[i]), count(int64(n), "worker"), w.Replicas)
 			w.Replicas = n
 			w.Copies = min(w.Copies, n)
 		}
@@ -167,6 +184,14 @@ func (t *Tier) memoryShares(datasets []*v1alpha1.Dataset) ([]int64, error) {
 		shares[i] = scaled
 	}
 	return shares, nil
+}
+
+// count is a number of things for people.
+func count(n int64, thing string) string {
+	if n != 1 {
+		thing += "s"
+	}
+	return fmt.Sprintf("%d %s", n, thing)
 }
 
 func (t *Tier) logf(format string, args ...any) { fmt.Fprintf(t.options.Log, format+"\n", args...) }

@@ -5,13 +5,16 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 )
 
@@ -20,8 +23,9 @@ const socketPath = 107 - len("/d99/w999.sock")
 
 // state is a run's folder. It is locked while the run lives, so that what a killed run left can be told.
 type state struct {
-	dir  string
-	lock *os.File
+	dir    string
+	lock   *os.File
+	claims []*os.File // the locked folders of mounts
 }
 
 // openState makes the folder of this run, and first removes those of runs that were killed.
@@ -107,20 +111,100 @@ func (s *state) mountFolder(dir string) (string, error) {
 		return "", err
 	}
 	if err := s.folder(abs); err != nil {
-		return "", err
+		return "", fmt.Errorf("cannot make the folder for mounts: %w; name another one with --mount", err)
 	}
 	return filepath.EvalSymlinks(abs)
 }
 
-// mounting notes a mount outside the folder, and makes its folder where there is none, for whoever
-// cleans up: only what the run made is removed.
-func (s *state) mounting(target string) error {
-	// Never a stat of the target: a mount that nobody serves would hang.
-	if err := s.folder(target); err != nil {
+// claim makes sure that this run alone mounts at target, makes its folder where there is none, and notes it
+// for whoever cleans up. What others mounted or put there is never touched or hidden.
+func (s *state) claim(target string) error {
+	const other = "name another folder with --mount"
+	// First of all the mounts: a look at one that nobody serves would hang.
+	if err := clear(target); err != nil {
 		return err
+	}
+	if err := s.folder(target); err != nil {
+		return fmt.Errorf("cannot mount at %s: %w; %s", target, err, other)
+	}
+	f, err := os.OpenFile(target, os.O_RDONLY|unix.O_DIRECTORY|unix.O_NOFOLLOW, 0)
+	if errors.Is(err, unix.ENOTDIR) || errors.Is(err, unix.ELOOP) {
+		return fmt.Errorf("cannot mount at %s: it is not a folder; %s", target, other)
+	}
+	if err != nil {
+		return fmt.Errorf("cannot mount: %w; %s", err, other)
+	}
+	s.claims = append(s.claims, f)
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return fmt.Errorf("cannot mount at %s: another `stepcache local` mounts there; stop it, or %s", target, other)
+	}
+	if err := clear(target); err != nil {
+		return err
+	}
+	if names, _ := f.Readdirnames(1); len(names) > 0 {
+		return fmt.Errorf("cannot mount at %s: it is not empty, and its files would be hidden; empty it, or %s", target, other)
 	}
 	return s.note("mounts", target)
 }
+
+// clear takes dead mounts of ours away from a folder; one that is alive is an error.
+func clear(target string) error {
+	at, err := mountinfo.At(target)
+	if err != nil || len(at) == 0 {
+		return err
+	}
+	if at[0].Type == mount.FSType && !alive(at[0]) {
+		if detach(target); !mounted(target) {
+			return nil
+		}
+	}
+	return fmt.Errorf("cannot mount at %s: something is mounted there already (%s, from %s); unmount it (umount %s), or name another folder with --mount",
+		target, at[0].Type, at[0].Source, target)
+}
+
+func mounted(target string) bool {
+	at, err := mountinfo.At(target)
+	return err != nil || len(at) > 0
+}
+
+// served says whether somebody serves a mount of ours at target.
+func served(target string) bool {
+	at, err := mountinfo.At(target)
+	return err == nil && len(at) > 0 && at[0].Type == mount.FSType && alive(at[0])
+}
+
+// detach takes away the mounts of ours at target whose process has died. Others are not ours to end.
+func detach(target string) {
+	_, err := mountinfo.Detach(target, alive)
+	if errors.Is(err, unix.EPERM) {
+		if at, err := mountinfo.At(target); err == nil && len(at) > 0 && !alive(at[0]) {
+			_ = exec.Command("fusermount3", "-u", "-z", target).Run()
+		}
+	}
+}
+
+// alive says whether a mount is anything but one of ours that nobody serves. The kernel tells at once when
+// the process is gone; one that does not answer may only be slow.
+func alive(m mountinfo.Mount) bool {
+	if m.Type != mount.FSType {
+		return true
+	}
+	answer := make(chan error, 1)
+	go func() {
+		// Unlike stat's, no answer of this is kept by the kernel.
+		var st unix.Statfs_t
+		answer <- unix.Statfs(m.Point, &st)
+	}()
+	select {
+	case err := <-answer:
+		return !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED)
+	case <-time.After(answerTimeout):
+		return true
+	}
+}
+
+// answerTimeout is how long a mount may take to answer.
+const answerTimeout = 5 * time.Second
 
 // folder makes a folder and those above it, noting each one that it made.
 func (s *state) folder(dir string) error {
@@ -175,7 +259,11 @@ func (s *state) notes(file string) (lines []string) {
 // close unmounts what is mounted in the folder or was noted, and removes it.
 func (s *state) close() {
 	for _, target := range s.notes("mounts") {
-		_, _ = mountinfo.Detach(target, nil)
+		// The process that served it has ended, or is about to: the kernel kills the children of a killed run.
+		for start := time.Now(); served(target) && time.Since(start) < stopTimeout; {
+			time.Sleep(10 * time.Millisecond)
+		}
+		detach(target)
 	}
 	for _, dir := range slices.Backward(s.notes("made")) {
 		_ = os.Remove(dir) // goes only if it is empty
@@ -189,5 +277,8 @@ func (s *state) close() {
 		}
 	}
 	_ = os.RemoveAll(s.dir)
+	for _, f := range s.claims {
+		_ = f.Close()
+	}
 	_ = s.lock.Close()
 }

@@ -46,6 +46,9 @@ type Folder struct {
 	Node string `json:"node,omitempty"`
 	// Copies is how many workers hold each block; zero means 1.
 	Copies int `json:"copies,omitempty"`
+	// Snapshots is a folder in which the readers of this machine share listings, mapped. Empty: each has
+	// its own in memory.
+	Snapshots string `json:"snapshots,omitempty"`
 }
 
 // MembershipFile is the list of workers (ring.Membership as JSON).
@@ -110,7 +113,7 @@ func (f Folder) ClientConfig() (client.Config, error) {
 	if err != nil {
 		return client.Config{}, fmt.Errorf("tier %s: %w", f.Dataset, err)
 	}
-	return client.Config{Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys, Node: f.Node, Copies: f.Copies}, nil
+	return client.Config{Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys, Node: f.Node, Copies: f.Copies, SnapshotDir: f.Snapshots}, nil
 }
 
 // Dial connects a reader.

@@ -52,7 +52,7 @@ spec:
 	}
 	d := &dataset{log: &bytes.Buffer{}}
 	var err error
-	d.tier, err = local.Start(ctx, local.Options{Manifests: file, Program: b.o.stepcache, Workers: 1,
+	d.tier, err = local.Start(ctx, local.Options{Manifests: []string{file}, Program: b.o.stepcache, Workers: 1,
 		Memory: max(memory, least), Log: d.log, Problems: time.Minute})
 	if err != nil {
 		return nil, fmt.Errorf("tier: %w\n%s", err, d.log)

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -17,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/local"
 )
 
@@ -24,20 +26,26 @@ func localCommand() *cobra.Command {
 	var o local.Options
 	var memory string
 	cmd := &cobra.Command{
-		Use:   "local -f FILE|FOLDER [--mount DIR] [-- COMMAND [ARG ...]]",
-		Short: "Run the tier on this machine, from the manifests a cluster takes",
+		Use:                   "local -f FILE|FOLDER [--mount DIR] [-- COMMAND [ARG ...]]",
+		DisableFlagsInUseLine: true,
+		Short:                 "Run the tier on this machine, from the manifests a cluster takes",
 		Long: `Reads Dataset, DataLoad and Secret manifests, brings the tier up as processes on this machine, runs the
 DataLoads, mounts each Dataset at DIR/NAME, runs COMMAND, reports what the tier did, and removes everything
 again, also after Ctrl-C. Without COMMAND it prints what to export and waits for Ctrl-C.
 
+DIR/NAME must be empty or absent. A mount shows one listing of the bucket for as long as it lasts, so that no
+file changes under COMMAND; where the Dataset has a refresh interval, "stepcache ls" and "get" and new mounts see
+the newer listing. Everything is read-only here, also with access: ReadWrite; schedules are not kept, and a
+DataLoad runs once.
+
 COMMAND finds STEPCACHE_TIER in its environment, and with --mount also STEPCACHE_MOUNT (DIR),
 STEPCACHE_DATASET (DIR/NAME, where there is one Dataset) and STEPCACHE_DATASET_NAME for each.
 A Secret that is not among the manifests is taken from the environment (the error says from where).
-The exit status is COMMAND's.`,
-		Example: `  stepcache local -f examples/quickstart --mount /mnt/data -- sh -c 'sha256sum $STEPCACHE_DATASET/*'
+The exit status is COMMAND's: 127 when there is no such command, 126 when it cannot be run.`,
+		Example: `  stepcache local -f genomes.yaml --mount /mnt/data -- sh -c 'sha256sum $STEPCACHE_DATASET/*'
   stepcache local -f dataset.yaml          # then, elsewhere: export STEPCACHE_TIER=...; stepcache ls /`,
 		RunE: func(cmd *cobra.Command, command []string) error {
-			if o.Manifests == "" {
+			if len(o.Manifests) == 0 {
 				return usage{errors.New("local: -f is missing: name a manifest file or a folder of them")}
 			}
 			if at := cmd.ArgsLenAtDash(); len(command) > 0 && at != 0 {
@@ -50,14 +58,24 @@ The exit status is COMMAND's.`,
 				}
 				o.Memory = int64(n)
 			}
-			if o.Workers < 0 {
-				return usage{errors.New("local: --workers: want 1 or more")}
+			if o.Workers < 1 {
+				return usage{fmt.Errorf("local: --workers %d: want 1 or more", o.Workers)}
+			}
+			if o.Problems <= 0 {
+				return usage{fmt.Errorf("local: --give-up %v: want a time such as 30s", o.Problems)}
+			}
+			if len(command) > 0 {
+				// Before the tier comes up for nothing.
+				if _, err := exec.LookPath(command[0]); err != nil {
+					fmt.Fprintf(os.Stderr, "stepcache: cannot run %q: %v\n", command[0], errors.Unwrap(err))
+					return exit(notFound(err))
+				}
 			}
 			return runLocal(cmd.Context(), o, command)
 		},
 	}
 	f := cmd.Flags()
-	f.StringVarP(&o.Manifests, "filename", "f", "", "manifest file, or folder of them")
+	f.StringArrayVarP(&o.Manifests, "filename", "f", nil, "manifest file, folder of them, or - for standard input; may be repeated")
 	f.StringVar(&o.Mount, "mount", "", "folder below which each Dataset is mounted")
 	f.IntVar(&o.Workers, "workers", 4, "the most workers a Dataset gets on this machine")
 	f.StringVar(&memory, "memory", "", "the most memory of all workers together (default: half of what is available)")
@@ -70,6 +88,9 @@ func runLocal(ctx context.Context, o local.Options, command []string) error {
 	if o.Program, err = os.Executable(); err != nil {
 		return err
 	}
+	// A reader of our output that goes away must not end us before everything is removed. A handler rather
+	// than ignoring it: what we start gets the default back.
+	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
 	o.Log = os.Stderr
 	t, err := local.Start(ctx, o)
 	if err != nil {
@@ -79,15 +100,29 @@ func runLocal(ctx context.Context, o local.Options, command []string) error {
 	if err := warm(ctx, t); err != nil {
 		return err
 	}
+	before, _ := ask(t) // what cannot be told now is not told later
 	status := runCommand(ctx, t, command)
-	reporting, cancel := context.WithTimeout(context.Background(), 5*time.Second)
-	defer cancel()
-	reports, err := t.Report(reporting)
+	after, err := ask(t)
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "stepcache: report:", err)
 	}
-	writeReports(os.Stderr, reports)
+	writeReports(os.Stderr, before, after)
 	return status
+}
+
+// ask asks the workers, for a bounded time and also after Ctrl-C.
+func ask(t *local.Tier) ([]local.Report, error) {
+	ctx, cancel := context.WithTimeout(context.Background(), 5*time.Second)
+	defer cancel()
+	return t.Report(ctx)
+}
+
+// notFound is what a shell ends with when it cannot run a command.
+func notFound(err error) int {
+	if errors.Is(err, fs.ErrPermission) {
+		return 126
+	}
+	return 127
 }
 
 func warm(ctx context.Context, t *local.Tier) error {
@@ -117,21 +152,28 @@ func warm(ctx context.Context, t *local.Tier) error {
 // runCommand runs the command, or waits for Ctrl-C, and gives back the exit status.
 func runCommand(ctx context.Context, t *local.Tier, command []string) error {
 	if len(command) == 0 {
+		var b strings.Builder
 		for _, v := range t.Env() {
 			key, value, _ := strings.Cut(v, "=")
-			fmt.Printf("export %s='%s'\n", key, strings.ReplaceAll(value, "'", `'\''`))
+			fmt.Fprintf(&b, "export %s='%s'\n", key, strings.ReplaceAll(value, "'", `'\''`))
 		}
-		fmt.Println("# ready; Ctrl-C ends it and removes everything")
+		b.WriteString("# ready; Ctrl-C ends it and removes everything\n")
+		if _, err := os.Stdout.WriteString(b.String()); err != nil {
+			return fmt.Errorf("nobody can know where the tier is: %w", err)
+		}
 		<-ctx.Done()
 		return nil
 	}
-	// The command shares our process group: Ctrl-C reaches it by itself; SIGTERM is passed on. Either way
-	// the tier stays until the command has ended.
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	// The command shares our process group: Ctrl-C reaches it by itself; other signals that end us are passed
+	// on. Either way the tier stays until the command has ended.
 	cmd := exec.Command(command[0], command[1:]...)
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = os.Stdin, os.Stdout, os.Stderr
 	cmd.Env = append(os.Environ(), t.Env()...)
 	signals := make(chan os.Signal, 4)
-	signal.Notify(signals, syscall.SIGTERM, os.Interrupt)
+	signal.Notify(signals, endings()...)
 	defer signal.Stop(signals)
 	if err := cmd.Start(); err != nil {
 		return fmt.Errorf("run %s: %w", command[0], err)
@@ -141,7 +183,7 @@ func runCommand(ctx context.Context, t *local.Tier, command []string) error {
 	for {
 		select {
 		case s := <-signals:
-			if s == syscall.SIGTERM {
+			if s != os.Interrupt {
 				_ = cmd.Process.Signal(s)
 			}
 		case err := <-ended:
@@ -157,12 +199,38 @@ func runCommand(ctx context.Context, t *local.Tier, command []string) error {
 	}
 }
 
-func writeReports(out io.Writer, reports []local.Report) {
+// writeReports tells what the tiers did, and of the command's reads how many came from the tier.
+func writeReports(out io.Writer, before, after []local.Report) {
 	w := tabwriter.NewWriter(out, 0, 8, 3, ' ', 0)
-	fmt.Fprintln(w, "DATASET\tFILES\tBYTES\tIN MEMORY\tFROM BUCKET\tREQUESTS\tREFETCHED")
-	for _, r := range reports {
+	fmt.Fprintln(w, "DATASET\tFILES\tBYTES\tIN MEMORY\tFROM BUCKET\tREQUESTS\tOPENED\tHIT RATIO\tREFETCHED")
+	atLeast := false
+	for i, r := range after {
 		s := sum(r.Status)
-		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t%d\n", r.Dataset, s.Files, size(s.Bytes), size(s.Used), size(s.SourceBytes), s.SourceRequests, s.Refetched)
+		var old wire.WorkerStatus
+		if i < len(before) {
+			old = sum(before[i].Status)
+		}
+		opened, hits := hitRatio(old, s)
+		if r.Mounted != "" && opened != "-" && hits != "100.0 %" {
+			hits, atLeast = "≥ "+hits, true
+		}
+		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t%s\t%s\t%d\n", r.Dataset, s.Files, size(s.Bytes), size(s.Used),
+			size(s.SourceBytes), s.SourceRequests, opened, hits, s.Refetched)
 	}
 	w.Flush()
+	if atLeast {
+		fmt.Fprintln(out, "≥: what the kernel has read before it gives out again without asking, and nobody counts that.")
+	}
+}
+
+// hitRatio is how many bytes were read, or opened in files whose memory was handed out, since old, and the
+// share of them that did not have to come from the bucket for it. What a DataLoad fetched before is not held
+// against it.
+func hitRatio(old, s wire.WorkerStatus) (opened, ratio string) {
+	bytes := s.ServedBytes + s.OpenedBytes - old.ServedBytes - old.OpenedBytes
+	fetched := max(0, s.SourceBytes-old.SourceBytes)
+	if bytes <= 0 { // nothing read, or a worker that counts anew since it was started again
+		return "-", "-"
+	}
+	return size(bytes), fmt.Sprintf("%.1f %%", 100*max(0, 1-float64(fetched)/float64(bytes)))
 }

@@ -23,10 +23,24 @@ var version = "dev"
 func main() {
 	// Commands of a person speak through their own output; worker and mount log more (see logger).
 	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	err := rootCommand().ExecuteContext(ctx)
+	ctx, stop := signal.NotifyContext(context.Background(), endings()...)
+	root := rootCommand()
+	cmd, err := root.ExecuteContextC(ctx)
+	if err != nil && cmd == root {
+		err = usage{err} // it runs nothing itself: there is no such command
+	}
 	stop()
-	os.Exit(exitStatus(os.Stderr, err))
+	os.Exit(exitStatus(os.Stderr, cmd.CommandPath(), err))
+}
+
+// endings are the signals that ask the program to end, which it does in order. A closed terminal is one of
+// them, except under nohup, which has it ignored.
+func endings() []os.Signal {
+	all := []os.Signal{os.Interrupt, syscall.SIGTERM}
+	if !signal.Ignored(syscall.SIGHUP) {
+		all = append(all, syscall.SIGHUP)
+	}
+	return all
 }
 
 // exit ends the program with a status and no word, since whoever failed has spoken.
@@ -37,7 +51,7 @@ func (e exit) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 // usage is an error in how the program was called.
 type usage struct{ error }
 
-func exitStatus(stderr *os.File, err error) int {
+func exitStatus(stderr *os.File, command string, err error) int {
 	var status exit
 	switch {
 	case err == nil:
@@ -45,7 +59,7 @@ func exitStatus(stderr *os.File, err error) int {
 	case errors.As(err, &status):
 		return int(status)
 	case errors.As(err, &usage{}):
-		fmt.Fprintf(stderr, "stepcache: %v\nSee `stepcache --help`.\n", err)
+		fmt.Fprintf(stderr, "stepcache: %v\nSee `%s --help`.\n", err, command)
 		return 2
 	default:
 		fmt.Fprintln(stderr, "stepcache:", err)

@@ -219,7 +219,11 @@ func TestLocalExitStatus(t *testing.T) {
 	}{
 		{[]string{"-f", f.manifests, "--", "sh", "-c", "exit 7"}, 7, ""},
 		{[]string{"-f", f.manifests, "--", "sh", "-c", "kill -9 $$"}, 128 + 9, ""},
-		{[]string{"-f", f.manifests, "--", "/no/such/program"}, 1, "/no/such/program"},
+		{[]string{"-f", f.manifests, "--", "/no/such/program"}, 127, "/no/such/program"},
+		{[]string{"-f", f.manifests, "--", "nosuchprogram"}, 127, "$PATH"},
+		{[]string{"-f", f.manifests, "--", f.manifests}, 126, "permission denied"},
+		{[]string{"-f", f.manifests, "--workers", "0", "--", "true"}, 2, "--workers 0"},
+		{[]string{"-f", f.manifests, "--give-up", "0s", "--", "true"}, 2, "--give-up"},
 		{[]string{"--", "true"}, 2, "-f is missing"},
 		{[]string{"-f", f.manifests, "true"}, 2, "put -- in front"},
 		{[]string{"-f", f.manifests, "--memory", "much", "--", "true"}, 2, "--memory"},
@@ -236,22 +240,66 @@ func TestLocalExitStatus(t *testing.T) {
 
 func TestLocalSaysWhatIsWrongWithTheBucket(t *testing.T) {
 	f := newFixture(t)
-	f.write(t, "wrong", "64Mi", false)
-	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--give-up", "1s", "--", "true")
-	if status != 1 || !strings.Contains(stderr, "s3://") || !strings.Contains(stderr, "denied") {
-		t.Errorf("wrong secret: status %d:\n%s", status, stderr)
+	for _, c := range []struct{ name, from, to, says string }{
+		{"wrong secret", "accessKeySecret: " + bucket.SecretKey, "accessKeySecret: wrong", "check the access key of Secret access-key"},
+		{"no such bucket", "s3://fixture/", "s3://absent/", "bucket not found"},
+		{"no http://", f.server.Endpoint(), strings.TrimPrefix(f.server.Endpoint(), "http://"), "write http:// in front of the endpoint"},
+		{"nobody there", f.server.Endpoint(), "http://127.0.0.1:1", "connection refused"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			f.write(t, bucket.SecretKey, "64Mi", false)
+			f.replace(t, c.from, c.to)
+			_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--give-up", "1s", "--", "true")
+			last := lastLine(stderr)
+			if status != 1 || !strings.HasPrefix(last, "stepcache: dataset default/data: ") || !strings.Contains(last, c.says) {
+				t.Errorf("status %d, want 1 and %q in the last line of:\n%s", status, c.says, stderr)
+			}
+			// The run's folder is gone by then, and nobody looks for a worker's log of it.
+			if strings.Contains(last, f.dir) || strings.Contains(last, "worker") {
+				t.Errorf("speaks of what is inside the run: %s", last)
+			}
+		})
 	}
-	f.write(t, bucket.SecretKey, "64Mi", false)
+	f.nothingLeft(t)
+}
+
+// replace changes the manifests.
+func (f *fixture) replace(t *testing.T, from, to string) {
+	t.Helper()
 	b, err := os.ReadFile(f.manifests)
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := os.WriteFile(f.manifests, bytes.ReplaceAll(b, []byte("s3://fixture/"), []byte("s3://absent/")), 0o600); err != nil {
+	if !bytes.Contains(b, []byte(from)) {
+		t.Fatalf("the manifests have no %q", from)
+	}
+	if err := os.WriteFile(f.manifests, bytes.ReplaceAll(b, []byte(from), []byte(to)), 0o600); err != nil {
 		t.Fatal(err)
 	}
-	_, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--give-up", "1s", "--", "true")
-	if status != 1 || !strings.Contains(stderr, "absent") || !strings.Contains(stderr, "bucket not found") {
-		t.Errorf("no bucket: status %d:\n%s", status, stderr)
+}
+
+func lastLine(s string) string {
+	lines := strings.Split(strings.TrimSpace(s), "\n")
+	return lines[len(lines)-1]
+}
+
+func TestLocalSaysWhatIsOddAboutTheDataset(t *testing.T) {
+	f := newFixture(t)
+	f.replace(t, "s3://fixture/", "s3://fixture/nothing/")
+	f.replace(t, "spec:\n  mounts:", "spec:\n  access: ReadWrite\n  mounts:")
+	other := filepath.Join(f.dir, "other.yaml")
+	if err := os.WriteFile(other, []byte("apiVersion: v1\nkind: Pod\nmetadata: {name: p}\n"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "-f", other, "--", "true")
+	for _, want := range []string{"no object below s3://fixture/nothing/", "is served read-only", "not used: 1 object of v1, Pod"} {
+		if status != 0 || !strings.Contains(stderr, want) {
+			t.Errorf("status %d, want %q in:\n%s", status, want, stderr)
+		}
+	}
+	f.replace(t, "s3://fixture/nothing/\n    endpoint: "+f.server.Endpoint()+"\n    region: us-east-1\n    credentialsSecretRef: {name: access-key}", "dataset://default/data")
+	if _, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--", "true"); status != 1 || !strings.Contains(stderr, "dataset://") {
+		t.Errorf("a Dataset as a source: status %d:\n%s", status, stderr)
 	}
 	f.nothingLeft(t)
 }

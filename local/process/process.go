@@ -19,6 +19,7 @@ import (
 type Process struct {
 	cmd  *exec.Cmd
 	log  string
+	from int64 // where its part of the log begins
 	done chan struct{}
 	err  error // set before done is closed
 }
@@ -33,6 +34,9 @@ func Start(cmd *exec.Cmd, log string) (*Process, error) {
 		var err error
 		if out, err = os.OpenFile(log, os.O_CREATE|os.O_APPEND|os.O_WRONLY, 0o600); err != nil {
 			return nil, err
+		}
+		if info, err := out.Stat(); err == nil {
+			p.from = info.Size()
 		}
 		cmd.Stdout, cmd.Stderr = out, out
 	}
@@ -99,7 +103,7 @@ func (p *Process) Tail() string {
 	if err != nil {
 		return ""
 	}
-	b = bytes.TrimSpace(b[max(0, len(b)-most):])
+	b = bytes.TrimSpace(b[max(0, len(b)-most, min(int(p.from), len(b))):])
 	all := bytes.Split(b, []byte("\n"))
 	return string(bytes.Join(all[max(0, len(all)-lines):], []byte("\n")))
 }
