@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"hash"
 	"io"
@@ -56,7 +57,11 @@ func (in *input) share(i, n int) []file {
 func putInput(ctx context.Context, s3 *bucket.Server, size int64) (*input, error) {
 	out, err := exec.CommandContext(ctx, "go", "env", "GOROOT").Output()
 	if err != nil {
-		return nil, fmt.Errorf("the demo reads the Go source tree: go env GOROOT: %w", err)
+		var exit *exec.ExitError
+		if errors.As(err, &exit) {
+			err = fmt.Errorf("%w: %s", err, bytes.TrimSpace(exit.Stderr))
+		}
+		return nil, fmt.Errorf("the demo reads the Go source tree and asks go where it is: go env GOROOT: %w", err)
 	}
 	root := filepath.Join(strings.TrimSpace(string(out)), "src")
 	paths, err := regularFiles(root)
@@ -100,9 +105,10 @@ func putInput(ctx context.Context, s3 *bucket.Server, size int64) (*input, error
 			key := treePrefix + filepath.ToSlash(path)
 			sum := sha256.Sum256(b)
 			digest := hex.EncodeToString(sum[:])
-			// With the digest in the header the body goes as it is. Chunk signatures, the client's other way, add
+			// With the digest in the header and no digests of chunks the body goes as it is. Chunk signatures add
 			// an empty chunk to an empty file, after which this server takes the connection for broken.
-			if _, err := core.PutObject(ctx, bucketName, key, bytes.NewReader(b), int64(len(b)), "", digest, minio.PutObjectOptions{}); err != nil {
+			o := minio.PutObjectOptions{DisableContentSha256: true}
+			if _, err := core.PutObject(ctx, bucketName, key, bytes.NewReader(b), int64(len(b)), "", digest, o); err != nil {
 				return fmt.Errorf("put %s: %w", key, err)
 			}
 			in.tree[i] = file{key, int64(len(b)), digest}
