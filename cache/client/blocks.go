@@ -38,7 +38,8 @@ type extent struct {
 	ahead  bool // read ahead and not asked for yet
 	born   int64
 	stream *stream
-	elem   *list.Element // in used or unread, when it may be evicted
+	spent  bool          // a reader has come to its end
+	elem   *list.Element // in used, spent or unread, when it may be evicted
 }
 
 func (e *extent) hurry() { e.urgentOnce.Do(func() { close(e.urgent) }) }
@@ -52,6 +53,10 @@ func (e *extent) covers(lo, hi int) bool { return e.lo <= lo && hi <= e.hi }
 // read already, or what was read ahead for somebody who has long not come for it, and has three quarters
 // of the budget at most. Neither ever waits for room: a demand read that gets none reads past the
 // buffers, so that readers who are stuck cannot stop the others.
+//
+// What a reader has read to its end it hardly reads again, and above it there is the kernel's page cache. So
+// that goes first, and once there is a quarter of the budget of it, it goes before new memory is taken: memory
+// that was touched already costs much less than memory that was not.
 type blocks struct {
 	budget int64
 
@@ -61,6 +66,8 @@ type blocks struct {
 	free    [classes][][]byte
 	pooled  int64     // in free
 	used    list.List // *extent, ready and idle, least recently used first
+	spent   list.List // *extent, ready and idle, read to the end, in that order
+	spentBy int64     // bytes in spent
 	unread  list.List // *extent, read ahead and not asked for yet, oldest first
 	ahead   int64     // taken by extents that were read ahead and not asked for yet
 	clock   int64     // bytes ever taken
@@ -83,6 +90,20 @@ func (b *blocks) find(key blockKey, lo, hi int) *extent {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	return b.lookup(key, lo, hi)
+}
+
+// peek is find for a reader that only takes what is there; end is where, within the block, it will have read to.
+func (b *blocks) peek(key blockKey, lo, hi, end int) *extent {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, e := range b.extents[key] {
+		if e.covers(lo, hi) && isClosed(e.done) && e.err == nil {
+			b.use(e)
+			e.spent = e.spent || end == e.lo*wire.SumSize+len(e.buf)
+			return e
+		}
+	}
+	return nil
 }
 
 func (b *blocks) lookup(key blockKey, lo, hi int) *extent {
@@ -168,6 +189,8 @@ func (b *blocks) room(size int64, ahead bool) bool {
 	}
 	for b.taken+size > b.budget {
 		switch {
+		case b.spent.Len() > 0:
+			b.evict(b.spent.Front().Value.(*extent))
 		case b.used.Len() > 0:
 			b.evict(b.used.Front().Value.(*extent))
 		case ahead:
@@ -227,6 +250,9 @@ func (b *blocks) shrink(want int64) bool {
 func (b *blocks) take(n int) []byte {
 	k, size := class(n)
 	b.taken += int64(size)
+	for len(b.free[k]) == 0 && b.spentBy > b.budget/4 {
+		b.evict(b.spent.Front().Value.(*extent))
+	}
 	if have := len(b.free[k]); have > 0 {
 		buf := b.free[k][have-1]
 		b.free[k][have-1] = nil
@@ -281,6 +307,13 @@ func (b *blocks) finish(e *extent, err error) {
 	e.cancel()
 }
 
+// finished notes that a reader has read an extent to its end.
+func (b *blocks) finished(e *extent) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	e.spent = true
+}
+
 // release ends a reader's use of an extent. When the last one leaves before it is there, its fetch ends.
 func (b *blocks) release(e *extent) {
 	b.mu.Lock()
@@ -305,6 +338,9 @@ func (b *blocks) settle(e *extent) {
 		b.drop(e)
 	case e.elem == nil && e.ahead:
 		e.elem = b.unread.PushBack(e)
+	case e.elem == nil && e.spent:
+		e.elem = b.spent.PushBack(e)
+		b.spentBy += int64(e.size)
 	case e.elem == nil:
 		e.elem = b.used.PushBack(e)
 	}
@@ -355,8 +391,12 @@ func (b *blocks) unlist(e *extent) {
 	if e.elem == nil {
 		return
 	}
-	b.used.Remove(e.elem) // a no-op for an element of the other list
+	before := b.spent.Len()
+	b.used.Remove(e.elem) // a no-op for an element of another list
 	b.unread.Remove(e.elem)
+	if b.spent.Remove(e.elem); b.spent.Len() < before {
+		b.spentBy -= int64(e.size)
+	}
 	e.elem = nil
 }
 

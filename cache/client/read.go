@@ -68,6 +68,70 @@ func (c *Client) object(i catalog.Index) (ring.Object, error) {
 	return o, nil
 }
 
+// maxPeek is how many blocks a Peek may touch.
+const maxPeek = 2
+
+// View is what Peek found: bytes in the client's memory, not to be changed, and valid until Release.
+type View struct {
+	Pieces [][]byte
+
+	c       *Client
+	pieces  [maxPeek][]byte
+	extents [maxPeek]*extent
+	n       int
+}
+
+// Release gives the bytes back. It must be called once, before the Client is closed.
+func (v *View) Release() {
+	for _, e := range v.extents[:v.n] {
+		v.c.cache.release(e)
+	}
+}
+
+// Peek is ReadAt without waiting and without a copy: it gives the n bytes from off of file i, which must be
+// within the file, if they are in memory now, and nil otherwise. To the recognition of sequential readers it
+// is a read when it succeeds.
+func (c *Client) Peek(i catalog.Index, off int64, n int) *View {
+	if !c.begin() {
+		return nil
+	}
+	defer c.calls.Done()
+	node, ok := c.snapshot.Node(i)
+	if !ok || node.Dir || off < 0 || n <= 0 || int64(n) > node.Size-off || (off+int64(n)-1)/ring.BlockSize-off/ring.BlockSize >= maxPeek {
+		return nil
+	}
+	v := &View{c: c}
+	for at, left := off, n; left > 0; v.n++ {
+		block := at / ring.BlockSize
+		from := int(at - block*ring.BlockSize)
+		part := min(left, ring.BlockSize-from)
+		lo, hi := span(from, part)
+		e := c.cache.peek(blockKey{i, block}, lo, hi, from+part)
+		if e == nil {
+			v.Release()
+			return nil
+		}
+		v.extents[v.n] = e
+		from -= e.lo * wire.SumSize
+		v.pieces[v.n] = e.buf[from : from+part]
+		at += int64(part)
+		left -= part
+	}
+	v.Pieces = v.pieces[:v.n]
+	c.count.bufferHits.Add(int64(v.n))
+	c.count.bufferBytes.Add(int64(n))
+	r := reading{c: c, index: i, object: ring.Object{Size: node.Size}}
+	if c.config.Store != nil || node.Size > proof { // else nothing is read ahead of this file
+		r.object, _ = c.snapshot.Ring(i)
+	}
+	r.advice = c.streams.observe(i, node.Size, off, int64(n), r.ready)
+	r.readAhead((off + int64(n) - 1) / ring.BlockSize)
+	if off == 0 && node.Size <= smallFile {
+		r.nextFiles(false)
+	}
+	return v
+}
+
 // reading is one ReadAt.
 type reading struct {
 	c      *Client
@@ -248,7 +312,11 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 			}
 			e := k.extent
 			if e.err == nil {
-				copy(k.p, e.buf[k.off-e.lo*wire.SumSize:])
+				at := k.off - e.lo*wire.SumSize
+				copy(k.p, e.buf[at:])
+				if at+len(k.p) == len(e.buf) {
+					c.cache.finished(e)
+				}
 				c.count.bufferBytes.Add(int64(len(k.p)))
 				return nil
 			}

@@ -16,9 +16,18 @@ type clientReader struct{ *client.Client }
 
 var (
 	_ Reader   = clientReader{}
+	_ Peeker   = clientReader{}
 	_ Leaser   = clientReader{}
 	_ Resident = clientReader{}
 )
+
+func (r clientReader) Peek(i catalog.Index, off int64, n int) ([][]byte, func(), bool) {
+	v := r.Client.Peek(i, off, n)
+	if v == nil {
+		return nil, nil, false
+	}
+	return v.Pieces, v.Release, true
+}
 
 func (r clientReader) Lease(ctx context.Context, i catalog.Index, wait time.Duration) (Lease, error) {
 	l, err := r.Client.Lease(ctx, i, wait)

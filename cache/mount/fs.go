@@ -34,6 +34,7 @@ type fileSystem struct {
 	ctx     context.Context // ends with the connection
 	snap    *catalog.Snapshot
 	reader  Reader
+	peeker  Peeker // the same, or nil
 	opt     Options
 	log     *slog.Logger
 	limit   *rate.Limiter // of log lines about failed reads
@@ -51,6 +52,7 @@ func newFileSystem(ctx context.Context, snap *catalog.Snapshot, r Reader, t *tab
 		log: o.Logger.With("dataset", o.Dataset), limit: rate.NewLimiter(rate.Every(time.Second), 10),
 		created: snap.Created(),
 	}
+	f.peeker, _ = r.(Peeker)
 	f.pass.init(f)
 	return f
 }
