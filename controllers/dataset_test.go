@@ -352,14 +352,16 @@ func TestScaleInHandsOverWhatFits(t *testing.T) {
 
 func TestScaleInReportsWhatItDrops(t *testing.T) {
 	w := newWorld(t)
-	p := make([]byte, 4<<20)
-	for i := range 10 {
+	// Many files, so that whatever their places the two workers hold about half each, all of them fit two
+	// workers and do not fit one.
+	p := make([]byte, 400<<10)
+	for i := range 120 {
 		p[0] = byte(i)
 		w.bucket.PutT(t, "data", fmt.Sprintf("f%d", i), p)
 	}
 	w.must(w.Create(t.Context(), w.secret("access-key")))
 	d := w.dataset("genomes", 2)
-	d.Spec.Workers.Memory = resource.MustParse("32Mi")
+	d.Spec.Workers.Memory = resource.MustParse("40Mi")
 	w.must(w.Create(t.Context(), d))
 	w.waitReady(d)
 	w.load(d, "all", nil)
@@ -369,7 +371,7 @@ func TestScaleInReportsWhatItDrops(t *testing.T) {
 		if s.Used > s.Quota {
 			t.Errorf("worker %s holds %d of %d", name, s.Used, s.Quota)
 		}
-		if s.Cached < 20<<20 {
+		if s.Cached < 32<<20 {
 			t.Errorf("worker %s took only %d bytes over", name, s.Cached)
 		}
 	}
