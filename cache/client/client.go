@@ -116,6 +116,7 @@ type Client struct {
 	cache    *blocks
 	streams  *streams
 	walks    *walks
+	fills    fills
 	latency  latency
 	count    counters
 

@@ -129,8 +129,13 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 	g.SetLimit(fillers)
 	for block := range ring.Blocks(o.Size) {
 		g.Go(func() error {
+			key := blockKey{i, block}
+			defer c.fills.begin(key)()
 			// Its buffers are the store's own, which are as few as fillers make them.
 			b, err := c.config.Store.Acquire(ctx, o, block, func(ctx context.Context, p []byte) error {
+				if c.copyBuffered(ctx, key, p) {
+					return nil
+				}
 				return c.fetch(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: len(p), urgent: now}, p)
 			})
 			if err != nil {
@@ -144,6 +149,72 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 		})
 	}
 	return g.Wait()
+}
+
+// copyBuffered copies a whole block that is in the client's buffers or on its way there.
+func (c *Client) copyBuffered(ctx context.Context, key blockKey, p []byte) bool {
+	_, hi := span(0, len(p))
+	e := c.cache.find(key, 0, hi)
+	if e == nil {
+		return false
+	}
+	defer c.cache.release(e)
+	select {
+	case <-e.done:
+	case <-ctx.Done():
+		return false
+	}
+	if e.err != nil {
+		return false
+	}
+	copy(p, e.buf)
+	c.count.joins.Add(1)
+	return true
+}
+
+// fills are the blocks that are being fetched into the node's store for leases, so that reads wait for them
+// instead of fetching them as well.
+type fills struct {
+	mu sync.Mutex
+	m  map[blockKey]*filling
+}
+
+type filling struct {
+	done chan struct{}
+	n    int
+}
+
+// begin notes a fill until the returned function is called.
+func (f *fills) begin(key blockKey) (end func()) {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if f.m == nil {
+		f.m = make(map[blockKey]*filling)
+	}
+	w := f.m[key]
+	if w == nil {
+		w = &filling{done: make(chan struct{})}
+		f.m[key] = w
+	}
+	w.n++
+	return func() {
+		f.mu.Lock()
+		defer f.mu.Unlock()
+		if w.n--; w.n == 0 {
+			delete(f.m, key)
+			close(w.done)
+		}
+	}
+}
+
+// of is closed when the fill of a block has ended; nil if there is none.
+func (f *fills) of(key blockKey) <-chan struct{} {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	if w := f.m[key]; w != nil {
+		return w.done
+	}
+	return nil
 }
 
 // leaser is a connection to a worker's Unix socket. Leases end with it, so it is kept while there are any.

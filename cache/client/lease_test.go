@@ -418,3 +418,46 @@ func TestABadBlockOfTheNodeStoreIsFetchedAgain(t *testing.T) {
 		t.Fatalf("%+v", s)
 	}
 }
+
+func TestLeasesAndReadsShareWhatIsFetchedForTheNodeStore(t *testing.T) {
+	for _, leaseFirst := range []bool{true, false} {
+		ctx := testContext(t)
+		k, _ := leaseTier(t)
+		c := k.dial(func(c *Config) { c.Store = openStore(t) })
+		i, hold := k.index("f"), make(chan struct{})
+		w := k.worker("a")
+		w.set(func(wire.Request) *answer { return &answer{wait: hold} })
+		errs := make(chan error, 2)
+		lease := func() {
+			l, err := c.Lease(ctx, i, testDeadline)
+			if err == nil {
+				var got []byte
+				if got, err = io.ReadAll(l.File); err == nil && string(got) != string(k.data["f"]) {
+					err = errors.New("wrong bytes")
+				}
+				l.Release()
+			}
+			errs <- err
+		}
+		read := func() { errs <- checkRead(ctx, c, i, k.data["f"], 0, 5<<20) }
+		first, second := read, lease
+		if leaseFirst {
+			first, second = lease, read
+		}
+		go first()
+		eventually(t, "both blocks are asked for", func() bool { return len(w.seen()) == 2 })
+		go second()
+		eventually(t, "the second waits", func() bool {
+			return c.fills.of(blockKey{i, 0}) != nil && c.fills.of(blockKey{i, 1}) != nil && (!leaseFirst || c.Stats().Joins >= 2)
+		})
+		close(hold)
+		for range 2 {
+			if err := <-errs; err != nil {
+				t.Fatal(err)
+			}
+		}
+		if n := len(w.seen()); n != 2 {
+			t.Errorf("lease first %v: %d requests for two blocks", leaseFirst, n)
+		}
+	}
+}

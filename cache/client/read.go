@@ -148,6 +148,7 @@ type part struct {
 	p      []byte
 	extent *extent
 	held   *store.Block
+	filled <-chan struct{} // closed when the node's store has it, or has failed to get it
 }
 
 // blockLen is the length of a block.
@@ -221,6 +222,10 @@ func (r *reading) begin(k *part) bool {
 		if b, ok := c.config.Store.Lookup(r.object, k.block); ok {
 			c.count.storeHits.Add(1)
 			k.held = b
+			return true
+		}
+		if k.filled = c.fills.of(key); k.filled != nil {
+			c.count.joins.Add(1)
 			return true
 		}
 	}
@@ -297,6 +302,15 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 	c := r.c
 	for {
 		switch {
+		case k.filled != nil:
+			select {
+			case <-k.filled:
+			case <-ctx.Done():
+				return fmt.Errorf("%s: %w", c.name(r.index), context.Cause(ctx))
+			}
+			k.filled = nil
+			r.begin(k)
+			continue
 		case k.held != nil:
 			if c.readStore(k.held, k.p, k.off) {
 				c.count.storeBytes.Add(int64(len(k.p)))
@@ -408,7 +422,7 @@ func (r *reading) inStore(block int64) bool {
 	if ok {
 		b.Release()
 	}
-	return ok
+	return ok || r.c.fills.of(blockKey{r.index, block}) != nil
 }
 
 // readAhead fetches what the stream will want next, as far as there is room.

@@ -40,3 +40,5 @@ func (r clientReader) Lease(ctx context.Context, i catalog.Index, wait time.Dura
 type clientLease struct{ *client.Lease }
 
 func (l clientLease) File() *os.File { return l.Lease.File }
+
+func (l clientLease) Lost() <-chan struct{} { return l.Lease.Lost }

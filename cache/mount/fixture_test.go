@@ -131,6 +131,7 @@ type leasing struct {
 	lease atomic.Pointer[func(ctx context.Context, path string, wait time.Duration) error]
 
 	taken, given atomic.Int64
+	lost         atomic.Pointer[chan struct{}] // of new leases; may be nil
 }
 
 var errNoLease = errors.New("no lease")
@@ -154,10 +155,12 @@ func tmpfs(t testing.TB) string {
 type fileLease struct {
 	f     *os.File
 	given *atomic.Int64
+	lost  chan struct{}
 }
 
-func (l *fileLease) File() *os.File { return l.f }
-func (l *fileLease) Release()       { l.f.Close(); l.given.Add(1) }
+func (l *fileLease) File() *os.File        { return l.f }
+func (l *fileLease) Lost() <-chan struct{} { return l.lost }
+func (l *fileLease) Release()              { l.f.Close(); l.given.Add(1) }
 
 func (l *leasing) Lease(ctx context.Context, i catalog.Index, wait time.Duration) (Lease, error) {
 	path := strings.TrimPrefix(l.snap.Path(i), "/")
@@ -181,7 +184,11 @@ func (l *leasing) Lease(ctx context.Context, i catalog.Index, wait time.Duration
 		return nil, err
 	}
 	l.taken.Add(1)
-	return &fileLease{f, &l.given}, nil
+	given := &fileLease{f: f, given: &l.given}
+	if lost := l.lost.Load(); lost != nil {
+		given.lost = *lost
+	}
+	return given, nil
 }
 
 // needFUSE skips a test where there is no FUSE.

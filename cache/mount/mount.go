@@ -85,6 +85,9 @@ type Leaser interface {
 type Lease interface {
 	// File is open for reading only; it is the lease's, and closed by Release.
 	File() *os.File
+	// Lost is closed when who gave the lease is gone: then the file's memory is kept by nothing but this lease,
+	// and it is released as soon as nobody has the file open. Nil if that cannot happen.
+	Lost() <-chan struct{}
 	Release()
 }
 

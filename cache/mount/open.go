@@ -48,6 +48,19 @@ type holding struct {
 	idle  time.Time // when the last handle was closed; zero while there is one
 }
 
+// lost says whether the one that gave the lease is gone.
+func (h *holding) lost() bool {
+	if h.lease == nil {
+		return false
+	}
+	select {
+	case <-h.lease.Lost(): // never of nil
+		return true
+	default:
+		return false
+	}
+}
+
 func (p *passthrough) init(f *fileSystem) {
 	p.f, p.held = f, map[catalog.Index]*holding{}
 	p.leaser, _ = f.reader.(Leaser)
@@ -243,8 +256,8 @@ func (p *passthrough) idle() (n int) {
 	return n
 }
 
-// sweep unregisters what has been idle for long, and the oldest of what is more than keep; and it gives back
-// leases of backing ids that are gone, because the other server of the mount has unregistered them.
+// sweep unregisters what has been idle for long, or is idle and lost, and the oldest of what is more than keep; and
+// it gives back leases of backing ids that are gone, because the other server of the mount has unregistered them.
 func (p *passthrough) sweep(now time.Time, keep int) {
 	p.mu.Lock()
 	empty := len(p.held) == 0
@@ -270,11 +283,13 @@ func (p *passthrough) sweep(now time.Time, keep int) {
 		}
 	}
 	slices.SortFunc(idle, func(a, b catalog.Index) int { return p.held[a].idle.Compare(p.held[b].idle) })
-	for n, i := range idle {
+	left := len(idle)
+	for _, i := range idle {
 		h := p.held[i]
-		if now.Sub(h.idle) < p.f.opt.IdleTime && len(idle)-n <= keep {
-			break
+		if now.Sub(h.idle) < p.f.opt.IdleTime && left <= keep && !h.lost() {
+			continue
 		}
+		left--
 		p.kernel.UnregisterBackingFd(h.id)
 		p.f.table.at(i).backing = 0
 		drop = append(drop, h.lease)
