@@ -18,13 +18,10 @@ import (
 // is lowered when that shrank (pins, zombies) and raised again once it grew by a part worth it, since each
 // change restarts the policy's own tuning.
 
-// kib is a weight as the policy counts it: its weights are 32 bits wide.
-func kib(n int64) int64 { return (n + 1<<10 - 1) >> 10 }
-
 func (s *Store) newPolicy() *otter.Cache[key, *block] {
 	return otter.Must(&otter.Options[key, *block]{
-		MaximumWeight: uint64(kib(s.max)),
-		Weigher:       func(_ key, b *block) uint32 { return uint32(kib(s.weight(int(b.size)))) },
+		MaximumWeight: uint64(s.max),
+		Weigher:       func(_ key, b *block) uint32 { return uint32(s.weight(int(b.size))) },
 		Executor:      func(f func()) { f() },
 		OnDeletion: func(e otter.DeletionEvent[key, *block]) {
 			if e.Cause == otter.CauseOverflow {
@@ -79,7 +76,7 @@ func (s *Store) target(need int64) int64 {
 
 func (s *Store) setMaximum(n int64) {
 	s.max = n
-	s.policy.SetMaximum(uint64(max(n>>10, 1)))
+	s.policy.SetMaximum(uint64(max(n, 1)))
 }
 
 // reserve makes room for b and takes it. False means that the policy refused b or that nothing could be

@@ -221,6 +221,38 @@ func TestPinsOutliveADrop(t *testing.T) {
 	s.mu.Unlock()
 }
 
+// What a load brought in under pins is not weighed against what was read often as soon as they end.
+func TestUnpinnedBlocksStayUntilTheirRoomIsNeeded(t *testing.T) {
+	const size = 4096
+	s := open(t, Options{Dir: memDir(t), Quota: 4 * mib})
+	room := int((s.quota - baseCost) / s.weight(size))
+	for range 20 {
+		for i := range room {
+			acquire(t, s, anObject(i, size), 0).Release()
+		}
+	}
+	fresh := room / 4
+	for i := range fresh {
+		if err := s.Pin(anObject(-1-i, size), 0, "load"); err != nil {
+			t.Fatal(err)
+		}
+		acquire(t, s, anObject(-1-i, size), 0).Release()
+	}
+	s.Unpin("load")
+	acquire(t, s, anObject(room+1, size), 0).Release() // whatever the policy let go is evicted now
+	left := 0
+	for i := range fresh {
+		if b, ok := s.Lookup(anObject(-1-i, size), 0); ok {
+			left++
+			b.Release()
+		}
+	}
+	if left < fresh-2 {
+		t.Errorf("%d of %d blocks are left once they are not pinned any more", left, fresh)
+	}
+	checkBooks(t, s)
+}
+
 func TestPinnedBlocksStayAndPinsFitTheQuota(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
 	o := anObject(1, 4*ring.BlockSize)

@@ -167,6 +167,9 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 				w.store.Unpin(previous)
 				err = w.store.Pin(r, int64(it.block), owner)
 			}
+			if errors.Is(err, store.ErrFull) && w.loads.giveWay() {
+				err = w.store.Pin(r, int64(it.block), owner)
+			}
 			if err != nil {
 				w.store.Unpin(owner)
 				if errors.Is(err, store.ErrFull) {
@@ -177,6 +180,8 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 		}
 	} else if total, quota := l.current().Total, w.store.Stats().Quota; total > quota {
 		return fmt.Errorf("load %s: %w: its %d bytes on worker %s exceed the cache of %d: load fewer paths, raise the workers' memory or add workers", l.req.ID, errUnfit, total, w.config.ID, quota)
+	} else {
+		defer w.loads.hold(snap, items, owner)()
 	}
 	wait := newBackoff()
 	for pass := 1; ; pass++ {

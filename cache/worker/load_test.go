@@ -416,3 +416,81 @@ func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
 		t.Errorf("missing: %v", err)
 	}
 }
+
+// What a load brings in goes before what was read often: it is what will be read next.
+func TestALoadGoesBeforeWhatWasReadOften(t *testing.T) {
+	files := map[string][]byte{}
+	for i := range 60 {
+		files[fmt.Sprintf("old/f%02d", i)] = content(256<<10, byte(i))
+		if i < 40 {
+			files[fmt.Sprintf("new/f%02d", i)] = content(256<<10, byte(100+i))
+		}
+	}
+	tr := newTier(t, files)
+	tr.config = func(_ int, c *Config) { c.Memory = 16 << 20 }
+	tr.start(1)
+	snap := tr.snapshot()
+	c := tr.dial(0)
+	for range 8 {
+		for i := range 60 {
+			if _, err := c.file(index(t, snap, fmt.Sprintf("/old/f%02d", i)), 256<<10, 0); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	before, _ := tr.gates[0].counts()
+	for _, path := range []string{"/new/**", "/old/f0*"} { // the second finds what the first left
+		id := strings.Trim(path, "/*")[:3]
+		if _, err := tr.control(0, http.MethodPost, wire.PathLoads, wire.LoadRequest{ID: id, Paths: []string{path}}, nil); err != nil {
+			t.Fatal(err)
+		}
+		if st := tr.waitLoad(0, id); !st.Done || st.Resident != st.Total || st.Problem != "" {
+			t.Errorf("%+v", st)
+		}
+		if id == "new" {
+			if gets, _ := tr.gates[0].counts(); gets-before != 40 {
+				t.Errorf("40 files were fetched %d times", gets-before)
+			}
+			for i := range 40 { // and they are kept when the load is over
+				if _, err := c.read(index(t, snap, fmt.Sprintf("/new/f%02d", i)), 0, 256<<10, wire.FlagResidentOnly); err != nil {
+					t.Error(err)
+				}
+			}
+		}
+	}
+	if st := tr.workers[0].store.Stats(); st.Pinned != 0 || st.Used > st.Quota {
+		t.Errorf("%d bytes are pinned, %d of %d used", st.Pinned, st.Used, st.Quota)
+	}
+	// A load that pins finds room, although another is under way and holds it.
+	hold := make(chan struct{})
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		if strings.HasPrefix(o.Key, "new/") {
+			select {
+			case <-hold:
+			case <-ctx.Done():
+			}
+		}
+		return nil
+	})
+	if _, err := tr.control(0, http.MethodDelete, wire.PathLoads+"/new", nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	r, _ := snap.Ring(index(t, snap, "/new/f00"))
+	tr.workers[0].store.Drop(r)
+	if _, err := tr.control(0, http.MethodPost, wire.PathLoads, wire.LoadRequest{ID: "held", Paths: []string{"/new/**"}}, nil); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the load holds what it brings in", func() error {
+		if p := tr.workers[0].store.Stats().Pinned; p < 40*256<<10 {
+			return fmt.Errorf("%d bytes", p)
+		}
+		return nil
+	})
+	if _, err := tr.control(0, http.MethodPost, wire.PathLoads, wire.LoadRequest{ID: "pin", Paths: []string{"/old/f[0-3]*"}, Pin: true}, nil); err != nil {
+		t.Fatal(err)
+	}
+	if st := tr.waitLoad(0, "pin"); !st.Done {
+		t.Errorf("%+v", st)
+	}
+	close(hold)
+}

@@ -31,6 +31,50 @@ type loads struct {
 	byID    map[string]*load
 	running sync.WaitGroup
 	stopped bool
+	holds   map[string]bool // the owners of pins that last while a load is under way
+}
+
+// hold pins what an unpinned load is to bring in until release. Somebody asked for it, so that it goes before
+// what was merely read often, which the store would keep instead. What does not fit beside other pins is left
+// to the store.
+func (l *loads) hold(snap *snapshot, items []item, owner string) (release func()) {
+	owner += "/under way"
+	l.mu.Lock()
+	if l.holds == nil {
+		l.holds = make(map[string]bool)
+	}
+	l.holds[owner] = true
+	l.mu.Unlock()
+	for _, it := range items {
+		r, _ := snap.Ring(it.index)
+		l.mu.Lock() // so that nothing is pinned any more after giveWay
+		held := l.holds[owner]
+		if held {
+			held = l.w.store.Pin(r, int64(it.block), owner) == nil
+		}
+		l.mu.Unlock()
+		if !held {
+			break
+		}
+	}
+	return func() {
+		l.mu.Lock()
+		defer l.mu.Unlock()
+		delete(l.holds, owner)
+		l.w.store.Unpin(owner)
+	}
+}
+
+// giveWay ends the pins of hold, for pins that are to last; false when there are none.
+func (l *loads) giveWay() bool {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	any := len(l.holds) > 0
+	for owner := range l.holds {
+		delete(l.holds, owner)
+		l.w.store.Unpin(owner)
+	}
+	return any
 }
 
 // statusError is an error of the control endpoint with its HTTP status.
