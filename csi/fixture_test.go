@@ -294,6 +294,9 @@ func (m *machine) run(change func(*Config)) *node {
 	if change != nil {
 		change(&c)
 	}
+	if err := c.Validate(); err != nil {
+		m.t.Fatal(err)
+	}
 	s := newService(c.withDefaults())
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)

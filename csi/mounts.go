@@ -23,7 +23,7 @@ import (
 )
 
 const (
-	// dialTimeout is how long a mount waits for the workers' snapshot. It is less than the kubelet's two
+	// dialTimeout is how long a pod, or a mount that is resumed, waits for the workers' snapshot. It is less than the kubelet's two
 	// minutes, so that the pod's events say what is waited for.
 	dialTimeout = 90 * time.Second
 	// patience is how long a pod waits to be told the current snapshot when this node has one already.
@@ -77,6 +77,8 @@ func deviceOf(m mountinfo.Mount) device { return device{m.Major, m.Minor} }
 // take returns the mount of the Dataset's current snapshot, made now if need be. It stays until done is called,
 // and from then on as long as a pod has it.
 func (s *service) take(ctx context.Context, v volume) (m *mounted, done func(), err error) {
+	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
+	defer cancel()
 	digest, err := s.admit(ctx, v)
 	if err != nil {
 		return nil, nil, err

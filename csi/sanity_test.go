@@ -1,10 +1,12 @@
 package csi
 
 import (
+	"bytes"
 	"context"
 	"fmt"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -15,6 +17,7 @@ import (
 	"github.com/onsi/ginkgo/v2"
 	"github.com/onsi/ginkgo/v2/types"
 	"github.com/onsi/gomega"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
@@ -66,8 +69,25 @@ func (p *provisioner) DeleteVolume(context.Context, *csi.DeleteVolumeRequest) (*
 	return &csi.DeleteVolumeResponse{}, nil
 }
 
+// envSuite says that this process was started to run the suite.
+const envSuite = "STEPCACHE_CSI_TEST_SUITE"
+
 func TestSanity(t *testing.T) {
 	needMounts(t)
+	if os.Getenv(envSuite) == "" {
+		// The suite can run once in a process only, and not with -count: it gets one of its own.
+		exe, err := os.Executable()
+		if err != nil {
+			t.Fatal(err)
+		}
+		c := exec.CommandContext(testContext(t), exe, "-test.run=^TestSanity$", "-test.count=1", "-test.v")
+		c.Env = append(os.Environ(), envSuite+"=1")
+		c.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+		if out, err := c.CombinedOutput(); err != nil || !bytes.Contains(out, []byte("--- PASS: TestSanity")) {
+			t.Fatalf("%v\n%s", err, out)
+		}
+		return
+	}
 	k := newTier(t, someFiles())
 	k.publish(1, "")
 	m := newMachine(t, k)
