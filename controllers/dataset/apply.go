@@ -92,8 +92,15 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	want.SetAnnotations(annotations)
 	want.SetFinalizers(have.GetFinalizers())
 	want.SetResourceVersion(have.GetResourceVersion())
-	if s, ok := want.(*corev1.Service); ok {
-		s.Spec.ClusterIP, s.Spec.ClusterIPs = have.(*corev1.Service).Spec.ClusterIP, have.(*corev1.Service).Spec.ClusterIPs
+	switch want := want.(type) {
+	case *corev1.Service:
+		want.Spec.ClusterIP, want.Spec.ClusterIPs = have.(*corev1.Service).Spec.ClusterIP, have.(*corev1.Service).Spec.ClusterIPs
+	case *corev1.PersistentVolume:
+		// The cluster writes the claim's UID into the reference when it binds the two, and calls a claim Lost
+		// whose volume does not have it any more. Once that claim is gone (Released) the next one may bind.
+		if have := have.(*corev1.PersistentVolume); have.Status.Phase != corev1.VolumeReleased {
+			want.Spec.ClaimRef = have.Spec.ClaimRef
+		}
 	}
 	if err := r.client.Update(ctx, want); err != nil {
 		return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)

@@ -1,0 +1,305 @@
+// Package e2e proves on a real cluster what the other tests cannot: an installation, workflows of Argo that
+// read a Dataset in every mode, and what happens when parts are killed.
+//
+// It owns the order of the proof; the cluster is any that kubectl reaches, with Argo Workflows in the
+// namespace argo and the bucket of test/cluster. `make e2e` starts that cluster where KUBECONFIG names none,
+// and runs this package inside the cluster's network. Without STEPCACHE_E2E every test is skipped.
+package e2e
+
+import (
+	"bytes"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"os"
+	"os/exec"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/stepcache/stepcache/test/bucket"
+)
+
+// namespace is where Argo runs workflows.
+const namespace = "argo"
+
+// patience bounds a wait for what takes seconds on an idle machine.
+const patience = 5 * time.Minute
+
+// root is the checkout: tests of a package run in its folder.
+const root = "../.."
+
+func need(t *testing.T) {
+	t.Helper()
+	if os.Getenv("STEPCACHE_E2E") == "" {
+		t.Skip("STEPCACHE_E2E is not set: `make e2e` runs this on a cluster")
+	}
+}
+
+// full says whether the long form was asked for: a hundred steps and every fault.
+func full() bool { return os.Getenv("FULL") == "1" }
+
+// run runs kubectl and returns its standard output.
+func run(ctx context.Context, stdin string, args ...string) (string, error) {
+	words := strings.Fields(os.Getenv("KUBECTL"))
+	if len(words) == 0 {
+		words = []string{"kubectl"}
+	}
+	cmd := exec.CommandContext(ctx, words[0], append(words[1:], args...)...)
+	cmd.Dir = root
+	var out, errs bytes.Buffer
+	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("kubectl %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
+	}
+	return out.String(), nil
+}
+
+func kubectl(t *testing.T, args ...string) string {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	out, err := run(ctx, "", args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+// apply applies manifests given as text, in a namespace.
+func apply(t *testing.T, namespace, manifests string) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	if _, err := run(ctx, manifests, "apply", "-n", namespace, "-f", "-"); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// example is the text of an example's file.
+func example(t *testing.T, name string) string {
+	t.Helper()
+	b, err := os.ReadFile(root + "/examples/" + name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(b)
+}
+
+// eventually tries until check has no error, or patience ends.
+func eventually(t *testing.T, what string, check func(ctx context.Context) error) {
+	t.Helper()
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	var last error
+	for {
+		if last = check(ctx); last == nil {
+			return
+		}
+		select {
+		case <-ctx.Done():
+			t.Fatalf("%s: %v\n%s", what, last, diagnosis())
+		case <-time.After(500 * time.Millisecond):
+		}
+	}
+}
+
+// diagnosis is what a person would look at first.
+func diagnosis() string {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var b strings.Builder
+	for _, args := range [][]string{
+		{"get", "pods", "-A", "-o", "wide"},
+		{"get", "datasets,dataloads", "-A", "-o", "yaml"},
+		{"get", "events", "-A", "--sort-by=.lastTimestamp"},
+		{"logs", "-n", "stepcache-system", "-l", "data.stepcache.dev/component", "--tail=30", "--prefix", "--all-containers"},
+		{"logs", "-n", namespace, "-l", "data.stepcache.dev/component=worker", "--tail=20", "--prefix"},
+	} {
+		out, err := run(ctx, "", args...)
+		if err != nil {
+			out += err.Error()
+		}
+		lines := strings.Split(out, "\n")
+		fmt.Fprintf(&b, "--- %s\n%s\n", strings.Join(args, " "), strings.Join(lines[max(0, len(lines)-120):], "\n"))
+	}
+	return b.String()
+}
+
+// get reads one field of an object by JSONPath.
+func get(ctx context.Context, namespace, kind, name, path string) (string, error) {
+	return run(ctx, "", "get", kind, name, "-n", namespace, "-o", "jsonpath="+path)
+}
+
+// waitReady waits for a Dataset's condition Ready.
+func waitReady(t *testing.T, namespace, name string) {
+	t.Helper()
+	eventually(t, "Dataset "+name+" is Ready", func(ctx context.Context) error {
+		got, err := get(ctx, namespace, "dataset", name, `{.status.conditions[?(@.type=="Ready")].status} {.status.conditions[*].message}`)
+		if err == nil && !strings.HasPrefix(got, "True ") {
+			err = errors.New(got)
+		}
+		return err
+	})
+}
+
+// waitLoaded waits for a DataLoad to be Complete.
+func waitLoaded(t *testing.T, namespace, name string) {
+	t.Helper()
+	eventually(t, "DataLoad "+name+" is Complete", func(ctx context.Context) error {
+		got, err := get(ctx, namespace, "dataload", name, `{.status.phase} {.status.progress} {.status.conditions[*].message}`)
+		if err == nil && !strings.HasPrefix(got, "Complete ") {
+			err = errors.New(got)
+		}
+		return err
+	})
+}
+
+// waitPod waits for a pod to succeed and returns the log of its container main.
+func waitPod(t *testing.T, namespace, name string) string {
+	t.Helper()
+	eventually(t, "pod "+name+" succeeds", func(ctx context.Context) error {
+		phase, err := get(ctx, namespace, "pod", name, "{.status.phase} {.status.containerStatuses} {.status.initContainerStatuses}")
+		if err == nil && strings.HasPrefix(phase, "Failed") {
+			t.Fatalf("pod %s failed: %s\n%s", name, phase, diagnosis())
+		}
+		if err == nil && !strings.HasPrefix(phase, "Succeeded") {
+			err = errors.New(phase)
+		}
+		return err
+	})
+	return kubectl(t, "logs", "-n", namespace, name, "-c", "main")
+}
+
+// submit creates a workflow from an example, with changes to its text, and returns its name.
+func submit(t *testing.T, file string, replace ...string) string {
+	t.Helper()
+	text := example(t, file)
+	for i := 0; i < len(replace); i += 2 {
+		if !strings.Contains(text, replace[i]) {
+			t.Fatalf("%s has no %q", file, replace[i])
+		}
+		text = strings.ReplaceAll(text, replace[i], replace[i+1])
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), patience)
+	defer cancel()
+	name, err := run(ctx, text, "create", "-n", namespace, "-f", "-", "-o", "jsonpath={.metadata.name}")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		ctx, cancel := context.WithTimeout(context.Background(), patience)
+		defer cancel()
+		if _, err := run(ctx, "", "delete", "workflow", name, "-n", namespace); err != nil {
+			t.Error(err)
+		}
+	})
+	return name
+}
+
+// waitWorkflow waits for a workflow to succeed and returns what its steps printed, a line each.
+func waitWorkflow(t *testing.T, name string) []string {
+	t.Helper()
+	eventually(t, "workflow "+name+" succeeds", func(ctx context.Context) error {
+		got, err := get(ctx, namespace, "workflow", name, "{.status.phase} {.status.progress} {.status.message}")
+		if err == nil && (strings.HasPrefix(got, "Failed") || strings.HasPrefix(got, "Error")) {
+			nodes, _ := get(ctx, namespace, "workflow", name, "{range .status.nodes.*}{.displayName}: {.phase} {.message}{'\\n'}{end}")
+			t.Fatalf("workflow %s: %s\n%s\n%s", name, got, nodes, diagnosis())
+		}
+		if err == nil && !strings.HasPrefix(got, "Succeeded") {
+			err = errors.New(got)
+		}
+		return err
+	})
+	out := kubectl(t, "logs", "-n", namespace, "-l", "workflows.argoproj.io/workflow="+name, "-c", "main", "--tail=-1", "--max-log-requests=200")
+	var lines []string
+	for line := range strings.Lines(out) {
+		// The emissary's own log lines are not the step's.
+		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "time=") {
+			lines = append(lines, line)
+		}
+	}
+	return lines
+}
+
+// input is what is in the bucket.
+type input struct {
+	largeSum string // of /large.bin
+	bytes    int64
+	shards   int
+}
+
+// put fills the bucket, past its limits.
+func put(t *testing.T) input {
+	t.Helper()
+	c, err := minio.New("bucket.bucket:9001", &minio.Options{
+		Creds: credentials.NewStaticV4(bucket.AccessKey, bucket.SecretKey, ""), Region: bucket.Region, BucketLookup: minio.BucketLookupPath,
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx := t.Context()
+	eventually(t, "the bucket can be made", func(ctx context.Context) error {
+		ok, err := c.BucketExists(ctx, "demo")
+		if err == nil && !ok {
+			err = c.MakeBucket(ctx, "demo", minio.MakeBucketOptions{})
+		}
+		return err
+	})
+	size := 64 << 20
+	if full() {
+		size = 256 << 20
+	}
+	large := make([]byte, 0, size)
+	for i := 0; len(large) < size; i++ {
+		large = fmt.Appendf(large, "line %d of the large file of the end-to-end test\n", i)
+	}
+	large = large[:size]
+	sum := sha256.Sum256(large)
+	in := input{largeSum: hex.EncodeToString(sum[:]), bytes: int64(size)}
+	object := func(key string, b []byte) {
+		if _, err := c.PutObject(ctx, "demo", key, bytes.NewReader(b), int64(len(b)), minio.PutObjectOptions{}); err != nil {
+			t.Fatalf("put %s: %v", key, err)
+		}
+	}
+	object("large.bin", large)
+	for i := range 12 {
+		var b []byte
+		for line := range 1000 * (i + 1) {
+			b = fmt.Appendf(b, "shard %d line %d\n", i, line)
+		}
+		object(fmt.Sprintf("shards/%02d.bin", i), b)
+		in.bytes += int64(len(b))
+		in.shards++
+	}
+	return in
+}
+
+// sent is how many bytes have left the bucket by its limited port.
+func sent(t *testing.T) int64 {
+	t.Helper()
+	r, err := http.Get("http://bucket.bucket:9002/")
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer r.Body.Close()
+	b, err := io.ReadAll(r.Body)
+	var counters struct {
+		Sent int64 `json:"sent"`
+	}
+	if err == nil {
+		err = json.Unmarshal(b, &counters)
+	}
+	if err != nil {
+		t.Fatalf("the bucket's counters: %v: %s", err, b)
+	}
+	return counters.Sent
+}

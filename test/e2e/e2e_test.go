@@ -1,0 +1,206 @@
+package e2e
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// steps is how many steps the hashing workflows have.
+func steps() int {
+	if full() {
+		return 100
+	}
+	return 20
+}
+
+// TestCluster is one story, told in order: each part builds on those before it.
+func TestCluster(t *testing.T) {
+	need(t)
+	part := func(name string, f func(t *testing.T)) {
+		t.Helper()
+		start := time.Now()
+		if !t.Run(name, f) {
+			t.Fatalf("%s failed; what follows builds on it", name)
+		}
+		t.Logf("%s: %.0f s", name, time.Since(start).Seconds())
+	}
+	var in input
+	part("Install", install)
+	part("Input", func(t *testing.T) { in = put(t) })
+	part("Quickstart", func(t *testing.T) { quickstart(t, in) })
+	part("Warm", func(t *testing.T) { hashing(t, in, "demo", 0) })
+	part("Cold", func(t *testing.T) { cold(t, in) })
+	part("FanOut", func(t *testing.T) { fanOut(t, in) })
+	part("MapReduce", mapReduce)
+	part("Job", func(t *testing.T) { job(t, in) })
+	part("Stage", func(t *testing.T) { stage(t, in) })
+	part("Replaces", func(t *testing.T) { replaces(t, in) })
+	part("KilledWorker", func(t *testing.T) { killed(t, in, "-n", namespace, "pod/cold-worker-0") })
+	part("RestartedNodeServices", func(t *testing.T) {
+		killed(t, in, "-n", "stepcache-system", "pods", "-l", "data.stepcache.dev/component=node")
+	})
+	part("RestartedControllers", func(t *testing.T) {
+		killed(t, in, "-n", "stepcache-system", "pods", "-l", "data.stepcache.dev/component=controller")
+	})
+	part("DeletedInUse", deletedInUse)
+}
+
+// install applies everything and waits until it serves.
+func install(t *testing.T) {
+	kubectl(t, "apply", "--server-side", "-k", "config/default")
+	for _, w := range []string{"deploy/stepcache-controller", "deploy/stepcache-webhook", "ds/stepcache-node"} {
+		kubectl(t, "rollout", "status", "-n", "stepcache-system", w, "--timeout", patience.String())
+	}
+}
+
+func quickstart(t *testing.T, in input) {
+	kubectl(t, "apply", "-n", namespace, "-k", "examples/quickstart")
+	waitReady(t, namespace, "demo")
+	waitLoaded(t, namespace, "demo-warm")
+	eventually(t, "the status tells that all is cached", func(ctx context.Context) error {
+		got, err := get(ctx, namespace, "dataset", "demo", "{.status.bytes} {.status.cached}")
+		if want := fmt.Sprintf("%d %d", in.bytes, in.bytes); err == nil && got != want {
+			err = fmt.Errorf("bytes and cached: got %q, want %q", got, want)
+		}
+		return err
+	})
+	apply(t, namespace, example(t, "quickstart/pod.yaml"))
+	if log := waitPod(t, namespace, "demo-reader"); !strings.Contains(log, in.largeSum) {
+		t.Errorf("the pod read:\n%s\nwant the digest %s", log, in.largeSum)
+	}
+	kubectl(t, "delete", "pod", "-n", namespace, "demo-reader")
+}
+
+// hashing runs the hashing workflow over a claim: every step finds the one digest, and the bucket sends at
+// most the given bytes and what listing costs.
+func hashing(t *testing.T, in input, claim string, most int64) {
+	before, start := sent(t), time.Now()
+	name := submit(t, "hashing/workflow.yaml", "claimName: demo", "claimName: "+claim, `value: "100"`, `value: "`+strconv.Itoa(steps())+`"`)
+	oneDigest(t, in, waitWorkflow(t, name), steps())
+	left := sent(t) - before
+	t.Logf("%d steps over %s: %.1f s, %d bytes left the bucket", steps(), claim, time.Since(start).Seconds(), left)
+	if most += 1 << 20; left > most+most/50 {
+		t.Errorf("%d bytes left the bucket, more than once a byte (%d)", left, most)
+	}
+}
+
+func oneDigest(t *testing.T, in input, lines []string, want int) {
+	t.Helper()
+	n := 0
+	for _, line := range lines {
+		if sum, _, ok := strings.Cut(line, " "); ok && sum == in.largeSum {
+			n++
+		} else {
+			t.Errorf("a step printed %q, want the digest %s", line, in.largeSum)
+		}
+	}
+	if n != want {
+		t.Errorf("%d steps printed the digest, want %d", n, want)
+	}
+}
+
+// cold makes a Dataset that nothing has warmed: the steps fetch it, each byte once.
+func cold(t *testing.T, in input) {
+	apply(t, namespace, strings.ReplaceAll(example(t, "quickstart/dataset.yaml"), "name: demo}", "name: cold}"))
+	waitReady(t, namespace, "cold")
+	hashing(t, in, "cold", in.bytes)
+}
+
+func fanOut(t *testing.T, in input) {
+	lines := waitWorkflow(t, submit(t, "fan-out/workflow.yaml"))
+	sums := 0
+	for _, line := range lines {
+		if strings.Contains(line, "/data/shards/") {
+			sums++
+		}
+	}
+	if sums != in.shards {
+		t.Errorf("%d shards were hashed, want %d:\n%s", sums, in.shards, strings.Join(lines, "\n"))
+	}
+}
+
+func mapReduce(t *testing.T) {
+	// The reducer fails by itself where the sums differ.
+	waitWorkflow(t, submit(t, "map-reduce/workflow.yaml"))
+}
+
+func job(t *testing.T, in input) {
+	apply(t, namespace, example(t, "job/job.yaml"))
+	kubectl(t, "wait", "-n", namespace, "job/demo-job", "--for=condition=complete", "--timeout", patience.String())
+	out := kubectl(t, "logs", "-n", namespace, "-l", "job-name=demo-job", "--tail=-1", "--max-log-requests=20")
+	if n := strings.Count(out, in.largeSum); n != 8 {
+		t.Errorf("%d of 8 pods found the digest:\n%s", n, out)
+	}
+	kubectl(t, "delete", "job", "-n", namespace, "demo-job")
+}
+
+// stage reads without any privilege, in a namespace that enforces the restricted level.
+func stage(t *testing.T, in input) {
+	kubectl(t, "label", "namespace", namespace, "--overwrite", "pod-security.kubernetes.io/warn=restricted")
+	apply(t, namespace, example(t, "stage/pod.yaml"))
+	if log := waitPod(t, namespace, "demo-stage"); !strings.Contains(log, in.largeSum) {
+		t.Errorf("the staged pod read:\n%s", log)
+	}
+	kubectl(t, "delete", "pod", "-n", namespace, "demo-stage")
+}
+
+// replaces adopts a claim that workflows have always used.
+func replaces(t *testing.T, in input) {
+	apply(t, namespace, example(t, "replaces/dataset.yaml"))
+	waitReady(t, namespace, "adopted")
+	eventually(t, "the namespace is watched", func(ctx context.Context) error {
+		got, err := run(ctx, "", "get", "namespace", namespace, "-o", `jsonpath={.metadata.labels.data\.stepcache\.dev/watched}`)
+		if err == nil && got != "true" {
+			err = fmt.Errorf("label watched is %q", got)
+		}
+		return err
+	})
+	oneDigest(t, in, waitWorkflow(t, submit(t, "replaces/workflow.yaml")), 1)
+	kubectl(t, "delete", "dataset", "-n", namespace, "adopted")
+}
+
+// killed deletes pods while a workflow reads: no step fails and none reads a wrong byte.
+func killed(t *testing.T, in input, what ...string) {
+	name := submit(t, "hashing/workflow.yaml", "claimName: demo", "claimName: cold", `value: "100"`, `value: "`+strconv.Itoa(steps())+`"`)
+	eventually(t, "a step has finished and others have not", func(ctx context.Context) error {
+		got, err := get(ctx, namespace, "workflow", name, "{.status.progress}")
+		if err == nil && (got == "" || strings.HasPrefix(got, "0/")) {
+			err = errors.New("progress " + got)
+		}
+		return err
+	})
+	kubectl(t, append([]string{"delete", "--wait=false"}, what...)...)
+	oneDigest(t, in, waitWorkflow(t, name), steps())
+	for _, w := range []string{"deploy/stepcache-controller", "ds/stepcache-node"} {
+		kubectl(t, "rollout", "status", "-n", "stepcache-system", w, "--timeout", patience.String())
+	}
+	waitReady(t, namespace, "cold")
+}
+
+// deletedInUse deletes a Dataset that a pod uses: it waits and names the pod, and goes when the pod has.
+func deletedInUse(t *testing.T) {
+	apply(t, namespace, strings.NewReplacer("demo-reader", "holder", "claimName: demo", "claimName: cold",
+		`"ls -l /data && sha256sum /data/large.bin"`, `"exec sleep 3600"`).Replace(example(t, "quickstart/pod.yaml")))
+	kubectl(t, "wait", "-n", namespace, "pod/holder", "--for=condition=Ready", "--timeout", patience.String())
+	kubectl(t, "delete", "dataset", "-n", namespace, "cold", "--wait=false")
+	eventually(t, "the Dataset says who uses it", func(ctx context.Context) error {
+		got, err := get(ctx, namespace, "dataset", "cold", "{.status.conditions[*].message}")
+		if err == nil && !strings.Contains(got, "holder") {
+			err = errors.New(got)
+		}
+		return err
+	})
+	kubectl(t, "delete", "pod", "-n", namespace, "holder", "--grace-period=1")
+	eventually(t, "the Dataset is gone, and its volume", func(ctx context.Context) error {
+		out, err := run(ctx, "", "get", "dataset,pvc,statefulset", "-n", namespace, "-o", "name")
+		if err == nil && strings.Contains(out, "cold") {
+			err = errors.New(out)
+		}
+		return err
+	})
+}
