@@ -29,6 +29,7 @@ var mayImport = map[string][]string{
 	"csi":                     {"api/v1alpha1", "cache"},
 	"sidecar":                 {"api", "cache", "csi/keeper", "tier"},
 	"webhook":                 {"api/v1alpha1", "cache"},
+	"controllers":             {"api", "cache", "tier"},
 	"test/bucket":             {"local/process"},
 	"bench":                   {"api", "cache", "tier", "local", "test"},
 	"cmd":                     {""},

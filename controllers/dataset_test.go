@@ -9,6 +9,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	eventsv1 "k8s.io/api/events/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -33,6 +34,13 @@ func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
 		w.condition(d, kind, metav1.ConditionTrue, map[string]string{"Sourced": "Listed", "WorkersReady": "AllReady", "VolumeReady": "Bound", "Ready": "Ready"}[kind])
 	}
 	w.event("Ready", "can be read")
+	events := &eventsv1.EventList{}
+	w.must(w.List(t.Context(), events, client.InNamespace(w.ns)))
+	for _, e := range events.Items {
+		if e.Type == corev1.EventTypeWarning {
+			t.Errorf("a start without trouble warned: %s: %s", e.Reason, e.Note)
+		}
+	}
 
 	// The scale subresource's selector finds the worker pods and nothing else.
 	sel, err := labels.Parse(d.Status.Workers.Selector)

@@ -58,9 +58,9 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 	reason, problem := "", ""
 	for _, id := range slices.Sorted(maps.Keys(p.status)) {
 		if s := p.status[id]; s.Reason != "" {
-			reason, problem = s.Reason, s.Problem
+			reason, problem = reasonOf(s), s.Problem
 			// Who just waits for another to list says less than the one that cannot.
-			if reasonOf(reason) != ReasonListing {
+			if reasonOf(s) != ReasonListing {
 				break
 			}
 		}
@@ -76,11 +76,13 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonCredentialsMissing, "%s", text)
 		p.warn(ReasonCredentialsMissing, "ReadCredentials", "%s", text)
 	case problem != "":
-		why, text := reasonOf(reason), forPeople(p.dataset, problem)
-		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, why, "%s", text)
-		if why != ReasonListing {
-			p.warn(why, "ReadBucket", "%s", text)
+		text := forPeople(p.dataset, problem)
+		if reason == ReasonListing {
+			text = "the bucket is being listed"
+		} else {
+			p.warn(reason, "ReadBucket", "%s", text)
 		}
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, reason, "%s", text)
 	case st.Snapshot == "":
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonListing, "the bucket is being listed")
 	default:
@@ -92,9 +94,12 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 	return nil
 }
 
-// reasonOf is the condition's reason for a worker's.
-func reasonOf(worker string) string {
-	switch worker {
+// reasonOf is the condition's reason for a worker's problem.
+func reasonOf(s wire.WorkerStatus) string {
+	if strings.HasSuffix(s.Problem, wire.ListingProblem) || strings.Contains(s.Problem, wire.FollowingProblem) {
+		return ReasonListing
+	}
+	switch s.Reason {
 	case wire.Denied.String():
 		return ReasonAccessDenied
 	case wire.NoBucket.String():
