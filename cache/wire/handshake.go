@@ -125,25 +125,32 @@ func ClientHandshake(ctx context.Context, conn net.Conn, dataset string, role Ro
 // ServerHandshake checks that the client at conn holds a key of the role it claims, proves that this
 // side does, and returns the role. It takes at most DialTimeout and reads a fixed number of bytes.
 // After an error conn must be closed.
-func ServerHandshake(conn net.Conn, dataset string, keys Keys) (role Role, err error) {
+func ServerHandshake(conn net.Conn, dataset string, keys Keys) (Role, error) {
+	role, _, err := ServerHandshakeKey(conn, dataset, keys)
+	return role, err
+}
+
+// ServerHandshakeKey is ServerHandshake for a server that ends the connections of a key that is taken away: it
+// also returns the key's name.
+func ServerHandshakeKey(conn net.Conn, dataset string, keys Keys) (role Role, id KeyID, err error) {
 	defer func() {
 		if err != nil {
 			role, err = 0, fmt.Errorf("handshake with %s: %w", conn.RemoteAddr(), err)
 		}
 	}()
 	if err := conn.SetDeadline(time.Now().Add(DialTimeout)); err != nil {
-		return 0, err
+		return 0, id, err
 	}
 	var hello [helloSize]byte
 	if err := readFull(conn, hello[:]); err != nil {
-		return 0, err
+		return 0, id, err
 	}
-	refuse := func(size int, verdict byte, why string) (Role, error) {
+	refuse := func(size int, verdict byte, why string) (Role, KeyID, error) {
 		// One write, so that it is one packet; whether it arrives does not matter.
 		msg := make([]byte, size)
 		msg[0] = verdict
 		conn.Write(msg)
-		return 0, fmt.Errorf("%w: %s", ErrUnauthorized, why)
+		return 0, id, fmt.Errorf("%w: %s", ErrUnauthorized, why)
 	}
 	if !bytes.Equal(hello[:4], helloMagic[:]) {
 		return refuse(challengeSize, verdictBadHello, "not this protocol")
@@ -153,7 +160,8 @@ func ServerHandshake(conn net.Conn, dataset string, keys Keys) (role Role, err e
 	if !hmac.Equal(hello[13:45], name[:]) {
 		return refuse(challengeSize, verdictWrongDataset, "for another dataset")
 	}
-	key, ok := keys.find(role, KeyID(hello[5:13]))
+	id = KeyID(hello[5:13])
+	key, ok := keys.find(role, id)
 	if !ok {
 		return refuse(challengeSize, verdictUnknownKey, "unknown "+role.String()+" key")
 	}
@@ -162,19 +170,19 @@ func ServerHandshake(conn net.Conn, dataset string, keys Keys) (role Role, err e
 	rand.Read(challenge[1:33])
 	challenge = append(challenge, proof(key, "server", hello[:], challenge[1:33])...)
 	if _, err := conn.Write(challenge); err != nil {
-		return 0, err
+		return 0, id, err
 	}
 	var answer [answerSize]byte
 	if err := readFull(conn, answer[:]); err != nil {
-		return 0, err
+		return 0, id, err
 	}
 	if !hmac.Equal(answer[:], proof(key, "client", hello[:], challenge[1:33])) {
 		return refuse(welcomeSize, verdictBadProof, "wrong proof for a "+role.String()+" key")
 	}
 	if _, err := conn.Write([]byte{verdictOK}); err != nil {
-		return 0, err
+		return 0, id, err
 	}
-	return role, conn.SetDeadline(time.Time{})
+	return role, id, conn.SetDeadline(time.Time{})
 }
 
 func readFull(r io.Reader, p []byte) error {

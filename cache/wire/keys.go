@@ -66,6 +66,12 @@ func (k Keys) Current(r Role) (Key, bool) {
 	return Key{}, false
 }
 
+// Has says whether there is a key of role r with the given name.
+func (k Keys) Has(r Role, id KeyID) bool {
+	_, ok := k.find(r, id)
+	return ok
+}
+
 // find is the key of role r with the given name.
 func (k Keys) find(r Role, id KeyID) (Key, bool) {
 	for _, key := range k.Of(r) {

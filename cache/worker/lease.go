@@ -67,15 +67,17 @@ func (w *Worker) acceptLeases(ctx context.Context, l *net.UnixListener) error {
 		if err == nil && uid != 0 && int(uid) != os.Getuid() {
 			err = fmt.Errorf("%w: user %d may not ask for descriptors", wire.ErrUnauthorized, uid)
 		}
+		var role wire.Role
+		var id wire.KeyID
 		if err == nil {
-			_, err = wire.ServerHandshake(uc, w.config.Dataset, w.keys.Keys())
+			role, id, err = wire.ServerHandshakeKey(uc, w.config.Dataset, w.keys.Keys())
 		}
 		if err != nil {
 			w.counts.refused.Add(1)
 			w.log.Warn("connection to the socket refused", "error", err)
 			return
 		}
-		w.serveLeases(ctx, uc)
+		w.serveLeases(ctx, uc, &permit{keys: w.keys.Keys, now: w.clock.Now, role: role, id: id, checked: w.clock.Now()})
 	})
 }
 
@@ -91,7 +93,7 @@ type leaseConn struct {
 	closed bool
 }
 
-func (w *Worker) serveLeases(ctx context.Context, uc *net.UnixConn) {
+func (w *Worker) serveLeases(ctx context.Context, uc *net.UnixConn, permit *permit) {
 	// Leases outlive no worker: there is nothing to drain.
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { uc.Close() })
@@ -114,6 +116,13 @@ func (w *Worker) serveLeases(ctx context.Context, uc *net.UnixConn) {
 		if err != nil {
 			w.log.Warn("bad packet on the socket", "error", err)
 			return
+		}
+		if req.Op == wire.OpLease && !permit.valid() {
+			w.counts.refused.Add(1)
+			if c.fail(ctx, req, fmt.Errorf("%w: the key is not one of the dataset's any more", source.ErrDenied)) != nil {
+				return
+			}
+			continue // what was leased before goes on until it is released
 		}
 		switch req.Op {
 		case wire.OpPing:

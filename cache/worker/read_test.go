@@ -515,6 +515,9 @@ func TestKeysRotate(t *testing.T) {
 	tr.start(1)
 	tr.snapshot()
 	old, next := tr.keys, wire.GenerateKeys()
+	i := index(t, tr.snapshot(), "/f")
+	before := dial(t, tr.workers[0], old.Read[0])
+	socket := tr.receive(0)
 	try := func(key wire.Key) error {
 		c, err := net.Dial("tcp", tr.workers[0].Addr().String())
 		if err != nil {
@@ -533,6 +536,10 @@ func TestKeysRotate(t *testing.T) {
 	if err := try(old.Read[0]); err != nil {
 		t.Errorf("the old key during the rotation: %v", err)
 	}
+	if _, err := before.read(i, 0, 10, 0); err != nil {
+		t.Errorf("a connection of the old key during the rotation: %v", err)
+	}
+	during := dial(t, tr.workers[0], next.Read[0])
 	if err := wire.WriteKeys(filepath.Join(tr.dir, "keys"), next); err != nil {
 		t.Fatal(err)
 	}
@@ -544,6 +551,22 @@ func TestKeysRotate(t *testing.T) {
 	})
 	if err := try(wire.GenerateKeys().Read[0]); !errors.Is(err, wire.ErrUnauthorized) {
 		t.Errorf("a wrong key: %v", err)
+	}
+	// A key that was taken away serves on nowhere.
+	eventually(t, "a connection that the old key opened ends", func() error {
+		if _, err := before.read(i, 0, 10, 0); err == nil {
+			return errors.New("it serves")
+		}
+		return nil
+	})
+	eventually(t, "the old key leases nothing any more", func() error {
+		if _, _, err := socket.ask(wire.Request{Op: wire.OpLease, Index: i}); !errors.Is(err, source.ErrDenied) {
+			return fmt.Errorf("got %v", err)
+		}
+		return nil
+	})
+	if _, err := during.read(i, 0, 10, 0); err != nil {
+		t.Errorf("a connection of the new key: %v", err)
 	}
 }
 

@@ -84,15 +84,37 @@ func (w *Worker) acceptBlocks(ctx context.Context, l net.Listener) error {
 			w.counts.refused.Add(1)
 			return
 		}
-		_, err := wire.ServerHandshake(nc, w.config.Dataset, w.keys.Keys())
+		role, id, err := wire.ServerHandshakeKey(nc, w.config.Dataset, w.keys.Keys())
 		<-strangers
 		if err != nil {
 			w.counts.refused.Add(1)
 			w.log.Debug("connection refused", "error", err)
 			return
 		}
-		w.serveConn(ctx, nc)
+		w.serveConn(ctx, nc, &permit{keys: w.keys.Keys, now: w.clock.Now, role: role, id: id, checked: w.clock.Now()})
 	})
+}
+
+// permit is what a connection was let in for. A key that is taken away, because it leaked perhaps, must not
+// serve on over connections that it opened before. It is for one goroutine.
+type permit struct {
+	keys    func() wire.Keys
+	now     func() time.Time
+	role    wire.Role
+	id      wire.KeyID
+	checked time.Time
+}
+
+// permitEvery is how often a connection's key is looked up again.
+const permitEvery = time.Second
+
+// valid says whether the key is still one of the dataset's.
+func (p *permit) valid() bool {
+	if now := p.now(); now.Sub(p.checked) >= permitEvery {
+		p.checked = now
+		return p.keys().Has(p.role, p.id)
+	}
+	return true
 }
 
 // accept runs serve for each connection of l, a bounded number at once, until l is closed. It closes the
@@ -132,7 +154,7 @@ func (w *Worker) accept(ctx context.Context, l net.Listener, serve func(context.
 
 // serveConn serves an authenticated connection until its reader closes it or the worker stops. What is
 // under way then is finished, as far as the drain time lets it.
-func (w *Worker) serveConn(ctx context.Context, nc net.Conn) {
+func (w *Worker) serveConn(ctx context.Context, nc net.Conn, permit *permit) {
 	cctx, cancel := context.WithCancel(w.hard)
 	c := &conn{
 		Conn: nc, worker: w, cancel: cancel, turn: make(chan struct{}, 1),
@@ -158,6 +180,11 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn) {
 			if err != io.EOF && ctx.Err() == nil && cctx.Err() == nil {
 				w.log.Debug("connection ended", "peer", nc.RemoteAddr().String(), "error", err)
 			}
+			return
+		}
+		if !permit.valid() {
+			w.counts.refused.Add(1)
+			w.log.Info("connection ended: its key is not one of the dataset's any more", "peer", nc.RemoteAddr().String())
 			return
 		}
 		if req.Op == wire.OpPing {
