@@ -29,6 +29,7 @@ import (
 // killed are children of that child.
 
 const (
+	// envInside is the folder of a process that is in the namespace.
 	envInside = "STEPCACHE_CSI_TEST_INSIDE"
 	envChild  = "STEPCACHE_CSI_TEST_CHILD"
 )
@@ -43,8 +44,27 @@ func TestMain(m *testing.M) {
 	if os.Getenv(envInside) == "" {
 		os.Exit(inside())
 	}
-	if os.Getenv(envSuite) != "" {
-		os.Exit(m.Run()) // a child of this very function, with its folder
+	base := os.Getenv(envInside)
+	if os.Getenv(envSuite) == "" {
+		if err := unix.Mount("test", filepath.Join(base, "shm"), "tmpfs", 0, ""); err != nil {
+			fmt.Fprintln(os.Stderr, "a tmpfs for tests:", err)
+			os.Exit(1)
+		}
+	}
+	os.Setenv("TMPDIR", base)
+	code := m.Run()
+	if os.Getenv(envSuite) == "" {
+		abortBelow(base)
+	}
+	os.Exit(code)
+}
+
+// inside runs this binary again in a mount namespace that goes with it, and removes its folder whatever became of
+// it.
+func inside() int {
+	fail := func(err error) int {
+		fmt.Fprintln(os.Stderr, "tests in a mount namespace of their own:", err)
+		return 1
 	}
 	// Unix sockets are below it, whose paths are short.
 	parent := os.TempDir()
@@ -53,25 +73,15 @@ func TestMain(m *testing.M) {
 	}
 	base, err := os.MkdirTemp(parent, "csi-")
 	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
+		return fail(err)
 	}
-	os.Setenv("TMPDIR", base)
-	code := m.Run()
-	abortBelow(base)
-	_ = os.RemoveAll(base)
-	os.Exit(code)
-}
-
-// inside runs this binary again in a mount namespace that goes with it.
-func inside() int {
+	defer os.RemoveAll(base)
 	exe, err := os.Executable()
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		return 1
+	if err := errors.Join(err, os.Mkdir(filepath.Join(base, "shm"), 0o700)); err != nil {
+		return fail(err)
 	}
 	c := exec.Command(exe, os.Args[1:]...)
-	c.Env = append(os.Environ(), envInside+"=1")
+	c.Env = append(os.Environ(), envInside+"="+base)
 	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
 	c.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
 	if err := c.Run(); err != nil {
@@ -79,8 +89,7 @@ func inside() int {
 		if errors.As(err, &exit) && exit.ExitCode() > 0 {
 			return exit.ExitCode()
 		}
-		fmt.Fprintln(os.Stderr, "tests in a mount namespace of their own:", err)
-		return 1
+		return fail(err)
 	}
 	return 0
 }

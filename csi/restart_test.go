@@ -188,7 +188,7 @@ func TestPodsDoNotNoticeThatTheNodeServiceIsKilled(t *testing.T) {
 	keeper.parked(t, 1)
 	result = inFlight(1)
 	second.kill()
-	third, kube := m.startNode()
+	third, _ := m.startNode()
 	check("the keeper, then the node service was killed", result)
 
 	// An orderly update without a surge: the old one first.

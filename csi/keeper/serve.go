@@ -110,13 +110,14 @@ func (s *Server) serve(ctx context.Context, l *net.UnixListener) error {
 			defer func() { <-slots }()
 			defer context.AfterFunc(ctx, func() { c.Close() })()
 			defer c.Close()
-			if err := s.converse(c); err != nil && ctx.Err() == nil && !errors.Is(err, io.EOF) {
+			if err := s.converse(c); ctx.Err() == nil && !errors.Is(err, io.EOF) {
 				s.log.Warn("connection ended", "error", err)
 			}
 		})
 	}
 }
 
+// converse answers one client until it goes, or errs.
 func (s *Server) converse(c *net.UnixConn) error {
 	if err := authorised(c); err != nil {
 		return err
