@@ -233,11 +233,11 @@ func (s *walks) stride(i catalog.Index) int {
 		any  bool  // it would not be seen here if it were read
 	}
 	var before [searchSteps]step // files before i, nearest first
-	have, at, more := 0, i, true
+	have, at, more := 0, cursorAt(s.snap, i), true
 	look := func(k int) (step, bool) {
 		for have <= k && more && have < len(before) {
-			if at, more = previousFile(s.snap, at); more {
-				before[have] = step{s.read[at], unseen(s.snap, at)}
+			if more = at.previous(); more {
+				before[have] = step{s.read[at.index], unseen(&at.node)}
 				have++
 			}
 		}
@@ -283,32 +283,31 @@ func (s *walks) extend(w *walk) (out []catalog.Index) {
 		}
 	}
 	for steps := 0; len(w.queue) < w.window && !w.ended && steps < searchSteps; {
-		at, ok := w.at, true
+		at, ok := cursorAt(s.snap, w.at), true
 		for k := 0; k < w.stride && ok; k++ {
-			at, ok = nextFile(s.snap, at)
+			ok = at.next()
 			steps++
 		}
 		if !ok {
 			w.ended = true
 			break
 		}
-		if _, lately := s.read[at]; unseen(s.snap, at) || s.expected[at] != nil || lately && !w.again {
-			w.at = at
+		if _, lately := s.read[at.index]; unseen(&at.node) || s.expected[at.index] != nil || lately && !w.again {
+			w.at = at.index
 			continue
 		}
-		n, _ := s.snap.Node(at)
-		_, size := class(int(n.Size))
-		if w.bytes+int64(size) > s.budget || n.Parent != w.folder && beyond >= w.beyond {
+		_, size := class(int(at.node.Size))
+		if w.bytes+int64(size) > s.budget || at.node.Parent != w.folder && beyond >= w.beyond {
 			break
 		}
-		if n.Parent != w.folder {
+		if at.node.Parent != w.folder {
 			beyond++
 		}
-		w.at = at
-		w.queue = append(w.queue, next{at, n.Parent, int64(size)})
+		w.at = at.index
+		w.queue = append(w.queue, next{at.index, at.node.Parent, int64(size)})
 		w.bytes += int64(size)
-		s.expected[at] = w
-		out = append(out, at)
+		s.expected[at.index] = w
+		out = append(out, at.index)
 	}
 	return out
 }
@@ -342,57 +341,68 @@ func (s *walks) full(w *walk, files []catalog.Index) {
 
 // unseen says whether the reading of a file is not seen here, so that a walk may pass over it: nobody reads an
 // empty one, and a large one may be read past this process.
-func unseen(s *catalog.Snapshot, i catalog.Index) bool {
-	n, _ := s.Node(i)
-	return n.Size == 0 || n.Size > smallFile
+func unseen(n *catalog.Node) bool { return n.Size == 0 || n.Size > smallFile }
+
+// cursor goes over the files in the order of catalog.Walk over the whole tree, either way.
+type cursor struct {
+	snap   *catalog.Snapshot
+	index  catalog.Index
+	node   catalog.Node // that of index
+	folder catalog.Node // its parent
 }
 
-// nextFile is the file after i in the order of catalog.Walk over the whole tree; false after the last.
-func nextFile(s *catalog.Snapshot, i catalog.Index) (catalog.Index, bool) {
-	for n, _ := s.Node(i); ; {
-		if n.Dir && n.Count > 0 {
-			i = n.First
-		} else {
-			for { // on to the next neighbour, of the node or of the nearest folder above that has one
-				if i == 0 {
-					return 0, false
-				}
-				parent, _ := s.Node(n.Parent)
-				if i+1 < parent.First+parent.Count {
-					i++
-					break
-				}
-				i, n = n.Parent, parent
-			}
-		}
-		if n, _ = s.Node(i); !n.Dir {
-			return i, true
-		}
-	}
+func cursorAt(s *catalog.Snapshot, i catalog.Index) cursor {
+	c := cursor{snap: s, index: i}
+	c.node, _ = s.Node(i)
+	c.folder, _ = s.Node(c.node.Parent)
+	return c
 }
 
-// previousFile is the file before i in the same order; false before the first.
-func previousFile(s *catalog.Snapshot, i catalog.Index) (catalog.Index, bool) {
-	n, _ := s.Node(i)
+// next goes to the file after; false after the last.
+func (c *cursor) next() bool {
 	for {
-		for { // on to the neighbour before, of the node or of the nearest folder above that has one
-			if i == 0 {
-				return 0, false
+		if c.node.Dir && c.node.Count > 0 {
+			c.index, c.folder = c.node.First, c.node
+		} else {
+			for c.index+1 >= c.folder.First+c.folder.Count { // of the node, or of the nearest folder above that has a neighbour
+				if !c.up() {
+					return false
+				}
 			}
-			parent, _ := s.Node(n.Parent)
-			if i > parent.First {
-				i--
-				break
-			}
-			i, n = n.Parent, parent
+			c.index++
 		}
-		for n, _ = s.Node(i); n.Dir && n.Count > 0; n, _ = s.Node(i) {
-			i = n.First + n.Count - 1
-		}
-		if !n.Dir {
-			return i, true
+		if c.node, _ = c.snap.Node(c.index); !c.node.Dir {
+			return true
 		}
 	}
+}
+
+// previous goes to the file before; false before the first.
+func (c *cursor) previous() bool {
+	for {
+		for c.index <= c.folder.First {
+			if !c.up() {
+				return false
+			}
+		}
+		c.index--
+		for c.node, _ = c.snap.Node(c.index); c.node.Dir && c.node.Count > 0; c.node, _ = c.snap.Node(c.index) {
+			c.index, c.folder = c.node.First+c.node.Count-1, c.node
+		}
+		if !c.node.Dir {
+			return true
+		}
+	}
+}
+
+// up goes to the folder; false if that is the root, which has no neighbours.
+func (c *cursor) up() bool {
+	if c.node.Parent == 0 {
+		return false
+	}
+	c.index, c.node = c.node.Parent, c.folder
+	c.folder, _ = c.snap.Node(c.node.Parent)
+	return true
 }
 
 // errGuess marks the failure of a fetch that nobody waited for: a reader that joined it meanwhile begins anew.

@@ -329,13 +329,19 @@ func TestFilesFollowEachOtherInTheOrderOfTheTree(t *testing.T) {
 		t.Fatalf("%d files", len(order))
 	}
 	for n, i := range order {
-		next, ok := nextFile(s, i)
-		if last := n == len(order)-1; ok == last || !last && next != order[n+1] {
-			t.Errorf("after %s: %s, %v", s.Path(i), s.Path(next), ok)
+		next := cursorAt(s, i)
+		if ok, last := next.next(), n == len(order)-1; ok == last || !last && next.index != order[n+1] {
+			t.Errorf("after %s: %s, %v", s.Path(i), s.Path(next.index), ok)
 		}
-		before, ok := previousFile(s, i)
-		if first := n == 0; ok == first || !first && before != order[n-1] {
-			t.Errorf("before %s: %s, %v", s.Path(i), s.Path(before), ok)
+		before := cursorAt(s, i)
+		if ok, first := before.previous(), n == 0; ok == first || !first && before.index != order[n-1] {
+			t.Errorf("before %s: %s, %v", s.Path(i), s.Path(before.index), ok)
+		}
+	}
+	there, back := cursorAt(s, order[0]), cursorAt(s, order[len(order)-1])
+	for n := 1; n < len(order); n++ {
+		if !there.next() || there.index != order[n] || !back.previous() || back.index != order[len(order)-1-n] {
+			t.Fatalf("step %d leads to %s, back to %s", n, s.Path(there.index), s.Path(back.index))
 		}
 	}
 }
