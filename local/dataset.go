@@ -198,32 +198,35 @@ func (d *dataset) move(i int) error {
 // waitReady waits until every worker has the listing, and says how the listing gets on.
 func (d *dataset) waitReady(ctx context.Context) error {
 	const poll, firstWord, nextWord = 50 * time.Millisecond, 2 * time.Second, 5 * time.Second
-	var at readiness
 	start := time.Now()
 	spoke := start.Add(firstWord - nextWord)
 	since, files, said := start, int64(0), ""
 	for {
 		status, err := d.control.Status(ctx)
-		at = d.judge(status, err)
-		if at.ready {
+		r := d.judge(status, err)
+		if r.ready {
 			d.tier.logf("dataset %s: %s, %s", name(d.object), count(status[0].Files, "file"), count(int64(len(status)), "worker"))
 			d.warn(status[0])
 			return nil
 		}
 		now := time.Now()
 		// A listing that goes on is a sign of life, also where the bucket answers badly at times.
-		if at.problem == "" || at.files > files {
-			since, files = now, at.files
+		if r.problem == "" || r.files > files {
+			since, files = now, r.files
 		}
-		if at.problem != "" && now.Sub(since) > d.tier.options.Problems {
-			if at.silent {
-				at.problem += d.tails("w*.log")
+		limit := d.tier.options.Problems
+		if r.silent {
+			limit = max(limit, startTimeout)
+		}
+		if now.Sub(since) > limit {
+			if r.silent {
+				r.problem += d.tails("w*.log")
 			}
-			return fmt.Errorf("dataset %s: %s", name(d.object), at.problem)
+			return fmt.Errorf("dataset %s: %s", name(d.object), r.problem)
 		}
-		word := at.problem
+		word := r.problem
 		if word == "" {
-			word = fmt.Sprintf("listing the bucket: %s so far", count(at.files, "file"))
+			word = fmt.Sprintf("listing the bucket: %s so far", count(r.files, "file"))
 		}
 		if now.Sub(spoke) > nextWord && word != said {
 			spoke, said = now, word
@@ -237,26 +240,30 @@ func (d *dataset) waitReady(ctx context.Context) error {
 	}
 }
 
+// startTimeout is how long a worker may take to answer at all. One that ends is started again meanwhile.
+const startTimeout = 30 * time.Second
+
 // readiness is how far the workers are.
 type readiness struct {
 	ready   bool
 	files   int64  // listed so far
 	problem string // what keeps them from serving; empty while they list
-	silent  bool   // a worker does not answer: its log may say why
+	silent  bool   // it is that a worker does not answer: its log may say why
 }
 
 func (d *dataset) judge(status []wire.WorkerStatus, err error) readiness {
 	r := readiness{ready: err == nil && len(status) == int(d.object.Spec.Workers.Replicas)}
+	listed := slices.ContainsFunc(status, func(s wire.WorkerStatus) bool { return s.Snapshot != "" })
 	for _, s := range status {
 		r.ready = r.ready && s.Snapshot != ""
 		r.files = max(r.files, s.Files)
-		// A worker that waits for another one's listing repeats what that said.
-		if p := d.forPeople(s.Problem); p != "" && (r.problem == "" || strings.Contains(r.problem, wire.FollowingProblem)) {
+		p := d.forPeople(s.Problem)
+		// A worker that waits for another one's listing repeats what that said, or finds it not started yet.
+		if r.problem == "" && (listed || !strings.Contains(p, wire.FollowingProblem)) {
 			r.problem = p
 		}
 	}
 	if r.problem == "" && err != nil {
-		// Also a worker that has not opened its ports yet; it is not ready within the first moments.
 		r.problem, r.silent = err.Error(), true
 	}
 	return r
@@ -345,9 +352,12 @@ const mountTimeout = time.Minute
 // pollLoad is how often the workers are asked how far a load is.
 const pollLoad = 200 * time.Millisecond
 
+// loadID names a DataLoad to the workers.
+func loadID(l *v1alpha1.DataLoad) string { return l.Namespace + "." + l.Name }
+
 // load runs one DataLoad.
 func (d *dataset) load(ctx context.Context, l *v1alpha1.DataLoad, progress func(client.LoadSum)) error {
-	r := wire.LoadRequest{ID: l.Namespace + "." + l.Name, Copies: int(l.CopiesOf(d.object)), Pin: l.Spec.Pin, Paths: l.Patterns()}
+	r := wire.LoadRequest{ID: loadID(l), Copies: int(l.CopiesOf(d.object)), Pin: l.Spec.Pin, Paths: l.Patterns()}
 	if err := d.control.Load(ctx, r); err != nil {
 		return err
 	}

@@ -209,10 +209,16 @@ func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.Loa
 			t.logf("dataload %s: run once; local mode does not keep its schedule %q", id, l.Spec.Schedule)
 		}
 		if err := t.datasets[i].load(ctx, l, func(s client.LoadSum) { progress(id, s) }); err != nil {
-			if l.Spec.Pin || ctx.Err() != nil {
+			if ctx.Err() != nil {
+				return fmt.Errorf("dataload %s: %w", id, context.Cause(ctx))
+			}
+			if l.Spec.Pin {
 				return fmt.Errorf("dataload %s: %w", id, err)
 			}
-			t.logf("dataload %s: %v; the steps read the rest from the bucket", id, err)
+			// The load's own name, and whose it is, is said already.
+			text := strings.TrimPrefix(err.Error(), "dataset "+name(t.datasets[i].object)+": ")
+			text = strings.ReplaceAll(text, "load "+loadID(l)+": ", "")
+			t.logf("dataload %s: %s; the steps read the rest from the bucket", id, text)
 		}
 	}
 	return nil

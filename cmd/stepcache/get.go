@@ -27,8 +27,9 @@ func getCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "get PATH [DEST]",
 		Short: "Copy a file or a folder out of a dataset, without a mount",
-		Long: `Copies PATH to DEST: a file, a folder it goes into, or - for standard output. Folders are copied with all
-that is below them. A file appears under its name only when it is whole; one that exists is kept unless --force.`,
+		Long: `Copies PATH to DEST: a file, a folder it goes into (made where it ends with a slash), or - for standard
+output. Folders are copied with all that is below them. A file appears under its name only when it is whole; one
+that exists is kept unless --force. Pipes and devices are written to.`,
 		Example: "  stepcache get /shards/0001.bin\n  stepcache get /ref/genome.fa - | head\n  stepcache get /shards ./shards",
 		Args:    args(cobra.RangeArgs(1, 2)),
 	}
@@ -53,9 +54,20 @@ that is below them. A file appears under its name only when it is whole; one tha
 			}
 			return copyOut(ctx, c, i, cmd.OutOrStdout(), nil)
 		}
-		// As cp does: into a folder that exists, else under the name given. The root has no name.
-		if info, err := os.Stat(dest); err == nil && info.IsDir() && n.Name != "" {
+		info, err := os.Stat(dest)
+		switch {
+		case err == nil && !info.IsDir() && !info.Mode().IsRegular() && !n.Dir:
+			// A pipe or a device takes the bytes; a file put in its place would break whoever uses it.
+			f, err := os.OpenFile(dest, os.O_WRONLY, 0)
+			if err != nil {
+				return err
+			}
+			return errors.Join(copyOut(ctx, c, i, f, nil), f.Close())
+		case err == nil && info.IsDir() && n.Name != "", err != nil && strings.HasSuffix(dest, "/") && !n.Dir:
+			// As cp does: into a folder, else under the name given. The root has no name.
 			dest = filepath.Join(dest, n.Name)
+		case err == nil && !info.IsDir() && n.Dir:
+			return fmt.Errorf("%s is a folder and %s is not: name another destination", a[0], dest)
 		}
 		return getAll(ctx, c, i, dest, force)
 	}

@@ -19,8 +19,8 @@ func loadCommand() *cobra.Command {
 		Use:   "load [PATTERN ...]",
 		Short: "Warm the tier: its workers fetch what they own",
 		Long: `Makes files resident: each worker fetches the blocks that it owns, so that each byte leaves the bucket once.
-Patterns match paths in the dataset (/shards/**, /ref/*.fa); without one everything is loaded. With --pin the
-files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.`,
+Patterns match paths in the dataset (/ref/*.fa; a folder is /shards/**); without one everything is loaded. With
+--pin the files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.`,
 		Example: "  stepcache load\n  stepcache load --pin --id shards '/shards/**'",
 	}
 	t.add(cmd)
@@ -51,7 +51,11 @@ files stay until "stepcache load --unload --id ID". Interrupting the command lea
 		defer control.Close()
 		ctx, start := cmd.Context(), time.Now()
 		if unload {
-			return control.DeleteLoad(ctx, r.ID)
+			if err := control.DeleteLoad(ctx, r.ID); err != nil {
+				return err
+			}
+			fmt.Fprintf(cmd.OutOrStdout(), "load %s has ended, with its pins\n", r.ID)
+			return nil
 		}
 		if r.ID == "" {
 			r.ID = "cli-" + start.UTC().Format("20060102T150405.000")
@@ -68,11 +72,14 @@ files stay until "stepcache load --unload --id ID". Interrupting the command lea
 		})
 		p.finish()
 		if *output == "json" {
-			if e := printJSON(cmd.OutOrStdout(), last); err == nil {
+			if e := printJSON(cmd.OutOrStdout(), newLoadReport(last)); err == nil {
 				err = e
 			}
 		} else if err == nil {
 			fmt.Fprintf(cmd.OutOrStdout(), "load %s: %s\n", r.ID, loadLine(last, time.Since(start)))
+		}
+		if n := len(last.Workers); err == nil && r.Copies > n {
+			fmt.Fprintf(os.Stderr, "there are %d workers, so that there are %d copies instead of %d\n", n, n, r.Copies)
 		}
 		if ctx.Err() != nil {
 			fmt.Fprintf(os.Stderr, "the load goes on in the workers; `stepcache load --unload --id %s` ends it\n", r.ID)
@@ -84,4 +91,22 @@ files stay until "stepcache load --unload --id ID". Interrupting the command lea
 		return err
 	}
 	return cmd
+}
+
+// loadReport is a load as -o json prints it.
+type loadReport struct {
+	wire.LoadStatus
+	Workers map[string]wire.LoadStatus `json:"workers"`
+	Missing map[string]string          `json:"missing,omitempty"` // workers that did not answer, and why
+}
+
+func newLoadReport(s client.LoadSum) loadReport {
+	r := loadReport{LoadStatus: s.LoadStatus, Workers: s.Workers}
+	for id, err := range s.Missing {
+		if r.Missing == nil {
+			r.Missing = make(map[string]string)
+		}
+		r.Missing[id] = err.Error()
+	}
+	return r
 }

@@ -3,8 +3,10 @@ package main
 import (
 	"context"
 	"fmt"
+	"maps"
 	"os"
 	"path"
+	"slices"
 	"text/tabwriter"
 	"time"
 
@@ -41,8 +43,11 @@ func sum(workers []wire.WorkerStatus) wire.WorkerStatus {
 func statusCommand() *cobra.Command {
 	var t tierFlags
 	cmd := &cobra.Command{
-		Use:     "status",
-		Short:   "Show what the workers hold and what they did",
+		Use:   "status",
+		Short: "Show what the workers hold and what they did",
+		Long: `Shows each worker: what its memory holds, of how much it may, and what of that is pinned; what it fetched from
+the bucket and sent to readers (reads of memory that it handed out, on the same machine, are not seen again); and how
+many objects were checked against a digest of the bucket's, and how many have none (UNVERIFIED).`,
 		Example: "  stepcache status\n  stepcache status -o json | jq .[].sourceBytes",
 		Args:    args(cobra.NoArgs),
 	}
@@ -92,8 +97,8 @@ func statusCommand() *cobra.Command {
 			for _, s := range all {
 				if s.Dataset == f.Dataset && len(s.Skipped) > 0 {
 					fmt.Fprintf(w, "\n%s: keys that cannot be shown as files:\n", f.Dataset)
-					for reason, n := range s.Skipped {
-						fmt.Fprintf(w, "  %d\t%s\n", n, reason)
+					for _, reason := range slices.Sorted(maps.Keys(s.Skipped)) {
+						fmt.Fprintf(w, "  %d\t%s\n", s.Skipped[reason], reason)
 					}
 					break
 				}
@@ -132,8 +137,11 @@ func lsCommand() *cobra.Command {
 	var t tierFlags
 	var long, recursive bool
 	cmd := &cobra.Command{
-		Use:     "ls [PATH]",
-		Short:   "List files of a dataset",
+		Use:   "ls [PATH]",
+		Short: "List files of a dataset",
+		Long: `Lists a folder, or describes a file, as the workers' newest listing of the bucket has it. A Dataset with a refresh
+interval gets newer ones; a mount keeps the one that it began with, so that no file changes under its readers.
+Folders end with a slash; names that would not print are quoted (-o json has them as they are).`,
 		Example: "  stepcache ls -l /shards\n  stepcache ls -R -o json /",
 		Args:    args(cobra.MaximumNArgs(1)),
 	}
@@ -160,7 +168,7 @@ func lsCommand() *cobra.Command {
 		}
 		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
 		for _, e := range entries {
-			name := e.Path
+			name := printable(e.Path)
 			if e.Dir {
 				name += "/"
 			}

@@ -393,6 +393,31 @@ func TestCommandsBesideATier(t *testing.T) {
 		t.Errorf("get over a file: status %d: %s", status, stderr)
 	}
 
+	// A folder that is not there yet is made; a pipe is written to and stays what it is.
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "dir/small", filepath.Join(f.dir, "new")+"/"); status != 0 {
+		t.Errorf("get into a folder to be made: status %d: %s", status, stderr)
+	}
+	if got, err := os.ReadFile(filepath.Join(f.dir, "new", "small")); string(got) != "small\n" {
+		t.Errorf("get into a folder to be made: %q, %v", got, err)
+	}
+	pipe := filepath.Join(f.dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	reader := exec.Command("cat", pipe)
+	got := make(chan []byte, 1)
+	go func() { b, _ := reader.Output(); got <- b }()
+	_, stderr, status = run(t, f.dir, "get", "--force", "--tier", tier, "dir/small", pipe)
+	if info, err := os.Lstat(pipe); status != 0 || err != nil || info.Mode().Type() != os.ModeNamedPipe {
+		t.Fatalf("get into a pipe: status %d, %v, %v: %s", status, info, err, stderr)
+	}
+	if b := <-got; string(b) != "small\n" {
+		t.Errorf("get into a pipe: its reader got %q", b)
+	}
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "dir", filepath.Join(dest, "empty")); status != 1 || !strings.Contains(stderr, "is a folder") {
+		t.Errorf("get of a folder over a file: status %d: %s", status, stderr)
+	}
+
 	stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--pin", "--id", "mine", "/large")
 	if status != 0 || !strings.Contains(stdout, "9.0 MiB of 9.0 MiB resident") {
 		t.Errorf("load: status %d, %q: %s", status, stdout, stderr)
@@ -412,8 +437,19 @@ func TestCommandsBesideATier(t *testing.T) {
 	if sent := workers[0].SourceBytes + workers[1].SourceBytes; sent != 9<<20+6 {
 		t.Errorf("status: %d bytes came from the bucket, want %d", sent, 9<<20+6)
 	}
-	if _, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mine"); status != 0 {
-		t.Errorf("load --unload: status %d: %s", status, stderr)
+	if stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mine"); status != 0 || !strings.Contains(stdout, "load mine") {
+		t.Errorf("load --unload: status %d, %q: %s", status, stdout, stderr)
+	}
+	stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--copies", "3", "-o", "json", "dir/**")
+	var loaded struct {
+		Resident int64
+		Workers  map[string]any `json:"workers"`
+	}
+	if err := json.Unmarshal([]byte(stdout), &loaded); status != 0 || err != nil || loaded.Resident != 2*6 || len(loaded.Workers) != 2 {
+		t.Errorf("load -o json: status %d, %v, %q: %s", status, err, stdout, stderr)
+	}
+	if !strings.Contains(stderr, "2 copies instead of 3") {
+		t.Errorf("load of more copies than workers says nothing: %s", stderr)
 	}
 	if stdout, stderr, status = run(t, f.dir, "status", "--tier", tier); status != 0 || !strings.Contains(stdout, "data-0") {
 		t.Errorf("status: %d %q: %s", status, stdout, stderr)
@@ -425,6 +461,12 @@ func TestCommandsBesideATier(t *testing.T) {
 			t.Errorf("verify %s: status %d, %q: %s", flag, status, stdout, stderr)
 		}
 	}
+	f.write(t, "wrong", "64Mi", false)
+	_, stderr, status = run(t, f.dir, "verify", "--tier", tier, "-f", f.manifests, "--download")
+	if status != 1 || !strings.Contains(stderr, "check the access key of Secret access-key") || strings.Count(stderr, "denied") != 1 {
+		t.Errorf("verify with a wrong secret: status %d: %s", status, stderr)
+	}
+	f.write(t, bucket.SecretKey, "64Mi", false)
 	f.server.PutT(t, "fixture", "dir/small", []byte("other\n"))
 	stdout, stderr, status = run(t, f.dir, "verify", "--tier", tier, "-f", f.manifests, "--download")
 	if status != 1 || !strings.Contains(stdout, "/dir/small: changed") {
@@ -443,6 +485,146 @@ func TestCommandsBesideATier(t *testing.T) {
 	}
 	if _, stderr, status = run(t, f.dir, "ls"); status != 1 || !strings.Contains(stderr, "--tier") {
 		t.Errorf("ls without a tier named: status %d: %s", status, stderr)
+	}
+}
+
+// A mount never hides files, nor takes another run's mount away.
+func TestLocalLeavesOthersAlone(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	mnt := filepath.Join(f.dir, "mnt")
+	cmd, env, errs := background(t, f, "--mount", mnt)
+	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", mnt, "--", "true")
+	if status != 1 || !strings.Contains(stderr, "mounted there already") {
+		t.Errorf("a second run at the same folder: status %d: %s", status, stderr)
+	}
+	if b, err := os.ReadFile(filepath.Join(mnt, "data", "dir", "small")); string(b) != "small\n" {
+		t.Errorf("the first run's mount afterwards: %q, %v", b, err)
+	}
+	for dir, says := range map[string]string{mnt: "not empty", f.manifests: "not a folder", filepath.Join(f.dir, "absent"): "mkdir -p"} {
+		if _, stderr, status := run(t, f.dir, "mount", "--tier", env["STEPCACHE_TIER"], dir); status != 1 || !strings.Contains(stderr, says) {
+			t.Errorf("mount at %s: status %d, want %q: %s", dir, status, says, stderr)
+		}
+	}
+	if err := cmd.Process.Signal(syscall.SIGTERM); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("the first run: %v\n%s", err, errs)
+	}
+	if strings.Contains(errs.String(), "started again") {
+		t.Errorf("the first run's mount did not live through it:\n%s", errs)
+	}
+
+	for path, says := range map[string]string{"full/data/file": "not empty", "taken/data": "not a folder", "file": "not a directory"} {
+		path = filepath.Join(f.dir, path)
+		if err := os.MkdirAll(filepath.Dir(path), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(path, nil, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		at, _, _ := strings.Cut(strings.TrimPrefix(path, f.dir+"/"), "/")
+		_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", filepath.Join(f.dir, at), "--", "true")
+		if status != 1 || !strings.Contains(stderr, says) || !strings.Contains(stderr, "--mount") {
+			t.Errorf("mount over %s: status %d, want %q: %s", path, status, says, stderr)
+		}
+		if _, err := os.Stat(path); err != nil {
+			t.Error(err)
+		}
+	}
+	f.nothingLeft(t)
+}
+
+// Whatever ends a run, nothing is left: a closed terminal, or a reader of its output that has gone.
+func TestLocalEndsInOrder(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	mnt := filepath.Join(f.dir, "mnt")
+	cmd, _, errs := background(t, f, "--mount", mnt)
+	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("a closed terminal: %v\n%s", err, errs)
+	}
+	f.nothingLeft(t)
+
+	r, w, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.Close()
+	defer w.Close()
+	// The command itself gets the signal as ever: it ends of it.
+	done := filepath.Join(f.dir, "done")
+	cmd = program(t, f.dir, "local", "-f", f.manifests, "--mount", mnt, "--", "sh", "-c", `touch "$0"; while echo y; do :; done`, done)
+	cmd.Stdout, cmd.Stderr = w, w
+	var exit *exec.ExitError
+	if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 128+int(syscall.SIGPIPE) {
+		t.Errorf("a reader that has gone: %v, want the command's exit status 141", err)
+	}
+	if _, err := os.Stat(done); err != nil {
+		t.Errorf("the command did not run: %v", err)
+	}
+	f.nothingLeft(t)
+
+	cmd = program(t, f.dir, "local", "-f", f.manifests)
+	cmd.Stdout = w
+	if err := cmd.Run(); !errors.As(err, &exit) || exit.ExitCode() != 1 {
+		t.Errorf("nobody to read where the tier is: %v, want exit status 1", err)
+	}
+	f.nothingLeft(t)
+}
+
+func TestLocalReportsTheHitRatio(t *testing.T) {
+	f := newFixture(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	read := `for i in 1 2; do "` + self + `" get large - >/dev/null || exit 1; done`
+	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--", "sh", "-c", read)
+	if status != 0 || !strings.Contains(stderr, "18 MiB") || !strings.Contains(stderr, "100.0 %") {
+		t.Errorf("warmed by a DataLoad: status %d:\n%s", status, stderr)
+	}
+	text, err := os.ReadFile(f.manifests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	text = text[:bytes.LastIndex(text, []byte("---\n"))] // the DataLoad
+	if err := os.WriteFile(f.manifests, text, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--", "sh", "-c", read)
+	if status != 0 || !strings.Contains(stderr, "18 MiB") || !strings.Contains(stderr, "50.0 %") {
+		t.Errorf("cold: status %d:\n%s", status, stderr)
+	}
+}
+
+func TestUnknownCommandIsWrongUsage(t *testing.T) {
+	dir := tempDir(t)
+	for _, c := range []struct {
+		args []string
+		says string
+	}{
+		{[]string{"lokal"}, "See `stepcache --help`"},
+		{[]string{"ls", "--nonsense"}, "See `stepcache ls --help`"},
+		{[]string{"get"}, "See `stepcache get --help`"},
+	} {
+		if _, stderr, status := run(t, dir, c.args...); status != 2 || !strings.Contains(stderr, c.says) {
+			t.Errorf("%v: status %d, want 2 and %q: %s", c.args, status, c.says, stderr)
+		}
+	}
+}
+
+func TestPrintable(t *testing.T) {
+	for path, want := range map[string]string{
+		"/a b/ü": "/a b/ü", "/two\nlines": `"/two\nlines"`, "/\x1b[2J": `"/\x1b[2J"`, "/not utf-8 \xff": "/not utf-8 \xff",
+	} {
+		if got := printable(path); got != want {
+			t.Errorf("printable(%q) = %s, want %s", path, got, want)
+		}
 	}
 }
 

@@ -3,13 +3,16 @@ package main
 import (
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
+	"syscall"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
 	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/mount"
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/worker"
 )
@@ -51,7 +54,7 @@ func mountCommand() *cobra.Command {
 		Use:   "mount DIR",
 		Short: "Mount a dataset read-only, until SIGTERM or Ctrl-C",
 		Long: `Mounts a Dataset of a running tier at DIR, which must be an empty folder. Files are read-only and never
-change while mounted. Reads of files that a worker on this machine holds go straight to its memory
+change while mounted, also where the Dataset is refreshed: new mounts and "stepcache ls" see the newer listing. Reads of files that a worker on this machine holds go straight to its memory
 (FUSE passthrough: Linux 6.9, root); --cache-size keeps what comes from other machines in this process's
 own memory as well.`,
 		Example: `  stepcache mount --tier "$STEPCACHE_TIER" /mnt/genomes`,
@@ -59,6 +62,9 @@ own memory as well.`,
 		RunE: func(cmd *cobra.Command, a []string) error {
 			ctx, log := cmd.Context(), logger()
 			if err := mount.Supported(); err != nil {
+				return err
+			}
+			if err := empty(a[0]); err != nil {
 				return err
 			}
 			o := mount.Options{Private: private, Logger: log}
@@ -76,8 +82,8 @@ own memory as well.`,
 			c.Logger = log
 			if cache != "" {
 				n, err := humanize.ParseBytes(cache)
-				if err != nil || n > 1<<50 {
-					return usage{fmt.Errorf("mount: --cache-size %q: want a size such as 2GiB", cache)}
+				if err != nil || n < 16<<20 || n > 1<<50 {
+					return usage{fmt.Errorf("mount: --cache-size %q: want a size such as 2GiB, 16MiB at least", cache)}
 				}
 				s, remove, err := nodeCache(cmd, int64(n))
 				if err != nil {
@@ -96,6 +102,7 @@ own memory as well.`,
 			if err != nil {
 				return err
 			}
+			log.Info("mounted", "dir", a[0], "dataset", f.Dataset)
 			select {
 			case <-ctx.Done():
 				err := m.Unmount()
@@ -112,6 +119,28 @@ own memory as well.`,
 	cmd.Flags().StringVar(&mode, "mode", "auto", "how opens are served: passthrough, no-open, or auto (by the sizes of the files)")
 	cmd.Flags().BoolVar(&private, "private", os.Geteuid() != 0, "keep other users out")
 	return cmd
+}
+
+// empty says whether a mount at dir would hide anything. Of what is mounted there already, package mount
+// knows whether it is left from a process that is gone.
+func empty(dir string) error {
+	if at, err := mountinfo.Resolve(dir); err == nil {
+		if mounts, err := mountinfo.At(at); err != nil || len(mounts) > 0 {
+			return err
+		}
+	}
+	names, err := os.ReadDir(dir)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
+		return fmt.Errorf("mount: there is no folder %s: make it (mkdir -p %s)", dir, dir)
+	case errors.Is(err, syscall.ENOTDIR):
+		return fmt.Errorf("mount: %s is not a folder: name one that is empty", dir)
+	case err != nil:
+		return fmt.Errorf("mount: %w", err)
+	case len(names) > 0:
+		return fmt.Errorf("mount: %s is not empty, and its files would be hidden: name a folder that is", dir)
+	}
+	return nil
 }
 
 // nodeCache is a store for one mount process, gone with it.

@@ -6,8 +6,11 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"path/filepath"
 	"sort"
+	"strings"
 	"sync"
+	"sync/atomic"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sync/errgroup"
@@ -30,26 +33,26 @@ type verified struct {
 
 func verifyCommand() *cobra.Command {
 	var t tierFlags
-	var filename string
+	var filenames []string
 	var download bool
 	cmd := &cobra.Command{
 		Use:   "verify -f FILE|FOLDER [PATH ...]",
 		Short: "Compare what the tier serves with the bucket",
 		Long: `Reads files through the tier and compares them with the bucket: with the digest that the bucket publishes,
-where it publishes one of the whole object, else with the object itself, downloaded again in the same version
+where its listing has one of the whole object, else with the object itself, downloaded again in the same version
 (--download: always). The bucket is reached with the Dataset and Secret of the manifests named by -f.
 The exit status is 1 when anything differs or could not be compared.`,
 		Example: "  stepcache verify -f dataset.yaml\n  stepcache verify -f manifests/ --download /shards",
 	}
 	t.add(cmd)
 	output := jsonFlag(cmd)
-	cmd.Flags().StringVarP(&filename, "filename", "f", "", "manifests with the Dataset and its Secret")
+	cmd.Flags().StringArrayVarP(&filenames, "filename", "f", nil, "manifests with the Dataset and its Secret; may be repeated")
 	cmd.Flags().BoolVar(&download, "download", false, "download every object again, also where the bucket publishes a digest")
 	cmd.RunE = func(cmd *cobra.Command, paths []string) error {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		if filename == "" {
+		if len(filenames) == 0 {
 			return usage{fmt.Errorf("verify: -f is missing: name the manifests that say how to reach the bucket")}
 		}
 		ctx := cmd.Context()
@@ -57,7 +60,7 @@ The exit status is 1 when anything differs or could not be compared.`,
 		if err != nil {
 			return err
 		}
-		set, err := manifest.Read(filename)
+		set, err := manifest.Read(filenames...)
 		if err != nil {
 			return err
 		}
@@ -93,7 +96,7 @@ func report(cmd *cobra.Command, output string, results []verified) error {
 		if r.Result != "equal" {
 			bad++
 			if output != "json" {
-				fmt.Fprintf(cmd.OutOrStdout(), "%s: %s %s\n", r.Path, r.Result, r.Reason)
+				fmt.Fprintf(cmd.OutOrStdout(), "%s: %s: %s\n", printable(r.Path), r.Result, r.Reason)
 			}
 		}
 	}
@@ -114,6 +117,7 @@ func report(cmd *cobra.Command, output string, results []verified) error {
 type verifier struct {
 	client   *client.Client
 	sources  []source.Source // by the snapshot's mounts
+	secrets  []string        // folders of their credentials
 	download bool
 }
 
@@ -132,8 +136,20 @@ func newVerifier(ctx context.Context, c *client.Client, configs map[string]sourc
 			return nil, fmt.Errorf("the mount at %s is %s in the manifests and %s in the tier: name those it was started with", m.Path, s.URL(), m.URL)
 		}
 		v.sources = append(v.sources, s)
+		if config.CredentialsDir != "" {
+			v.secrets = append(v.secrets, config.CredentialsDir)
+		}
 	}
 	return v, nil
+}
+
+// forPeople names Secrets instead of the folders that they are put into for the time of the command.
+func (v *verifier) forPeople(err error) string {
+	text := err.Error()
+	for _, dir := range v.secrets {
+		text = strings.ReplaceAll(text, dir, "Secret "+filepath.Base(dir))
+	}
+	return text
 }
 
 func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) {
@@ -161,6 +177,7 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 	p := newProgress("verify", total)
 	defer p.finish()
 	var mu sync.Mutex
+	var compared atomic.Bool // something was read from the bucket: it lets us in
 	results := []verified{}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
@@ -176,13 +193,17 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 				equal = bytes.Equal(hash.Sum(nil), o.Digest.Sum)
 			} else {
 				r.How = "downloaded again"
-				equal, err = v.compare(ctx, i, v.sources[mount], o, p)
+				if equal, err = v.compare(ctx, i, v.sources[mount], o, p); err == nil && o.Size > 0 {
+					compared.Store(true)
+				}
 			}
 			switch {
+			case (errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket)) && !compared.Load():
+				return errors.New(v.forPeople(err)) // as for every other file
 			case errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrNotFound):
-				r.Result, r.Reason = "changed", err.Error()
+				r.Result, r.Reason = "changed", v.forPeople(err)
 			case err != nil:
-				r.Result, r.Reason = "failed", err.Error()
+				r.Result, r.Reason = "failed", v.forPeople(err)
 			case equal:
 				r.Result = "equal"
 			default:
