@@ -14,7 +14,7 @@ DEMO_FLAGS ?=
 TEST_FLAGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint generate bench image cluster-up cluster-down clean
+.PHONY: help build demo test lint generate bench image e2e cluster-up cluster-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -45,6 +45,16 @@ image: $(BIN)/image ## an OCI image, in .bin/stepcache.tar, without Docker
 
 cluster-up: $(BIN)/cluster ## a real Kubernetes cluster of three nodes on this machine (test/cluster/README.md)
 	$(BIN)/cluster up
+
+e2e: image $(BIN)/cluster ## a real cluster with Argo, end to end (FULL=1: a hundred steps; KUBECONFIG: your cluster)
+	CGO_ENABLED=0 go test -c -o $(BIN)/e2e.test ./test/e2e
+ifdef KUBECONFIG
+	cd test/e2e && STEPCACHE_E2E=1 ../../$(BIN)/e2e.test -test.v -test.failfast -test.timeout 60m
+else
+	$(BIN)/cluster up
+	$(BIN)/cluster load-image $(BIN)/stepcache.tar
+	cd test/e2e && STEPCACHE_E2E=1 ../../$(BIN)/cluster exec-in-lab ../../$(BIN)/e2e.test -test.v -test.failfast -test.timeout 60m
+endif
 
 cluster-down: $(BIN)/cluster ## its end: nothing is left
 	$(BIN)/cluster down

@@ -31,6 +31,7 @@ var mayImport = map[string][]string{
 	"webhook":                 {"api/v1alpha1", "cache"},
 	"controllers":             {"api", "cache", "tier"},
 	"test/bucket":             {"local/process"},
+	"test/e2e":                {"test/bucket", "local/process"},
 	"bench":                   {"api", "cache", "tier", "local", "test"},
 	"cmd":                     {""},
 }
