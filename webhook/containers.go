@@ -25,8 +25,8 @@ const (
 
 // Places in the containers that are added.
 const (
-	tierDir  = "/stepcache/tier"
-	stageDir = "/stepcache/data"
+	tierDir  = "/etc/stepcache/tier"
+	stageDir = "/run/stepcache/data"
 	// hostDir is a folder of the node: the sidecar's mounts are below sidecars/ID, and below workers are the
 	// sockets at which workers of the node hand out descriptors, where the node service made them.
 	hostDir = "/run/stepcache"
