@@ -374,7 +374,8 @@ func (s *LoadSum) add(id string, p wire.LoadStatus) {
 	}
 }
 
-// Wait follows a load until every worker is done, a worker says that it cannot succeed, or ctx ends.
+// Wait follows a load until every worker is done, or those that answer can do no more and one says why, or
+// ctx ends.
 // Workers that do not answer are waited for. A worker that lost the load, because it restarted or is new,
 // is told again what to load: r is what Load was called with. progress, which may be nil, is called with
 // every sum.
@@ -394,6 +395,10 @@ func (k *Control) Wait(ctx context.Context, r wire.LoadRequest, every time.Durat
 				return sum, nil
 			case sum.Problem != "" && settled(sum):
 				return sum, fmt.Errorf("dataset %s: load %s: %s", k.config.Dataset, r.ID, sum.Problem)
+			case sum.FailedFiles > 0 && len(sum.Missing) == 0 && settled(sum):
+				// Failures has fewer than FailedFiles where there are many, and is never empty.
+				return sum, fmt.Errorf("dataset %s: load %s: %d of %d files could not be loaded; the first: %s: %s",
+					k.config.Dataset, r.ID, sum.FailedFiles, sum.Files, sum.Failures[0].Path, sum.Failures[0].Reason)
 			case lost:
 				_ = k.Load(ctx, r) // who still does not know it is in the next sum
 			}
@@ -410,10 +415,11 @@ func (k *Control) Wait(ctx context.Context, r wire.LoadRequest, every time.Durat
 	}
 }
 
-// settled says whether every worker that answered is done or has said why it cannot be.
+// settled says whether every worker that answered is done, or has said why it cannot be, or has gone over
+// everything and failed at some of it.
 func settled(s LoadSum) bool {
 	for _, p := range s.Workers {
-		if !p.Done && p.Problem == "" {
+		if !p.Done && p.Problem == "" && p.Finished.IsZero() {
 			return false
 		}
 	}

@@ -17,6 +17,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/minio/minio-go/v7"
+
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/test/bucket"
@@ -577,6 +579,47 @@ func TestLocalEndsInOrder(t *testing.T) {
 	f.nothingLeft(t)
 }
 
+func TestLoadOfWhatIsGone(t *testing.T) {
+	f := newFixture(t)
+	f.withoutLoad(t)
+	cmd, env, errs := background(t, f)
+	client, err := f.server.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := client.RemoveObject(t.Context(), "fixture", "dir/small", minio.RemoveObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, status := run(t, f.dir, "load", "--tier", env["STEPCACHE_TIER"], "-o", "json")
+	var loaded struct {
+		Failures []struct{ Path string }
+	}
+	if err := json.Unmarshal([]byte(stdout), &loaded); err != nil || len(loaded.Failures) != 1 || loaded.Failures[0].Path != "/dir/small" {
+		t.Errorf("%v: %q", err, stdout)
+	}
+	if status != 1 || !strings.Contains(stderr, "1 of 2 files could not be loaded") || !strings.Contains(stderr, "/dir/small") {
+		t.Errorf("status %d: %s", status, stderr)
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v\n%s", err, errs)
+	}
+}
+
+// withoutLoad takes the DataLoad out of the manifests.
+func (f *fixture) withoutLoad(t *testing.T) {
+	t.Helper()
+	text, err := os.ReadFile(f.manifests)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(f.manifests, text[:bytes.LastIndex(text, []byte("---\n"))], 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestLocalReportsTheHitRatio(t *testing.T) {
 	f := newFixture(t)
 	self, err := os.Executable()
@@ -588,14 +631,7 @@ func TestLocalReportsTheHitRatio(t *testing.T) {
 	if status != 0 || !strings.Contains(stderr, "18 MiB") || !strings.Contains(stderr, "100.0 %") {
 		t.Errorf("warmed by a DataLoad: status %d:\n%s", status, stderr)
 	}
-	text, err := os.ReadFile(f.manifests)
-	if err != nil {
-		t.Fatal(err)
-	}
-	text = text[:bytes.LastIndex(text, []byte("---\n"))] // the DataLoad
-	if err := os.WriteFile(f.manifests, text, 0o600); err != nil {
-		t.Fatal(err)
-	}
+	f.withoutLoad(t)
 	_, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--", "sh", "-c", read)
 	if status != 0 || !strings.Contains(stderr, "18 MiB") || !strings.Contains(stderr, "50.0 %") {
 		t.Errorf("cold: status %d:\n%s", status, stderr)

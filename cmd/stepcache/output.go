@@ -102,17 +102,18 @@ type progress struct {
 	out   *os.File
 	mu    sync.Mutex
 	bar   *progressbar.ProgressBar // nil where there is no terminal
-	start time.Time
-	last  time.Time
+	last  time.Time                // when the last line was written, or when it began
 	done  int64
 	total int64
+	// lastDone is what was done by then.
+	lastDone int64
 }
 
 const lineEvery = 5 * time.Second
 
 func newProgress(name string, total int64) *progress {
 	now := time.Now()
-	p := &progress{name: name, out: os.Stderr, total: total, start: now, last: now}
+	p := &progress{name: name, out: os.Stderr, total: total, last: now}
 	if term.IsTerminal(int(p.out.Fd())) {
 		p.bar = progressbar.NewOptions64(total, progressbar.OptionSetDescription(name), progressbar.OptionShowBytes(true),
 			progressbar.OptionSetWriter(p.out), progressbar.OptionClearOnFinish(), progressbar.OptionSetPredictTime(true),
@@ -132,9 +133,9 @@ func (p *progress) set(done, total int64) {
 		_ = p.bar.Set64(done)
 	}
 	p.done, p.total = done, total
-	if p.bar == nil && time.Since(p.last) >= lineEvery {
-		p.last = time.Now()
-		p.line()
+	if now := time.Now(); p.bar == nil && now.Sub(p.last) >= lineEvery {
+		p.line(now)
+		p.last, p.lastDone = now, done
 	}
 }
 
@@ -146,9 +147,10 @@ func (p *progress) add(n int64) {
 	p.set(done, total)
 }
 
-func (p *progress) line() {
-	seconds := time.Since(p.start).Seconds()
-	rate := float64(p.done) / seconds
+// line tells the rate since the last line, which is what the time left depends on: what was loaded before
+// arrives at once and then it stalls.
+func (p *progress) line(now time.Time) {
+	rate := float64(p.done-p.lastDone) / now.Sub(p.last).Seconds()
 	left := "unknown"
 	if rate > 0 {
 		left = time.Duration(float64(p.total-p.done) / rate * float64(time.Second)).Round(time.Second).String()
