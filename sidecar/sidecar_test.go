@@ -418,8 +418,11 @@ func TestEndsWhileItWaits(t *testing.T) {
 	p := newPod(t)
 	p.workers()
 	p.members() // nobody is there
+	// Both have set up their ends once the keeper listens and the server has taken an old one's word away.
+	p.write(filepath.Join(p.dir, readyFile), nil)
 	k, s := p.keep(), p.serve()
 	await(t, "keeper", func() bool { _, err := os.Lstat(filepath.Join(p.dir, socketFile)); return err == nil }, k, s)
+	await(t, "server", func() bool { return Ready(p.dir) != nil }, k, s)
 	s.term()
 	k.term()
 	p.nothingLeft()

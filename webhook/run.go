@@ -107,9 +107,7 @@ func newManager(cluster *rest.Config, o Options) (manager.Manager, error) {
 	server := webhook.NewServer(webhook.Options{Host: o.Host, Port: o.Port, TLSOpts: []func(*tls.Config){func(t *tls.Config) {
 		t.GetCertificate = certs.Certificate
 		t.MinVersion = tls.VersionTLS12
-		// Over HTTP/2 all calls share one connection, and all of them fail for as long as nobody notices that
-		// the node at its other end died.
-		t.NextProtos = []string{"http/1.1"}
+		t.NextProtos = []string{"http/1.1"} // see once
 	}}})
 	m, err := ctrl.NewManager(cluster, ctrl.Options{
 		Scheme: scheme, Logger: logr.FromSlogHandler(o.Logger.Handler()),
@@ -147,7 +145,7 @@ func newManager(cluster *rest.Config, o Options) (manager.Manager, error) {
 		PathLocality: &Locality{injector, placer, o.Logger},
 		PathValidate: &Validate{known},
 	} {
-		m.GetWebhookServer().Register(path, &admission.Webhook{Handler: h}) // asking for it has the manager start it
+		m.GetWebhookServer().Register(path, once{&admission.Webhook{Handler: h}}) // asking for it has the manager start it
 	}
 	if err := m.Add(manager.RunnableFunc(func(ctx context.Context) error {
 		certs.Run(ctx)
@@ -169,6 +167,16 @@ func newManager(cluster *rest.Config, o Options) (manager.Manager, error) {
 		}
 		return server.StartedChecker()(r)
 	})
+}
+
+// once answers one call a connection. A call on a connection whose other end died fails with an error that
+// Argo takes for final (EOF, a deadline); one that has to connect is refused, or goes to another replica, and
+// a refused one Argo tries again. A handshake is the price.
+type once struct{ http.Handler }
+
+func (o once) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	w.Header().Set("Connection", "close")
+	o.Handler.ServeHTTP(w, r)
 }
 
 // newID is random: nobody can have another pod's.
