@@ -25,7 +25,9 @@ demo: $(BIN)/stepcache $(BIN)/demo $(BIN)/versitygw ## the main job on this mach
 	@$(BIN)/demo --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw --steps $(STEPS) --size $(SIZE) --direct-steps $(DIRECT_STEPS) $(DEMO_FLAGS)
 
 test: $(BIN)/versitygw $(BIN)/gotestsum ## every test, with the race detector
-	$(BIN)/gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 20m $(TEST_FLAGS) ./...
+	@echo "an API server and etcd for the controllers' tests (built once, about ten minutes)"
+	go test -timeout 60m ./controllers/envtest
+	$(BIN)/gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m $(TEST_FLAGS) ./...
 
 lint: $(BIN)/staticcheck ## gofmt, go vet and staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$unformatted" ]; then echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; fi
