@@ -305,6 +305,8 @@ func (j *Injector) viaClaim(namespace string, p *patch, needs []*need) error {
 		readOnly := true
 		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{
 			Driver: v1alpha1.DriverName, ReadOnly: &readOnly,
+			// The kubelet hands the key over; it takes it from the pod's own namespace only.
+			NodePublishSecretRef: &corev1.LocalObjectReference{Name: v1alpha1.SharedReaderName(n.dataset.Namespace, n.dataset.Name)},
 			VolumeAttributes: map[string]string{
 				v1alpha1.AttributeVolume:    v1alpha1.VolumeDataset,
 				v1alpha1.AttributeNamespace: n.dataset.Namespace,

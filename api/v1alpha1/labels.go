@@ -112,6 +112,10 @@ func KeysName(dataset string) string { return dataset + "-keys" }
 // ReaderName names the Secret with the read key alone, for readers in pods and on nodes.
 func ReaderName(dataset string) string { return dataset + "-reader" }
 
+// SharedReaderName names the copy of a Dataset's reader Secret in a namespace that it is shared with; inline
+// volumes of pods there refer to it. A dot keeps it apart from the names of that namespace's own Datasets.
+func SharedReaderName(namespace, dataset string) string { return namespace + "." + dataset + "-reader" }
+
 // ClaimName names a Dataset's claim.
 func ClaimName(dataset string) string { return dataset }
 
