@@ -12,6 +12,8 @@ import (
 	"strings"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -115,17 +117,18 @@ func (c *Client) sources() []*peer {
 func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*catalog.Snapshot, error) {
 	digest := *want
 	var (
-		buf     []byte
+		mem     *os.File
+		have    int64
 		size    int64 // zero until the first chunk tells
 		corrupt int
 	)
 	for {
 		length := int64(wire.MaxPayload)
 		if size > 0 {
-			length = min(length, size-int64(len(buf)))
+			length = min(length, size-have)
 		}
 		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, errLate)
-		reply, body, err := p.small(ctx, wire.Request{Op: wire.OpSnapshot, Snapshot: digest, Off: int64(len(buf)), Length: int32(length)})
+		reply, body, err := p.small(ctx, wire.Request{Op: wire.OpSnapshot, Snapshot: digest, Off: have, Length: int32(length)})
 		if err != nil && ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
 		}
@@ -137,8 +140,8 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*
 			continue
 		case err != nil:
 			return nil, err
-		case reply.Off != int64(len(buf)), len(body) == 0, reply.Size > maxSnapshot, size > 0 && reply.Size != size,
-			int64(len(buf)+len(body)) > reply.Size, digest != (catalog.Digest{}) && reply.Body != digest && reply.Body != (catalog.Digest{}):
+		case reply.Off != have, len(body) == 0, reply.Size > maxSnapshot, size > 0 && reply.Size != size,
+			have+int64(len(body)) > reply.Size, digest != (catalog.Digest{}) && reply.Body != digest && reply.Body != (catalog.Digest{}):
 			return nil, fmt.Errorf("%w: %d bytes at %d of a snapshot of %d", errWrong, len(body), reply.Off, reply.Size)
 		}
 		if digest == (catalog.Digest{}) {
@@ -147,15 +150,28 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*
 			}
 		}
 		size = reply.Size
-		buf = append(buf, body...) // grows with what has arrived, not with what was announced
-		if c.config.Progress != nil {
-			c.config.Progress(Progress{Received: int64(len(buf)), Size: size})
+		if mem == nil {
+			// A memfd rather than a growing slice: outgrown slices would stay with the process, several times
+			// the snapshot's size, and the mapping can be shared.
+			fd, err := unix.MemfdCreate("stepcache-snapshot", unix.MFD_CLOEXEC)
+			if err != nil {
+				return nil, err
+			}
+			mem = os.NewFile(uintptr(fd), "snapshot")
+			defer mem.Close()
 		}
-		if int64(len(buf)) == size {
+		if _, err := mem.Write(body); err != nil {
+			return nil, err
+		}
+		have += int64(len(body))
+		if c.config.Progress != nil {
+			c.config.Progress(Progress{Received: have, Size: size})
+		}
+		if have == size {
 			break
 		}
 	}
-	s, err := catalog.Open(buf)
+	s, err := catalog.OpenFile(fmt.Sprintf("/proc/self/fd/%d", mem.Fd()))
 	if err == nil && s.Digest() != digest {
 		s.Close()
 		err = fmt.Errorf("%w: it is not the snapshot %x", wire.ErrCorrupt, digest[:6])
