@@ -42,9 +42,8 @@ func (k *call) wait(ctx context.Context, c *conn) error {
 	case <-k.done:
 		return k.err
 	case <-ctx.Done():
-		if !c.abandon(k) {
-			<-k.done
-			return k.err
+		if !c.takeBack(k) {
+			return nil
 		}
 		return ctx.Err()
 	}
@@ -64,6 +63,7 @@ type conn struct {
 	// corrupt is told of a frame that does not decode.
 	corrupt func()
 	rx      atomic.Uint64 // counts reads that returned bytes
+	grace   time.Duration // for an answer that is being received when its call is given up
 	closed  chan struct{}
 
 	mu      sync.Mutex
@@ -78,7 +78,7 @@ type conn struct {
 func newConn(nc net.Conn, wg *sync.WaitGroup, t timing, epoch func(uint64), corrupt func()) *conn {
 	c := &conn{
 		nc: nc, sends: make(chan *call, 64), epoch: epoch, corrupt: corrupt,
-		closed: make(chan struct{}), pending: make(map[uint32]*call),
+		grace: t.pong, closed: make(chan struct{}), pending: make(map[uint32]*call),
 	}
 	wg.Add(2)
 	go func() { defer wg.Done(); c.read() }()
@@ -112,8 +112,7 @@ func (c *conn) start(req wire.Request, dst []byte) (*call, error) {
 }
 
 // abandon gives a call up: its reply will be thrown away. False means that the reply is being received
-// or has been: the caller must wait for done before it touches the buffer. That wait is short: a
-// connection on which nothing moves fails.
+// or has been: the caller must wait for done before it touches the buffer (see takeBack).
 func (c *conn) abandon(k *call) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()
@@ -122,6 +121,24 @@ func (c *conn) abandon(k *call) bool {
 	}
 	c.forget(k)
 	return true
+}
+
+// takeBack gives a call up and returns once its buffer is the caller's again; false when the answer came at the
+// last moment and counts. What is being received gets a little time. Then the connection ends, since bytes that
+// come one by one are signs of life for ever.
+func (c *conn) takeBack(k *call) bool {
+	if c.abandon(k) {
+		return true
+	}
+	t := time.NewTimer(c.grace)
+	defer t.Stop()
+	select {
+	case <-k.done:
+	case <-t.C:
+		c.fail(fmt.Errorf("%w: an answer did not come to its end", errLost))
+		<-k.done
+	}
+	return k.err != nil
 }
 
 // forget takes a call out of the pending ones. c.mu is held.

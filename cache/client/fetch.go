@@ -86,6 +86,9 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 // guess is fetch for bytes that nobody has asked for. It asks the first owner only, as often as that one is busy
 // with others' guesses, and gives up with errGuess. Once somebody waits for the bytes it is fetch.
 func (c *Client) guess(ctx context.Context, w piece, dst []byte) error {
+	// A reader may come to wait for it, and has a deadline of its own above this one.
+	ctx, cancel := context.WithTimeoutCause(ctx, c.timing.client, errDeadline)
+	defer cancel()
 	pause := c.pauses()
 	for try := 0; ; try++ {
 		steps := c.plan(c.members.view(), w)
@@ -367,13 +370,7 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 	)
 	defer func() { second.end() }()
 	// quit ends the first call; false when its answer came at the last moment and counts.
-	quit := func() bool {
-		if conn.abandon(first) {
-			return true
-		}
-		<-first.done
-		return first.err != nil
-	}
+	quit := func() bool { return conn.takeBack(first) }
 	for {
 		select {
 		case <-first.done:
@@ -494,7 +491,7 @@ func (h *hedged) end() {
 		return
 	}
 	last := func() {
-		<-h.call.done
+		h.conn.takeBack(h.call)
 		h.slot.release()
 		h.c.cache.giveBack(h.buf, h.size)
 	}

@@ -360,9 +360,17 @@ func (c *Client) dialSocket(ctx context.Context, path string) (*leaser, error) {
 			return nil, fmt.Errorf("%s: the dialer gave no Unix socket", path)
 		}
 		l := &leaser{c: c, path: path, conn: uc, closed: make(chan struct{}), pending: make(map[uint32]chan leased)}
-		stop := context.AfterFunc(c.ctx, func() { l.fail(errClosed) })
-		if !c.spawn(func() { defer stop(); l.read() }) {
-			stop()
+		failed := make(chan struct{})
+		stop := context.AfterFunc(c.ctx, func() { defer close(failed); l.fail(errClosed) })
+		if !c.spawn(func() {
+			l.read()
+			if !stop() {
+				<-failed // Close waits for this goroutine, and so for that one
+			}
+		}) {
+			if !stop() {
+				<-failed
+			}
 			l.fail(errClosed)
 			return nil, errClosed
 		}
