@@ -39,6 +39,7 @@ func TestCluster(t *testing.T) {
 	part("MapReduce", mapReduce)
 	part("Job", func(t *testing.T) { job(t, in) })
 	part("Stage", func(t *testing.T) { stage(t, in) })
+	part("Sidecar", func(t *testing.T) { sidecar(t, in) })
 	part("Replaces", func(t *testing.T) { replaces(t, in) })
 	part("KilledWorker", func(t *testing.T) { killed(t, in, "-n", namespace, "pod/cold-worker-0") })
 	part("RestartedNodeServices", func(t *testing.T) {
@@ -147,6 +148,16 @@ func stage(t *testing.T, in input) {
 		t.Errorf("the staged pod read:\n%s", log)
 	}
 	kubectl(t, "delete", "pod", "-n", namespace, "demo-stage")
+}
+
+// sidecar reads through a mount of the pod's own, and leaves none on the node.
+func sidecar(t *testing.T, in input) {
+	apply(t, namespace, example(t, "sidecar/pod.yaml"))
+	if log := waitPod(t, namespace, "demo-sidecar"); !strings.Contains(log, in.largeSum) {
+		t.Errorf("the pod with a sidecar read:\n%s", log)
+	}
+	// A mount that is left would keep the pod Terminating.
+	kubectl(t, "delete", "pod", "-n", namespace, "demo-sidecar", "--timeout", patience.String())
 }
 
 // replaces adopts a claim that workflows have always used.
