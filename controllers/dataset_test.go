@@ -235,9 +235,10 @@ func TestDatasetSaysWhyItsWorkersDoNotRun(t *testing.T) {
 		w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, c.reason, c.says...)
 		w.event(c.reason, c.says...)
 	}
-	// Once there is room for it, it runs.
-	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
+	// Once there is room for it, it runs. In this order: a pod that is made while pods are left without a node
+	// would never get one.
 	w.set(func(w *world) { w.pending = false })
+	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
 	w.waitReady(d)
 }
 
