@@ -74,7 +74,7 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	if !ours {
 		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
 	}
-	if have.GetAnnotations()[annotationApplied] == hash && equality.Semantic.DeepDerivative(want, have) {
+	if have.GetAnnotations()[annotationApplied] == hash && unchanged(want, have) {
 		reflect.ValueOf(want).Elem().Set(reflect.ValueOf(have).Elem())
 		return nil
 	}
@@ -106,6 +106,14 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 		return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)
 	}
 	return nil
+}
+
+// unchanged says whether have is as want says; what want leaves open may be anything.
+func unchanged(want, have client.Object) bool {
+	want = want.DeepCopyObject().(client.Object)
+	// A time is never left open: the comparison takes no time for a time of its own.
+	want.SetCreationTimestamp(have.GetCreationTimestamp())
+	return equality.Semantic.DeepDerivative(want, have)
 }
 
 // hashOf is a short name of a value.
