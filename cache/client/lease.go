@@ -133,6 +133,14 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 			defer c.fills.begin(key)()
 			// Its buffers are the store's own, which are as few as fillers make them.
 			b, err := c.config.Store.Acquire(ctx, o, block, func(ctx context.Context, p []byte) error {
+				// The store may run this on after Acquire has given up, so Close must know of it.
+				if !c.begin() {
+					return errClosed
+				}
+				defer c.calls.Done()
+				ctx, cancel := context.WithCancel(ctx)
+				defer cancel()
+				defer context.AfterFunc(c.ctx, cancel)()
 				if c.copyBuffered(ctx, key, p) {
 					return nil
 				}

@@ -286,10 +286,21 @@ func (c *Client) keep(w piece, buf []byte) {
 	if c.config.Store == nil {
 		return
 	}
+	// The store may run the fill on after Acquire has given up, when buf is another block's already.
+	var mu sync.Mutex
+	left := false
 	b, err := c.config.Store.Acquire(c.ctx, w.object, w.block, func(_ context.Context, p []byte) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if left {
+			return errClosed
+		}
 		copy(p, buf)
 		return nil
 	})
+	mu.Lock()
+	left = true
+	mu.Unlock()
 	if err != nil { // the reader has its bytes all the same
 		c.log.Debug("node store did not take a block", "file", w.index, "block", w.block, "error", err)
 		return
