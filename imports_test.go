@@ -23,6 +23,7 @@ var mayImport = map[string][]string{
 	"cache/wire":              {"cache/source", "cache/ring"},
 	"cache/worker":            {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
 	"cache/client":            {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire"},
+	"cache/gateway":           {"cache/source"},
 	"cache/mount":             {"cache/source", "cache/ring", "cache/catalog", "cache/store", "cache/wire", "cache/client"},
 	"tier":                    {"api", "cache"},
 	"local":                   {"api", "cache", "tier"},
