@@ -108,6 +108,9 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 	if err := dataload.New(m.GetClient(), m.GetAPIReader(), recorder, loads).SetupWithManager(m); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
+	if err := m.Add(newCensus(m.GetClient())); err != nil {
+		return nil, err
+	}
 	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {
 		return nil, err
 	}

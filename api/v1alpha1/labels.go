@@ -8,6 +8,9 @@ package v1alpha1
 const (
 	// LabelDataset is on every object of a Dataset; its value is the Dataset's name.
 	LabelDataset = Group + "/dataset"
+	// LabelSharedFrom is on the copies of a Dataset's reader Secret in other namespaces; its value is the
+	// Dataset's namespace. LabelDataset is beside it.
+	LabelSharedFrom = Group + "/shared-from"
 	// LabelComponent says what a pod or object is: one of the Component values.
 	LabelComponent = Group + "/component"
 	// LabelReader is on every pod that reads from workers over the network by itself (sidecar, stage),
@@ -20,6 +23,9 @@ const (
 	// LabelWatched is on namespaces that have a Dataset with replaces or locality, with value "true": there
 	// the webhook also looks at workflow pods that do not carry LabelInject.
 	LabelWatched = Group + "/watched"
+	// LabelMonitoring is set by users, with value "true", on the namespace of whoever collects metrics: the
+	// workers' NetworkPolicy lets its pods in.
+	LabelMonitoring = Group + "/monitoring"
 	// LabelInject is set by users on pods that want their data: auto, csi, sidecar or stage.
 	LabelInject = Group + "/inject"
 )

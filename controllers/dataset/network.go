@@ -65,6 +65,8 @@ func (r *Reconciler) policy(d *v1alpha1.Dataset) networkingv1.NetworkPolicySpec 
 			{From: readers, Ports: []networkingv1.NetworkPolicyPort{port("data")}},
 			{From: []networkingv1.NetworkPolicyPeer{
 				in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentController}),
+				// The port's metrics and health are for everybody who gets there; all else is signed.
+				{NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{v1alpha1.LabelMonitoring: "true"}}},
 			}, Ports: []networkingv1.NetworkPolicyPort{port("control")}},
 		},
 	}
