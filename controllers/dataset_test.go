@@ -262,26 +262,33 @@ func TestNameThatIsTakenIsToldAndLeftAlone(t *testing.T) {
 	}
 }
 
+// pod is a user's, admitted in the test's namespace.
+func (w *world) pod(name string, v corev1.VolumeSource) *corev1.Pod {
+	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: corev1.PodSpec{
+		SecurityContext: &corev1.PodSecurityContext{RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To[int64](1000), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
+		Containers: []corev1.Container{{Name: "main", Image: "busybox", SecurityContext: &corev1.SecurityContext{
+			AllowPrivilegeEscalation: ptr.To(false), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}}}},
+		Volumes: []corev1.Volume{{Name: "data", VolumeSource: v}},
+	}}
+}
+
 func TestDeletionWaitsForThePodsThatUseTheDataset(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 1, 1, 1000)
-	user := func(name string, v corev1.VolumeSource) *corev1.Pod {
-		return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: corev1.PodSpec{
-			SecurityContext: &corev1.PodSecurityContext{RunAsNonRoot: ptr.To(true), RunAsUser: ptr.To[int64](1000), SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault}},
-			Containers: []corev1.Container{{Name: "main", Image: "busybox", SecurityContext: &corev1.SecurityContext{
-				AllowPrivilegeEscalation: ptr.To(false), Capabilities: &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}}}}},
-			Volumes: []corev1.Volume{{Name: "data", VolumeSource: v}},
-		}}
-	}
-	byClaim := user("by-claim", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "genomes"}})
-	inline := user("inline", corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: v1alpha1.DriverName, ReadOnly: ptr.To(true),
+	byClaim := w.pod("by-claim", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "genomes"}})
+	inline := w.pod("inline", corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: v1alpha1.DriverName, ReadOnly: ptr.To(true),
 		VolumeAttributes: map[string]string{v1alpha1.AttributeDataset: "genomes"}}})
-	other := user("other", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "else"}})
-	for _, p := range []*corev1.Pod{byClaim, inline, other} {
+	other := w.pod("other", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "else"}})
+	// What the webhook adds to pods (sidecar, stage) reads by itself, and finds the workers by these.
+	injected := w.pod("injected", corev1.VolumeSource{Projected: &corev1.ProjectedVolumeSource{Sources: []corev1.VolumeProjection{
+		{ConfigMap: &corev1.ConfigMapProjection{LocalObjectReference: corev1.LocalObjectReference{Name: "genomes-tier"}}},
+		{Secret: &corev1.SecretProjection{LocalObjectReference: corev1.LocalObjectReference{Name: "genomes-reader"}}},
+	}}})
+	for _, p := range []*corev1.Pod{byClaim, inline, injected, other} {
 		w.must(w.Create(t.Context(), p))
 	}
 	w.must(w.Delete(t.Context(), d))
-	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "2 pods", w.ns+"/by-claim", w.ns+"/inline")
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "3 pods", w.ns+"/by-claim", w.ns+"/inline", w.ns+"/injected")
 	if d.Status.Phase != v1alpha1.DatasetDeleting || strings.Contains(asJSON(d.Status.Conditions), "/other") {
 		t.Errorf("status %s", asJSON(d.Status))
 	}
@@ -294,6 +301,8 @@ func TestDeletionWaitsForThePodsThatUseTheDataset(t *testing.T) {
 	// hinder.
 	byClaim.Status.Phase = corev1.PodSucceeded
 	w.must(w.Status().Update(t.Context(), byClaim))
+	injected.Status.Phase = corev1.PodFailed
+	w.must(w.Status().Update(t.Context(), injected))
 	w.set(func(w *world) {
 		w.deaf = true
 		for name, r := range w.workers {

@@ -12,6 +12,9 @@ const (
 	ConditionVolumeReady = "VolumeReady"
 	// ConditionReady sums up the others.
 	ConditionReady = "Ready"
+	// ConditionShared: pods of every namespace in spec.shareWith can mount the Dataset. Only a Dataset that is
+	// shared has it, and Ready does not depend on it.
+	ConditionShared = "Shared"
 )
 
 // Conditions of a DataLoad.
@@ -47,7 +50,7 @@ type DatasetStatus struct {
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// +optional
 	Phase DatasetPhase `json:"phase,omitempty"`
-	// Conditions are Sourced, WorkersReady, VolumeReady and Ready.
+	// Conditions are Sourced, WorkersReady, VolumeReady, Ready and, with shareWith, Shared.
 	//
 	// +optional
 	// +listType=map
@@ -100,6 +103,13 @@ type DatasetStatus struct {
 	//
 	// +optional
 	Unflushed int64 `json:"unflushed,omitempty"`
+	// SharedWith are the other namespaces that have, or are about to have, a copy of the Secret with the read
+	// key.
+	//
+	// +optional
+	// +listType=set
+	// +kubebuilder:validation:MaxItems=512
+	SharedWith []Namespace `json:"sharedWith,omitempty"`
 	// Integrity counts what checksums found.
 	//
 	// +optional

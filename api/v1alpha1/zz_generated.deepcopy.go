@@ -298,6 +298,11 @@ func (in *DatasetStatus) DeepCopyInto(out *DatasetStatus) {
 		*out = make([]Skipped, len(*in))
 		copy(*out, *in)
 	}
+	if in.SharedWith != nil {
+		in, out := &in.SharedWith, &out.SharedWith
+		*out = make([]Namespace, len(*in))
+		copy(*out, *in)
+	}
 	out.Integrity = in.Integrity
 	out.Workers = in.Workers
 }

@@ -39,6 +39,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+	"sigs.k8s.io/controller-runtime/pkg/event"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
@@ -55,7 +56,7 @@ import (
 // +kubebuilder:rbac:groups=data.stepcache.dev,resources=datasets/status;datasets/finalizers,verbs=update;patch
 // +kubebuilder:rbac:groups=apps,resources=statefulsets,verbs=get;list;watch;create;update
 // +kubebuilder:rbac:groups="",resources=services;configmaps,verbs=get;list;watch;create;update
-// +kubebuilder:rbac:groups="",resources=secrets,verbs=get;create;update
+// +kubebuilder:rbac:groups="",resources=secrets,verbs=get;create;update;delete
 // +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;delete
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
 // +kubebuilder:rbac:groups="",resources=namespaces,verbs=get;list;watch;patch
@@ -123,6 +124,8 @@ type memory struct {
 	leaving map[string]time.Time
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
+	// copies are those of the reader Secret in other namespaces, by namespace.
+	copies map[string]copied
 }
 
 // New returns a Reconciler. c should be a manager's client, live its API reader.
@@ -155,6 +158,11 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 		}
 		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: ns, Name: name}}}
 	})
+	appears := predicate.Funcs{
+		UpdateFunc:  func(event.UpdateEvent) bool { return false },
+		DeleteFunc:  func(event.DeleteEvent) bool { return false },
+		GenericFunc: func(event.GenericEvent) bool { return false },
+	}
 	return ctrl.NewControllerManagedBy(m).Named("dataset").
 		For(&v1alpha1.Dataset{}, builder.WithPredicates(predicate.Or(predicate.GenerationChangedPredicate{}, predicate.AnnotationChangedPredicate{}))).
 		Owns(&appsv1.StatefulSet{}).
@@ -165,6 +173,7 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 		Owns(&corev1.PersistentVolumeClaim{}).
 		Watches(&corev1.Pod{}, toDataset).
 		Watches(&corev1.PersistentVolume{}, toDataset).
+		Watches(&corev1.Namespace{}, handler.EnqueueRequestsFromMapFunc(r.sharers), builder.WithPredicates(appears)).
 		WithOptions(controller.Options{MaxConcurrentReconciles: 8}).
 		Complete(r)
 }
@@ -197,10 +206,10 @@ type pass struct {
 	status  map[string]wire.WorkerStatus // by member id
 	missing map[string]error             // members that did not answer
 	again   time.Duration                // when to come again; 0: the usual interval
-	events  []event
+	notices []notice
 }
 
-type event struct{ kind, reason, action, note string }
+type notice struct{ kind, reason, action, note string }
 
 // phase is one step of a pass.
 type phase func(context.Context, *pass) error
@@ -214,7 +223,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
 	phases := []phase{
 		r.finalizer, r.validate, r.namespace, r.makeKeys, r.observe, r.config, r.membership, r.network,
-		r.ask, r.tell, r.rotate, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
+		r.ask, r.tell, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}
 	if !have.DeletionTimestamp.IsZero() {
 		phases = []phase{r.deletion}
@@ -266,7 +275,7 @@ func (r *Reconciler) write(ctx context.Context, have *v1alpha1.Dataset, p *pass)
 
 // send tells the Events of a pass, each text once until it changes.
 func (r *Reconciler) send(p *pass) {
-	for _, e := range p.events {
+	for _, e := range p.notices {
 		if p.said[e.reason] == e.note {
 			continue
 		}
@@ -275,12 +284,19 @@ func (r *Reconciler) send(p *pass) {
 	}
 }
 
+// soon has the Dataset come again no later than after d.
+func (p *pass) soon(d time.Duration) {
+	if p.again == 0 || p.again > d {
+		p.again = d
+	}
+}
+
 func (p *pass) warn(reason, action, format string, a ...any) {
-	p.events = append(p.events, event{corev1.EventTypeWarning, reason, action, fmt.Sprintf(format, a...)})
+	p.notices = append(p.notices, notice{corev1.EventTypeWarning, reason, action, fmt.Sprintf(format, a...)})
 }
 
 func (p *pass) note(reason, action, format string, a ...any) {
-	p.events = append(p.events, event{corev1.EventTypeNormal, reason, action, fmt.Sprintf(format, a...)})
+	p.notices = append(p.notices, notice{corev1.EventTypeNormal, reason, action, fmt.Sprintf(format, a...)})
 }
 
 func (r *Reconciler) remember(uid types.UID) *memory {
@@ -288,7 +304,7 @@ func (r *Reconciler) remember(uid types.UID) *memory {
 	defer r.mu.Unlock()
 	m := r.memory[uid]
 	if m == nil {
-		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[string]string)}
+		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[string]string), copies: make(map[string]copied)}
 		r.memory[uid] = m
 	}
 	return m

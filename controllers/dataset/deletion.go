@@ -53,7 +53,13 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 			return err
 		}
 	}
-	// A pod may have come while the claim could still be used; from now on none can.
+	namespaces := union(p.dataset.Status.SharedWith, otherNamespaces(p.dataset))
+	for _, ns := range namespaces {
+		if err := r.removeCopy(ctx, p.dataset, string(ns)); err != nil {
+			return err
+		}
+	}
+	// A pod may have come while claim and copies could still be used; from now on none can.
 	if waits, err := wait(); waits || err != nil {
 		return err
 	}
@@ -80,14 +86,13 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 	return nil
 }
 
-// users names the pods that have not ended and use the Dataset's claim, or mount it inline from a namespace
-// that may. Pods are listed here, past the cache, since nothing else wants to know of every step's.
+// users names the pods that have not ended and use the Dataset: by its claim, inline from a namespace that
+// may, or through a reader of their own (sidecar, stage). Pods are listed here, past the cache, since nothing
+// else wants to know of every step's.
 func (r *Reconciler) users(ctx context.Context, d *v1alpha1.Dataset) ([]string, error) {
 	namespaces := []string{d.Namespace}
-	for _, ns := range d.Spec.ShareWith {
-		if !slices.Contains(namespaces, string(ns)) {
-			namespaces = append(namespaces, string(ns))
-		}
+	for _, ns := range union(d.Status.SharedWith, otherNamespaces(d)) {
+		namespaces = append(namespaces, string(ns))
 	}
 	var names []string
 	for _, ns := range namespaces {
@@ -117,6 +122,13 @@ func uses(pod *corev1.Pod, d *v1alpha1.Dataset) bool {
 	return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool {
 		if c := v.PersistentVolumeClaim; c != nil {
 			return pod.Namespace == d.Namespace && c.ClaimName == v1alpha1.ClaimName(d.Name)
+		}
+		if s := v.Projected; s != nil {
+			// What the webhook gives the containers that it adds (sidecar, stage) to find the workers. The
+			// workers themselves mount the list as a plain ConfigMap.
+			return pod.Namespace == d.Namespace && slices.ContainsFunc(s.Sources, func(s corev1.VolumeProjection) bool {
+				return s.ConfigMap != nil && s.ConfigMap.Name == v1alpha1.TierName(d.Name)
+			})
 		}
 		c := v.CSI
 		if c == nil || c.Driver != v1alpha1.DriverName {

@@ -92,15 +92,21 @@ func (r *Reconciler) putKeys(ctx context.Context, p *pass, done, next string) er
 		return err
 	}
 	reader := &corev1.Secret{ObjectMeta: p.object(v1alpha1.ReaderName(p.dataset.Name), v1alpha1.ComponentWorker), Type: corev1.SecretTypeOpaque}
-	reader.Data = map[string][]byte{
+	reader.Data = readerData(p)
+	return r.apply(ctx, p, r.live, v1alpha1.ConditionVolumeReady, reader)
+}
+
+// readerData is what the Secret of readers holds, and its copies in other namespaces.
+func readerData(p *pass) map[string][]byte {
+	data := map[string][]byte{
 		v1alpha1.KeyRead: wire.FormatKeys(p.keys.Read[:1]),
 		// Nodes take these from here, since a PersistentVolume cannot be changed.
 		v1alpha1.AttributeCopies: []byte(strconv.Itoa(int(p.dataset.Spec.Workers.Copies))),
 	}
 	if memory, ok := p.dataset.Spec.Node.MemoryBytes(); ok {
-		reader.Data[v1alpha1.AttributeNodeMemory] = []byte(strconv.FormatInt(memory, 10))
+		data[v1alpha1.AttributeNodeMemory] = []byte(strconv.FormatInt(memory, 10))
 	}
-	return r.apply(ctx, p, r.live, v1alpha1.ConditionVolumeReady, reader)
+	return data
 }
 
 // keysOf reads the keys of a Secret; none where it has none.

@@ -1,0 +1,213 @@
+package dataset
+
+import (
+	"context"
+	"fmt"
+	"maps"
+	"reflect"
+	"slices"
+	"strings"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+// Reasons of the condition Shared.
+const (
+	ReasonShared           = "Shared"
+	ReasonNameTaken        = "NameTaken"        // a Secret of somebody else has the copy's name
+	ReasonNamespaceMissing = "NamespaceMissing" // it gets its copy once it is there
+)
+
+// copyAgain is how long a copy that was looked at is taken to be as it was left. Secrets are not watched,
+// which would be to read all of a cluster's.
+const copyAgain = time.Minute
+
+// copied is what is known of one copy.
+type copied struct {
+	hash string
+	at   time.Time
+}
+
+// share keeps a copy of the reader Secret in every namespace that the Dataset is shared with, since the
+// kubelet takes an inline volume's Secret from the pod's own namespace only.
+//
+// A copy has no owner, which would have to be of its own namespace. So the status says where copies are, and
+// says it before one is made: a namespace is written down in one pass and gets its copy in the next, and is
+// struck off once its copy is gone. Whatever is interrupted, no copy is forgotten.
+func (r *Reconciler) share(ctx context.Context, p *pass) error {
+	d := p.dataset
+	recorded := slices.Clone(d.Status.SharedWith)
+	wanted := otherNamespaces(d)
+	d.Status.SharedWith = union(recorded, wanted)
+	if len(d.Status.SharedWith) == 0 {
+		d.Status.SharedWith = nil
+		meta.RemoveStatusCondition(&d.Status.Conditions, v1alpha1.ConditionShared)
+		return nil
+	}
+	var missing, taken []string
+	gone := make(map[v1alpha1.Namespace]bool)
+	for _, ns := range d.Status.SharedWith {
+		if !slices.Contains(wanted, ns) {
+			if err := r.removeCopy(ctx, d, string(ns)); err != nil {
+				return err
+			}
+			delete(p.copies, string(ns))
+			gone[ns] = true
+			continue
+		}
+		there, err := r.namespaceTakesObjects(ctx, string(ns))
+		if err != nil {
+			return err
+		}
+		if !there {
+			delete(p.copies, string(ns))
+			gone[ns] = true
+			missing = append(missing, string(ns))
+			continue
+		}
+		if !slices.Contains(recorded, ns) {
+			p.soon(time.Millisecond)
+			continue
+		}
+		switch ok, err := r.putCopy(ctx, p, string(ns)); {
+		case err != nil:
+			return err
+		case !ok:
+			taken = append(taken, string(ns))
+		}
+	}
+	d.Status.SharedWith = slices.DeleteFunc(d.Status.SharedWith, func(ns v1alpha1.Namespace) bool { return gone[ns] })
+	switch {
+	case len(wanted) == 0:
+		meta.RemoveStatusCondition(&d.Status.Conditions, v1alpha1.ConditionShared)
+	case len(taken) > 0:
+		text := fmt.Sprintf("secret %q exists in %s and is not this Dataset's copy: delete or rename it there; until then pods there cannot mount the Dataset",
+			v1alpha1.SharedReaderName(d.Namespace, d.Name), strings.Join(taken, ", "))
+		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, ReasonNameTaken, "%s", text)
+		p.warn("ShareBlocked", "Share", "%s", text)
+	case len(missing) > 0:
+		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, ReasonNamespaceMissing, "there is no namespace %s yet; once it is there its pods can mount the Dataset", strings.Join(missing, ", "))
+	default:
+		delete(p.said, "ShareBlocked")
+		p.condition(v1alpha1.ConditionShared, metav1.ConditionTrue, ReasonShared, "pods of %d other namespaces can mount the Dataset", len(wanted))
+	}
+	return nil
+}
+
+// putCopy makes one copy as it should be; false where a Secret of its name is somebody else's.
+func (r *Reconciler) putCopy(ctx context.Context, p *pass, namespace string) (bool, error) {
+	d := p.dataset
+	want := &corev1.Secret{
+		ObjectMeta: metav1.ObjectMeta{
+			Namespace: namespace, Name: v1alpha1.SharedReaderName(d.Namespace, d.Name),
+			Labels: map[string]string{
+				v1alpha1.LabelSharedFrom: d.Namespace, v1alpha1.LabelDataset: d.Name, v1alpha1.LabelComponent: v1alpha1.ComponentWorker,
+				"app.kubernetes.io/name": "stepcache", "app.kubernetes.io/managed-by": "stepcache",
+			},
+		},
+		Type: corev1.SecretTypeOpaque, Data: readerData(p),
+	}
+	hash, err := hashOf(want.Data)
+	if err != nil {
+		return false, err
+	}
+	if c := p.copies[namespace]; c.hash == hash && p.now.Sub(c.at) < copyAgain {
+		return true, nil
+	}
+	have := &corev1.Secret{}
+	err = r.live.Get(ctx, client.ObjectKeyFromObject(want), have)
+	switch {
+	case apierrors.IsNotFound(err):
+		err = r.client.Create(ctx, want)
+	case err != nil:
+	case !isCopy(have, d):
+		return false, nil
+	case !reflect.DeepEqual(have.Data, want.Data) || !contains(have.Labels, want.Labels):
+		have.Data = want.Data
+		maps.Copy(have.Labels, want.Labels)
+		err = r.client.Update(ctx, have)
+	}
+	if err != nil {
+		return false, fmt.Errorf("secret %s/%s: %w", namespace, want.Name, err)
+	}
+	p.copies[namespace] = copied{hash, p.now}
+	return true, nil
+}
+
+// removeCopy takes a copy away; a Secret of its name that is somebody else's stays.
+func (r *Reconciler) removeCopy(ctx context.Context, d *v1alpha1.Dataset, namespace string) error {
+	s := &corev1.Secret{}
+	err := r.live.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.SharedReaderName(d.Namespace, d.Name)}, s)
+	if err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	if !isCopy(s, d) {
+		return nil
+	}
+	if err := r.client.Delete(ctx, s, client.Preconditions{UID: &s.UID}); client.IgnoreNotFound(err) != nil {
+		return fmt.Errorf("secret %s/%s: %w", namespace, s.Name, err)
+	}
+	return nil
+}
+
+// isCopy says whether a Secret is a copy of the Dataset's reader Secret.
+func isCopy(s *corev1.Secret, d *v1alpha1.Dataset) bool {
+	return s.Labels[v1alpha1.LabelSharedFrom] == d.Namespace && s.Labels[v1alpha1.LabelDataset] == d.Name
+}
+
+func contains(have, want map[string]string) bool {
+	for k, v := range want {
+		if have[k] != v {
+			return false
+		}
+	}
+	return true
+}
+
+// otherNamespaces are those that the Dataset is shared with, without its own, sorted.
+func otherNamespaces(d *v1alpha1.Dataset) []v1alpha1.Namespace {
+	var all []v1alpha1.Namespace
+	for _, ns := range d.Spec.ShareWith {
+		if string(ns) != d.Namespace {
+			all = append(all, ns)
+		}
+	}
+	return union(all, nil)
+}
+
+// union is both lists, sorted, each entry once.
+func union(a, b []v1alpha1.Namespace) []v1alpha1.Namespace {
+	all := slices.Concat(a, b)
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+func (r *Reconciler) namespaceTakesObjects(ctx context.Context, name string) (bool, error) {
+	ns := &corev1.Namespace{}
+	err := r.client.Get(ctx, client.ObjectKey{Name: name}, ns)
+	return err == nil && ns.DeletionTimestamp.IsZero(), client.IgnoreNotFound(err)
+}
+
+// sharers are the Datasets that wait for a namespace that has appeared.
+func (r *Reconciler) sharers(ctx context.Context, o client.Object) []reconcile.Request {
+	all := &v1alpha1.DatasetList{}
+	if r.client.List(ctx, all) != nil {
+		return nil // they come again by themselves
+	}
+	var waiting []reconcile.Request
+	for i := range all.Items {
+		if d := &all.Items[i]; d.Namespace != o.GetName() && d.SharesWith(o.GetName()) {
+			waiting = append(waiting, reconcile.Request{NamespacedName: types.NamespacedName{Namespace: d.Namespace, Name: d.Name}})
+		}
+	}
+	return waiting
+}

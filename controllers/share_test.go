@@ -1,0 +1,145 @@
+package controllers_test
+
+import (
+	"errors"
+	"fmt"
+	"reflect"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+)
+
+func (w *world) namespace(name string) {
+	w.Helper()
+	w.must(w.Create(w.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}))
+}
+
+// poke has the controller look at a Dataset at once.
+func (w *world) poke(d *v1alpha1.Dataset) {
+	w.Helper()
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, "poke", fmt.Sprint(time.Now().UnixNano()))
+	})
+}
+
+// copyOf waits until a namespace has the copy of the Dataset's reader Secret, as the Secret is now.
+func (w *world) copyOf(d *v1alpha1.Dataset, namespace string) *corev1.Secret {
+	w.Helper()
+	s := &corev1.Secret{}
+	w.eventually("the copy in "+namespace, func() error {
+		reader := &corev1.Secret{}
+		w.must(w.Get(w.Context(), client.ObjectKey{Namespace: w.ns, Name: d.Name + "-reader"}, reader))
+		err := w.Get(w.Context(), client.ObjectKey{Namespace: namespace, Name: w.ns + "." + d.Name + "-reader"}, s)
+		if err == nil && !reflect.DeepEqual(s.Data, reader.Data) {
+			err = errors.New("it has other keys than the Dataset's")
+		}
+		return err
+	})
+	return s
+}
+
+func TestSharedDatasetHasItsReaderSecretInTheOtherNamespaces(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	there, later, taken := w.ns+"-there", w.ns+"-later", w.ns+"-taken"
+	w.namespace(there)
+	w.namespace(taken)
+	theirs := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: taken, Name: w.ns + ".genomes-reader"}, Data: map[string][]byte{"read": []byte("theirs")}}
+	w.must(w.Create(t.Context(), theirs))
+	update(w, d, func(d *v1alpha1.Dataset) {
+		d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there), v1alpha1.Namespace(later), v1alpha1.Namespace(taken), v1alpha1.Namespace(w.ns)}
+	})
+	s := w.copyOf(d, there)
+	if len(s.Data["read"]) == 0 || s.Data["write"] != nil || s.Data["control"] != nil {
+		t.Errorf("the copy holds more than the read key, or not even that: it has %d keys", len(s.Data))
+	}
+
+	// A Secret of somebody else is named and left alone, and the Dataset is ready all the same.
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionFalse, "NameTaken", w.ns+".genomes-reader", taken)
+	w.event("ShareBlocked", taken)
+	w.waitReady(d)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(theirs), theirs))
+	if string(theirs.Data["read"]) != "theirs" || len(theirs.Labels) > 0 {
+		t.Errorf("somebody else's Secret was changed: %s", asJSON(theirs))
+	}
+	w.must(w.Delete(t.Context(), theirs))
+
+	// A namespace that is not there yet gets its copy when it comes.
+	w.poke(d)
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionFalse, "NamespaceMissing", later)
+	w.copyOf(d, taken)
+	w.namespace(later)
+	w.copyOf(d, later)
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionTrue, "Shared", "3 other namespaces")
+
+	// New keys reach the copies.
+	old := string(s.Data["read"])
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "today")
+	})
+	w.event("KeysRotated")
+	w.eventually("the copy has the new key", func() error {
+		if s := w.copyOf(d, there); string(s.Data["read"]) == old {
+			return errors.New("it has the old one")
+		}
+		return nil
+	})
+
+	// One that somebody deleted comes back.
+	w.must(w.Delete(t.Context(), s))
+	w.clock.advance(2 * time.Minute)
+	w.copyOf(d, there)
+
+	// A namespace that may not read any more loses its copy, also when the controller was away meanwhile.
+	w.stopManager()
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(later)} })
+	w.start()
+	w.noCopy(d, there)
+	w.noCopy(d, taken)
+	w.copyOf(d, later)
+
+	// A pod there keeps the Dataset from going; then the last copy goes with it.
+	pod := w.pod("reader", corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{Driver: v1alpha1.DriverName,
+		NodePublishSecretRef: &corev1.LocalObjectReference{Name: w.ns + ".genomes-reader"},
+		VolumeAttributes:     map[string]string{v1alpha1.AttributeDataset: "genomes", v1alpha1.AttributeNamespace: w.ns}}})
+	pod.Namespace = later
+	w.must(w.Create(t.Context(), pod))
+	w.must(w.Delete(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "1 pods", later+"/reader")
+	w.copyOf(d, later)
+	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
+	w.gone(d)
+	if err := w.Get(t.Context(), client.ObjectKey{Namespace: later, Name: w.ns + ".genomes-reader"}, &corev1.Secret{}); !apierrors.IsNotFound(err) {
+		t.Errorf("the copy outlived its Dataset: %v", err)
+	}
+}
+
+func (w *world) noCopy(d *v1alpha1.Dataset, namespace string) {
+	w.Helper()
+	w.gone(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: w.ns + "." + d.Name + "-reader"}})
+}
+
+func TestDatasetThatIsSharedNoMoreSaysNothingOfIt(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	there := w.ns + "-there"
+	w.namespace(there)
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there)} })
+	w.copyOf(d, there)
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionTrue, "Shared")
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = nil })
+	w.noCopy(d, there)
+	w.eventually("nothing is said of it", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		if len(d.Status.SharedWith) > 0 || len(d.Status.Conditions) != 4 {
+			return fmt.Errorf("status %s", asJSON(d.Status))
+		}
+		return nil
+	})
+}
