@@ -10,9 +10,9 @@ import (
 	"reflect"
 
 	corev1 "k8s.io/api/core/v1"
-	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
@@ -74,9 +74,15 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	if !ours {
 		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
 	}
-	if have.GetAnnotations()[annotationApplied] == hash && unchanged(want, have) {
-		reflect.ValueOf(want).Elem().Set(reflect.ValueOf(have).Elem())
-		return nil
+	if have.GetAnnotations()[annotationApplied] == hash {
+		same, err := unchanged(want, have)
+		if err != nil {
+			return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)
+		}
+		if same {
+			reflect.ValueOf(want).Elem().Set(reflect.ValueOf(have).Elem())
+			return nil
+		}
 	}
 	// Labels and annotations of others stay.
 	labels, annotations := maps.Clone(have.GetLabels()), maps.Clone(have.GetAnnotations())
@@ -108,12 +114,51 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	return nil
 }
 
-// unchanged says whether have is as want says; what want leaves open may be anything.
-func unchanged(want, have client.Object) bool {
-	want = want.DeepCopyObject().(client.Object)
-	// A time is never left open: the comparison takes no time for a time of its own.
-	want.SetCreationTimestamp(have.GetCreationTimestamp())
-	return equality.Semantic.DeepDerivative(want, have)
+// unchanged says whether have is as want says; what want leaves open may be anything, and its status is not ours.
+// They are compared as they are written: there a number that is left open is absent, while in memory it is a
+// zero, which no default of the server's equals.
+func unchanged(want, have client.Object) (bool, error) {
+	w, err := runtime.DefaultUnstructuredConverter.ToUnstructured(want)
+	if err != nil {
+		return false, err
+	}
+	h, err := runtime.DefaultUnstructuredConverter.ToUnstructured(have)
+	if err != nil {
+		return false, err
+	}
+	delete(w, "status")
+	return within(w, h), nil
+}
+
+// within says whether a decoded JSON value has all that want has.
+func within(want, have any) bool {
+	switch want := want.(type) {
+	case nil:
+		return true
+	case map[string]any:
+		h, ok := have.(map[string]any)
+		if !ok {
+			return len(want) == 0
+		}
+		for k, v := range want {
+			if !within(v, h[k]) {
+				return false
+			}
+		}
+		return true
+	case []any:
+		h, _ := have.([]any)
+		if len(h) != len(want) {
+			return false
+		}
+		for i := range want {
+			if !within(want[i], h[i]) {
+				return false
+			}
+		}
+		return true
+	}
+	return reflect.DeepEqual(want, have)
 }
 
 // hashOf is a short name of a value.
