@@ -395,6 +395,18 @@ func TestAgainstAPIServer(t *testing.T) {
 			t.Errorf("a namespace that nobody watches: %v", pod.Annotations)
 		}
 	})
+	t.Run("labels of Fluid", func(t *testing.T) {
+		for _, l := range []struct{ key, value, mode string }{
+			{labelFluid, "true", "csi"}, {labelFluidTarget, "eci", "stage"}, {labelFluid, "false", ""},
+		} {
+			u, err := a.pod("argo", readPod(t, "plain", inject(""), put("labels", l.key, l.value), put("annotations", AnnotationStagePaths, "/shards/0001.bin")))
+			if err != nil {
+				t.Errorf("%s=%s: %v", l.key, l.value, err)
+			} else if got := a.typed(u).Annotations[AnnotationInjected]; got != l.mode {
+				t.Errorf("%s=%s: injected %q, want %q", l.key, l.value, got, l.mode)
+			}
+		}
+	})
 	t.Run("pods of the system", func(t *testing.T) {
 		for _, ns := range []string{system, "kube-system"} {
 			if _, err := a.pod(ns, readPod(t, "plain", mounts("nothing=/data"))); err != nil {
@@ -465,6 +477,11 @@ func TestAgainstAPIServer(t *testing.T) {
 		}
 		if err := a.c.Create(a.ctx, dataset("argo", "second", func(d *v1alpha1.Dataset) { d.Spec.Replaces = []v1alpha1.Replaced{{ClaimName: "oss-data"}} })); err == nil || !strings.Contains(err.Error(), "Dataset genomes replaces this claim already") {
 			t.Errorf("a claim replaced twice: %v", err)
+		}
+		if err := a.c.Create(a.ctx, dataset("argo", "writable", func(d *v1alpha1.Dataset) {
+			d.Spec.Access, d.Spec.Replaces = v1alpha1.ReadWrite, []v1alpha1.Replaced{{ClaimName: "results"}}
+		})); err == nil || !strings.Contains(err.Error(), "claim results cannot be replaced") {
+			t.Errorf("a claim replaced by a writable Dataset: %v", err)
 		}
 		a.warned()
 		l := &v1alpha1.DataLoad{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: "warm"}, Spec: v1alpha1.DataLoadSpec{DatasetRef: v1alpha1.Reference{Name: "genome"}}}

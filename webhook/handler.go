@@ -35,6 +35,7 @@ func (h *Inject) Handle(ctx context.Context, r admission.Request) admission.Resp
 	if p == nil {
 		return refused(err)
 	}
+	defer func() { count(PathInject, p, err) }()
 	needs, warnings, err := h.Injector.Inject(ctx, r.Namespace, p)
 	if err != nil {
 		if !errors.As(err, &denied{}) {
@@ -65,14 +66,18 @@ func (h *Locality) Handle(ctx context.Context, r admission.Request) admission.Re
 	if _, ok, _ := asks(p.pod); ok {
 		return admission.Allowed("") // PathInject's
 	}
+	var err error
+	defer func() { count(PathLocality, p, err) }()
 	var warnings []string
 	if _, ok := p.pod.Annotations[v1alpha1.AnnotationMounts]; ok {
 		warnings = append(warnings, fmt.Sprintf("annotation %s has no effect without label %s", v1alpha1.AnnotationMounts, v1alpha1.LabelInject))
 		delete(p.pod.Annotations, v1alpha1.AnnotationMounts) // of this copy only
 	}
-	if err := h.Replace(ctx, r.Namespace, p); err != nil {
+	more, err := h.Replace(ctx, r.Namespace, p)
+	warnings = append(warnings, more...)
+	if err != nil {
 		h.Logger.Error("claims of a pod are not replaced", "pod", named(r, p.pod), "reason", err)
-		return admission.Allowed("")
+		return admission.Allowed("").WithWarnings(warnings...)
 	}
 	needs, err := h.needs(ctx, r.Namespace, p.pod)
 	if err == nil {

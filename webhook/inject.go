@@ -32,6 +32,9 @@ type Injector struct {
 	// default.
 	Image      string
 	PullPolicy corev1.PullPolicy
+	// PullSecrets are added to the pod's own imagePullSecrets where it gets containers: names of Secrets in the
+	// pod's namespace, which the kubelet passes over where they are not there.
+	PullSecrets []string
 	// StageLimit is the size in bytes up to which a Dataset is staged whole.
 	StageLimit int64
 	// NewID makes the name of a pod's folder of mounts on its node: no two pods may share one.
@@ -97,6 +100,15 @@ func (j *Injector) Inject(ctx context.Context, namespace string, p *patch) (need
 		if err := permitted(n.dataset, namespace, m); err != nil {
 			return nil, nil, err
 		}
+		for _, i := range n.volumes {
+			c := p.pod.Spec.Volumes[i].PersistentVolumeClaim
+			if c == nil || c.ClaimName == v1alpha1.ClaimName(n.dataset.Name) {
+				continue
+			}
+			if err := replaceable(n.dataset, c.ClaimName); err != nil {
+				return nil, nil, err
+			}
+		}
 	}
 	switch m {
 	case csi:
@@ -114,19 +126,20 @@ func (j *Injector) Inject(ctx context.Context, namespace string, p *patch) (need
 	p.annotate(AnnotationInjected, string(m))
 	if m != csi {
 		p.label(v1alpha1.LabelReader, "true")
+		p.pullSecrets(j.PullSecrets)
 	}
 	return needs, warnings, nil
 }
 
 // Replace gives a pod that asks for nothing the claims of Datasets for those that they replace. It does
 // so only where the claims can be mounted.
-func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) error {
+func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (warnings []string, err error) {
 	if _, ok, err := asks(p.pod); ok || err != nil {
-		return nil // Inject's
+		return nil, nil // Inject's
 	}
 	replaced, err := j.claims(ctx, namespace)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	for i := range p.pod.Spec.Volumes {
 		c := p.pod.Spec.Volumes[i].PersistentVolumeClaim
@@ -137,11 +150,25 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) erro
 		if d == nil || d.DeletionTimestamp != nil || c.ClaimName == v1alpha1.ClaimName(d.Name) {
 			continue
 		}
+		if err := replaceable(d, c.ClaimName); err != nil {
+			warnings = append(warnings, err.Error()+": the pod keeps the claim that it has")
+			continue
+		}
 		if ok, err := j.Cluster.NodeService(ctx); err != nil || !ok {
-			return err // the claim that the pod has works; ours would not
+			return warnings, err // the claim that the pod has works; ours would not
 		}
 		p.source(i, claim(d))
 		p.annotate(AnnotationInjected, string(csi))
+	}
+	return warnings, nil
+}
+
+// replaceable says why pods cannot get the Dataset in the place of a claim: who has written to the claim so
+// far would fail halfway, since a Dataset's mount is read-only also where the tier accepts puts.
+func replaceable(d *v1alpha1.Dataset, claim string) error {
+	if d.Spec.Access == v1alpha1.ReadWrite {
+		return deny("claim %s cannot be replaced by Dataset %s/%s, which has access: ReadWrite and whose claim is read-only all the same: take the claim out of spec.replaces and write through the Dataset's S3 endpoint, or let a Dataset with access: ReadOnly replace it",
+			claim, d.Namespace, d.Name)
 	}
 	return nil
 }

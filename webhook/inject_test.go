@@ -10,6 +10,8 @@ import (
 	"testing"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+	dto "github.com/prometheus/client_model/go"
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -33,6 +35,7 @@ func TestPatches(t *testing.T) {
 		{"argo-stage", "argo-v3.7", []func(map[string]any){inject("stage")}, restricted, "stage"},
 		{"argo-stage-artifacts", "argo-v3.7", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, "stage"},
 		{"argo-fluid-serverless", "argo-v3.7", []func(map[string]any){put("labels", labelFluidTarget, "eci")}, nil, "stage"},
+		{"argo-fluid-inject", "argo-v3.7", []func(map[string]any){put("labels", labelFluid, "true")}, nil, "csi"},
 		{"initless-csi", "argo-v4-initless", nil, nil, "csi"},
 		{"initless-sidecar", "argo-v4-initless", nil, noService, "sidecar"},
 		{"initless-stage", "argo-v4-initless", nil, func(w *world) { noService(w); restricted(w) }, "stage"},
@@ -170,6 +173,7 @@ func TestDenials(t *testing.T) {
 		{"sidecar of another namespace", []func(map[string]any){inject("sidecar"), mounts("ref/hg38=/ref")}, nil, []string{"ref/hg38 is of another namespace", "use the mode csi"}},
 		{"stage of another namespace", []func(map[string]any){inject("stage"), mounts("ref/hg38=/ref")}, nil, []string{"use the mode csi"}},
 		{"stage of a writable Dataset", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"ReadWrite", "use the mode csi"}},
+		{"a replaced claim of a writable Dataset", []func(map[string]any){mounts(""), claimed("oss-data")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"claim oss-data", "access: ReadWrite", "spec.replaces", "S3 endpoint"}},
 		{"stage of too much", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, []string{"5.0 GiB", "4.0 GiB", AnnotationStagePaths}},
 		{"bad stage paths", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "shards")}, nil, []string{AnnotationStagePaths, "does not begin with /"}},
 		{"bad pattern", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "/shards/[")}, nil, []string{"not closed"}},
@@ -191,6 +195,128 @@ func TestDenials(t *testing.T) {
 				}
 			}
 		})
+	}
+}
+
+// claimed gives the pod a volume of a claim.
+func claimed(name string) func(map[string]any) {
+	return func(pod map[string]any) {
+		pod["spec"].(map[string]any)["volumes"] = []any{map[string]any{"name": "v", "persistentVolumeClaim": map[string]any{"claimName": name}}}
+	}
+}
+
+// Its own claim is no replacement: it is mounted as everybody's is.
+func TestWritableDatasetsOwnClaimIsMounted(t *testing.T) {
+	w := newWorld()
+	w.datasets[0].Spec.Access = v1alpha1.ReadWrite
+	r := injectHandler(t, w).Handle(context.Background(), request("argo", readPod(t, "plain", mounts(""), claimed("genomes"))))
+	if !r.Allowed {
+		t.Error(r.Result)
+	}
+}
+
+// Who pulls the image of what is added: the pod's own Secrets, and those of the installation.
+func TestPullSecrets(t *testing.T) {
+	secrets := func(names ...string) func(map[string]any) {
+		return func(pod map[string]any) {
+			var all []any
+			for _, n := range names {
+				all = append(all, map[string]any{"name": n})
+			}
+			pod["spec"].(map[string]any)["imagePullSecrets"] = all
+		}
+	}
+	for _, c := range []struct {
+		name   string
+		mode   string
+		change func(map[string]any)
+		want   string
+	}{
+		{"none of its own", "sidecar", func(map[string]any) {}, "ours"},
+		{"its own", "stage", secrets("mine"), "mine ours"},
+		{"the same", "sidecar", secrets("ours", "mine"), "ours mine"},
+		{"no container of ours", "csi", secrets("mine"), "mine"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			h := injectHandler(t, newWorld())
+			h.PullSecrets = []string{"ours"}
+			raw := readPod(t, "plain", inject(c.mode), c.change)
+			after := apply(t, raw, h.Handle(context.Background(), request("argo", raw)))
+			var got []string
+			for _, s := range decodePod(t, after).Spec.ImagePullSecrets {
+				got = append(got, s.Name)
+			}
+			if strings.Join(got, " ") != c.want {
+				t.Errorf("%v, want %s", got, c.want)
+			}
+			if again := h.Handle(context.Background(), request("argo", after)); len(again.Patches) > 0 {
+				t.Errorf("patched again: %v", again.Patches)
+			}
+		})
+	}
+}
+
+// Another webhook adds containers after ours, in front and behind, and the API server asks again.
+func TestReinvocation(t *testing.T) {
+	for _, m := range []string{"csi", "sidecar", "stage"} {
+		h := injectHandler(t, newWorld())
+		raw := readPod(t, "argo-v3.7", inject(m))
+		var pod map[string]any
+		if err := json.Unmarshal(apply(t, raw, h.Handle(context.Background(), request("argo", raw))), &pod); err != nil {
+			t.Fatal(err)
+		}
+		spec := pod["spec"].(map[string]any)
+		other := func(name string) any { return map[string]any{"name": name, "image": "mesh"} }
+		spec["initContainers"] = append([]any{other("mesh-init")}, spec["initContainers"].([]any)...)
+		spec["containers"] = append(spec["containers"].([]any), other("mesh"))
+		raw, err := json.Marshal(pod)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if again := h.Handle(context.Background(), request("argo", raw)); !again.Allowed || len(again.Patches) > 0 {
+			t.Errorf("%s: patched again: %v %v", m, again.Patches, again.Result)
+		}
+	}
+}
+
+func counted(t *testing.T, c prometheus.Metric) float64 {
+	t.Helper()
+	var m dto.Metric
+	if err := c.Write(&m); err != nil {
+		t.Fatal(err)
+	}
+	return m.GetCounter().GetValue()
+}
+
+// What became of pods is counted.
+func TestPodsAreCounted(t *testing.T) {
+	h := injectHandler(t, newWorld())
+	for outcome, raw := range map[string][]byte{
+		"csi":            readPod(t, "plain"),
+		"stage":          readPod(t, "plain", inject("stage")),
+		outcomeUnchanged: readPod(t, "plain", mounts("")),
+		outcomeDenied:    readPod(t, "plain", inject("fuse")),
+	} {
+		c := pods.WithLabelValues(PathInject, outcome)
+		before := counted(t, c)
+		h.Handle(context.Background(), request("argo", raw))
+		if got := counted(t, c) - before; got != 1 {
+			t.Errorf("%s: counted %v times", outcome, got)
+		}
+	}
+	broken := newWorld()
+	broken.fails = errors.New("no cache")
+	c := pods.WithLabelValues(PathInject, outcomeFailed)
+	before := counted(t, c)
+	injectHandler(t, broken).Handle(context.Background(), request("argo", readPod(t, "plain")))
+	if counted(t, c)-before != 1 {
+		t.Error("a fault of ours is not counted")
+	}
+	c = pods.WithLabelValues(PathLocality, outcomeReplaced)
+	before = counted(t, c)
+	localityHandler(t, newWorld()).Handle(context.Background(), request("argo", readPod(t, "argo-v3.7")))
+	if counted(t, c)-before != 1 {
+		t.Error("a replaced claim is not counted")
 	}
 }
 
@@ -317,6 +443,16 @@ func TestLocalityHandler(t *testing.T) {
 	}
 	if r := h.Handle(ctx, request("argo", []byte("{"))); !r.Allowed {
 		t.Error("what cannot be read is refused")
+	}
+	// A writable Dataset's claim would be read-only: the pod keeps what it has, and its author is told.
+	writable := newWorld()
+	writable.datasets[0].Spec.Access = v1alpha1.ReadWrite
+	r = localityHandler(t, writable).Handle(ctx, request("argo", raw))
+	if pod := decodePod(t, apply(t, raw, r)); pod.Spec.Volumes[2].PersistentVolumeClaim.ClaimName != "oss-data" {
+		t.Errorf("the claim is replaced: %+v", pod.Spec.Volumes[2])
+	}
+	if len(r.Warnings) != 1 || !strings.Contains(r.Warnings[0], "access: ReadWrite") {
+		t.Errorf("warnings %q", r.Warnings)
 	}
 	// Without a node service the claim that the pod has works, and ours would not.
 	w := newWorld()

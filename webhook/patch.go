@@ -65,6 +65,22 @@ func (p *patch) volume(v corev1.Volume) {
 	p.pod.Spec.Volumes = append(p.pod.Spec.Volumes, v)
 }
 
+// pullSecrets appends those that the pod does not name.
+func (p *patch) pullSecrets(names []string) {
+	for _, name := range names {
+		ref := corev1.LocalObjectReference{Name: name}
+		if slices.Contains(p.pod.Spec.ImagePullSecrets, ref) {
+			continue
+		}
+		if len(p.pod.Spec.ImagePullSecrets) == 0 {
+			p.add("/spec/imagePullSecrets", []corev1.LocalObjectReference{ref})
+		} else {
+			p.add("/spec/imagePullSecrets/-", ref)
+		}
+		p.pod.Spec.ImagePullSecrets = append(p.pod.Spec.ImagePullSecrets, ref)
+	}
+}
+
 // container is one of the pod's, with its place.
 type container struct {
 	*corev1.Container

@@ -46,10 +46,11 @@ const (
 type Options struct {
 	// Namespace is the installation's own.
 	Namespace string
-	// Image, PullPolicy and StageLimit are the Injector's.
-	Image      string
-	PullPolicy corev1.PullPolicy
-	StageLimit int64
+	// Image, PullPolicy, PullSecrets and StageLimit are the Injector's.
+	Image       string
+	PullPolicy  corev1.PullPolicy
+	PullSecrets []string
+	StageLimit  int64
 	// Host and Port are where it serves.
 	Host string
 	Port int
@@ -138,7 +139,7 @@ func newManager(cluster *rest.Config, o Options) (manager.Manager, error) {
 	if err := holdings.SetupWithManager(m); err != nil {
 		return nil, err
 	}
-	injector := &Injector{Cluster: known, Image: o.Image, PullPolicy: o.PullPolicy, StageLimit: o.StageLimit, NewID: newID}
+	injector := &Injector{Cluster: known, Image: o.Image, PullPolicy: o.PullPolicy, PullSecrets: o.PullSecrets, StageLimit: o.StageLimit, NewID: newID}
 	placer := &Placer{Nodes: known, Holdings: holdings}
 	for path, h := range map[string]admission.Handler{
 		PathInject:   &Inject{injector, placer, o.Logger},

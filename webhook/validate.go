@@ -111,6 +111,9 @@ func (h *Validate) dataset(ctx context.Context, d *v1alpha1.Dataset, v *verdict)
 	}
 	for _, r := range d.Spec.Replaces {
 		at := spec.Child("replaces").Key(r.ClaimName)
+		if err := replaceable(d, r.ClaimName); err != nil {
+			v.errs = append(v.errs, field.Forbidden(at, err.Error()))
+		}
 		for _, o := range others {
 			if o.Name == d.Name {
 				continue

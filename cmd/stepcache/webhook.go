@@ -10,6 +10,7 @@ import (
 	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/util/validation"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 
@@ -44,6 +45,11 @@ Containers that it adds to pods run the image that --image names.`,
 			default:
 				return usage{fmt.Errorf("webhook: --image-pull-policy %q: want Always, IfNotPresent or Never", pull)}
 			}
+			for _, name := range o.PullSecrets {
+				if len(validation.IsDNS1123Subdomain(name)) > 0 {
+					return usage{fmt.Errorf("webhook: --image-pull-secret %q: want the name of a Secret", name)}
+				}
+			}
 			switch {
 			case o.Image == "":
 				return usage{errors.New("webhook: --image is missing: name the image of the containers that pods are given, which is this program's own")}
@@ -68,6 +74,7 @@ Containers that it adds to pods run the image that --image names.`,
 	f.StringVar(&o.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of this installation (default $POD_NAMESPACE)")
 	f.StringVar(&o.Image, "image", "", "image of the containers that pods are given")
 	f.StringVar(&pull, "image-pull-policy", "", "their pull policy (default: the cluster's)")
+	f.StringSliceVar(&o.PullSecrets, "image-pull-secret", nil, "Secret with which their image is pulled, in the pods' namespaces, beside the pods' own (may be repeated)")
 	f.StringVar(&limit, "stage-limit", "10GiB", "size up to which the mode stage copies a Dataset whole")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.StringVar(&o.Host, "host", "", "address to serve at (default: all)")
