@@ -6,8 +6,10 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -124,6 +126,7 @@ type world struct {
 	dir    string
 
 	stopManager func()
+	requests    requests
 
 	mu      sync.Mutex
 	workers map[string]*running // by pod name
@@ -203,7 +206,9 @@ func newWorld(t *testing.T) *world {
 func (w *world) start() {
 	w.Helper()
 	log := logr.FromSlogHandler(slog.NewTextHandler(testLog{w.T}, &slog.HandlerOptions{Level: slog.LevelWarn}))
-	m, err := controllers.New(rights, controllers.Options{
+	counted := rest.CopyConfig(rights)
+	counted.Wrap(w.requests.count)
+	m, err := controllers.New(counted, controllers.Options{
 		Dataset: dataset.Options{
 			Namespace: "stepcache-system", Image: w.image, Store: dataset.StoreCSI, Poll: time.Second, Clock: w.clock, Only: w.ns,
 		},
@@ -224,6 +229,32 @@ func (w *world) start() {
 			}
 		})
 	}
+}
+
+// requests are what the controllers have asked the API server for, as "METHOD path".
+type requests struct {
+	mu  sync.Mutex
+	all []string
+}
+
+type roundTrip func(*http.Request) (*http.Response, error)
+
+func (f roundTrip) RoundTrip(r *http.Request) (*http.Response, error) { return f(r) }
+
+func (q *requests) count(next http.RoundTripper) http.RoundTripper {
+	return roundTrip(func(r *http.Request) (*http.Response, error) {
+		q.mu.Lock()
+		q.all = append(q.all, r.Method+" "+r.URL.Path)
+		q.mu.Unlock()
+		return next.RoundTrip(r)
+	})
+}
+
+// since are the requests after the first n, and how many there are in all.
+func (q *requests) since(n int) ([]string, int) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	return slices.Clone(q.all[n:]), len(q.all)
 }
 
 // testLog writes to the test's log.
