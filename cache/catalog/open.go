@@ -8,7 +8,6 @@ import (
 	"os"
 	"slices"
 	"strings"
-	"sync"
 
 	"golang.org/x/sys/unix"
 
@@ -56,7 +55,7 @@ func OpenFile(path string) (*Snapshot, error) {
 		unix.Munmap(b)
 		return nil, fmt.Errorf("snapshot %s: %w", path, err)
 	}
-	s.unmap = sync.OnceFunc(func() { unix.Munmap(b) })
+	s.unmap = func() { unix.Munmap(b) }
 	return s, nil
 }
 

@@ -443,3 +443,43 @@ func TestEncodingIsFixed(t *testing.T) {
 		t.Errorf("digest %s, was %s", got, want)
 	}
 }
+
+// Whoever keeps a mapped snapshot may use it although another has closed it; the last one gives the memory back.
+func TestWhoKeepsASnapshotMayUseItAfterItIsClosed(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "kept.snapshot")
+	want := awkward(t)
+	if err := os.WriteFile(path, want.Encoded(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	mapped := func() bool {
+		b, err := os.ReadFile("/proc/self/maps")
+		if err != nil {
+			t.Skipf("what is mapped cannot be seen: %v", err)
+		}
+		return bytes.Contains(b, []byte(path))
+	}
+	s, err := OpenFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	one, ok := s.Keep()
+	two, also := s.Keep()
+	if !ok || !also || !mapped() {
+		t.Fatal("it cannot be kept")
+	}
+	s.Close()
+	s.Close()
+	one()
+	one()
+	if !mapped() {
+		t.Fatal("it is unmapped although somebody keeps it")
+	}
+	use(t, s)
+	if _, ok := s.Keep(); ok {
+		t.Error("a closed snapshot can be kept")
+	}
+	two()
+	if mapped() {
+		t.Error("it stays mapped although nobody keeps it")
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 	"unsafe"
 
@@ -27,7 +28,11 @@ type Snapshot struct {
 	bytes     int64
 	histogram []int64
 	digest    Digest
-	unmap     func() // nil when the bytes are not mapped
+
+	mu     sync.Mutex
+	unmap  func() // nil when the bytes are not mapped
+	users  int    // who keep it
+	closed bool
 }
 
 // Encoded returns the bytes that the snapshot is read from. They must not be changed.
@@ -69,11 +74,36 @@ func (s *Snapshot) Notes() []string { return slices.Clone(s.meta.notes) }
 // entry 0 the empty ones.
 func (s *Snapshot) Histogram() []int64 { return slices.Clone(s.histogram) }
 
-// Close gives the memory of a mapped file back. Nothing obtained from the snapshot but copies (paths,
-// objects, digests) may be used after it, nor the snapshot itself.
+// Close gives the memory of a mapped file back, once nobody keeps it. But by those who do, nothing obtained from
+// the snapshot but copies (paths, objects, digests) may be used after it, nor the snapshot itself.
 func (s *Snapshot) Close() {
-	if s.unmap != nil {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.closed = true
+	s.settle()
+}
+
+// Keep has the snapshot stay usable for the caller until release, whoever closes it meanwhile. False: it is closed.
+func (s *Snapshot) Keep() (release func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.closed {
+		return nil, false
+	}
+	s.users++
+	return sync.OnceFunc(func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.users--
+		s.settle()
+	}), true
+}
+
+// settle unmaps what nobody uses any more. s.mu is held.
+func (s *Snapshot) settle() {
+	if s.closed && s.users == 0 && s.unmap != nil {
 		s.unmap()
+		s.unmap = nil
 	}
 }
 

@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -16,6 +17,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 )
 
@@ -394,5 +396,36 @@ func TestMetrics(t *testing.T) {
 		got["stepcache_mount_read_bytes_total"] != float64(len(all["big"])) || got["stepcache_mount_errors_total EIO"] == 0 ||
 		got["stepcache_mount_opened_bytes_total buffered"] != float64(len(all["big"])+5000) {
 		t.Errorf("%v", got)
+	}
+}
+
+// A server that goes on when its owner has given up must not touch unmapped memory: its readers get errors.
+func TestAMountOutlivesTheSnapshotThatItsOwnerCloses(t *testing.T) {
+	all := files{"a/one": content("one", 100), "two": content("two", 200)}
+	made := snapshotOf(t, all)
+	path := filepath.Join(t.TempDir(), "snapshot")
+	if err := os.WriteFile(path, made.Encoded(), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	s, err := catalog.OpenFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	m := mounted(t, s, newMemory(made, all), Options{})
+	s.Close()
+	for name, want := range all {
+		if got, err := os.ReadFile(filepath.Join(m.Dir(), name)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+	if names, err := os.ReadDir(m.Dir()); err != nil || len(names) != 2 {
+		t.Error(names, err)
+	}
+	end(t, m)
+	if maps, err := os.ReadFile("/proc/self/maps"); err == nil && bytes.Contains(maps, []byte(path)) {
+		t.Error("the snapshot stays mapped when the mount is gone")
+	}
+	if _, err := Mount(t.Context(), m.Dir(), s, newMemory(made, all), Options{}); err == nil {
+		t.Error("a closed snapshot can be mounted")
 	}
 }

@@ -22,8 +22,8 @@
 //
 // # Rules
 //
-// Concurrency: a Mount is safe for concurrent use. The snapshot must stay open, and the Reader must answer,
-// until Wait returns.
+// Concurrency: a Mount is safe for concurrent use. It keeps the snapshot (catalog.Snapshot.Keep) until Wait returns,
+// and the Reader should answer for as long; one that is closed earlier costs its readers an error.
 //
 // Failure: a read gives the right bytes or an errno within ReadTimeout, never a part of them: the kernel would
 // take a short answer for the end of the file. Failed reads are logged, at a limited rate, since an errno
@@ -242,11 +242,18 @@ func Mount(ctx context.Context, dir string, snap *catalog.Snapshot, r Reader, o 
 // kernel has had its answer to INIT from another process already.
 func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Reader, o Options, s *Settings) (*Server, error) {
 	ctx, end := context.WithCancel(context.Background())
+	release, kept := snap.Keep()
 	fail := func(err error) (*Server, error) {
 		end()
 		conn.Close()
 		table.close()
+		if kept {
+			release()
+		}
 		return nil, err
+	}
+	if !kept {
+		return fail(errors.New("its snapshot is closed"))
 	}
 	m := &Server{dir: dir, fuse: conn, end: end, done: make(chan struct{})}
 	m.fs = newFileSystem(ctx, snap, r, table, o)
@@ -298,6 +305,7 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 		}
 		m.mu.Unlock()
 		m.fs.close()
+		release()
 		close(m.done)
 	}()
 	if s == nil {
@@ -356,6 +364,9 @@ func (m *Server) settle() {
 
 // Dir is where the file system is mounted, absolute and without symbolic links.
 func (m *Server) Dir() string { return m.dir }
+
+// Device is the file system's number in mountinfo; zeros when it was not found there.
+func (m *Server) Device() (major, minor uint32) { return m.dev.major, m.dev.minor }
 
 // Mode is the mode in use: Passthrough or NoOpen.
 func (m *Server) Mode() Mode { return m.fs.mode }
