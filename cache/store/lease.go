@@ -146,9 +146,11 @@ func (s *Store) drop(o *object) {
 		}
 	}
 	o.outs = nil
-	o.last = last
 	s.zombie += o.charged
-	s.zombies[o] = struct{}{}
+	if !s.closed {
+		o.last, last = last, nil
+		s.zombies[o] = struct{}{}
+	}
 	delete(s.held, o)
 	delete(s.objects, o.id)
 	if len(o.pins) > 0 {
@@ -159,6 +161,9 @@ func (s *Store) drop(o *object) {
 	o.closing = nil
 	s.changes++
 	s.mu.Unlock()
+	if last != nil {
+		last.Close() // Close has been here
+	}
 	s.reap(o)
 }
 
@@ -166,7 +171,7 @@ func (s *Store) drop(o *object) {
 func (s *Store) reap(o *object) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if _, ok := s.zombies[o]; !ok || o.reaping || o.refs > 0 || o.open() || o.leases > 0 {
+	if _, ok := s.zombies[o]; !ok || s.closed || o.reaping || o.refs > 0 || o.open() || o.leases > 0 {
 		return false
 	}
 	o.reaping = true
@@ -174,6 +179,7 @@ func (s *Store) reap(o *object) bool {
 	free := o.last == nil || exclusive(o.last)
 	s.mu.Lock()
 	o.reaping = false
+	s.idle.Broadcast() // Close waits for it
 	if _, ok := s.zombies[o]; !ok || !free {
 		return false
 	}

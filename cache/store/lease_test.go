@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -394,4 +395,35 @@ func storeMain() {
 	}
 	fmt.Println("filled")
 	select {}
+}
+
+// Leases outlive a store: the last release of a dropped object looks at its descriptor, which Close closes.
+func TestLeasesOfDroppedObjectsEndWhileTheStoreCloses(t *testing.T) {
+	const n = 16
+	for range 20 {
+		s := open(t, Options{Dir: memDir(t), Quota: 24 * mib})
+		var leases []*Lease
+		for i := range n {
+			o := anObject(i, 4096)
+			load(t, s, o)
+			leases = append(leases, lease(t, s, o))
+			s.Drop(o)
+		}
+		start := make(chan struct{})
+		var wg sync.WaitGroup
+		for _, l := range leases {
+			wg.Go(func() { <-start; l.Release() })
+		}
+		wg.Go(func() {
+			<-start
+			if err := s.Close(); err != nil {
+				t.Error(err)
+			}
+		})
+		close(start)
+		wg.Wait()
+		if st := s.Stats(); st.Leases != 0 {
+			t.Fatalf("%+v", st)
+		}
+	}
 }

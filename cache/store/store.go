@@ -222,14 +222,20 @@ func (s *Store) Close() error {
 	s.wg.Wait()
 	err := s.closeJournal()
 
+	var last []*os.File
 	s.mu.Lock()
-	zombies := s.zombies
-	s.zombies = make(map[*object]struct{})
-	s.mu.Unlock()
-	for o := range zombies {
-		if o.last != nil {
-			o.last.Close()
+	for o := range s.zombies {
+		for o.reaping { // by somebody who just released it, and looks at the descriptor
+			s.idle.Wait()
 		}
+		if _, left := s.zombies[o]; left && o.last != nil {
+			last = append(last, o.last)
+		}
+	}
+	clear(s.zombies)
+	s.mu.Unlock()
+	for _, f := range last {
+		f.Close()
 	}
 	return errors.Join(err, s.lock.Close())
 }
