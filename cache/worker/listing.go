@@ -467,7 +467,7 @@ func (w *Worker) loadSnapshots(src *sources) {
 			continue
 		}
 		n := w.snapshots.put(snap, src)
-		if name == strings.TrimSpace(string(current)) && src.matches(snap) {
+		if name == strings.TrimSpace(string(current)) && src.matches(n.Snapshot) {
 			w.snapshots.setCurrent(n)
 			w.problems.set(problemSnapshot, nil)
 		}

@@ -249,9 +249,10 @@ func TestAWorkerThatCannotStartLeavesNothing(t *testing.T) {
 func TestAnEarlierOwnerThatHungIsNotAskedForEveryBlock(t *testing.T) {
 	keys := wire.GenerateKeys()
 	var asked atomic.Int64
+	arrived := make(chan struct{})
 	hang := func(c net.Conn, req wire.Request) {
-		if req.Op == wire.OpRead {
-			asked.Add(1)
+		if req.Op == wire.OpRead && asked.Add(1) == 1 {
+			close(arrived)
 		}
 		<-t.Context().Done()
 	}
@@ -265,13 +266,23 @@ func TestAnEarlierOwnerThatHungIsNotAskedForEveryBlock(t *testing.T) {
 	read := func(ctx context.Context) error {
 		return p.read(ctx, m, wire.Request{Op: wire.OpRead, Length: 10}, make([]byte, 10))
 	}
-	// A reader that gives up says nothing of the peer.
+	// A reader that gives up says nothing of the peer. It does so once it has asked, or its question would be
+	// counted at any time later.
 	ctx, cancel := context.WithCancel(context.Background())
-	time.AfterFunc(time.Millisecond, cancel)
+	defer cancel()
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	wg.Go(func() {
+		select {
+		case <-arrived:
+			cancel()
+		case <-t.Context().Done():
+		}
+	})
 	if err := read(ctx); err == nil {
 		t.Error("a read that was given up succeeded")
 	}
-	first := asked.Load()
+	const first = 1
 	if err := read(context.Background()); !errors.Is(err, errHung) {
 		t.Fatal(err)
 	}
