@@ -278,14 +278,12 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 		return fail(err)
 	}
 	server, err := mount.Resume(ctx, p, c.Snapshot(), mount.FromClient(c), s.mountOptions(set))
-	if err == nil {
-		_, err = s.add(set, c, server, 0)
-	}
 	if err != nil {
-		c.Close()
+		s.hangUp(set, c)
 		s.shrink(set)
 		return err
 	}
+	s.add(set, c, server, 0)
 	s.log.Info("resumed", "dataset", set.String(), "snapshot", hex.EncodeToString(n.Settings.Snapshot[:6]), "dir", dir)
 	return nil
 }

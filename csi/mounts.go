@@ -45,6 +45,7 @@ type dataset struct {
 	// current is the snapshot that the last new pod got.
 	current catalog.Digest
 	cache   *slice
+	clients int        // that may use the cache: those of mounts that are ending are among them
 	mounts  []*mounted // oldest first
 
 	// turn is held by whoever makes mounts of it or takes its cache away.
@@ -234,7 +235,24 @@ func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest)
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	return client.Dial(ctx, c)
+	reader, err := client.Dial(ctx, c)
+	if err != nil {
+		return nil, err
+	}
+	s.mu.Lock()
+	set.clients++
+	s.mu.Unlock()
+	return reader, nil
+}
+
+// hangUp closes a client that dial gave.
+func (s *service) hangUp(set *dataset, c *client.Client) {
+	if err := c.Close(); err != nil {
+		s.log.Warn("client", "error", err)
+	}
+	s.mu.Lock()
+	set.clients--
+	s.mu.Unlock()
 }
 
 func (s *service) mountOptions(set *dataset) mount.Options {
@@ -253,7 +271,7 @@ func (s *service) mount(ctx context.Context, set *dataset, digest catalog.Digest
 	}
 	m, err := s.mountClient(ctx, set, c)
 	if err != nil {
-		c.Close()
+		s.hangUp(set, c)
 		s.shrink(set)
 		return nil, err
 	}
@@ -275,19 +293,15 @@ func (s *service) mountClient(ctx context.Context, set *dataset, c *client.Clien
 		return nil, errors.Join(err, os.Remove(dir))
 	}
 	s.log.Info("mounted", "dataset", set.String(), "snapshot", hex.EncodeToString(digest[:6]), "dir", dir, "mode", server.Mode())
-	return s.add(set, c, server, 1)
+	return s.add(set, c, server, 1), nil
 }
 
-// add makes a served mount known, parks it, and looks after it until its end.
-func (s *service) add(set *dataset, c *client.Client, server *mount.Server, using int) (*mounted, error) {
-	p, err := server.Park()
-	if err != nil {
-		return nil, err
-	}
-	defer p.Close()
+// add makes a served mount known, parks it, and looks after it until its end. The client is the mount's from now on.
+func (s *service) add(set *dataset, c *client.Client, server *mount.Server, using int) *mounted {
+	major, minor := server.Device()
 	m := &mounted{
 		id: filepath.Base(server.Dir()), dir: server.Dir(), set: set, digest: c.Snapshot().Digest(),
-		device: device{p.Settings.Major, p.Settings.Minor}, server: server, client: c, using: using,
+		device: device{major, minor}, server: server, client: c, using: using,
 	}
 	s.mu.Lock()
 	set.mounts = append(set.mounts, m)
@@ -298,7 +312,7 @@ func (s *service) add(set *dataset, c *client.Client, server *mount.Server, usin
 		// It is served all the same, and parked as soon as there is a keeper.
 		s.log.Error("mount is not parked: it will not outlive this process", "dir", m.dir, "error", err)
 	}
-	return m, nil
+	return m
 }
 
 // follow waits for a mount's end, and cleans up after it.
@@ -323,9 +337,7 @@ func (s *service) follow(m *mounted) {
 		s.event(m.set.String(), "MountLost", fmt.Sprintf("a mount of dataset %s ended; %d pods of this node that have it must be restarted", m.set, len(users[m.device])))
 	}
 	s.keeping.drop(m.id)
-	if err := m.client.Close(); err != nil {
-		s.log.Warn("client", "error", err)
-	}
+	s.hangUp(m.set, m.client)
 	s.clear(m.dir)
 	s.trim()
 	m.set.turn <- struct{}{}
@@ -364,10 +376,10 @@ func (s *service) forget(m *mounted) {
 	m.set.mounts = slices.DeleteFunc(m.set.mounts, func(o *mounted) bool { return o == m })
 }
 
-// shrink gives up what is kept for a Dataset without mounts. The caller holds the turn.
+// shrink gives up what is kept for a Dataset that nobody reads. The caller holds the turn.
 func (s *service) shrink(set *dataset) {
 	s.mu.Lock()
-	if len(set.mounts) > 0 || set.cache == nil {
+	if set.clients > 0 || set.cache == nil {
 		s.mu.Unlock()
 		return
 	}
