@@ -1,2 +1,170 @@
 // Package gateway is an S3 endpoint over the names of datasets.
+//
+// It owns the protocol: addresses of buckets and keys, SigV4 signatures of requests and of chunks,
+// checksums, conditions, ranges, listings, multipart uploads, XML and error codes. What the names are,
+// where their bytes lie and when a put is acknowledged is the Objects' affair (objects.go); who listens,
+// with which certificate, is the caller's (tls.go helps). docs/s3.md says which calls are supported.
+//
+// It is a front of its own on net/http rather than a backend of rclone/gofakes3, which was read for it:
+// that library keeps credentials and clock in package variables, takes streamed chunks without their
+// signatures and trailers, gives a backend neither conditions nor the moment at which a body's digest is
+// known, and has no deadline for a body. All four decide what may be stored, so a layer in front of it
+// would have had to do the same work and hand over a request that is no longer what the client signed.
+//
+// Concurrency: a handler serves any number of requests at once and keeps nothing between them. A request
+// holds one buffer of a few dozen KiB, whatever the size of its object. Its goroutines (one that feeds a
+// copy between buckets, one that keeps a long answer alive, the deletes of a bulk delete) end before it does.
+//
+// Failure: nothing is stored of a request that is refused: what can be known from its head is checked
+// before the Objects are called, and what only the end of the body tells (digests, signatures of chunks,
+// its length) is the error of the reader that they must read to its end. Errors of Objects become S3's
+// codes by their kind; those without a kind are answered as InternalError and logged. A read that fails
+// after its first byte cuts the connection. Bodies and answers that stand still are cut off (Config.Stall).
+//
+// It may import cache/source, for the kinds of errors, and nothing else of this module.
 package gateway
+
+import (
+	"crypto/rand"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net/http"
+	"strings"
+	"time"
+)
+
+// Config of a gateway.
+type Config struct {
+	// Buckets are the names served, by bucket name; in a tier that is the Dataset's.
+	Buckets map[string]Objects
+	// Region is what GET location answers; empty means us-east-1. Requests may be signed for any region:
+	// there is one, and many clients cannot be told its name.
+	Region string
+	// Keys returns the credentials that are valid now. It is called for every request and must be cheap;
+	// more than one pair of a kind lets old and new overlap in a rotation.
+	Keys func() []Credential
+	// Domain, when not empty, is the host name below which buckets are addressed virtual-host style
+	// (bucket.DOMAIN). Path style is always served.
+	Domain string
+	// Stall is the time within which a client has to send the next 64 KiB of a body, and in which it has
+	// to take the next 4 MiB of an answer; only the time spent waiting for the client counts against a
+	// body. Zero means 60 s for a body and 5 minutes for an answer.
+	Stall time.Duration
+	// Logger is told of failures that are not the client's. nil: slog.Default().
+	Logger *slog.Logger
+	// Clock tells the time that signatures are compared with. nil: time.Now.
+	Clock func() time.Time
+
+	keepAlive time.Duration // after which a long answer is begun with white space; zero: 10 s
+}
+
+// Credential is one key pair.
+type Credential struct {
+	AccessKey, SecretKey string
+	// Write allows puts and deletes.
+	Write bool
+}
+
+// New returns the handler of a gateway. Whoever serves it sets ReadHeaderTimeout, IdleTimeout and
+// MaxHeaderBytes of the http.Server, and neither ReadTimeout nor WriteTimeout, which would end large objects.
+func New(c Config) (http.Handler, error) {
+	if c.Keys == nil {
+		return nil, errors.New("gateway: no Keys: without credentials nobody could be let in")
+	}
+	for name, o := range c.Buckets {
+		if name == "" || strings.Contains(name, "/") || o == nil {
+			return nil, fmt.Errorf("gateway: bucket %q: a name without slashes and its objects are needed", name)
+		}
+	}
+	if c.Region == "" {
+		c.Region = "us-east-1"
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	if c.Clock == nil {
+		c.Clock = time.Now
+	}
+	g := &gateway{Config: c, bodyStall: c.Stall, answerStall: c.Stall, started: c.Clock().UTC()}
+	if c.Stall == 0 {
+		g.bodyStall, g.answerStall = time.Minute, 5*time.Minute
+	}
+	if c.keepAlive == 0 {
+		g.keepAlive = 10 * time.Second
+	}
+	return g, nil
+}
+
+type gateway struct {
+	Config
+	bodyStall, answerStall time.Duration
+	started                time.Time // the creation date of the buckets, which S3 wants to have one
+}
+
+// request is one request whose sender is known.
+type request struct {
+	*gateway
+	w  http.ResponseWriter
+	r  *http.Request
+	id string
+	// bucket and key are what the address names; either may be empty.
+	bucket, key string
+	objects     Objects // of bucket; nil without one
+	query       query
+	who         identity
+}
+
+func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
+	q := &request{gateway: g, w: w, r: r, id: newID()}
+	w.Header().Set("X-Amz-Request-Id", q.id)
+	w.Header().Set("X-Amz-Id-2", q.id)
+	// A connection keeps the deadline of the answer before; and what net/http sends after this function
+	// has time of its own.
+	defer q.extend()
+	err := errors.Join(q.extend(), q.watch())
+	if err == nil {
+		err = q.serve()
+	}
+	if err != nil {
+		q.fail(err)
+	}
+}
+
+func (q *request) serve() error {
+	var err error
+	if q.query, err = parseQuery(q.r.URL.RawQuery); err != nil {
+		return err
+	}
+	if q.r.Method == http.MethodOptions {
+		return failure(http.StatusForbidden, "AccessForbidden", "CORS is not enabled for this bucket.")
+	}
+	if q.who, err = q.authenticate(); err != nil {
+		return err
+	}
+	q.bucket, q.key = address(q.r, q.Domain)
+	if q.bucket == "" {
+		return q.service()
+	}
+	var known bool
+	if q.objects, known = q.Buckets[q.bucket]; !known {
+		if q.key == "" && q.r.Method == http.MethodPut {
+			return failure(http.StatusForbidden, "AccessDenied", "Buckets are Datasets; they are not created through this endpoint.")
+		}
+		return failure(http.StatusNotFound, "NoSuchBucket", "The specified bucket does not exist.")
+	}
+	if q.key == "" {
+		return q.onBucket()
+	}
+	if err := ValidKey(q.key); err != nil {
+		return err
+	}
+	return q.onObject()
+}
+
+func newID() string {
+	var b [8]byte
+	rand.Read(b[:])
+	return strings.ToUpper(hex.EncodeToString(b[:]))
+}

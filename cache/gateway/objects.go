@@ -53,8 +53,9 @@ type Objects interface {
 	Open(ctx context.Context, key string) (Object, error)
 	// List returns up to max entries (objects and common prefixes together) whose key or common prefix
 	// is greater than after, in order of bytes. With a delimiter, an after that is itself a common prefix
-	// (starts with prefix and ends in the delimiter) skips everything below it. An empty delimiter lists
-	// every key. max is between 1 and 1000.
+	// (starts with prefix and ends in the delimiter) skips everything below it; whether a common prefix that
+	// after lies within is listed again is left open. An empty delimiter lists every key. max is between 1
+	// and 1000.
 	List(ctx context.Context, prefix, delimiter, after string, max int) (Page, error)
 }
 

@@ -1,0 +1,114 @@
+package gateway
+
+import (
+	"context"
+	"encoding/xml"
+	"errors"
+	"fmt"
+	"net/http"
+
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// Failure is an answer with an S3 error code.
+type Failure struct {
+	Status        int
+	Code, Message string
+	header        map[string]string
+}
+
+func (f *Failure) Error() string { return f.Code + ": " + f.Message }
+
+func failure(status int, code, format string, args ...any) *Failure {
+	return &Failure{Status: status, Code: code, Message: fmt.Sprintf(format, args...)}
+}
+
+func badArgument(format string, args ...any) *Failure {
+	return failure(http.StatusBadRequest, "InvalidArgument", format, args...)
+}
+
+func notImplemented(what string) *Failure {
+	return failure(http.StatusNotImplemented, "NotImplemented", "%s is not supported by this endpoint; docs/s3.md lists what is.", what)
+}
+
+// The answers for errors of Objects, by kind. The first that matches counts, so that a reader's Failure
+// (a bad digest) wins over whatever kind a store gave the put that it broke.
+var kinds = []struct {
+	kind    error
+	failure *Failure
+}{
+	{source.ErrNotFound, failure(http.StatusNotFound, "NoSuchKey", "The specified key does not exist.")},
+	{source.ErrNoBucket, failure(http.StatusNotFound, "NoSuchBucket", "The bucket behind this Dataset does not exist.")},
+	{ErrNoUpload, failure(http.StatusNotFound, "NoSuchUpload", "The specified upload does not exist. It may have been aborted or completed.")},
+	{ErrBadPart, failure(http.StatusBadRequest, "InvalidPart", "One or more of the specified parts could not be found, or the ETag did not match.")},
+	{ErrPartTooSmall, failure(http.StatusBadRequest, "EntityTooSmall", "A part other than the last is smaller than the minimum size.")},
+	{ErrTooLarge, failure(http.StatusBadRequest, "EntityTooLarge", "The object is larger than this Dataset can take.")},
+	{ErrPrecondition, failure(http.StatusPreconditionFailed, "PreconditionFailed", "At least one of the preconditions you specified did not hold.")},
+	{ErrReadOnly, failure(http.StatusForbidden, "AccessDenied", "This Dataset is read-only.")},
+	{source.ErrDenied, failure(http.StatusForbidden, "AccessDenied", "The bucket behind this Dataset denies access to the Dataset's own credentials.")},
+	{ErrBusy, failure(http.StatusServiceUnavailable, "SlowDown", "Please reduce your request rate.")},
+	{source.ErrThrottled, failure(http.StatusServiceUnavailable, "SlowDown", "Please reduce your request rate.")},
+	{source.ErrChanged, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The object changed while it was read. Please try again.")},
+	{source.ErrUnavailable, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The bucket behind this Dataset does not answer. Please try again.")},
+	{source.ErrUnversioned, failure(http.StatusBadRequest, "InvalidRequest", "The object has no version, and its Dataset does not say allowUnversioned.")},
+	{source.ErrInvalid, failure(http.StatusBadRequest, "InvalidRequest", "The request cannot be fulfilled as it stands.")},
+	{context.DeadlineExceeded, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The time was not enough. Please try again.")},
+}
+
+var internal = failure(http.StatusInternalServerError, "InternalError", "We encountered an internal error. Please try again.")
+
+func failureOf(err error) *Failure {
+	var f *Failure
+	if errors.As(err, &f) {
+		return f
+	}
+	for _, k := range kinds {
+		if errors.Is(err, k.kind) {
+			return k.failure
+		}
+	}
+	return internal
+}
+
+type errorBody struct {
+	XMLName   xml.Name `xml:"Error"`
+	Code      string
+	Message   string
+	Bucket    string `xml:"BucketName,omitempty"`
+	Key       string `xml:",omitempty"`
+	Resource  string `xml:",omitempty"`
+	RequestID string `xml:"RequestId"`
+	HostID    string `xml:"HostId"`
+}
+
+// fail answers with err, of which nothing has been written yet.
+func (q *request) fail(err error) {
+	if q.r.Context().Err() != nil {
+		panic(http.ErrAbortHandler) // the client is gone, or its connection broke
+	}
+	f := failureOf(err)
+	q.report(err, f)
+	for name, value := range f.header {
+		q.w.Header().Set(name, value)
+	}
+	if f.Status == http.StatusServiceUnavailable {
+		q.w.Header().Set("Retry-After", "1")
+	}
+	if f.Status == http.StatusNotModified || q.r.Method == http.MethodHead {
+		q.w.WriteHeader(f.Status) // HEAD has no body, in which the code would be
+		return
+	}
+	q.answer(f.Status, q.errorBody(f))
+}
+
+func (q *request) errorBody(f *Failure) errorBody {
+	return errorBody{Code: f.Code, Message: f.Message, Bucket: q.bucket, Key: xmlText(q.key), Resource: xmlText(q.r.URL.Path), RequestID: q.id, HostID: q.id}
+}
+
+// report logs what is not the client's doing. Reads and writes that the client broke off are its own.
+func (q *request) report(err error, f *Failure) {
+	if f.Status < http.StatusInternalServerError || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil {
+		return
+	}
+	q.Logger.Error("s3 request failed", "method", q.r.Method, "bucket", q.bucket, "key", q.key, "code", f.Code, "request", q.id, "err", err)
+}
