@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io"
 	"log/slog"
 	"strings"
 	"sync"
@@ -12,6 +13,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // gateHandler is a logger that keeps who writes a certain line waiting.
@@ -164,5 +166,46 @@ func TestKeepCopiesNothingOutOfABufferThatIsAnothers(t *testing.T) {
 	release()
 	if p := wait(t, "the other reader's block", got); !bytes.Equal(p, k.data["f"]) {
 		t.Error("the node's store holds another block's bytes as this one's")
+	}
+}
+
+// The clients of a node share its store, and so a fill. One of them may be closed, as that of a mount of an older
+// snapshot is: the others' files are leased all the same.
+func TestALeaseSurvivesTheClientThatBeganItsFill(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 3<<20)})
+	k.start("a")
+	st := openStore(t)
+	hold := make(chan struct{})
+	release := sync.OnceFunc(func() { close(hold) })
+	t.Cleanup(release)
+	k.worker("a").set(func(wire.Request) *answer { return &answer{wait: hold} })
+	lease := func(c *Client) <-chan error {
+		done := make(chan error, 1)
+		go func() {
+			l, err := c.Lease(ctx, k.index("f"), testDeadline)
+			if err == nil {
+				var got []byte
+				if got, err = io.ReadAll(l.File); err == nil && !bytes.Equal(got, k.data["f"]) {
+					err = errors.New("wrong bytes")
+				}
+				l.Release()
+			}
+			done <- err
+		}()
+		return done
+	}
+	first := k.dial(func(c *Config) { c.Store = st })
+	one := lease(first)
+	eventually(t, "the fill", func() bool { return st.Stats().Misses == 1 && len(k.worker("a").seen()) == 1 })
+	two := lease(k.dial(func(c *Config) { c.Store = st }))
+	eventually(t, "another client to wait for it", func() bool { return st.Stats().Shared == 1 })
+	first.Close()
+	if err := wait(t, "the end of the first lease", one); !errors.Is(err, ErrNoLease) {
+		t.Error(err)
+	}
+	release()
+	if err := wait(t, "the second lease", two); err != nil {
+		t.Error(err)
 	}
 }

@@ -131,32 +131,46 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 		g.Go(func() error {
 			key := blockKey{i, block}
 			defer c.fills.begin(key)()
-			// Its buffers are the store's own, which are as few as fillers make them.
-			b, err := c.config.Store.Acquire(ctx, o, block, func(ctx context.Context, p []byte) error {
-				// The store may run this on after Acquire has given up, so Close must know of it.
-				if !c.begin() {
-					return errClosed
+			for {
+				// Its buffers are the store's own, which are as few as fillers make them.
+				b, err := c.config.Store.Acquire(ctx, o, block, func(ctx context.Context, p []byte) error {
+					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: len(p), urgent: now}, p)
+				})
+				if errors.Is(err, errClosed) && ctx.Err() == nil && c.ctx.Err() == nil {
+					continue // another client of the store was to fill it, and was closed
 				}
-				defer c.calls.Done()
-				ctx, cancel := context.WithCancel(ctx)
-				defer cancel()
-				defer context.AfterFunc(c.ctx, cancel)()
-				if c.copyBuffered(ctx, key, p) {
-					return nil
+				if err != nil {
+					return err
 				}
-				return c.fetch(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: len(p), urgent: now}, p)
-			})
-			if err != nil {
-				return err
+				defer b.Release()
+				if !b.Resident() {
+					return errors.New("the node's store has no room for it")
+				}
+				return nil
 			}
-			defer b.Release()
-			if !b.Resident() {
-				return errors.New("the node's store has no room for it")
-			}
-			return nil
 		})
 	}
 	return g.Wait()
+}
+
+// fillBlock gets a whole block for the node's store. The store may run it on after who began it has given up,
+// because others wait for the block, so Close must know of it; they are told that it was closed.
+func (c *Client) fillBlock(ctx context.Context, w piece, p []byte) error {
+	if !c.begin() {
+		return errClosed
+	}
+	defer c.calls.Done()
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	defer context.AfterFunc(c.ctx, cancel)()
+	if c.copyBuffered(ctx, blockKey{w.index, w.block}, p) {
+		return nil
+	}
+	err := c.fetch(ctx, w, p)
+	if err != nil && c.ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", errClosed, err)
+	}
+	return err
 }
 
 // copyBuffered copies a whole block that is in the client's buffers or on its way there.
