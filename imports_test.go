@@ -31,6 +31,7 @@ var mayImport = map[string][]string{
 	"sidecar":                 {"api", "cache", "csi/keeper", "tier"},
 	"webhook":                 {"api/v1alpha1", "cache"},
 	"controllers":             {"api", "cache", "tier"},
+	"artifact":                {"cache/source"},
 	"test/bucket":             {"local/process"},
 	"test/e2e":                {"test/bucket", "local/process"},
 	"bench":                   {"api", "cache", "tier", "local", "test"},
