@@ -445,6 +445,11 @@ func (m *Server) gone() bool {
 // use of it. The mount itself stays until Unmount. It needs the fusectl file system or, failing that, works
 // only by ending this process.
 func (m *Server) Abort() error {
+	select {
+	case <-m.done:
+		return nil // and its number may be another mount's
+	default:
+	}
 	m.end()
 	name := filepath.Join("/sys/fs/fuse/connections", strconv.FormatUint(uint64(m.dev.minor), 10), "abort")
 	if err := os.WriteFile(name, []byte("1"), 0o200); err != nil {

@@ -36,6 +36,7 @@ type Conn struct {
 	answers chan packet
 	done    chan struct{}
 	once    sync.Once
+	ended   chan struct{} // closed by read
 }
 
 // Dial connects to the keeper at a path.
@@ -44,14 +45,15 @@ func Dial(ctx context.Context, path string) (*Conn, error) {
 	if err != nil {
 		return nil, fmt.Errorf("keeper: %w", err)
 	}
-	c := &Conn{conn: nc.(*net.UnixConn), turn: make(chan struct{}, 1), answers: make(chan packet), done: make(chan struct{})}
-	go c.read() // ends with the connection, which Close ends
+	c := &Conn{conn: nc.(*net.UnixConn), turn: make(chan struct{}, 1), answers: make(chan packet), done: make(chan struct{}), ended: make(chan struct{})}
+	go c.read() // ends with the connection; Close waits for it
 	return c, nil
 }
 
 // read hands out what arrives; it also notices the keeper's end while nobody asks for anything.
 func (c *Conn) read() {
-	defer c.Close()
+	defer close(c.ended)
+	defer c.end()
 	for {
 		p, err := receive(c.conn)
 		if err != nil {
@@ -71,6 +73,11 @@ func (c *Conn) Done() <-chan struct{} { return c.done }
 
 // Close ends the connection; what is parked stays.
 func (c *Conn) Close() {
+	c.end()
+	<-c.ended
+}
+
+func (c *Conn) end() {
 	c.once.Do(func() {
 		close(c.done)
 		c.conn.Close()
@@ -102,7 +109,7 @@ func (c *Conn) ask(kind byte, name string, files []*os.File) error {
 	}
 	p.close()
 	if p.kind != kindOK {
-		c.Close()
+		c.end()
 		return fmt.Errorf("keeper: %s: %w: answer %q", name, errProtocol, p.kind)
 	}
 	return nil
@@ -132,7 +139,7 @@ func (c *Conn) List() ([]Entry, error) {
 			return all, nil
 		default:
 			p.close()
-			c.Close()
+			c.end()
 			return fail(fmt.Errorf("%w: answer %q", errProtocol, p.kind))
 		}
 		p, err = c.answer()
@@ -141,11 +148,11 @@ func (c *Conn) List() ([]Entry, error) {
 
 func (c *Conn) exchange(kind byte, name string, files []*os.File) (packet, error) {
 	if err := c.conn.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
-		c.Close()
+		c.end()
 		return packet{}, fmt.Errorf("%w: %w", ErrGone, err)
 	}
 	if err := send(c.conn, kind, name, files); err != nil {
-		c.Close()
+		c.end()
 		return packet{}, fmt.Errorf("%w: %w", ErrGone, err)
 	}
 	return c.answer()
@@ -165,7 +172,7 @@ func (c *Conn) answer() (packet, error) {
 	case <-c.done:
 		return packet{}, ErrGone
 	case <-t.C:
-		c.Close()
+		c.end()
 		return packet{}, fmt.Errorf("%w: no answer within %v", ErrGone, answerTimeout)
 	}
 }
