@@ -27,7 +27,18 @@ func Blocks(size int64) int64 {
 // The order depends only on the set of members, their weights and nodes: not on the order of the list,
 // nor on addresses, the epoch or the platform.
 func (m Membership) Owners(o Object, block int64, n int) []Member {
-	seed := place(o, block)
+	return m.order(place(o, block), n)
+}
+
+// NameOwners returns up to n members in order of preference for a name of a writable dataset, all of them
+// if n <= 0: the first decides which version the name has, the others hold what is not in the bucket yet.
+// Nodes, states and weights count as for Owners; the object's bytes, and so its versions, do not.
+func (m Membership) NameOwners(dataset, key string, n int) []Member {
+	return m.order(xxh3.HashStringSeed(key, xxh3.HashStringSeed(dataset, nameSeed)), n)
+}
+
+// order is the rendezvous order of the Ready members for what was hashed to seed.
+func (m Membership) order(seed uint64, n int) []Member {
 	if n == 1 { // the common call: one pass, and no allocation but the result's
 		best, found := rank{}, false
 		for i := range m.Members {
@@ -104,8 +115,11 @@ func onNode(members []Member, node string) bool {
 	return slices.ContainsFunc(members, func(c Member) bool { return c.Node == node })
 }
 
-// listerSeed keeps the election apart from the placement of objects.
-const listerSeed = 0x6c697374
+// The seeds keep the election and the placement of names apart from the placement of objects.
+const (
+	listerSeed = 0x6c697374
+	nameSeed   = 0x6e616d65
+)
 
 // place hashes what is placed: the object, and its block where blocks are placed one by one.
 func place(o Object, block int64) uint64 {

@@ -377,3 +377,52 @@ func BenchmarkOwners(b *testing.B) {
 		}
 	}
 }
+
+func TestNameOwners(t *testing.T) {
+	var m Membership
+	for i := range 10 {
+		m.Members = append(m.Members, Member{ID: fmt.Sprintf("w-%d", i), Addr: "a:1", Node: fmt.Sprintf("n-%d", i/2), State: Ready})
+	}
+	count := map[string]int{}
+	moved := 0
+	less := Membership{Members: m.Members[:9]}
+	for i := range 10000 {
+		key := fmt.Sprintf("out/%d", i)
+		o := m.NameOwners("ns/d", key, 3)
+		if len(o) != 3 || o[0].Node == o[1].Node || o[1].Node == o[2].Node || o[0].Node == o[2].Node {
+			t.Fatalf("%s: %v are not three members on three nodes", key, o)
+		}
+		if one := m.NameOwners("ns/d", key, 1); len(one) != 1 || one[0].ID != o[0].ID {
+			t.Fatalf("%s: first of one %v, of three %v", key, one, o)
+		}
+		count[o[0].ID]++
+		if now := less.NameOwners("ns/d", key, 1)[0]; now.ID != o[0].ID {
+			moved++
+			if o[0].ID != "w-9" {
+				t.Fatalf("%s moved from %s, which stayed", key, o[0].ID)
+			}
+		}
+	}
+	for id, n := range count {
+		if n < 800 || n > 1200 {
+			t.Errorf("%s owns %d of 10000 names", id, n)
+		}
+	}
+	if moved != count["w-9"] {
+		t.Errorf("%d names moved, %d were the lost member's", moved, count["w-9"])
+	}
+	if o := (Membership{}).NameOwners("ns/d", "k", 2); len(o) != 0 {
+		t.Errorf("nobody: %v", o)
+	}
+	a, b := 0, 0
+	for i := range 1000 {
+		key := fmt.Sprint(i)
+		if m.NameOwners("ns/d", key, 1)[0].ID == m.NameOwners("ns/e", key, 1)[0].ID {
+			a++
+		}
+		b++
+	}
+	if a > b/4 {
+		t.Errorf("two datasets place %d of %d names alike", a, b)
+	}
+}

@@ -10,6 +10,8 @@ import (
 	"sync/atomic"
 	"syscall"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -376,6 +378,34 @@ func (b *Block) File() (*os.File, int64) {
 		return nil, 0
 	}
 	return b.file, b.b.off()
+}
+
+// Reopen opens the file that holds the block anew, for reading, with an offset of its own: io.Copy from it
+// to a connection is done by the kernel. The caller closes it before Release. It is os.ErrNotExist for a
+// block that is served from heap, or where /proc is not mounted.
+func (b *Block) Reopen() (*os.File, error) {
+	if b.file == nil {
+		return nil, os.ErrNotExist
+	}
+	f, err := reopen(b.file)
+	if err != nil {
+		return nil, openError(err)
+	}
+	return f, nil
+}
+
+func reopen(f *os.File) (*os.File, error) {
+	path := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
+	for {
+		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+		switch err {
+		case nil:
+			return os.NewFile(uintptr(fd), f.Name()), nil
+		case unix.EINTR:
+		default:
+			return nil, &os.PathError{Op: "open", Path: path, Err: err}
+		}
+	}
 }
 
 // Bytes is the content of a block that is served from heap, nil otherwise. It must not be changed.

@@ -148,6 +148,7 @@ func (s *Store) readDir() ([]*found, error) {
 	} else if !errors.Is(err, os.ErrNotExist) {
 		return nil, err
 	}
+	objects = dropStaged(objects)
 	known := make(map[source.ID]bool, len(objects))
 	for _, f := range objects {
 		known[f.id] = true

@@ -72,6 +72,9 @@ const (
 	// OpResident asks which blocks of a file are resident; the payload is a bitmap, least significant
 	// bit first.
 	OpResident
+	// OpObjects makes the connection, which must be of the write role, one that carries HTTP requests about
+	// the names of a writable dataset (cache/objects) from the OK reply on.
+	OpObjects
 )
 
 // Flag modifies a request.

@@ -101,8 +101,16 @@ func (b *Bucket) network(seen *answer) (hint string, kind error) {
 // kind judges an answer by its code, and by its status where the code is another store's own.
 func (b *Bucket) kind(r minio.ErrorResponse) (hint string, kind error) {
 	switch r.Code {
-	case "NoSuchKey", "NoSuchVersion", "NoSuchUpload":
+	case "NoSuchKey", "NoSuchVersion":
 		return "", source.ErrNotFound
+	case "NoSuchUpload":
+		return "", source.ErrNoUpload
+	case "InvalidPart", "InvalidPartOrder":
+		return "", source.ErrBadPart
+	case "EntityTooSmall":
+		return "", source.ErrPartTooSmall
+	case "ConditionalRequestConflict": // another write was under way: the same again may be decided
+		return "", source.ErrUnavailable
 	case "NoSuchBucket":
 		return b.bucketHint(), source.ErrNoBucket
 	case "PreconditionFailed":

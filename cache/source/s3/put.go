@@ -10,6 +10,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"strings"
 	"time"
 
 	"github.com/minio/minio-go/v7"
@@ -35,8 +36,14 @@ const abortTimeout = 30 * time.Second
 // request is cut off may still become one after the upload was aborted, and then stay for ever.
 const grace = 5 * time.Second
 
-// Put implements source.Putter. Every request carries the MD5 of its bytes, which the store checks.
+// Put implements source.Putter.
 func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (source.Object, error) {
+	return b.putWith(ctx, key, r, size, &putOptions{})
+}
+
+// putWith puts with attributes and conditions. Every request carries the MD5 of its bytes, which the store
+// checks.
+func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int64, o *putOptions) (source.Object, error) {
 	part := int64(partSize)
 	if size > part*maxParts {
 		part = (size/maxParts + 1<<20) &^ (1<<20 - 1)
@@ -46,9 +53,9 @@ func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (
 		return source.Object{}, b.unread(key, err)
 	}
 	if last {
-		return b.putWhole(ctx, key, first)
+		return b.putWhole(ctx, key, first, o)
 	}
-	return b.putParts(ctx, key, first, r, part, size)
+	return b.putParts(ctx, key, first, r, part, size, o)
 }
 
 // unread reports an error of the reader that Put was given: it is not the store's.
@@ -111,17 +118,29 @@ func (b *Bucket) signed(p []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
-func (b *Bucket) putWhole(ctx context.Context, key string, p []byte) (source.Object, error) {
+func (b *Bucket) putWhole(ctx context.Context, key string, p []byte, w *putOptions) (source.Object, error) {
 	sum, signed := md5.Sum(p), b.signed(p)
 	var info minio.UploadInfo
+	options := w.PutObjectOptions
+	options.DisableContentSha256 = true
+	tries := 0
 	err := source.Try(ctx, patience(int64(len(p))), func(ctx context.Context) (err error) {
+		tries++
 		ctx, seen := watch(ctx)
 		info, err = b.core.PutObject(ctx, b.name, key, bytes.NewReader(p), int64(len(p)),
-			base64.StdEncoding.EncodeToString(sum[:]), signed, minio.PutObjectOptions{DisableContentSha256: true})
-		if err != nil {
-			return b.fail(ctx, "put", key, seen, err)
+			base64.StdEncoding.EncodeToString(sum[:]), signed, options)
+		if err == nil {
+			return nil
 		}
-		return nil
+		err = b.fail(ctx, "put", key, seen, err)
+		if tries > 1 && w.conditional() && errors.Is(err, source.ErrChanged) {
+			// Most likely by the try before, whose answer was lost.
+			if o, serr := b.Stat(ctx, key); serr == nil && o.Version == hex.EncodeToString(sum[:]) {
+				info.ETag = o.Version
+				return nil
+			}
+		}
+		return err
 	})
 	if err != nil {
 		return source.Object{}, err
@@ -143,28 +162,23 @@ func (b *Bucket) put(ctx context.Context, key, etag string, size int64) (source.
 }
 
 // putParts puts an object of several parts, a few of them at once.
-func (b *Bucket) putParts(ctx context.Context, key string, first []byte, r io.Reader, part, size int64) (o source.Object, err error) {
-	var upload string
-	err = source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) (err error) {
-		ctx, seen := watch(ctx)
-		if upload, err = b.core.NewMultipartUpload(ctx, b.name, key, minio.PutObjectOptions{}); err != nil {
-			return b.fail(ctx, "put", key, seen, err)
-		}
-		return nil
-	})
+func (b *Bucket) putParts(ctx context.Context, key string, first []byte, r io.Reader, part, size int64, w *putOptions) (o source.Object, err error) {
+	upload, err := b.begin(ctx, key, w.PutObjectOptions)
 	if err != nil {
 		return o, err
 	}
+	w.begun(upload)
 	defer func() {
 		if err != nil {
 			err = b.abort(ctx, key, upload, err)
 		}
+		w.ended(upload)
 	}()
 	parts, sums, total, err := b.sendParts(ctx, key, upload, first, r, part, size)
 	if err != nil {
 		return o, err
 	}
-	etag, err := b.complete(ctx, key, upload, parts, sums, total)
+	etag, err := b.complete(ctx, key, upload, parts, sums, total, w)
 	if err != nil {
 		return o, err
 	}
@@ -256,22 +270,24 @@ read:
 }
 
 // complete makes the parts an object. When an answer was lost the store may know the upload no more
-// because it is complete: then the object has the ETag that the parts give.
-func (b *Bucket) complete(ctx context.Context, key, upload string, parts []minio.CompletePart, sums []byte, total int64) (etag string, err error) {
+// because it is complete: then the object has the ETag that the parts give. A total below 0 is not known, and
+// sums are nil where nothing follows from them.
+func (b *Bucket) complete(ctx context.Context, key, upload string, parts []minio.CompletePart, sums []byte, total int64, w *putOptions) (etag string, err error) {
 	whole := md5.Sum(sums)
 	want := fmt.Sprintf("%s-%d", hex.EncodeToString(whole[:]), len(parts))
 	tries := 0
 	err = source.Try(ctx, source.RetryOptions{Slack: time.Minute}, func(ctx context.Context) error {
 		tries++
 		ctx, seen := watch(ctx)
-		info, err := b.core.CompleteMultipartUpload(ctx, b.name, key, upload, parts, minio.PutObjectOptions{})
+		info, err := b.core.CompleteMultipartUpload(ctx, b.name, key, upload, parts, w.conditions())
 		if err == nil {
-			etag = info.ETag
+			etag = strings.Trim(info.ETag, `"`)
 			return nil
 		}
 		err = b.fail(ctx, "put", key, seen, err)
-		if tries > 1 && errors.Is(err, source.ErrNotFound) {
-			if o, serr := b.Stat(ctx, key); serr == nil && o.Version == want && o.Size == total {
+		gone := errors.Is(err, source.ErrNoUpload) || errors.Is(err, source.ErrNotFound)
+		if tries > 1 && sums != nil && (gone || w.conditional() && errors.Is(err, source.ErrChanged)) {
+			if o, serr := b.Stat(ctx, key); serr == nil && o.Version == want && (total < 0 || o.Size == total) {
 				etag = want
 				return nil
 			}
@@ -296,7 +312,7 @@ func (b *Bucket) abort(ctx context.Context, key, upload string, err error) error
 		}
 		return nil
 	})
-	if aerr != nil && !errors.Is(aerr, source.ErrNotFound) {
+	if aerr != nil && !errors.Is(aerr, source.ErrNotFound) && !errors.Is(aerr, source.ErrNoUpload) {
 		return fmt.Errorf("%w; its parts (upload %s) could not be removed: %v", err, upload, aerr)
 	}
 	return err

@@ -160,6 +160,11 @@ func (b *Bucket) listed(o minio.ObjectInfo) source.Object {
 
 // Stat implements source.Stater.
 func (b *Bucket) Stat(ctx context.Context, key string) (source.Object, error) {
+	o, _, err := b.stat(ctx, key)
+	return o, err
+}
+
+func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.ObjectInfo, error) {
 	ctx, seen := watch(ctx)
 	var options minio.StatObjectOptions
 	options.Set("x-amz-checksum-mode", "ENABLED")
@@ -167,19 +172,19 @@ func (b *Bucket) Stat(ctx context.Context, key string) (source.Object, error) {
 	if err != nil {
 		err = b.fail(ctx, "stat", key, seen, err)
 		if errors.Is(err, source.ErrNotFound) && !b.exists.Load() {
-			return source.Object{}, b.missing(ctx, key, err)
+			return source.Object{}, o, b.missing(ctx, key, err)
 		}
-		return source.Object{}, err
+		return source.Object{}, o, err
 	}
 	b.exists.Store(true)
 	version, err := b.version("stat", key, o)
 	if err != nil {
-		return source.Object{}, err
+		return source.Object{}, o, err
 	}
 	if o.Size < 0 {
-		return source.Object{}, b.invalid("stat", key, errors.New("the store does not tell the object's size"))
+		return source.Object{}, o, b.invalid("stat", key, errors.New("the store does not tell the object's size"))
 	}
-	return source.Object{Key: key, Size: o.Size, Version: version, ModTime: o.LastModified, Digest: digest(o, true)}, nil
+	return source.Object{Key: key, Size: o.Size, Version: version, ModTime: o.LastModified, Digest: digest(o, true)}, o, nil
 }
 
 // missing tells a missing object from a missing bucket: the answer to HEAD has no body to say which.

@@ -1,0 +1,337 @@
+package s3
+
+import (
+	"bytes"
+	"context"
+	"crypto/md5"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"slices"
+	"strings"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+var _ source.Writer = (*Bucket)(nil)
+
+// maxCopy is the most that one request of the protocol copies.
+const maxCopy = 5 << 30
+
+// keptHeaders are the headers that the protocol keeps with an object besides Content-Type.
+var keptHeaders = []string{"Cache-Control", "Content-Disposition", "Content-Encoding", "Content-Language", "Expires"}
+
+// options are the attributes and conditions of o for the client library.
+func (b *Bucket) options(o source.WriteOptions) (minio.PutObjectOptions, error) {
+	p := minio.PutObjectOptions{
+		ContentType:  o.ContentType,
+		CacheControl: o.Headers["Cache-Control"], ContentDisposition: o.Headers["Content-Disposition"],
+		ContentEncoding: o.Headers["Content-Encoding"], ContentLanguage: o.Headers["Content-Language"],
+		UserMetadata: o.Metadata,
+	}
+	if e := o.Headers["Expires"]; e != "" {
+		at, err := http.ParseTime(e)
+		if err != nil {
+			return p, fmt.Errorf("the header Expires: %w", err)
+		}
+		p.Expires = at
+	}
+	if o.IfMatch != "" {
+		p.SetMatchETag(o.IfMatch)
+	}
+	if o.IfAbsent {
+		p.SetMatchETagExcept("*")
+	}
+	return p, nil
+}
+
+// Describe implements source.Writer.
+func (b *Bucket) Describe(ctx context.Context, key string) (source.Object, source.Attributes, error) {
+	o, info, err := b.stat(ctx, key)
+	if err != nil {
+		return o, source.Attributes{}, err
+	}
+	a := source.Attributes{ContentType: info.ContentType, Headers: map[string]string{}, Metadata: map[string]string{}}
+	for _, h := range keptHeaders {
+		if v := info.Metadata.Get(h); v != "" {
+			a.Headers[h] = v
+		}
+	}
+	for k, v := range info.UserMetadata {
+		a.Metadata[strings.ToLower(k)] = v
+	}
+	return o, a, nil
+}
+
+// PutObject implements source.Writer.
+func (b *Bucket) PutObject(ctx context.Context, key string, r io.Reader, size int64, o source.WriteOptions) (source.Object, error) {
+	options, err := b.options(o)
+	if err != nil {
+		return source.Object{}, b.invalid("put", key, err)
+	}
+	return b.putWith(ctx, key, r, size, &putOptions{PutObjectOptions: options, WriteOptions: o})
+}
+
+// putOptions are those of one Put, for the client library and as they were given.
+type putOptions struct {
+	minio.PutObjectOptions
+	source.WriteOptions
+}
+
+func (o *putOptions) conditional() bool { return o.IfMatch != "" || o.IfAbsent }
+
+func (o *putOptions) begun(upload string) {
+	if o.Begun != nil {
+		o.Begun(upload)
+	}
+}
+
+func (o *putOptions) ended(upload string) {
+	if o.Ended != nil {
+		o.Ended(upload)
+	}
+}
+
+// conditions are the conditions of o alone, for the request that completes an upload.
+func (o *putOptions) conditions() minio.PutObjectOptions {
+	var p minio.PutObjectOptions
+	if o.IfMatch != "" {
+		p.SetMatchETag(o.IfMatch)
+	}
+	if o.IfAbsent {
+		p.SetMatchETagExcept("*")
+	}
+	return p
+}
+
+// Copy implements source.Writer.
+func (b *Bucket) Copy(ctx context.Context, from source.Object, key string, o source.WriteOptions) (source.Object, error) {
+	if from.Size > maxCopy {
+		return source.Object{}, b.invalid("put", key, fmt.Errorf("a copy of %d bytes is more than one request copies", from.Size))
+	}
+	if o.IfMatch != "" || o.IfAbsent {
+		return source.Object{}, b.invalid("put", key, errors.New("a copy has no conditions"))
+	}
+	options, err := b.options(o)
+	if err != nil {
+		return source.Object{}, b.invalid("put", key, err)
+	}
+	headers := map[string]string{
+		"x-amz-metadata-directive":   "REPLACE",
+		"x-amz-copy-source-if-match": `"` + from.Version + `"`,
+	}
+	for k, v := range options.Header() {
+		headers[k] = v[0]
+	}
+	var info minio.ObjectInfo
+	err = source.Try(ctx, source.RetryOptions{Slack: copySlack}, func(ctx context.Context) (err error) {
+		ctx, seen := watch(ctx)
+		info, err = b.core.CopyObject(ctx, b.name, from.Key, b.name, key, headers, minio.CopySrcOptions{}, minio.PutObjectOptions{})
+		if err != nil {
+			return b.fail(ctx, "put", key, seen, err)
+		}
+		return nil
+	})
+	if err != nil {
+		return source.Object{}, err
+	}
+	return b.put(ctx, key, strings.Trim(info.ETag, `"`), from.Size)
+}
+
+// copySlack is how long a store may take to copy 5 GiB.
+const copySlack = 5 * time.Minute
+
+// BeginUpload implements source.Writer. A try whose answer is lost may leave an upload without parts.
+func (b *Bucket) BeginUpload(ctx context.Context, key string, a source.Attributes) (string, error) {
+	options, err := b.options(source.WriteOptions{Attributes: a})
+	if err != nil {
+		return "", b.invalid("put", key, err)
+	}
+	return b.begin(ctx, key, options)
+}
+
+func (b *Bucket) begin(ctx context.Context, key string, options minio.PutObjectOptions) (upload string, err error) {
+	err = source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) (err error) {
+		ctx, seen := watch(ctx)
+		if upload, err = b.core.NewMultipartUpload(ctx, b.name, key, options); err != nil {
+			return b.fail(ctx, "put", key, seen, err)
+		}
+		return nil
+	})
+	return upload, err
+}
+
+// PutPart implements source.Writer.
+func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64) (source.Part, error) {
+	if size < 0 {
+		return source.Part{}, b.invalid("put", key, errors.New("a part of unknown size"))
+	}
+	options := minio.PutObjectPartOptions{DisableContentSha256: true}
+	var etag string
+	if size > partSize {
+		// Too large to be held: sent as it comes, and its last byte only once r has ended well.
+		options.DisableContentSha256 = !b.plain()
+		body := &careful{r: r, left: size}
+		ctx, seen := watch(ctx)
+		sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, body, size, options)
+		switch {
+		case body.err != nil:
+			return source.Part{}, b.unread(key, body.err)
+		case err != nil:
+			return source.Part{}, b.fail(ctx, "put", key, seen, err)
+		}
+		etag = sent.ETag
+	} else {
+		p, _, err := readPart(r, nil, size, size)
+		if err != nil {
+			return source.Part{}, b.unread(key, err)
+		}
+		sum := md5.Sum(p)
+		options.Md5Base64, options.Sha256Hex = base64.StdEncoding.EncodeToString(sum[:]), b.signed(p)
+		err = source.Try(ctx, patience(size), func(ctx context.Context) error {
+			ctx, seen := watch(ctx)
+			sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, bytes.NewReader(p), size, options)
+			if err != nil {
+				return b.fail(ctx, "put", key, seen, err)
+			}
+			etag = sent.ETag
+			return nil
+		})
+		if err != nil {
+			return source.Part{}, err
+		}
+	}
+	return source.Part{Number: number, Version: etag, Size: size, ModTime: time.Now().UTC()}, nil
+}
+
+// careful yields the left bytes of r, the last one only after r ended where it should: a store that got
+// all bytes but one keeps nothing.
+type careful struct {
+	r    io.Reader
+	left int64
+	err  error // of r
+}
+
+func (c *careful) Read(p []byte) (int, error) {
+	if c.err != nil {
+		return 0, c.err
+	}
+	if c.left == 0 {
+		return 0, io.EOF
+	}
+	if len(p) == 0 {
+		return 0, nil
+	}
+	if c.left > 1 {
+		n, err := c.r.Read(p[:min(int64(len(p)), c.left-1)])
+		c.left -= int64(n)
+		if err != nil {
+			if c.err = err; err == io.EOF {
+				c.err = fmt.Errorf("%w: %d bytes before its end", errLength, c.left)
+			}
+			return n, c.err
+		}
+		return n, nil
+	}
+	var last [2]byte
+	switch n, err := io.ReadFull(c.r, last[:]); {
+	case n == 2:
+		c.err = fmt.Errorf("%w: there is more", errLength)
+	case n == 1 && errors.Is(err, io.ErrUnexpectedEOF): // ReadFull's word for one byte and then io.EOF
+		p[0] = last[0]
+		c.left = 0
+		return 1, nil
+	case errors.Is(err, io.EOF):
+		c.err = fmt.Errorf("%w: 1 byte before its end", errLength)
+	default:
+		c.err = err
+	}
+	return 0, c.err
+}
+
+// Parts implements source.Writer.
+func (b *Bucket) Parts(ctx context.Context, key, upload string, after, max int) ([]source.Part, bool, error) {
+	ctx, seen := watch(ctx)
+	r, err := b.core.ListObjectParts(ctx, b.name, key, upload, after, max)
+	if err != nil {
+		return nil, false, b.failUpload(ctx, "list", key, seen, err)
+	}
+	parts := make([]source.Part, 0, len(r.ObjectParts))
+	for _, p := range r.ObjectParts {
+		parts = append(parts, source.Part{Number: p.PartNumber, Version: strings.Trim(p.ETag, `"`), Size: p.Size, ModTime: p.LastModified})
+	}
+	return parts, r.IsTruncated, nil
+}
+
+// CompleteUpload implements source.Writer.
+func (b *Bucket) CompleteUpload(ctx context.Context, key, upload string, parts []source.Part, o source.WriteOptions) (source.Object, error) {
+	list := make([]minio.CompletePart, 0, len(parts))
+	var sums []byte
+	for _, p := range parts {
+		list = append(list, minio.CompletePart{PartNumber: p.Number, ETag: p.Version})
+		sum, err := hex.DecodeString(p.Version)
+		if err != nil || len(sum) != md5.Size {
+			sums = nil // another store's ETags: nothing follows from them
+			break
+		}
+		sums = append(sums, sum...)
+	}
+	for _, p := range parts[len(list):] {
+		list = append(list, minio.CompletePart{PartNumber: p.Number, ETag: p.Version})
+	}
+	etag, err := b.complete(ctx, key, upload, list, sums, -1, &putOptions{WriteOptions: o})
+	if err != nil {
+		return source.Object{}, err
+	}
+	// The answer tells no size.
+	now, err := b.Stat(ctx, key)
+	if err == nil && etag != "" && now.Version != etag {
+		err = &source.Error{Op: "put", Name: b.object(key), Kind: source.ErrChanged, Err: errors.New("it was replaced as soon as it was complete")}
+	}
+	return now, err
+}
+
+// AbortUpload implements source.Writer.
+func (b *Bucket) AbortUpload(ctx context.Context, key, upload string) error {
+	ctx, seen := watch(ctx)
+	if err := b.core.AbortMultipartUpload(ctx, b.name, key, upload); err != nil {
+		return b.failUpload(ctx, "delete", key, seen, err)
+	}
+	return nil
+}
+
+// Uploads implements source.Writer.
+func (b *Bucket) Uploads(ctx context.Context, prefix string, max int) (out []source.Upload, err error) {
+	var key, id string
+	for len(out) < max {
+		ctx, seen := watch(ctx)
+		r, err := b.core.ListMultipartUploads(ctx, b.name, prefix, key, id, "", min(1000, max-len(out)))
+		if err != nil {
+			return nil, b.fail(ctx, "list", prefix, seen, err)
+		}
+		for _, u := range r.Uploads {
+			out = append(out, source.Upload{Key: u.Key, ID: u.UploadID, Started: u.Initiated})
+		}
+		if !r.IsTruncated || r.NextKeyMarker == key && r.NextUploadIDMarker == id {
+			break
+		}
+		key, id = r.NextKeyMarker, r.NextUploadIDMarker
+	}
+	return slices.Clip(out), nil
+}
+
+// failUpload is fail for a request about an upload, where "not found" is about that.
+func (b *Bucket) failUpload(ctx context.Context, op, key string, seen *answer, err error) error {
+	err = b.fail(ctx, op, key, seen, err)
+	var e *source.Error
+	if errors.As(err, &e) && e.Kind == source.ErrNotFound {
+		e.Kind = source.ErrNoUpload
+	}
+	return err
+}
