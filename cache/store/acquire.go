@@ -387,14 +387,14 @@ func (b *Block) Reopen() (*os.File, error) {
 	if b.file == nil {
 		return nil, os.ErrNotExist
 	}
-	f, err := reopen(b.file)
+	f, err := openAgain(b.file)
 	if err != nil {
 		return nil, openError(err)
 	}
 	return f, nil
 }
 
-func reopen(f *os.File) (*os.File, error) {
+func openAgain(f *os.File) (*os.File, error) {
 	path := fmt.Sprintf("/proc/self/fd/%d", f.Fd())
 	for {
 		fd, err := unix.Open(path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
