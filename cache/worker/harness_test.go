@@ -146,6 +146,7 @@ func (tr *tier) add(i int) *Worker {
 	if err != nil {
 		tr.t.Fatal(err)
 	}
+	w.peers.pong = patience // workers of a loaded machine are slow, none of them hangs
 	for len(tr.workers) <= i {
 		tr.workers, tr.done, tr.gates = append(tr.workers, nil), append(tr.done, nil), append(tr.gates, nil)
 	}

@@ -31,6 +31,8 @@ type peers struct {
 	keys    func() wire.Keys
 	dial    func(ctx context.Context, network, addr string) (net.Conn, error)
 	now     func() time.Time
+	// ping and pong are wire.PingInterval and wire.PongTimeout but in tests.
+	ping, pong time.Duration
 
 	mu     sync.Mutex
 	idle   map[string][]*peerConn
@@ -46,9 +48,10 @@ type down struct {
 
 type peerConn struct {
 	net.Conn
-	r    *bufio.Reader
-	next uint32 // request ids
-	used bool   // carried a request before
+	r          *bufio.Reader
+	ping, pong time.Duration
+	next       uint32 // request ids
+	used       bool   // carried a request before
 }
 
 // errPeer wraps what went wrong with the connection to a peer, as against what the peer answered.
@@ -141,7 +144,7 @@ func (p *peers) conn(ctx context.Context, m ring.Member) (*peerConn, error) {
 			return nil, err
 		}
 		if err = wire.ClientHandshake(dctx, nc, p.dataset, wire.RoleRead, key); err == nil {
-			return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10)}, nil
+			return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10), ping: p.ping, pong: p.pong}, nil
 		}
 		nc.Close()
 		if !errors.Is(err, wire.ErrUnauthorized) {
@@ -216,7 +219,9 @@ func (p *peers) close() {
 var errHung = fmt.Errorf("no answer to a ping within %v", wire.PongTimeout)
 
 // exchange sends req and waits for its reply, pinging meanwhile: a peer that waits for a slow bucket
-// answers pings and is waited for, one that hangs is not. answered says that the peer sent something.
+// answers pings and is waited for, one that hangs is not. Silence is counted in intervals that this process saw
+// pass, not in wall-clock time: one that was stopped for a while does not take its own pause for the peer's.
+// answered says that the peer sent something.
 func (c *peerConn) exchange(ctx context.Context, req wire.Request, buffer func(wire.Reply) []byte) (rep wire.Reply, msg string, answered bool, err error) {
 	// The end of ctx cuts every read and write short.
 	stop := context.AfterFunc(ctx, func() { c.SetDeadline(time.Unix(1, 0)) })
@@ -233,20 +238,19 @@ func (c *peerConn) exchange(ctx context.Context, req wire.Request, buffer func(w
 	if err := c.send(req); err != nil {
 		return rep, "", false, err
 	}
-	var pinged time.Time // when the ping under way was sent; zero: none is
+	silent, limit := 0, 1+int(max(1, c.pong/c.ping)) // intervals; after the first one there is a ping
 	for {
-		if err := c.readWithin(ctx, wire.PingInterval); err != nil {
+		if err := c.readWithin(ctx, c.ping); err != nil {
 			return rep, "", answered, err
 		}
 		if _, err := c.r.Peek(1); errors.Is(err, os.ErrDeadlineExceeded) && ctx.Err() == nil {
-			switch {
-			case pinged.IsZero():
-				pinged = time.Now()
+			switch silent++; silent {
+			case 1:
 				c.next++
 				if err := c.send(wire.Request{Op: wire.OpPing, ID: c.next}); err != nil {
 					return rep, "", answered, err
 				}
-			case time.Since(pinged) >= wire.PongTimeout:
+			case limit:
 				return rep, "", answered, errHung
 			}
 			continue
@@ -262,7 +266,7 @@ func (c *peerConn) exchange(ctx context.Context, req wire.Request, buffer func(w
 			return rep, "", answered, err
 		}
 		if rep.ID != req.ID {
-			pinged = time.Time{} // the answer to a ping
+			silent = 0 // the answer to a ping
 			if rep.Length > 0 {
 				return rep, "", answered, fmt.Errorf("%w: reply %d was not asked for", wire.ErrCorrupt, rep.ID)
 			}

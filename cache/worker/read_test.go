@@ -359,11 +359,20 @@ func TestASlowReaderPinsLittle(t *testing.T) {
 		}
 		release = append(release, func() { b.Release(); done(); unpin() })
 	}
-	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	ctx, cancel := context.WithCancel(context.Background())
 	defer cancel()
+	waited := make(chan struct{})
+	go func() {
+		defer close(waited)
+		for c.pins.s.TryAcquire(0) && ctx.Err() == nil { // not while somebody waits
+			time.Sleep(time.Millisecond)
+		}
+		cancel()
+	}()
 	if _, _, _, err := c.acquire(ctx, f, blocks-1, 0); !errors.Is(err, wire.ErrOverloaded) {
 		t.Fatalf("one more: %v", err)
 	}
+	<-waited
 	release[0]()
 	b, done, unpin, err := c.acquire(context.Background(), f, blocks-1, 0)
 	if err != nil {

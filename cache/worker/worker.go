@@ -96,6 +96,7 @@ type Worker struct {
 	requests   chan struct{}                 // a token for each request under way
 	counts     counts
 	nonces     wire.Nonces
+	gateway    *gatewayServer // nil: read-only
 	registry   *prometheus.Registry
 	http       *http.Client
 
@@ -154,12 +155,12 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	w.problems = problems{log: w.log, text: make(map[problem]string), errs: make(map[problem]error)}
 	w.snapshots = snapshots{now: w.clock.Now, held: make(map[wire.Digest]*snapshot)}
 	w.loads = &loads{w: w, byID: make(map[string]*load)}
-	w.members.path = c.MembershipFile
+	w.members.path, w.members.look = c.MembershipFile, make(chan struct{}, 1)
 	w.http = &http.Client{Transport: &http.Transport{DialContext: d.Dial, DisableKeepAlives: true}}
 	if w.keys, err = wire.WatchKeys(c.KeysDir, w.clock.Now); err != nil {
 		return nil, err
 	}
-	w.peers = &peers{dataset: c.Dataset, keys: w.keys.Keys, dial: d.Dial, now: w.clock.Now, idle: make(map[string][]*peerConn), down: make(map[string]down)}
+	w.peers = &peers{dataset: c.Dataset, keys: w.keys.Keys, dial: d.Dial, now: w.clock.Now, ping: wire.PingInterval, pong: wire.PongTimeout, idle: make(map[string][]*peerConn), down: make(map[string]down)}
 
 	if err := os.MkdirAll(c.Dir, 0o750); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
@@ -200,6 +201,11 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	w.members.current.Store(v)
 	if c.MembershipFile != "" {
 		w.problems.set(problemMembers, w.members.reload())
+	}
+	if c.Gateway != nil {
+		if w.gateway, err = newGateway(w); err != nil {
+			return nil, err
+		}
 	}
 	w.registry = newRegistry(w)
 	return w, nil
@@ -253,6 +259,11 @@ func (w *Worker) Serve(ctx context.Context) error {
 	if w.socket != nil {
 		g.Go(func() error { return w.acceptLeases(ctx, w.socket) })
 	}
+	if w.gateway != nil {
+		g.Go(func() error { return w.gateway.names.Run(ctx) })
+		g.Go(func() error { return w.gateway.serve(ctx) })
+		w.log.Info("gateway serves", "addr", w.GatewayAddr().String(), "bucket", w.config.Gateway.Bucket)
+	}
 	w.log.Info("worker serves", "addr", w.Addr().String(), "control", w.ControlAddr().String(), "socket", w.config.Socket)
 	err := g.Wait()
 	w.loads.close()
@@ -289,6 +300,9 @@ func (w *Worker) closeFiles() {
 			removeSocket(w.config.Socket, w.socketFile)
 		}
 	}
+	if w.gateway != nil {
+		w.gateway.close()
+	}
 	w.peers.close()
 	w.http.CloseIdleConnections()
 	w.snapshots.closeAll()
@@ -320,3 +334,11 @@ func (w *Worker) Addr() net.Addr { return w.blocks.Addr() }
 
 // ControlAddr is the address of the control endpoint.
 func (w *Worker) ControlAddr() net.Addr { return w.control.Addr() }
+
+// GatewayAddr is the address of the S3 endpoint; nil when there is none.
+func (w *Worker) GatewayAddr() net.Addr {
+	if w.gateway == nil {
+		return nil
+	}
+	return w.gateway.listener.Addr()
+}
