@@ -12,12 +12,19 @@ SIZE ?= 256MiB
 DIRECT_STEPS ?= 100
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+# The bench's scale: SIZE too, where that is a word.
+BENCH_SIZE := $(if $(filter small medium full,$(SIZE)),$(SIZE),full)
+BENCH_FLAGS ?=
+LAYERS_FLAGS ?=
+LAYERS_FLAGS_small := --size 2MiB --files 20 --rounds 1
+LAYERS_FLAGS_medium := --size 64MiB --files 1000 --rounds 3
+LAYERS_FLAGS_full := --rounds 3
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test lint generate bench image e2e cluster-up cluster-down clean
+.PHONY: help build demo test lint generate bench bench-peers image e2e cluster-up cluster-down clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z0-9-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 build: $(BIN)/stepcache ## the stepcache binary, in .bin
 
@@ -38,8 +45,14 @@ generate: ## deepcopy, CustomResourceDefinitions, roles and the artifact wire, f
 	go generate ./api/... ./artifact/...
 	go tool -modfile=tools/generate/go.mod controller-gen rbac:roleName=stepcache-controller paths=./controllers/... output:rbac:dir=config/rbac
 
-bench: $(BIN)/stepcache $(BIN)/versitygw ## ratios to native tmpfs, side by side in one run (bench/README.md)
-	go run ./bench/layers --stepcache $(BIN)/stepcache $(BENCH_FLAGS)
+bench: $(BIN)/stepcache $(BIN)/versitygw ## this project beside its peers and native files, then its layers: SIZE=small|medium|full (bench/README.md)
+	PATH="$(abspath $(BIN)):$$PATH" go run ./bench/compare --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw --size $(BENCH_SIZE) $(BENCH_FLAGS)
+	go run ./bench/layers --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw $(LAYERS_FLAGS_$(BENCH_SIZE)) $(LAYERS_FLAGS)
+
+bench-peers: ## what `make bench` compares with and Go can build, in .bin (minutes); others are taken from the PATH
+	@CGO_ENABLED=0 go -C tools/peers build -trimpath -ldflags '-s -w' -o ../../$(BIN)/rclone github.com/rclone/rclone
+	@$(BIN)/rclone version | head -n 1
+	@for p in s3fs geesefs mount-s3; do command -v $$p || echo "no $$p on the PATH"; done
 
 image: $(BIN)/image ## an OCI image, in .bin/stepcache.tar, without Docker
 	CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $(BIN)/linux/stepcache ./cmd/stepcache

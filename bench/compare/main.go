@@ -1,0 +1,218 @@
+// Command compare measures what a step gets from this project beside what its user would take instead: a native
+// folder, the bucket itself, and the mounts of other projects that are on the PATH, in one run on one machine.
+//
+// It owns the input (two real S3 servers, one without limits and one with a bandwidth, and what is in them), the
+// sizes, and the charts; package trial owns what is measured and how. Concurrency: one goroutine measures.
+// Failure: the exit status is 1 where this project had no figure or anybody gave wrong bytes; what other projects
+// cannot do is told in the report.
+//
+// It may import bench/..., test/bucket and what those may.
+package main
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"github.com/stepcache/stepcache/bench/host"
+	"github.com/stepcache/stepcache/bench/trial"
+)
+
+type options struct {
+	stepcache, versitygw string
+	size, only, out      string
+	contenders           []string
+	rounds, slowRounds   int
+	limit, patience      time.Duration
+	readme               string
+
+	scale scale
+	match *regexp.Regexp
+}
+
+func main() {
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	// The packages under measurement speak through the report.
+	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+	if err := command().ExecuteContext(ctx); err != nil {
+		if errors.Is(err, context.Canceled) {
+			err = errors.New("interrupted; everything is stopped and removed")
+		}
+		fmt.Fprintln(os.Stderr, "compare:", err)
+		os.Exit(1)
+	}
+}
+
+func command() *cobra.Command {
+	var o options
+	cmd := &cobra.Command{
+		Use:   "compare",
+		Short: "What a step gets, beside what its user would take instead, in one run",
+		Long: `Reads the same data as native files, from the bucket by a parallel client, through this project cold and warm,
+and through whichever of rclone, s3fs, geesefs and mount-s3 are on the PATH: one large file, many small ones, a
+great many names, eight pods and a hundred steps. Prints a table and writes JSON and charts into --out.
+bench/README.md says how to read it. Mounts need root.`,
+		Example: `  go run ./bench/compare --size small
+  go run ./bench/compare --only 'small files' --contenders stepcache,rclone --rounds 5`,
+		SilenceUsage: true, SilenceErrors: true, Args: cobra.NoArgs,
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			if err := o.check(); err != nil {
+				return err
+			}
+			return host.Isolated(cmd.Context(), func(ctx context.Context, dir string, mounts bool) error {
+				return run(ctx, o, dir, mounts)
+			})
+		},
+	}
+	f := cmd.Flags()
+	f.StringVar(&o.stepcache, "stepcache", ".bin/stepcache", "the stepcache program")
+	f.StringVar(&o.versitygw, "versitygw", "", "the S3 server's program (default: built from its pinned module)")
+	f.StringVar(&o.size, "size", "full", "small (seconds, says nothing of speed), medium, or full")
+	f.StringVar(&o.only, "only", "", "measure the rows whose \"section: row\" matches this regular expression")
+	f.StringSliceVar(&o.contenders, "contenders", nil, "measure only these, and native (default: all that are there)")
+	f.IntVar(&o.rounds, "rounds", 0, "samples of each row, of which the median is told (default: by size)")
+	f.IntVar(&o.slowRounds, "slow-rounds", 0, "samples of rows that take long (default: by size)")
+	f.DurationVar(&o.limit, "limit", 0, "when a timed reading of many files ends at the latest (default: by size)")
+	f.DurationVar(&o.patience, "patience", 90*time.Second, "when a reading is given up as hanging")
+	f.StringVar(&o.out, "out", "bench/out", "folder for compare.json and the charts")
+	f.StringVar(&o.readme, "readme", "", "also write the table into this file, between its markers")
+	cmd.AddCommand(&cobra.Command{Use: "read", Hidden: true, Args: cobra.NoArgs, SilenceUsage: true,
+		RunE: func(cmd *cobra.Command, _ []string) error { return trial.Read(cmd.Context(), os.Stdin, os.Stdout) }})
+	return cmd
+}
+
+func (o *options) check() (err error) {
+	var ok bool
+	if o.scale, ok = scales[o.size]; !ok {
+		return fmt.Errorf("--size %q: want small, medium or full", o.size)
+	}
+	if o.rounds < 0 || o.slowRounds < 0 || o.rounds > 1000 || o.slowRounds > 1000 {
+		return errors.New("--rounds and --slow-rounds: want 1 to 1000")
+	}
+	if o.limit < 0 || o.patience <= 0 {
+		return errors.New("--limit and --patience: want a time such as 3s")
+	}
+	o.rounds, o.slowRounds = pick(o.rounds, o.scale.rounds), pick(o.slowRounds, o.scale.slowRounds)
+	if o.limit == 0 {
+		o.limit = o.scale.limit
+	}
+	if o.match, err = regexp.Compile(o.only); err != nil {
+		return fmt.Errorf("--only: %w", err)
+	}
+	known := append([]string{trial.Native, trial.Direct, trial.Own}, trial.Peers...)
+	for _, c := range o.contenders {
+		if !slices.Contains(known, c) {
+			return fmt.Errorf("--contenders %q: want some of %s", c, strings.Join(known, ", "))
+		}
+	}
+	for _, p := range []*string{&o.stepcache, &o.out} {
+		if *p, err = filepath.Abs(*p); err != nil {
+			return err
+		}
+	}
+	if _, err := os.Stat(o.stepcache); err != nil {
+		return fmt.Errorf("--stepcache: %w; `make build` makes it", err)
+	}
+	if o.readme != "" {
+		if _, _, _, err := split(o.readme); err != nil { // better now than after ten minutes
+			return err
+		}
+	}
+	return os.MkdirAll(o.out, 0o755)
+}
+
+func pick(given, otherwise int) int {
+	if given > 0 {
+		return given
+	}
+	return otherwise
+}
+
+func run(ctx context.Context, o options, dir string, mounts bool) error {
+	// Whatever is made from here on is in this folder's memory.
+	if err := os.Setenv("TMPDIR", dir); err != nil {
+		return err
+	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	in, remove, err := input(ctx, o, dir)
+	defer remove()
+	if err != nil {
+		return fmt.Errorf("input: %w", err)
+	}
+	rep, runErr := trial.Run(ctx, trial.Options{
+		Program: o.stepcache, Reader: []string{self, "read"}, Only: o.match, Contenders: o.contenders,
+		Rounds: o.rounds, SlowRounds: o.slowRounds, Limit: o.limit, Patience: o.patience, Mounts: mounts, Log: os.Stderr,
+	}, in)
+	if ctx.Err() != nil {
+		return context.Cause(ctx)
+	}
+	if len(rep.Rows) == 0 {
+		return runErr
+	}
+	err = errors.Join(rep.Print(os.Stdout), writeTo(filepath.Join(o.out, "compare.json"), rep.JSON), charts(rep, o.out))
+	if o.readme != "" {
+		err = errors.Join(err, intoReadme(rep, o.readme))
+	}
+	return errors.Join(err, runErr)
+}
+
+func writeTo(path string, write func(io.Writer) error) error {
+	var b bytes.Buffer
+	if err := write(&b); err != nil {
+		return err
+	}
+	return os.WriteFile(path, b.Bytes(), 0o644)
+}
+
+// The table's place in a README.
+const (
+	tableBegin = "<!-- compare:begin -->\n"
+	tableEnd   = "<!-- compare:end -->"
+)
+
+// split finds the table's place in a file.
+func split(path string) (before, after string, mode os.FileMode, err error) {
+	text, err := os.ReadFile(path)
+	if err != nil {
+		return "", "", 0, fmt.Errorf("--readme: %w", err)
+	}
+	info, err := os.Stat(path)
+	if err != nil {
+		return "", "", 0, fmt.Errorf("--readme: %w", err)
+	}
+	before, rest, ok := strings.Cut(string(text), tableBegin)
+	_, after, ok2 := strings.Cut(rest, tableEnd)
+	if !ok || !ok2 {
+		return "", "", 0, fmt.Errorf("--readme %s: no lines %s and %s to write the table between", path, strings.TrimSpace(tableBegin), tableEnd)
+	}
+	return before + tableBegin, tableEnd + after, info.Mode().Perm(), nil
+}
+
+func intoReadme(rep *trial.Report, path string) error {
+	before, after, mode, err := split(path)
+	if err != nil {
+		return err
+	}
+	var b bytes.Buffer
+	b.WriteString(before)
+	rep.Markdown(&b)
+	b.WriteString(after)
+	return os.WriteFile(path, b.Bytes(), mode)
+}

@@ -1,0 +1,145 @@
+package trial
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strconv"
+	"strings"
+	"time"
+
+	"github.com/stepcache/stepcache/local"
+	"github.com/stepcache/stepcache/tier"
+)
+
+// own is this project: a tier of one worker on this machine, and `stepcache mount` beside it.
+type own struct {
+	program string
+	// running is a tier that is there already, which then is not made anew; empty: one is made for each session.
+	running string
+}
+
+func (o *own) name() string { return Own }
+
+func (o *own) version(ctx context.Context) string {
+	out, err := exec.CommandContext(ctx, o.program, "version").Output()
+	if err != nil {
+		return "version unknown"
+	}
+	return strings.TrimSpace(string(out))
+}
+
+// errWarm is why a running tier has no cold figures.
+var errWarm = errors.New("the tier runs already and cannot be made to forget")
+
+func (o *own) fresh(ctx context.Context, d *Data) (s session, err error) {
+	scratch, err := os.MkdirTemp("", "own")
+	if err != nil {
+		return nil, err
+	}
+	w := &ownSession{mounts: mounts{scratch: scratch}}
+	defer func() {
+		if err != nil {
+			w.close()
+		}
+	}()
+	dir := o.running
+	if dir == "" {
+		if dir, err = w.start(ctx, o.program, d); err != nil {
+			return nil, err
+		}
+	}
+	w.mounts.command = func(at string, _ int) *exec.Cmd {
+		return exec.Command(o.program, "mount", "--tier", dir, at)
+	}
+	return w, nil
+}
+
+type ownSession struct {
+	mounts
+	tier    *local.Tier
+	workers []int
+}
+
+// start brings up a tier of the dataset and returns its folder.
+func (s *ownSession) start(ctx context.Context, program string, d *Data) (string, error) {
+	b := d.Bucket
+	text := fmt.Sprintf(`apiVersion: v1
+kind: Secret
+metadata: {name: access-key}
+stringData: {accessKeyID: %q, accessKeySecret: %q, sessionToken: %q}
+---
+apiVersion: data.stepcache.dev/v1alpha1
+kind: Dataset
+metadata: {name: bench}
+spec:
+  mounts:
+  - {path: /, source: "s3://%s/%s", endpoint: %q, region: %q, credentialsSecretRef: {name: access-key}}
+  workers: {replicas: 1, memory: %d}
+`, b.AccessKey, b.SecretKey, b.Token, b.Name, b.Prefix, b.Endpoint, b.Region, d.Memory)
+	if b.Token == "" {
+		text = strings.Replace(text, `, sessionToken: ""`, "", 1)
+	}
+	file := filepath.Join(s.scratch, "dataset.yaml")
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		return "", err
+	}
+	before := workersOfThis()
+	log := &bytes.Buffer{}
+	var err error
+	s.tier, err = local.Start(ctx, local.Options{Manifests: []string{file}, Program: program, Workers: 1, Memory: d.Memory,
+		Log: log, Problems: time.Minute})
+	if err != nil {
+		return "", fmt.Errorf("tier: %w\n%s", err, log)
+	}
+	for pid := range workersOfThis() {
+		if !before[pid] {
+			s.workers = append(s.workers, pid)
+		}
+	}
+	for _, v := range s.tier.Env() {
+		if dir, ok := strings.CutPrefix(v, tier.Env+"="); ok {
+			return dir, nil
+		}
+	}
+	return "", errors.New("the tier does not say where it is")
+}
+
+// workersOfThis are the workers that this process has started.
+func workersOfThis() map[int]bool {
+	found := map[int]bool{}
+	children, err := os.ReadDir("/proc")
+	if err != nil {
+		return found
+	}
+	for _, e := range children {
+		pid, err := strconv.Atoi(e.Name())
+		if err != nil {
+			continue
+		}
+		text, err := os.ReadFile("/proc/" + e.Name() + "/cmdline")
+		if err != nil {
+			continue
+		}
+		if args := strings.Split(string(text), "\x00"); len(args) > 1 && args[1] == "worker" {
+			if s, err := statOf(pid); err == nil && s.parent == os.Getpid() {
+				found[pid] = true
+			}
+		}
+	}
+	return found
+}
+
+func (s *ownSession) groups() (mounts, workers []int) { return s.pids(), s.workers }
+
+func (s *ownSession) close() {
+	s.unmount()
+	if s.tier != nil {
+		s.tier.Close()
+	}
+	_ = os.RemoveAll(s.scratch)
+}

@@ -1,0 +1,231 @@
+package trial
+
+import (
+	"context"
+	"os/exec"
+)
+
+// The pods and steps of the sections that have many of them.
+const (
+	pods  = 8
+	steps = 100
+)
+
+// sections are all, in the order of the report.
+func (t *trial) sections() []*section {
+	return []*section{t.largeSection(), t.smallSection(), t.treeSection(), t.podsSection(), t.stepsSection()}
+}
+
+// hashTool is what hashes as steps do; empty: there is none.
+func hashTool() string {
+	path, _ := exec.LookPath("sha256sum")
+	return path
+}
+
+// largeSection: one large file, by one reader and by many.
+func (t *trial) largeSection() *section {
+	s := &section{name: "large file", data: t.in.Large, rounds: t.o.Rounds, rows: []*Row{
+		{Name: "cold, 1 reader", Unit: BytesPerSecond, Kind: Cold, Of: "warm, 1 reader", Reach: "above every peer"},
+		{Name: "cold, 8 readers", Unit: BytesPerSecond, Kind: Cold, Of: "warm, 8 readers", Reach: "above every peer"},
+		{Name: "warm, 1 reader", Unit: BytesPerSecond, Kind: Warm, Reach: "≥ 0.95, huge pages ≥ 2.5"},
+		{Name: "warm, 8 readers", Unit: BytesPerSecond, Kind: Warm, Reach: "≥ 0.9"},
+		{Name: "re-read", Unit: BytesPerSecond, Kind: Warm, Of: "warm, 1 reader", Reach: "≥ 0.95"},
+		{Name: "random 4 KiB", Unit: PerSecond, Kind: Warm, Reach: "≥ 0.8"},
+		{Name: "random 64 KiB", Unit: PerSecond, Kind: Warm},
+		{Name: "sha256sum", Unit: BytesPerSecond, Kind: Warm},
+	}}
+	if s.data == nil {
+		return s
+	}
+	read := func(readers int) Job { return Job{Op: opSequential, Files: s.data.Files, Readers: readers} }
+	randomly := func(piece int) Job {
+		return Job{Op: opRandom, Files: s.data.Files, Piece: piece, Count: 200_000, Limit: t.o.Limit / 2}
+	}
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		if v.c.name() == Direct {
+			do.fresh("cold, 1 reader", 1, read(1))
+			do.fresh("cold, 8 readers", 1, read(8))
+			return do.err
+		}
+		do.fresh("cold, 8 readers", 1, read(8))
+		do.fresh("cold, 1 reader", 1, read(1))
+		do.warm(read(1))
+		do.here("re-read", read(1))
+		do.anew("warm, 1 reader", read(1))
+		do.anew("warm, 8 readers", read(8))
+		do.anew("random 4 KiB", randomly(4<<10))
+		do.anew("random 64 KiB", randomly(64<<10))
+		if tool := hashTool(); tool != "" {
+			do.anew("sha256sum", Job{Op: opHash, Files: s.data.Files, Tool: tool})
+		}
+		do.check(len(s.data.Files))
+		return do.err
+	}
+	return s
+}
+
+// smallSection: many small files.
+func (t *trial) smallSection() *section {
+	s := &section{name: "small files", data: t.in.Small, rounds: t.o.Rounds, rows: []*Row{
+		{Name: "cold, 1 reader", Unit: PerSecond, Kind: Cold, Of: "first open, 1 reader", Reach: "≥ 1,400/s, one GET a file"},
+		{Name: "cold, 8 readers", Unit: PerSecond, Kind: Cold, Of: "first open, 8 readers", Reach: "≥ 2,700/s, one GET a file"},
+		{Name: "first open, 1 reader", Unit: PerSecond, Kind: Warm, Reach: "≥ 5 K/s, pushed ≥ 60 K/s"},
+		{Name: "first open, 8 readers", Unit: PerSecond, Kind: Warm},
+		{Name: "re-open", Unit: PerSecond, Kind: Warm, Reach: "≥ 120 K/s"},
+	}}
+	if s.data == nil {
+		return s
+	}
+	read := func(n, readers int, whole bool) Job {
+		return Job{Op: opSmall, Files: s.data.Files[:min(n, len(s.data.Files))], Readers: readers, Whole: whole, Limit: t.o.Limit}
+	}
+	all := len(s.data.Files)
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("cold, 1 reader", 1, read(all, 1, true))
+		n := int(do.fresh("cold, 8 readers", 1, read(all, 8, true)).Count)
+		if v.c.name() == Direct {
+			return do.err
+		}
+		if n == 0 {
+			n = all
+		}
+		// What the limit has left out is cold: only what was read is read again.
+		do.warm(read(n, 8, true))
+		do.anew("first open, 1 reader", read(n, 1, true))
+		do.here("", read(n, 8, true)) // what the limit left out
+		do.here("re-open", read(n, 1, false))
+		do.anew("first open, 8 readers", read(n, 8, true))
+		do.check(n)
+		return do.err
+	}
+	return s
+}
+
+// treeSection: a great many names.
+func (t *trial) treeSection() *section {
+	s := &section{name: "tree", data: t.in.Tree, rounds: t.o.Rounds, rows: []*Row{
+		{Name: "ls -lR, first", Unit: PerSecond, Kind: Any, Reach: "≥ 100 K/s"},
+		{Name: "ls -lR, again", Unit: PerSecond, Kind: Warm},
+		{Name: "open and stat", Unit: PerSecond, Kind: Any},
+	}}
+	if s.data == nil {
+		return s
+	}
+	walk := Job{Op: opWalk, Files: s.data.Files[:1], Entries: s.data.Entries, Limit: t.o.Limit}
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("ls -lR, first", 1, walk)
+		do.here("ls -lR, again", walk)
+		do.here("open and stat", Job{Op: opOpenStat, Files: s.data.Files, Limit: t.o.Limit})
+		return do.err
+	}
+	return s
+}
+
+// podsSection: eight pods, each with a mount of its own, that all want one file from a bucket with a bandwidth.
+func (t *trial) podsSection() *section {
+	s := &section{name: "limited bucket", data: t.in.Limited, rounds: t.o.SlowRounds, rows: []*Row{
+		{Name: "eight pods hash one file, cold", Unit: Seconds, Kind: Any, Reach: "≤ 1/4 of the best peer, 1 × from the bucket"},
+	}}
+	if s.data == nil {
+		return s
+	}
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("eight pods hash one file, cold", pods, Job{Op: opHash, Files: s.data.Files, Readers: pods, Tool: hashTool()})
+		return do.err
+	}
+	return s
+}
+
+// stepsSection: a hundred steps at once on one mount.
+func (t *trial) stepsSection() *section {
+	s := &section{name: "hundred steps", data: t.in.Steps, rounds: t.o.Rounds, rows: []*Row{
+		{Name: "hash one file, cold", Unit: Seconds, Kind: Cold, Of: "hash one file, warm", Without: Direct},
+		{Name: "hash one file, warm", Unit: Seconds, Kind: Warm, Reach: "≤ 1.1"},
+	}}
+	if s.data == nil {
+		return s
+	}
+	hash := Job{Op: opHash, Files: s.data.Files, Readers: steps, Tool: hashTool()}
+	s.run = func(ctx context.Context, v *visit) error {
+		if v.c.name() == Direct {
+			return nil // a hundred times the file through the bucket's bandwidth says nothing new
+		}
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("hash one file, cold", 1, hash)
+		do.warm(Job{Op: opSequential, Files: s.data.Files})
+		do.anew("hash one file, warm", hash)
+		return do.err
+	}
+	return s
+}
+
+// doing is one contender's way through a section; after an error that leaves nothing to go on with it does nothing
+// more.
+type doing struct {
+	ctx context.Context
+	v   *visit
+	err error
+	// filled says that what was read since the cache was empty is all that the next readings want.
+	filled bool
+}
+
+// fresh measures a row with nothing cached, on so many mounts.
+func (d *doing) fresh(row string, mounts int, j Job) (r result) {
+	if d.err == nil && d.v.takes(row) {
+		if d.err = d.v.fresh(d.ctx, mounts); d.err == nil {
+			r, d.err = d.v.measure(d.ctx, row, j)
+			d.filled = d.err == nil
+		}
+	}
+	return r
+}
+
+// warm reads, untimed, where no cold row has.
+func (d *doing) warm(j Job) {
+	if d.err != nil {
+		return
+	}
+	if d.v.at == nil {
+		d.err = d.v.fresh(d.ctx, 1)
+	}
+	if d.err == nil && !d.filled {
+		j.Limit = 0
+		_, d.err = d.v.untimed(d.ctx, j)
+	}
+}
+
+// here measures a row in the mount that there is; without a row's name it only reads.
+func (d *doing) here(row string, j Job) {
+	switch {
+	case d.err != nil:
+	case row == "":
+		_, d.err = d.v.untimed(d.ctx, j)
+	case d.v.takes(row):
+		if d.v.at == nil {
+			d.err = d.v.fresh(d.ctx, 1)
+		}
+		if d.err == nil {
+			_, d.err = d.v.measure(d.ctx, row, j)
+		}
+	}
+}
+
+// anew measures a row in a mount of which the kernel knows nothing.
+func (d *doing) anew(row string, j Job) {
+	if d.err == nil && d.v.takes(row) {
+		if d.err = d.v.anew(d.ctx); d.err == nil {
+			_, d.err = d.v.measure(d.ctx, row, j)
+		}
+	}
+}
+
+// check compares the first n files with the originals.
+func (d *doing) check(n int) {
+	if d.err == nil && d.v.at != nil {
+		d.err = d.v.check(d.ctx, n)
+	}
+}

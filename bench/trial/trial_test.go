@@ -1,0 +1,280 @@
+package trial
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"slices"
+	"strings"
+	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/bench/access"
+	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+)
+
+// The test binary is also a reader, and a file system that never answers.
+func TestMain(m *testing.M) {
+	switch {
+	case os.Getenv("STEPCACHE_TEST_READER") != "":
+		if err := Read(context.Background(), os.Stdin, os.Stdout); err != nil {
+			os.Stderr.WriteString(err.Error())
+			os.Exit(1)
+		}
+		return
+	case os.Getenv("STEPCACHE_TEST_SILENT") != "":
+		silent(os.Args[len(os.Args)-1])
+		return
+	}
+	os.Exit(m.Run())
+}
+
+// silent mounts a FUSE file system and answers nothing.
+func silent(dir string) {
+	fd, err := unix.Open("/dev/fuse", unix.O_RDWR, 0)
+	if err == nil {
+		err = unix.Mount("silent", dir, "fuse", 0, "fd="+itoa(fd)+",rootmode=40000,user_id=0,group_id=0")
+	}
+	if err != nil {
+		os.Stderr.WriteString(err.Error())
+		os.Exit(1)
+	}
+	select {}
+}
+
+func itoa(n int) string { b, _ := json.Marshal(n); return string(b) }
+
+// data is a folder with two files.
+func data(t *testing.T) *Data {
+	t.Helper()
+	dir := t.TempDir()
+	d := &Data{Native: dir}
+	for k, name := range []string{"a", "b"} {
+		if err := os.WriteFile(filepath.Join(dir, name), access.Noise(9000, uint64(k)), 0o644); err != nil {
+			t.Fatal(err)
+		}
+		d.Files = append(d.Files, access.File{Path: name, Size: 9000})
+	}
+	return d
+}
+
+func newTrial(t *testing.T, patience time.Duration) *trial {
+	t.Helper()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("STEPCACHE_TEST_READER", "1")
+	return &trial{o: Options{Reader: []string{self}, Patience: patience}, hung: map[string]bool{}, originals: map[string]string{},
+		checked: map[string]bool{}, report: &Report{}}
+}
+
+// liar is a contender whose bytes are not those of the originals.
+type liar struct{ folder }
+
+func (l *liar) name() string                                  { return "liar" }
+func (l *liar) version(context.Context) string                { return "1" }
+func (l *liar) fresh(context.Context, *Data) (session, error) { return l, nil }
+
+// Wrong bytes of a contender take its figures away, and are told.
+func TestWrongBytes(t *testing.T) {
+	tr := newTrial(t, time.Minute)
+	d := data(t)
+	other := t.TempDir()
+	for _, f := range d.Files {
+		if err := os.WriteFile(filepath.Join(other, f.Path), access.Noise(9000, 7), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	row := &Row{Section: "s", Name: "read", Unit: PerSecond, Kind: Any}
+	s := &section{name: "s", data: d, rounds: 1, rows: []*Row{row}}
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("read", 1, Job{Op: opSmall, Files: d.Files, Readers: 2, Whole: true})
+		do.check(2)
+		return do.err
+	}
+	for _, c := range []contender{nativeFiles{}, &liar{folder{dir: other}}} {
+		_ = tr.visit(t.Context(), s, c)
+	}
+	tr.report.Rows = s.rows
+	tr.report.Contenders = []Contender{{Name: Native}, {Name: "liar"}}
+	f := row.Figures["liar"]
+	if f == nil || !f.Wrong || len(f.Samples) > 0 || !strings.Contains(f.Reason, "WRONG BYTES") {
+		t.Errorf("the liar's figure: %+v", f)
+	}
+	if n := row.Figures[Native]; n == nil || len(n.Samples) != 1 || n.Failed {
+		t.Errorf("the native figure: %+v", n)
+	}
+	var text bytes.Buffer
+	if err := tr.report.Print(&text); err != nil || !strings.Contains(text.String(), "WRONG BYTES") {
+		t.Errorf("%v, said %s", err, &text)
+	}
+}
+
+// stuck is a contender whose mounts never answer.
+type stuck struct{ dir string }
+
+func (s *stuck) name() string                   { return "stuck" }
+func (s *stuck) version(context.Context) string { return "1" }
+func (s *stuck) fresh(context.Context, *Data) (session, error) {
+	return &peerSession{&mounts{scratch: s.dir, command: func(dir string, _ int) *exec.Cmd {
+		self, _ := os.Executable()
+		cmd := exec.Command(self, dir)
+		cmd.Env = []string{"STEPCACHE_TEST_SILENT=1"}
+		return cmd
+	}}}, nil
+}
+
+// A mount that never answers is given up, taken away, and not asked again.
+func TestSilentMount(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to mount")
+	}
+	if _, err := os.Stat("/dev/fuse"); err != nil {
+		t.Skip("needs /dev/fuse: ", err)
+	}
+	// Long enough for the mount to come on a loaded machine; then the reading takes all of it.
+	tr := newTrial(t, 5*time.Second)
+	dir, err := mountinfo.Resolve(t.TempDir())
+	if err != nil {
+		t.Fatal(err)
+	}
+	d := data(t)
+	s := &section{name: "s", data: d, rounds: 1, rows: []*Row{{Section: "s", Name: "read", Unit: PerSecond, Kind: Any}}}
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("read", 2, Job{Op: opSmall, Files: d.Files, Readers: 2, Whole: true})
+		return do.err
+	}
+	tr.o.Mounts = true
+	c := &stuck{filepath.Join(dir, "s")}
+	if err := os.Mkdir(c.dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	err = tr.visit(t.Context(), s, c)
+	if !isHang(err) {
+		t.Errorf("a mount that never answers: %v", err)
+	}
+	if below, err := mountinfo.Below(dir); err != nil || len(below) > 0 {
+		t.Errorf("left %v (%v)", below, err)
+	}
+	d.Bucket = &Bucket{}
+	if why := tr.cannot(c, s); !strings.Contains(why, "hung") {
+		t.Errorf("it is asked again: %q", why)
+	}
+	if f := s.rows[0].Figures["stuck"]; f == nil || !f.Failed {
+		t.Errorf("its figure: %+v", f)
+	}
+}
+
+// A program that mounts nothing is told with what it said.
+func TestNoMount(t *testing.T) {
+	tr := newTrial(t, time.Minute)
+	m := &mounts{scratch: t.TempDir(), command: func(string, int) *exec.Cmd {
+		return exec.Command("sh", "-c", "echo no such bucket; exit 3")
+	}}
+	v := &visit{t: tr, at: &peerSession{m}}
+	err := v.mount(t.Context(), 1)
+	v.close()
+	if err == nil || !strings.Contains(err.Error(), "no such bucket") || !strings.Contains(err.Error(), "exit status 3") {
+		t.Errorf("%v", err)
+	}
+}
+
+// Each operation tells what it read.
+func TestJobs(t *testing.T) {
+	d := data(t)
+	for _, c := range []struct {
+		job          Job
+		count, bytes int64
+	}{
+		{Job{Op: opSequential, Readers: 3}, 3, 27000},
+		{Job{Op: opRandom, Piece: 4096, Count: 100}, 100, 409600},
+		{Job{Op: opSmall, Readers: 2, Whole: true}, 2, 18000},
+		{Job{Op: opSmall, Readers: 1}, 2, 8192},
+		{Job{Op: opOpenStat}, 2, 0},
+		{Job{Op: opWalk, Entries: 2}, 2, 0},
+		{Job{Op: opDigest, Readers: 2}, 2, 18000},
+		{Job{Op: opHash, Readers: 4, Tool: "sha256sum"}, 4, 36000},
+	} {
+		c.job.Dirs, c.job.Files = []string{d.Native}, d.Files
+		text, err := json.Marshal(c.job)
+		if err != nil {
+			t.Fatal(err)
+		}
+		var out bytes.Buffer
+		if err := Read(t.Context(), bytes.NewReader(text), &out); err != nil {
+			t.Errorf("%s: %v", c.job.Op, err)
+			continue
+		}
+		var done Done
+		if err := json.Unmarshal(out.Bytes(), &done); err != nil || done.Count != c.count || done.Bytes != c.bytes || done.Took <= 0 {
+			t.Errorf("%s: %+v %v, want %d of %d bytes", c.job.Op, done, err, c.count, c.bytes)
+		}
+		if digests := map[string]int{opDigest: 1, opHash: 1}[c.job.Op]; len(done.Digests) != digests {
+			t.Errorf("%s: digests %q", c.job.Op, done.Digests)
+		}
+	}
+}
+
+// What comes short or is not there is an error, not a figure.
+func TestBadJobs(t *testing.T) {
+	d := data(t)
+	for _, c := range []struct{ job, says string }{
+		{"", "EOF"},
+		{`{"op":"walk"}`, "nowhere"},
+		{`{"op":"small","dirs":["/"]}`, "no files"},
+		{`{"op":"dance","dirs":["DIR"],"files":[{"path":"a","size":9000}]}`, "dance"},
+		{`{"op":"sequential","dirs":["DIR"],"files":[{"path":"a","size":9001}]}`, "9000 bytes of 9001"},
+		{`{"op":"small","whole":true,"dirs":["DIR"],"files":[{"path":"a","size":9001}]}`, "9000 bytes of 9001"},
+		{`{"op":"random","piece":65536,"count":1,"dirs":["DIR"],"files":[{"path":"a","size":9000}]}`, "less than a piece"},
+		{`{"op":"open-stat","dirs":["DIR"],"files":[{"path":"a","size":1}]}`, "instead of 1"},
+		{`{"op":"walk","entries":3,"dirs":["DIR"]}`, "2 entries instead of 3"},
+		{`{"op":"hash","tool":"sha256sum","dirs":["DIR"],"files":[{"path":"c","size":1}]}`, "sha256sum"},
+		{`{"op":"digest","dirs":["DIR"],"files":[{"path":"c","size":1}]}`, "no such file"},
+	} {
+		err := Read(t.Context(), strings.NewReader(strings.ReplaceAll(c.job, "DIR", d.Native)), &bytes.Buffer{})
+		if err == nil || !strings.Contains(err.Error(), c.says) {
+			t.Errorf("%s: %v, want %q", c.job, err, c.says)
+		}
+	}
+}
+
+// Ratios are taken round by round, and of times less is better.
+func TestRatios(t *testing.T) {
+	rep := &Report{Contenders: []Contender{{Name: Native}, {Name: Own}, {Name: "rclone"}, {Name: "s3fs"}}, Rows: []*Row{
+		{Section: "a", Name: "warm", Unit: BytesPerSecond, Kind: Warm, Figures: map[string]*Figure{
+			Native: {Samples: []float64{10, 20, 30}}, Own: {Samples: []float64{20, 20, 15}}, "rclone": {Samples: []float64{5, 4}}}},
+		{Section: "a", Name: "pods", Unit: Seconds, Kind: Any, Figures: map[string]*Figure{
+			Own: {Samples: []float64{2}}, "rclone": {Samples: []float64{30}}, "s3fs": {Samples: []float64{20}}}},
+	}}
+	if s, ok := rep.Ratio(rep.Rows[0], Own); !ok || s != (Spread{1, 0.5, 2}) {
+		t.Errorf("ratio by rounds: %+v", s)
+	}
+	if s, ok := rep.Ratio(rep.Rows[0], "rclone"); !ok || s != (Spread{4.5 / 20, 4.0 / 20, 5.0 / 20}) {
+		t.Errorf("ratio of medians: %+v", s)
+	}
+	if x, peer, ok := rep.BestPeer(rep.Rows[1]); !ok || x != 10 || peer != "s3fs" {
+		t.Errorf("best peer by time: %v %s", x, peer)
+	}
+	if x, peer, _ := rep.BestPeer(rep.Rows[0]); x != 20/4.5 || peer != "rclone" {
+		t.Errorf("best peer by rate: %v %s", x, peer)
+	}
+	var names []string
+	for _, c := range []string{Native, Direct, Own} {
+		for _, k := range []Kind{Cold, Warm, Any} {
+			if (&Row{Kind: k}).wants(c) {
+				names = append(names, c+" "+string(k))
+			}
+		}
+	}
+	if want := []string{"native warm", "native any", "direct cold", "direct any", "stepcache cold", "stepcache warm", "stepcache any"}; !slices.Equal(names, want) {
+		t.Errorf("rows: %q", names)
+	}
+}
