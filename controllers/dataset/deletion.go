@@ -17,79 +17,88 @@ import (
 // maxNamed is how many of the pods in the way are named.
 const maxNamed = 10
 
-// deletion waits for the pods that use the Dataset, then removes what its owner references do not: the
-// volume, and the claim before it, so that no new pod can start with it. It never asks the workers, which
-// may be gone.
+// deletion waits for the pods that use the Dataset, then lets it go. It never asks the workers, which may be
+// gone.
 func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 	if !controllerutil.ContainsFinalizer(p.dataset, v1alpha1.Finalizer) {
 		r.forget(p.dataset.UID)
 		return nil
 	}
 	p.dataset.Status.ObservedGeneration = p.dataset.Generation
-	wait := func() (bool, error) {
-		pods, err := r.users(ctx, p.dataset)
-		if err != nil || len(pods) == 0 {
-			return false, err
-		}
-		text := fmt.Sprintf("waits for %d pods that use it: %s", len(pods), strings.Join(pods[:min(len(pods), maxNamed)], ", "))
-		if len(pods) > maxNamed {
-			text += " and others"
-		}
+	pods, err := Release(ctx, r.client, r.live, p.dataset)
+	if err != nil {
+		return err
+	}
+	if len(pods) > 0 {
+		text := "waits for " + Named(pods) + " that use it"
 		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "deletion %s", text)
 		p.warn("InUse", "Delete", "deletion %s", text)
 		p.again = r.Poll / 5 // pods of users are not watched
-		return true, nil
-	}
-	if waits, err := wait(); waits || err != nil {
-		return err
-	}
-	claim := &corev1.PersistentVolumeClaim{}
-	err := r.live.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.ClaimName(p.dataset.Name)}, claim)
-	if client.IgnoreNotFound(err) != nil {
-		return err
-	}
-	if err == nil && metav1.IsControlledBy(claim, p.dataset) {
-		if err := client.IgnoreNotFound(r.client.Delete(ctx, claim, client.Preconditions{UID: &claim.UID})); err != nil {
-			return err
-		}
-	}
-	namespaces := union(p.dataset.Status.SharedWith, otherNamespaces(p.dataset))
-	for _, ns := range namespaces {
-		if err := r.removeCopy(ctx, p.dataset, string(ns)); err != nil {
-			return err
-		}
-	}
-	// A pod may have come while claim and copies could still be used; from now on none can.
-	if waits, err := wait(); waits || err != nil {
-		return err
-	}
-	volume := &corev1.PersistentVolume{}
-	err = r.live.Get(ctx, client.ObjectKey{Name: v1alpha1.VolumeName(p.dataset.Namespace, p.dataset.Name)}, volume)
-	if client.IgnoreNotFound(err) != nil {
-		return err
-	}
-	if err == nil && volume.Labels[v1alpha1.LabelDataset] == p.dataset.Name {
-		if err := client.IgnoreNotFound(r.client.Delete(ctx, volume, client.Preconditions{UID: &volume.UID})); err != nil {
-			return err
-		}
-	}
-	if err := r.unlabelNamespace(ctx, p); err != nil {
-		return err
+		return nil
 	}
 	p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "Deleting", "nothing uses it any more")
-	patched := p.dataset.DeepCopy()
-	controllerutil.RemoveFinalizer(patched, v1alpha1.Finalizer)
-	if err := r.client.Patch(ctx, patched, client.MergeFromWithOptions(p.dataset, client.MergeFromWithOptimisticLock{})); client.IgnoreNotFound(err) != nil {
-		return err
-	}
 	r.forget(p.dataset.UID)
 	return nil
 }
 
-// users names the pods that have not ended and use the Dataset: by its claim, inline from a namespace that
+// Named is how many pods there are, and the first of them.
+func Named(pods []string) string {
+	text := fmt.Sprintf("%d pods (%s", len(pods), strings.Join(pods[:min(len(pods), maxNamed)], ", "))
+	if len(pods) > maxNamed {
+		text += " and others"
+	}
+	return text + ")"
+}
+
+// Release removes what the owner references of a Dataset that is being deleted do not, and then its finalizer:
+// first its claim and the copies of its reader Secret, so that no new pod can start with it, then its volume
+// and the label of its namespace. While pods use it, it names them and takes nothing from them. live reads
+// past any cache.
+func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset) (pods []string, err error) {
+	if pods, err := Users(ctx, live, d); err != nil || len(pods) > 0 {
+		return pods, err
+	}
+	claim := &corev1.PersistentVolumeClaim{}
+	err = live.Get(ctx, client.ObjectKey{Namespace: d.Namespace, Name: v1alpha1.ClaimName(d.Name)}, claim)
+	if client.IgnoreNotFound(err) != nil {
+		return nil, err
+	}
+	if err == nil && metav1.IsControlledBy(claim, d) {
+		if err := client.IgnoreNotFound(c.Delete(ctx, claim, client.Preconditions{UID: &claim.UID})); err != nil {
+			return nil, err
+		}
+	}
+	for _, ns := range union(d.Status.SharedWith, otherNamespaces(d)) {
+		if err := removeCopy(ctx, c, live, d, string(ns)); err != nil {
+			return nil, err
+		}
+	}
+	// A pod may have come while claim and copies could still be used; from now on none can.
+	if pods, err := Users(ctx, live, d); err != nil || len(pods) > 0 {
+		return pods, err
+	}
+	volume := &corev1.PersistentVolume{}
+	err = live.Get(ctx, client.ObjectKey{Name: v1alpha1.VolumeName(d.Namespace, d.Name)}, volume)
+	if client.IgnoreNotFound(err) != nil {
+		return nil, err
+	}
+	if err == nil && volume.Labels[v1alpha1.LabelDataset] == d.Name {
+		if err := client.IgnoreNotFound(c.Delete(ctx, volume, client.Preconditions{UID: &volume.UID})); err != nil {
+			return nil, err
+		}
+	}
+	if err := unlabelNamespace(ctx, c, d); err != nil {
+		return nil, err
+	}
+	patched := d.DeepCopy()
+	controllerutil.RemoveFinalizer(patched, v1alpha1.Finalizer)
+	return nil, client.IgnoreNotFound(c.Patch(ctx, patched, client.MergeFromWithOptions(d, client.MergeFromWithOptimisticLock{})))
+}
+
+// Users names the pods that have not ended and use the Dataset: by its claim, inline from a namespace that
 // may, or through a reader of their own (sidecar, stage). Pods are listed here, past the cache, since nothing
 // else wants to know of every step's.
-func (r *Reconciler) users(ctx context.Context, d *v1alpha1.Dataset) ([]string, error) {
+func Users(ctx context.Context, live client.Reader, d *v1alpha1.Dataset) ([]string, error) {
 	namespaces := []string{d.Namespace}
 	for _, ns := range union(d.Status.SharedWith, otherNamespaces(d)) {
 		namespaces = append(namespaces, string(ns))
@@ -99,7 +108,7 @@ func (r *Reconciler) users(ctx context.Context, d *v1alpha1.Dataset) ([]string, 
 		next := ""
 		for {
 			pods := &corev1.PodList{}
-			if err := r.live.List(ctx, pods, client.InNamespace(ns), client.Limit(500), client.Continue(next)); err != nil {
+			if err := live.List(ctx, pods, client.InNamespace(ns), client.Limit(500), client.Continue(next)); err != nil {
 				return nil, err
 			}
 			for i := range pods.Items {

@@ -16,7 +16,7 @@ func (r *Reconciler) namespace(ctx context.Context, p *pass) error {
 	if !wantsWatch(p.dataset) {
 		return nil
 	}
-	return r.labelNamespace(ctx, p.dataset.Namespace, true)
+	return labelNamespace(ctx, r.client, p.dataset.Namespace, true)
 }
 
 func wantsWatch(d *v1alpha1.Dataset) bool {
@@ -24,22 +24,22 @@ func wantsWatch(d *v1alpha1.Dataset) bool {
 }
 
 // unlabelNamespace takes the label away with the last Dataset that wants it.
-func (r *Reconciler) unlabelNamespace(ctx context.Context, p *pass) error {
+func unlabelNamespace(ctx context.Context, c client.Client, d *v1alpha1.Dataset) error {
 	others := &v1alpha1.DatasetList{}
-	if err := r.client.List(ctx, others, client.InNamespace(p.dataset.Namespace)); err != nil {
+	if err := c.List(ctx, others, client.InNamespace(d.Namespace)); err != nil {
 		return err
 	}
 	for i := range others.Items {
-		if o := &others.Items[i]; o.UID != p.dataset.UID && wantsWatch(o) {
+		if o := &others.Items[i]; o.UID != d.UID && wantsWatch(o) {
 			return nil
 		}
 	}
-	return r.labelNamespace(ctx, p.dataset.Namespace, false)
+	return labelNamespace(ctx, c, d.Namespace, false)
 }
 
-func (r *Reconciler) labelNamespace(ctx context.Context, name string, on bool) error {
+func labelNamespace(ctx context.Context, c client.Client, name string, on bool) error {
 	ns := &corev1.Namespace{}
-	if err := r.client.Get(ctx, client.ObjectKey{Name: name}, ns); err != nil {
+	if err := c.Get(ctx, client.ObjectKey{Name: name}, ns); err != nil {
 		return client.IgnoreNotFound(err)
 	}
 	_, has := ns.Labels[v1alpha1.LabelWatched]
@@ -55,7 +55,7 @@ func (r *Reconciler) labelNamespace(ctx context.Context, name string, on bool) e
 	} else {
 		delete(ns.Labels, v1alpha1.LabelWatched)
 	}
-	if err := r.client.Patch(ctx, ns, client.MergeFrom(before)); client.IgnoreNotFound(err) != nil {
+	if err := c.Patch(ctx, ns, client.MergeFrom(before)); client.IgnoreNotFound(err) != nil {
 		return fmt.Errorf("namespace %s: %w", name, err)
 	}
 	return nil

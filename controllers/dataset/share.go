@@ -57,7 +57,7 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 	gone := make(map[v1alpha1.Namespace]bool)
 	for _, ns := range d.Status.SharedWith {
 		if !slices.Contains(wanted, ns) {
-			if err := r.removeCopy(ctx, d, string(ns)); err != nil {
+			if err := removeCopy(ctx, r.client, r.live, d, string(ns)); err != nil {
 				return err
 			}
 			delete(p.copies, string(ns))
@@ -144,16 +144,16 @@ func (r *Reconciler) putCopy(ctx context.Context, p *pass, namespace string) (bo
 }
 
 // removeCopy takes a copy away; a Secret of its name that is somebody else's stays.
-func (r *Reconciler) removeCopy(ctx context.Context, d *v1alpha1.Dataset, namespace string) error {
+func removeCopy(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset, namespace string) error {
 	s := &corev1.Secret{}
-	err := r.live.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.SharedReaderName(d.Namespace, d.Name)}, s)
+	err := live.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.SharedReaderName(d.Namespace, d.Name)}, s)
 	if err != nil {
 		return client.IgnoreNotFound(err)
 	}
 	if !isCopy(s, d) {
 		return nil
 	}
-	if err := r.client.Delete(ctx, s, client.Preconditions{UID: &s.UID}); client.IgnoreNotFound(err) != nil {
+	if err := c.Delete(ctx, s, client.Preconditions{UID: &s.UID}); client.IgnoreNotFound(err) != nil {
 		return fmt.Errorf("secret %s/%s: %w", namespace, s.Name, err)
 	}
 	return nil

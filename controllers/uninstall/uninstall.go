@@ -1,0 +1,303 @@
+// Package uninstall takes an installation away so that nothing of it is left: no object, finalizer, mount,
+// volume, label or Secret.
+//
+// The order is what makes that possible. Loads and Datasets go first, while everything that lets them go still
+// runs: their controller, and the node service, without which the kubelet could neither unmount a volume nor
+// end its pod. Then the webhooks, so that no pod is refused for what is not there any more; then the node
+// service, which unmounts what it has; and the rest.
+//
+// It owns the order and the list of what config/ installs (objects.go). Concurrency: one goroutine. Failure:
+// it removes and waits until ctx ends, says what it waits for, and can be run again at any point: what is gone
+// is passed over. Where the controller does not run, it does the controller's part itself, with the same code.
+//
+// It may import api and controllers/dataset; cmd imports it.
+package uninstall
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"slices"
+	"strings"
+	"time"
+
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/controllers/dataset"
+)
+
+// Options of Run.
+type Options struct {
+	// Namespace is the installation's.
+	Namespace string
+	// DryRun tells what would be done and does nothing.
+	DryRun bool
+	// DeletePods ends the pods that use a Dataset instead of waiting for them.
+	DeletePods bool
+	// Poll is how often what is waited for is looked at; zero means 2 s.
+	Poll time.Duration
+	// Out gets a line for everything that is done, and for what is waited for when that changes.
+	Out io.Writer
+}
+
+// Run takes the installation away. c must read past any cache and have an administrator's rights.
+func Run(ctx context.Context, c client.Client, o Options) error {
+	if o.Poll == 0 {
+		o.Poll = 2 * time.Second
+	}
+	u := &uninstaller{Options: o, c: c}
+	for _, step := range []func(context.Context) error{
+		u.loads, u.datasets, u.remains, u.pods, u.volumes,
+		u.webhooks, u.node, u.labels, u.others,
+	} {
+		if err := step(ctx); err != nil {
+			return fmt.Errorf("uninstall: %w; run it again to go on", err)
+		}
+	}
+	switch {
+	case o.DryRun:
+		u.say("nothing was changed")
+	case !u.did:
+		u.say("nothing of an installation was left")
+	default:
+		u.say("done")
+	}
+	return nil
+}
+
+type uninstaller struct {
+	Options
+	c     client.Client
+	did   bool // something was there to remove
+	alone *bool
+}
+
+func (u *uninstaller) say(format string, a ...any) { fmt.Fprintf(u.Out, format+"\n", a...) }
+
+// until calls f until it has nothing left to wait for. In a dry run once.
+func (u *uninstaller) until(ctx context.Context, f func(context.Context) (waits string, err error)) error {
+	said := ""
+	timer := time.NewTimer(0)
+	defer timer.Stop()
+	<-timer.C
+	for {
+		waits, err := f(ctx)
+		switch {
+		case err != nil && ctx.Err() != nil: // which says less than what it waited for
+		case err != nil && !again(err):
+			return err
+		case err == nil && waits == "" || u.DryRun:
+			return nil
+		}
+		if waits != "" && waits != said {
+			u.say("%s", waits)
+			said = waits
+		}
+		timer.Reset(u.Poll)
+		select {
+		case <-ctx.Done():
+			if said == "" {
+				return errors.Join(err, ctx.Err())
+			}
+			return fmt.Errorf("gave up %s", said)
+		case <-timer.C:
+		}
+	}
+}
+
+// again says whether an error is of what two who do the same at once run into.
+func again(err error) bool { return apierrors.IsConflict(err) || apierrors.IsNotFound(err) }
+
+// absent says whether an error means that the cluster does not know the kind.
+func absent(err error) bool { return meta.IsNoMatchError(err) || apierrors.IsNotFound(err) }
+
+// remove deletes an object that is there and not being deleted yet.
+func (u *uninstaller) remove(ctx context.Context, o client.Object) error {
+	u.did = true
+	if !o.GetDeletionTimestamp().IsZero() {
+		return nil
+	}
+	name := u.name(o)
+	if u.DryRun {
+		u.say("would delete %s", name)
+		return nil
+	}
+	err := u.c.Delete(ctx, o, client.PropagationPolicy(metav1.DeletePropagationBackground))
+	if apierrors.IsNotFound(err) {
+		return nil
+	}
+	if err != nil {
+		return fmt.Errorf("%s: %w", name, err)
+	}
+	u.say("deleted %s", name)
+	return nil
+}
+
+func (u *uninstaller) name(o client.Object) string {
+	kind := o.GetObjectKind().GroupVersionKind().Kind
+	if kind == "" {
+		if gvk, err := u.c.GroupVersionKindFor(o); err == nil {
+			kind = gvk.Kind
+		}
+	}
+	if ns := o.GetNamespace(); ns != "" {
+		return kind + " " + ns + "/" + o.GetName()
+	}
+	return kind + " " + o.GetName()
+}
+
+// noController says whether the controller does not run, so that its part is left to do. It is said once.
+func (u *uninstaller) noController(ctx context.Context) (bool, error) {
+	d := &appsv1.Deployment{}
+	err := u.c.Get(ctx, client.ObjectKey{Namespace: u.Namespace, Name: "stepcache-controller"}, d)
+	if client.IgnoreNotFound(err) != nil {
+		return false, err
+	}
+	alone := err != nil || d.Status.AvailableReplicas == 0
+	if alone && (u.alone == nil || !*u.alone) {
+		u.say("no controller runs in namespace %s: its part is done here; what its workers still pin or count is lost with them", u.Namespace)
+	}
+	u.alone = &alone
+	return alone, nil
+}
+
+// loads deletes the DataLoads of all namespaces.
+func (u *uninstaller) loads(ctx context.Context) error {
+	return u.until(ctx, func(ctx context.Context) (string, error) {
+		all := &v1alpha1.DataLoadList{}
+		if err := u.c.List(ctx, all); absent(err) || err == nil && len(all.Items) == 0 {
+			return "", nil
+		} else if err != nil {
+			return "", err
+		}
+		var names []string
+		for i := range all.Items {
+			l := &all.Items[i]
+			if err := u.remove(ctx, l); err != nil {
+				return "", err
+			}
+			names = append(names, l.Namespace+"/"+l.Name)
+		}
+		if u.DryRun {
+			return "", nil
+		}
+		alone, err := u.noController(ctx)
+		if err != nil {
+			return "", err
+		}
+		for i := range all.Items {
+			// Their pins go with the workers.
+			if l := all.Items[i].DeepCopy(); alone && controllerutil.RemoveFinalizer(l, v1alpha1.Finalizer) {
+				if err := u.c.Patch(ctx, l, client.MergeFrom(&all.Items[i])); client.IgnoreNotFound(err) != nil {
+					return "", fmt.Errorf("dataload %s: %w", names[i], err)
+				}
+			}
+		}
+		return "waiting for the end of DataLoads: " + some(names), nil
+	})
+}
+
+// datasets deletes the Datasets of all namespaces and waits for the pods that use them.
+func (u *uninstaller) datasets(ctx context.Context) error {
+	return u.until(ctx, func(ctx context.Context) (string, error) {
+		all := &v1alpha1.DatasetList{}
+		if err := u.c.List(ctx, all); absent(err) || err == nil && len(all.Items) == 0 {
+			return "", nil
+		} else if err != nil {
+			return "", err
+		}
+		for i := range all.Items {
+			if err := u.remove(ctx, &all.Items[i]); err != nil {
+				return "", err
+			}
+		}
+		alone := false
+		if !u.DryRun {
+			var err error
+			if alone, err = u.noController(ctx); err != nil {
+				return "", err
+			}
+		}
+		var waits []string
+		for i := range all.Items {
+			wait, err := u.dataset(ctx, &all.Items[i], alone)
+			if err != nil {
+				return "", err
+			}
+			waits = append(waits, wait)
+		}
+		return "waiting for " + strings.Join(waits, "; "), nil
+	})
+}
+
+// dataset says what a Dataset waits for.
+func (u *uninstaller) dataset(ctx context.Context, d *v1alpha1.Dataset, alone bool) (waits string, err error) {
+	name := d.Namespace + "/" + d.Name
+	pods, err := dataset.Users(ctx, u.c, d)
+	if err != nil {
+		return "", err
+	}
+	if len(pods) > 0 {
+		if u.DryRun {
+			verb := "would wait for"
+			if u.DeletePods {
+				verb = "would delete"
+			}
+			u.say("%s %s that use Dataset %s", verb, dataset.Named(pods), name)
+			return name, nil
+		}
+		if u.DeletePods {
+			for _, p := range pods {
+				ns, n, _ := strings.Cut(p, "/")
+				if err := u.end(ctx, ns, n); err != nil {
+					return "", err
+				}
+			}
+			return fmt.Sprintf("the end of %s that use Dataset %s", dataset.Named(pods), name), nil
+		}
+		return fmt.Sprintf("%s that use Dataset %s (end them, or run with --delete-pods)", dataset.Named(pods), name), nil
+	}
+	if alone && !u.DryRun {
+		fresh := &v1alpha1.Dataset{}
+		if err := u.c.Get(ctx, client.ObjectKeyFromObject(d), fresh); err != nil {
+			return "", client.IgnoreNotFound(err)
+		}
+		if fresh.Status.Unflushed > 0 {
+			return fmt.Sprintf("Dataset %s, of which %d bytes are not in the bucket yet and only a controller can see them flushed: start it again, or remove the Dataset's finalizer to lose them", name, fresh.Status.Unflushed), nil
+		}
+		if _, err := dataset.Release(ctx, u.c, u.c, fresh); err != nil {
+			return "", fmt.Errorf("dataset %s: %w", name, err)
+		}
+	}
+	if f := slices.DeleteFunc(slices.Clone(d.Finalizers), func(f string) bool { return f == v1alpha1.Finalizer }); len(f) > 0 {
+		return fmt.Sprintf("Dataset %s, on which others have the finalizers %s", name, strings.Join(f, ", ")), nil
+	}
+	return "the end of Dataset " + name, nil
+}
+
+// end deletes a pod, once.
+func (u *uninstaller) end(ctx context.Context, namespace, name string) error {
+	p := &corev1.Pod{}
+	if err := u.c.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, p); err != nil {
+		return client.IgnoreNotFound(err)
+	}
+	return u.remove(ctx, p)
+}
+
+// some are the first names of a list.
+func some(names []string) string {
+	const most = 10
+	text := strings.Join(names[:min(len(names), most)], ", ")
+	if len(names) > most {
+		text += fmt.Sprintf(" and %d others", len(names)-most)
+	}
+	return text
+}
