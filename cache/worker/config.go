@@ -43,6 +43,10 @@ type Config struct {
 	// ScrubBytesPerSecond bounds how fast whole objects are hashed again to compare them with the bucket's
 	// digest; zero means 64 MiB/s, negative turns it off.
 	ScrubBytesPerSecond int64 `json:"scrubBytesPerSecond,omitempty"`
+	// Gateway serves the dataset over S3's protocol and accepts writes. nil: it is read-only.
+	Gateway *GatewayConfig `json:"gateway,omitempty"`
+	// Write says when a write is acknowledged.
+	Write WriteConfig `json:"write,omitzero"`
 	// Pprof serves /debug/pprof on Control.
 	Pprof bool `json:"pprof,omitempty"`
 }
@@ -148,7 +152,7 @@ func (c Config) Validate() error {
 			}
 		}
 	}
-	return errors.Join(errs...)
+	return errors.Join(append(errs, c.validateGateway()...)...)
 }
 
 // overlap says whether one path is the other or above it.

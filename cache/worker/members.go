@@ -57,6 +57,7 @@ func (v *view) owners(self string, o ring.Object, block int64, copies int) ([]ri
 type members struct {
 	path    string
 	current atomic.Pointer[view]
+	look    chan struct{} // somebody wants the file read at once
 
 	mu   sync.Mutex // guards changes of current
 	told bool       // the list in force was told by the controller: the file may be an older one
@@ -152,6 +153,7 @@ func (w *Worker) keepMembers(ctx context.Context) error {
 		select {
 		case <-ctx.Done():
 			return nil
+		case <-w.members.look:
 		case <-w.clock.After(pollInterval):
 		}
 	}

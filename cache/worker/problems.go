@@ -19,6 +19,7 @@ const (
 	problemBucket   problem = "bucket"   // the bucket refuses to be read
 	problemMembers  problem = "membership"
 	problemKeys     problem = "keys"
+	problemGateway  problem = "gateway" // the access keys of the S3 endpoint cannot be read
 )
 
 // blocking are the problems with which a worker cannot serve.

@@ -187,6 +187,18 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn, permit *permit) {
 			w.log.Info("connection ended: its key is not one of the dataset's any more", "peer", nc.RemoteAddr().String())
 			return
 		}
+		if req.Op == wire.OpObjects {
+			if err := w.mayAskNames(permit); err != nil {
+				c.fail(cctx, req, err)
+				return
+			}
+			if c.reply(cctx, req, wire.Reply{}, nil) == nil {
+				// The sender waits for the reply, so that nothing of what follows is in r.
+				stopRead()
+				w.gateway.names.ServeConn(ctx, nc, permit.valid)
+			}
+			return
+		}
 		if req.Op == wire.OpPing {
 			if c.reply(cctx, req, wire.Reply{}, nil) != nil {
 				return
@@ -468,6 +480,17 @@ func (c *conn) write(ctx context.Context, req wire.Request, rep wire.Reply, fram
 		c.Close()
 		c.worker.log.Debug("reply not written", "peer", c.RemoteAddr().String(), "error", err)
 		return fmt.Errorf("%w: %w", errWrite, err)
+	}
+	return nil
+}
+
+// mayAskNames says why a connection cannot carry requests about names.
+func (w *Worker) mayAskNames(p *permit) error {
+	switch {
+	case w.gateway == nil:
+		return fmt.Errorf("%w: worker %s serves a read-only dataset", source.ErrInvalid, w.config.ID)
+	case p.role != wire.RoleWrite:
+		return fmt.Errorf("%w: worker %s: requests about names need the write key", source.ErrDenied, w.config.ID)
 	}
 	return nil
 }

@@ -1,0 +1,257 @@
+package objects
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"log/slog"
+	"net"
+	"net/http"
+	"path/filepath"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/semaphore"
+
+	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+const (
+	// Fresh is how long a version that the bucket told is used without asking again, FreshExclusive the
+	// same where nobody but the dataset writes to the bucket.
+	Fresh          = time.Second
+	FreshExclusive = 30 * time.Second
+	// HandOverTime is how long a member that does not answer is taken to follow an old membership.
+	HandOverTime = time.Minute
+	// UploadAge is when an unfinished upload in parts of an exclusive dataset is given up.
+	UploadAge = 7 * 24 * time.Hour
+)
+
+// Mount is one source and where its keys appear.
+type Mount struct {
+	// Path is where it appears in the dataset: "/" or "/a/b".
+	Path string
+	// Prefix is what every key of it starts with in the bucket.
+	Prefix string
+	Source source.Source
+}
+
+// Members tells the list of workers.
+type Members interface {
+	// List is the list in force, and a channel that is closed when another takes its place.
+	List() (ring.Membership, <-chan struct{})
+	// Look has the list read again soon: another worker follows a newer one.
+	Look()
+}
+
+// Clock is the time as this package sees it.
+type Clock interface {
+	Now() time.Time
+	After(d time.Duration) <-chan time.Time
+}
+
+// Config of New.
+type Config struct {
+	// Dataset is namespace/name, Self this worker's member id.
+	Dataset, Self string
+	// Mounts are the dataset's; nil while the sources are not open yet.
+	Mounts func() []Mount
+	Store  *store.Store
+	// Quota is the store's, in bytes.
+	Quota int64
+	// Dir is a folder that outlives the process where the store does, for the journal of uploads.
+	Dir string
+	// Exclusive: nobody else writes below the mounts.
+	Exclusive bool
+	Members   Members
+	// Dial connects to other workers, Keys are the dataset's.
+	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
+	Keys   func() wire.Keys
+	Clock  Clock
+	Logger *slog.Logger
+}
+
+// Names are the names of one dataset, at one worker.
+type Names struct {
+	c     Config
+	log   *slog.Logger
+	fresh time.Duration
+
+	epochs   epochs
+	versions versions
+	peers    *peers
+	stage    *stager
+	uploads  *uploads
+	// writing bounds the bytes that puts hold in memory, heap those that reads hold in blocks that the store
+	// does not keep.
+	writing *semaphore.Weighted
+	heap    *semaphore.Weighted
+	counts  counts
+	handler http.Handler
+	warm    chan warming
+}
+
+// Counts are what was done since the start.
+type Counts struct {
+	Puts, Deletes, Copies, Reads, Lists int64
+	// Written are bytes that were put, Read those that readers got from this worker's gateway.
+	Written, Read int64
+	// Forwarded are operations passed on to another worker, Direct those executed here although another
+	// worker owns the name, which could not be reached; Waited those acknowledged only after Fresh.
+	Forwarded, Direct, Waited int64
+	// Staged are puts whose bytes are in the tier since, Unstaged those that were too large or had no room.
+	Staged, Unstaged int64
+}
+
+type counts struct {
+	puts, deletes, copies, reads, lists, written, read atomic.Int64
+	forwarded, direct, waited, staged, unstaged        atomic.Int64
+}
+
+var (
+	_ gateway.Objects   = (*Names)(nil)
+	_ gateway.Writer    = (*Names)(nil)
+	_ gateway.Multipart = (*Names)(nil)
+)
+
+const (
+	// maxWriting bounds the heap of puts under way: each holds parts of 16 MiB while they are sent.
+	maxWriting = 192 << 20
+	// maxHeap bounds the heap of blocks that are sent without being kept.
+	maxHeap = 8 * ring.BlockSize
+)
+
+// New returns the names of a dataset. Run must be called.
+func New(c Config) (*Names, error) {
+	if c.Dataset == "" || c.Self == "" || c.Mounts == nil || c.Store == nil || c.Members == nil || c.Keys == nil || c.Dial == nil {
+		return nil, errors.New("objects: the configuration is not complete")
+	}
+	if c.Clock == nil {
+		c.Clock = systemClock{}
+	}
+	if c.Logger == nil {
+		c.Logger = slog.Default()
+	}
+	n := &Names{
+		c: c, log: c.Logger, fresh: Fresh,
+		versions: versions{names: make(map[string]*name)},
+		writing:  semaphore.NewWeighted(maxWriting), heap: semaphore.NewWeighted(maxHeap),
+		warm: make(chan warming, 64),
+	}
+	if c.Exclusive {
+		n.fresh = FreshExclusive
+	}
+	var err error
+	if n.uploads, err = openUploads(filepath.Join(c.Dir, uploadsName)); err != nil {
+		return nil, err
+	}
+	n.stage = &stager{store: c.Store, quota: c.Quota}
+	n.peers = newPeers(n)
+	n.handler = n.routes()
+	n.epochs.init(c.Members, c.Self, c.Clock.Now())
+	return n, nil
+}
+
+type systemClock struct{}
+
+func (systemClock) Now() time.Time                         { return time.Now() }
+func (systemClock) After(d time.Duration) <-chan time.Time { return time.After(d) }
+
+// Run keeps what must be kept up to date until ctx ends: which members follow which epoch, uploads to be
+// given up, and what is to be made warm.
+func (n *Names) Run(ctx context.Context) error {
+	done := make(chan struct{}, 2)
+	for _, loop := range []func(context.Context){n.keepUploads, n.keepWarm} {
+		go func() {
+			defer func() { done <- struct{}{} }()
+			loop(ctx)
+		}()
+	}
+	n.keepEpochs(ctx)
+	<-done
+	<-done
+	return nil
+}
+
+// Close gives back what New took, after the last request has ended.
+func (n *Names) Close() {
+	n.uploads.close()
+	n.peers.close()
+}
+
+// Counts returns the counters.
+func (n *Names) Counts() Counts {
+	c := &n.counts
+	return Counts{
+		Puts: c.puts.Load(), Deletes: c.deletes.Load(), Copies: c.copies.Load(), Reads: c.reads.Load(), Lists: c.lists.Load(),
+		Written: c.written.Load(), Read: c.read.Load(), Forwarded: c.forwarded.Load(), Direct: c.direct.Load(),
+		Waited: c.waited.Load(), Staged: c.staged.Load(), Unstaged: c.unstaged.Load(),
+	}
+}
+
+// place is a key in its bucket.
+type place struct {
+	*mount
+	key string // in the bucket
+}
+
+func (p place) String() string { return p.URL() + "/" + p.key }
+
+// mount is a Mount and what was found of its source.
+type mount struct {
+	source.Source
+	writer source.Writer
+	pager  source.Pager
+	path   string // as the start of keys of the dataset: "" or "a/b/"
+	prefix string // of keys of the bucket
+}
+
+// mounts are the opened mounts in the order of their paths.
+func (n *Names) mounts() ([]*mount, error) {
+	given := n.c.Mounts()
+	if given == nil {
+		return nil, fmt.Errorf("%w: dataset %s: worker %s has not opened the sources yet", gateway.ErrBusy, n.c.Dataset, n.c.Self)
+	}
+	out := make([]*mount, 0, len(given))
+	for _, g := range given {
+		m := &mount{Source: g.Source, path: pathOf(g.Path), prefix: g.Prefix}
+		if m.prefix != "" && m.prefix[len(m.prefix)-1] != '/' {
+			m.prefix += "/" // as a listing of the mount does
+		}
+		var ok bool
+		if m.writer, ok = source.WriterOf(g.Source); !ok {
+			return nil, fmt.Errorf("%w: dataset %s: %s cannot be written through the tier; access: ReadWrite needs a bucket of s3://", gateway.ErrReadOnly, n.c.Dataset, g.Source.URL())
+		}
+		if m.pager, ok = source.PagerOf(g.Source); !ok {
+			return nil, fmt.Errorf("%w: dataset %s: %s cannot be listed in pages", gateway.ErrReadOnly, n.c.Dataset, g.Source.URL())
+		}
+		out = append(out, m)
+	}
+	sortMounts(out)
+	return out, nil
+}
+
+// locate finds the bucket of a key.
+func (n *Names) locate(key string) (place, error) {
+	if err := checkKey(key); err != nil {
+		return place{}, fmt.Errorf("%w: key %q: %w", source.ErrInvalid, key, err)
+	}
+	mounts, err := n.mounts()
+	if err != nil {
+		return place{}, err
+	}
+	for _, m := range mounts {
+		if rel, ok := cutPrefix(key, m.path); ok && rel != "" {
+			p := place{m, m.prefix + rel}
+			if len(p.key) > maxKey {
+				return place{}, fmt.Errorf("%w: key %q: with the mount's prefix it is longer than %d bytes", source.ErrInvalid, key, maxKey)
+			}
+			return p, nil
+		}
+	}
+	return place{}, fmt.Errorf("%w: key %q: no mount of dataset %s is at its path", source.ErrNotFound, key, n.c.Dataset)
+}

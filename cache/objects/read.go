@@ -1,0 +1,263 @@
+package objects
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+	"os"
+	"sync"
+
+	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// found is a version, and who has its bytes.
+type found struct {
+	version
+	owner *ring.Member // nil: this worker asks the bucket itself
+}
+
+// Stat implements gateway.Objects.
+func (n *Names) Stat(ctx context.Context, key string) (gateway.Info, error) {
+	f, err := n.find(ctx, key)
+	if err != nil {
+		return gateway.Info{}, err
+	}
+	return f.info(key), nil
+}
+
+func (n *Names) find(ctx context.Context, key string) (found, error) {
+	return route(ctx, n, key,
+		func(ctx context.Context, p place, s state, owned bool) (found, error) {
+			v, err := n.stat(ctx, key, p, s, owned)
+			return found{version: v}, err
+		},
+		func(ctx context.Context, m ring.Member, s state) (found, error) {
+			var v versionJSON
+			err := n.peers.ask(ctx, m, s.Epoch, "GET", "/object", url.Values{"key": {key}}, nil, &v)
+			return found{v.version(), &m}, err
+		}, always)
+}
+
+func (n *Names) stat(ctx context.Context, key string, p place, s state, owned bool) (version, error) {
+	v, err := n.resolve(ctx, key, p, s, owned)
+	if err != nil {
+		return version{}, fmt.Errorf("%q: %w", key, err)
+	}
+	return v, nil
+}
+
+// Open implements gateway.Objects. When the version is not in the bucket any more by the time it is read,
+// WriteRange fails with source.ErrChanged or source.ErrNotFound before the first byte or, in the middle of a
+// large object, after it.
+func (n *Names) Open(ctx context.Context, key string) (gateway.Object, error) {
+	p, err := n.locate(key)
+	if err != nil {
+		return nil, err
+	}
+	f, err := n.find(ctx, key)
+	if err != nil {
+		return nil, err
+	}
+	n.counts.reads.Add(1)
+	return &object{n: n, key: key, p: p, found: f, blocks: p.blocks(f.object)}, nil
+}
+
+// object is one version, open for reading.
+type object struct {
+	n      *Names
+	key    string
+	p      place
+	found  found
+	blocks ring.Object
+}
+
+func (o *object) Info() gateway.Info { return o.found.info(o.key) }
+
+func (o *object) Close() error { return nil }
+
+// WriteRange implements gateway.Object.
+func (o *object) WriteRange(ctx context.Context, w io.Writer, off, length int64) error {
+	if off < 0 || length < 0 || length > o.found.object.Size-off {
+		return fmt.Errorf("%w: %q: %d bytes from %d of %d", source.ErrInvalid, o.key, length, off, o.found.object.Size)
+	}
+	for length > 0 {
+		block := off / ring.BlockSize
+		within := off - block*ring.BlockSize
+		k := min(length, ring.BlockSize-within)
+		if err := o.writeBlock(ctx, w, block, within, k); err != nil {
+			if errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) {
+				o.n.forget(o.key)
+			}
+			return fmt.Errorf("read %q: %w", o.key, err)
+		}
+		off, length = off+k, length-k
+		o.n.counts.read.Add(k)
+	}
+	return nil
+}
+
+// writeBlock writes length bytes from offset off of one block.
+func (o *object) writeBlock(ctx context.Context, w io.Writer, block, off, length int64) error {
+	b, err := o.acquire(ctx, block)
+	if err != nil {
+		return err
+	}
+	defer b.Release()
+	if !b.Resident() {
+		// It is held in heap for as long as it takes to be sent: only so much of it for all readers together.
+		if !o.n.heap.TryAcquire(int64(b.Len())) {
+			b.Release()
+			return o.pass(ctx, w, block*ring.BlockSize+off, length)
+		}
+		defer o.n.heap.Release(int64(b.Len()))
+		_, err := w.Write(b.Bytes()[off : off+length])
+		return err
+	}
+	return send(w, b, off, length)
+}
+
+// acquire returns a block in use, fetched where it is not here: from the owner, which fetches it once for
+// all, or from the bucket.
+func (o *object) acquire(ctx context.Context, block int64) (*store.Block, error) {
+	return o.n.acquire(ctx, o.key, o.p, o.found, o.blocks, block)
+}
+
+func (n *Names) acquire(ctx context.Context, key string, p place, f found, blocks ring.Object, block int64) (*store.Block, error) {
+	return n.c.Store.Acquire(ctx, blocks, block, func(ctx context.Context, into []byte) error {
+		if f.owner != nil && n.peers.known(*f.owner) == nil {
+			within, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
+			err := n.peers.block(within, *f.owner, key, f.object, block, into)
+			cancel()
+			var peer *errPeer
+			if err == nil || !errors.As(err, &peer) || ctx.Err() != nil {
+				return err
+			}
+			n.log.Debug("block fetched from the bucket, since its owner cannot be reached", "key", key, "error", err)
+		}
+		return n.fetch(ctx, p, f.object, block*ring.BlockSize, into)
+	})
+}
+
+// fetch reads bytes of a version from the bucket.
+func (n *Names) fetch(ctx context.Context, p place, o source.Object, off int64, into []byte) error {
+	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
+	defer cancel()
+	body, err := p.Get(ctx, o, off, int64(len(into)))
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	_, err = io.ReadFull(body, into)
+	return err
+}
+
+// pass sends bytes from the bucket as they come, when there is no memory to keep them.
+func (o *object) pass(ctx context.Context, w io.Writer, off, length int64) error {
+	body, err := o.p.Get(ctx, o.found.object, off, length)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	buf := chunks.Get().(*[]byte)
+	defer chunks.Put(buf)
+	n, err := io.CopyBuffer(struct{ io.Writer }{w}, struct{ io.Reader }{body}, *buf)
+	if err == nil && n != length {
+		err = fmt.Errorf("%w: %d bytes of %d came", source.ErrUnavailable, n, length)
+	}
+	return err
+}
+
+const (
+	// sendfileFrom is the least length for which opening a file is worth it.
+	sendfileFrom = 64 << 10
+	chunkSize    = 256 << 10
+)
+
+// chunks are the buffers that bytes are copied through.
+var chunks = sync.Pool{New: func() any { b := make([]byte, chunkSize); return &b }}
+
+// send writes bytes of a resident block: from the file itself where w can.
+func send(w io.Writer, b *store.Block, off, length int64) error {
+	if to, ok := w.(io.ReaderFrom); ok && length >= sendfileFrom {
+		if f, err := b.Reopen(); err == nil {
+			defer f.Close()
+			_, at := b.File()
+			if _, err := f.Seek(at+off, io.SeekStart); err != nil {
+				return err
+			}
+			return all(to.ReadFrom(&io.LimitedReader{R: f, N: length}))(length)
+		} else if !errors.Is(err, os.ErrNotExist) { // no /proc: it is copied
+			return err
+		}
+	}
+	buf := chunks.Get().(*[]byte)
+	defer chunks.Put(buf)
+	for length > 0 {
+		p := (*buf)[:min(length, chunkSize)]
+		if _, err := b.ReadAt(p, off); err != nil {
+			return err
+		}
+		if _, err := w.Write(p); err != nil {
+			return err
+		}
+		off, length = off+int64(len(p)), length-int64(len(p))
+	}
+	return nil
+}
+
+func all(n int64, err error) func(int64) error {
+	return func(want int64) error {
+		if err == nil && n != want {
+			err = io.ErrUnexpectedEOF
+		}
+		return err
+	}
+}
+
+// warming is an object to be fetched because it is likely to be read soon.
+type warming struct {
+	key    string
+	p      place
+	object source.Object
+}
+
+// makeWarm has an object fetched in the background that was completed of parts, whose bytes this worker has
+// not seen: its readers join. It is a hint: where there are many, some are left to their readers.
+func (n *Names) makeWarm(key string, p place, o source.Object) {
+	if o.Size > n.c.Quota/stageShare {
+		return
+	}
+	select {
+	case n.warm <- warming{key, p, o}:
+	default:
+	}
+}
+
+func (n *Names) keepWarm(ctx context.Context) {
+	for {
+		var w warming
+		select {
+		case <-ctx.Done():
+			return
+		case w = <-n.warm:
+		}
+		blocks := w.p.blocks(w.object)
+		for block := range ring.Blocks(w.object.Size) {
+			if !n.c.Store.Room(blocks, block, 0) {
+				break // not at the expense of what is read
+			}
+			b, err := n.acquire(ctx, w.key, w.p, found{version: version{object: w.object}}, blocks, block)
+			if err != nil {
+				n.log.Debug("not made warm", "key", w.key, "error", err)
+				break
+			}
+			b.Release()
+		}
+	}
+}

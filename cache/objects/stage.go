@@ -1,0 +1,108 @@
+package objects
+
+import (
+	"context"
+	"encoding/hex"
+	"sync/atomic"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/store"
+)
+
+// stager puts the bytes of puts under way into the store.
+type stager struct {
+	store *store.Store
+	quota int64
+	bytes atomic.Int64 // of all that are staged now
+}
+
+const (
+	// stageShare is the part of the quota that one object may take, stageAll the part of all objects that
+	// are being put: they are pinned, and what readers use must not be driven out by them.
+	stageShare = 4
+	stageAll   = 2
+)
+
+// staged is one object being put into the store under an ID of its own. It is for one goroutine. A nil one
+// keeps nothing.
+type staged struct {
+	*stager
+	object ring.Object
+	owner  string
+	buf    []byte // of the block that is being filled
+	block  int64
+	failed bool
+}
+
+// begin returns nil when the object is too large to be kept, or others take the room.
+func (s *stager) begin(size int64) *staged {
+	if size <= 0 || size > s.quota/stageShare {
+		return nil
+	}
+	if s.bytes.Add(size) > s.quota/stageAll {
+		s.bytes.Add(-size)
+		return nil
+	}
+	id := store.Staging()
+	return &staged{stager: s, object: ring.Object{ID: id, Size: size}, owner: "put " + hex.EncodeToString(id[8:])}
+}
+
+// write takes the next bytes. A store that cannot keep them fails the staging, not the put.
+func (t *staged) write(ctx context.Context, p []byte) {
+	for t != nil && !t.failed && len(p) > 0 {
+		length := min(ring.BlockSize, t.object.Size-t.block*ring.BlockSize)
+		if length <= 0 {
+			t.failed = true // longer than was said: the put fails as well
+			return
+		}
+		if t.buf == nil {
+			t.buf = make([]byte, 0, length)
+		}
+		n := min(int(length)-len(t.buf), len(p))
+		t.buf = append(t.buf, p[:n]...)
+		p = p[n:]
+		if int64(len(t.buf)) == length {
+			t.failed = !t.keep(ctx)
+			t.buf = t.buf[:0]
+			t.block++
+		}
+	}
+}
+
+// keep puts one block into the store.
+func (t *staged) keep(ctx context.Context) bool {
+	// Pinned, or the policy would weigh what nobody has read yet against what everybody does.
+	if t.store.Pin(t.object, t.block, t.owner) != nil {
+		return false
+	}
+	b, err := t.store.Acquire(ctx, t.object, t.block, func(_ context.Context, p []byte) error {
+		copy(p, t.buf)
+		return nil
+	})
+	if err != nil {
+		return false
+	}
+	defer b.Release()
+	return b.Resident()
+}
+
+// finish gives what is staged its ID, and says whether the store holds it whole.
+func (t *staged) finish(as ring.Object) bool {
+	if t == nil {
+		return false
+	}
+	kept := !t.failed && t.block == ring.Blocks(t.object.Size) && t.store.Rename(t.object, as)
+	t.end()
+	return kept
+}
+
+// end drops what was not finished.
+func (t *staged) end() {
+	if t == nil || t.object.Size == 0 {
+		return
+	}
+	t.store.Unpin(t.owner)
+	t.store.Drop(t.object)
+	t.bytes.Add(-t.object.Size)
+	t.object.Size, t.buf = 0, nil
+}

@@ -1,0 +1,169 @@
+package objects
+
+import (
+	"context"
+	"crypto/md5"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/url"
+
+	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// Uploads in parts are the bucket's. Any worker begins one and takes its parts; only completing one gives a
+// name another version, and so is the owner's.
+
+// maxUploads bounds a list of uploads.
+const maxUploads = 10_000
+
+// Create implements gateway.Multipart.
+func (n *Names) Create(ctx context.Context, key string, o gateway.PutOptions) (string, error) {
+	p, err := n.locate(key)
+	if err != nil {
+		return "", err
+	}
+	upload, err := p.writer.BeginUpload(ctx, p.key, source.Attributes{ContentType: o.ContentType, Headers: o.Headers, Metadata: o.Metadata})
+	if err != nil {
+		return "", fmt.Errorf("begin an upload of %q: %w", key, told(err))
+	}
+	return upload, nil
+}
+
+// PutPart implements gateway.Multipart.
+func (n *Names) PutPart(ctx context.Context, key, upload string, number int, size int64, r io.Reader) (gateway.Part, error) {
+	p, err := n.locate(key)
+	if err != nil {
+		return gateway.Part{}, err
+	}
+	if err := n.writing.Acquire(ctx, weight(min(size, 16<<20))); err != nil {
+		return gateway.Part{}, fmt.Errorf("part %d of %q: %w: too many puts are under way: %w", number, key, gateway.ErrBusy, err)
+	}
+	defer n.writing.Release(weight(min(size, 16<<20)))
+	t := &tee{ctx: ctx, r: r, now: n.c.Clock.Now}
+	part, err := p.writer.PutPart(ctx, p.key, upload, number, t, size)
+	if err != nil {
+		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, told(t.failed(err)))
+	}
+	n.counts.written.Add(size)
+	return gateway.Part{Number: part.Number, ETag: part.Version, Size: part.Size, ModTime: part.ModTime}, nil
+}
+
+// Abort implements gateway.Multipart.
+func (n *Names) Abort(ctx context.Context, key, upload string) error {
+	p, err := n.locate(key)
+	if err != nil {
+		return err
+	}
+	if err := p.writer.AbortUpload(ctx, p.key, upload); err != nil {
+		return fmt.Errorf("abort the upload of %q: %w", key, told(err))
+	}
+	return nil
+}
+
+// Parts implements gateway.Multipart.
+func (n *Names) Parts(ctx context.Context, key, upload string, after, max int) ([]gateway.Part, bool, error) {
+	p, err := n.locate(key)
+	if err != nil {
+		return nil, false, err
+	}
+	parts, more, err := p.writer.Parts(ctx, p.key, upload, after, max)
+	if err != nil {
+		return nil, false, fmt.Errorf("parts of the upload of %q: %w", key, told(err))
+	}
+	out := make([]gateway.Part, 0, len(parts))
+	for _, part := range parts {
+		out = append(out, gateway.Part{Number: part.Number, ETag: part.Version, Size: part.Size, ModTime: part.ModTime})
+	}
+	return out, more, nil
+}
+
+// Uploads implements gateway.Multipart.
+func (n *Names) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, error) {
+	mounts, err := n.mounts()
+	if err != nil {
+		return nil, err
+	}
+	var out []gateway.Upload
+	for _, m := range mounts {
+		below, ok := m.prefixOf(prefix)
+		if !ok {
+			continue
+		}
+		found, err := m.writer.Uploads(ctx, below, maxUploads-len(out))
+		if err != nil {
+			return nil, fmt.Errorf("uploads below %q: %w", prefix, told(err))
+		}
+		for _, u := range found {
+			out = append(out, gateway.Upload{Key: m.path + u.Key[len(m.prefix):], ID: u.ID, Started: u.Started})
+		}
+	}
+	return out, nil
+}
+
+// completeJSON is the completion of an upload as it travels.
+type completeJSON struct {
+	Upload  string
+	Parts   []source.Part
+	Options optionsJSON
+}
+
+// Complete implements gateway.Multipart.
+func (n *Names) Complete(ctx context.Context, key, upload string, parts []gateway.Part, o gateway.PutOptions) (gateway.Info, error) {
+	options, err := optionsOf(o)
+	if err != nil {
+		return gateway.Info{}, fmt.Errorf("complete %q: %w", key, err)
+	}
+	c := completeJSON{Upload: upload, Options: options}
+	for _, p := range parts {
+		c.Parts = append(c.Parts, source.Part{Number: p.Number, Version: p.ETag})
+	}
+	v, err := route(ctx, n, key,
+		func(ctx context.Context, p place, s state, owned bool) (version, error) {
+			return n.complete(ctx, key, p, s, owned, c)
+		},
+		func(ctx context.Context, m ring.Member, s state) (version, error) {
+			var v versionJSON
+			err := n.peers.ask(ctx, m, s.Epoch, "POST", "/complete", url.Values{"key": {key}}, c, &v)
+			return v.version(), err
+		}, always)
+	if err != nil {
+		return gateway.Info{}, err
+	}
+	return v.info(key), nil
+}
+
+func (n *Names) complete(ctx context.Context, key string, p place, s state, owned bool, c completeJSON) (version, error) {
+	n.counts.puts.Add(1)
+	o := c.Options.write()
+	w := n.begin(key, s, owned)
+	object, err := p.writer.CompleteUpload(ctx, p.key, c.Upload, c.Parts, o)
+	if errors.Is(err, source.ErrNoUpload) {
+		// Completed before, by a request whose answer was lost: the parts tell what it became.
+		if now, aerr := n.ask(ctx, p); aerr == nil && now.object.Version == etagOf(c.Parts) {
+			object, err = now.object, nil
+		}
+	}
+	w.end() // its attributes were given to another request, so the bucket is asked
+	if err != nil {
+		return version{}, fmt.Errorf("complete %q: %w", key, refused(err, o))
+	}
+	n.makeWarm(key, p, object)
+	return version{object: object}, acknowledged(key, w.acknowledge(ctx))
+}
+
+// etagOf is the ETag that S3 gives an object of these parts; empty when theirs are of another kind.
+func etagOf(parts []source.Part) string {
+	h := md5.New()
+	for _, p := range parts {
+		sum, err := hex.DecodeString(p.Version)
+		if err != nil || len(sum) != md5.Size {
+			return ""
+		}
+		h.Write(sum)
+	}
+	return fmt.Sprintf("%s-%d", hex.EncodeToString(h.Sum(nil)), len(parts))
+}
