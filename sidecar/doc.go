@@ -10,7 +10,7 @@
 //   - A server that is killed is started again and goes on where it was: reads under way wait.
 //   - A server that dies while the pod ends leaves no mount behind. A mount left behind would keep its pod
 //     Terminating, were it in a volume that the kubelet takes away; in a folder of the node it would stay for
-//     ever. Should both be killed, the next Keep on the node sweeps up.
+//     ever. Should both be killed, the node service sweeps up, or the next Keep on the node.
 //
 // Both end at once, without an error, when their context does.
 //

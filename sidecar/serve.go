@@ -61,6 +61,12 @@ func Serve(ctx context.Context, o Options) (err error) {
 	if err := os.Remove(ready); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return fmt.Errorf("the folder of this pod's mounts: %w", err)
 	}
+	// While it is held nobody takes the mounts for a dead pod's.
+	lock, err := takeLock(filepath.Join(o.Dir, serverFile), os.O_CREATE)
+	if err != nil {
+		return fmt.Errorf("%s is another server's: %w", o.Dir, err)
+	}
+	defer lock.Close()
 	kept := recall(ctx, o)
 	defer func() {
 		for _, e := range kept { // those nobody took

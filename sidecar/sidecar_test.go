@@ -413,6 +413,37 @@ func TestDeadPodsAreSwept(t *testing.T) {
 	alive.nothingLeft()
 }
 
+// A node service looks after its node: while either of the two lives the folder stays, and then it goes.
+func TestWhatBothLeftIsSweptOnTheNode(t *testing.T) {
+	needMount(t)
+	p := newPod(t)
+	p.workers()
+	k, s := p.keep(), p.serve()
+	p.ready(k, s)
+	k.kill()
+	long := time.Now().Add(-time.Hour)
+	if err := os.Chtimes(p.dir, long, long); err != nil {
+		t.Fatal(err)
+	}
+	base, log := filepath.Dir(p.dir), slog.New(slog.DiscardHandler)
+	sweep(base, "", time.Now(), log)
+	p.check()
+	s.kill()
+	if err := os.Chtimes(p.dir, long, long); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		SweepUntil(ctx, base, log)
+	}()
+	await(t, "swept", func() bool { _, err := os.Lstat(p.dir); return errors.Is(err, os.ErrNotExist) })
+	cancel()
+	<-done
+	p.nothingLeft()
+}
+
 func TestEndsWhileItWaits(t *testing.T) {
 	needMount(t)
 	p := newPod(t)

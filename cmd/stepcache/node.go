@@ -1,6 +1,7 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/csi"
 	"github.com/stepcache/stepcache/csi/keeper"
+	"github.com/stepcache/stepcache/sidecar"
 )
 
 // defaultKubelet is where the kubelet keeps its things.
@@ -63,7 +65,17 @@ at SIGTERM, unless a successor has taken over.`,
 				}
 				c.Node = csi.NodeObject{Client: client, Name: c.NodeName}
 			}
-			return csi.Run(cmd.Context(), c)
+			// What pods with a mount of their own left on this node, in the folder that the webhook gives them.
+			ctx, stop := context.WithCancel(cmd.Context())
+			swept := make(chan struct{})
+			go func() {
+				defer close(swept)
+				sidecar.SweepUntil(ctx, sidecar.NodeDir, c.Logger)
+			}()
+			err := csi.Run(ctx, c)
+			stop()
+			<-swept
+			return err
 		},
 	}
 	f := cmd.Flags()
