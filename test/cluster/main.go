@@ -48,7 +48,12 @@ func command() *cobra.Command {
 		SilenceErrors: true,
 	}
 	c, openErr := open()
-	root.PersistentPreRunE = func(*cobra.Command, []string) error { return openErr }
+	root.PersistentPreRunE = func(*cobra.Command, []string) error {
+		if openErr != nil {
+			return openErr
+		}
+		return c.goHome()
+	}
 
 	add := func(use, short string, args cobra.PositionalArgs, run func(context.Context, []string) error) *cobra.Command {
 		cmd := &cobra.Command{Use: use, Short: short, Args: args, RunE: func(cmd *cobra.Command, args []string) error {

@@ -226,6 +226,10 @@ func (c *Cluster) Exec(args []string) error {
 	if err != nil {
 		return err
 	}
+	self, err := os.Executable()
+	if err != nil {
+		return err
+	}
 	args = append([]string{program}, args[1:]...)
 	return become(args, func() error {
 		if err := enter(namespacePath(c.name), unix.CLONE_NEWNET); err != nil {
@@ -243,7 +247,39 @@ func (c *Cluster) Exec(args []string) error {
 		return errors.Join(
 			os.Setenv("KUBECONFIG", c.kubeconfig("admin")),
 			os.Setenv("KUBECACHEDIR", c.kubectlCache()),
+			// By this a test breaks nodes; see goHome.
+			os.Setenv("STEPCACHE_CLUSTER", self), os.Setenv("STEPCACHE_CLUSTER_STATE", c.state),
 			c.leadPath())
+	})
+}
+
+// goHome starts this command again in the mounts and the network of the machine, if it was started by a command of
+// exec-in-lab: networks and mounts that were made in there would end with it, and nobody else would see them.
+func (c *Cluster) goHome() error {
+	if os.Getenv("STEPCACHE_CLUSTER") == "" || os.Getenv("STEPCACHE_CLUSTER_HOME") != "" {
+		return nil
+	}
+	pid := c.pid("apiserver") // in the mounts that `up` was started in
+	if pid == 0 {
+		return nil
+	}
+	program, err := os.Executable()
+	if err != nil {
+		return err
+	}
+	dir, err := os.Getwd()
+	if err != nil {
+		return err
+	}
+	return become(append([]string{program}, os.Args[1:]...), func() error {
+		// A thread that shares its folders with others cannot change its mounts.
+		if err := unix.Unshare(unix.CLONE_FS); err != nil {
+			return fmt.Errorf("leave the cluster's network: %w", err)
+		}
+		return errors.Join(
+			enter(fmt.Sprintf("/proc/%d/ns/mnt", pid), unix.CLONE_NEWNS),
+			os.Chdir(dir),
+			os.Setenv("STEPCACHE_CLUSTER_HOME", "1"))
 	})
 }
 

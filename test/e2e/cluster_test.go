@@ -55,6 +55,7 @@ func run(ctx context.Context, stdin string, args ...string) (string, error) {
 	}
 	cmd := exec.CommandContext(ctx, words[0], append(words[1:], args...)...)
 	cmd.Dir = root
+	cmd.WaitDelay = 10 * time.Second
 	var out, errs bytes.Buffer
 	cmd.Stdin, cmd.Stdout, cmd.Stderr = strings.NewReader(stdin), &out, &errs
 	if err := cmd.Run(); err != nil {
@@ -63,6 +64,7 @@ func run(ctx context.Context, stdin string, args ...string) (string, error) {
 	return out.String(), nil
 }
 
+// kubectl runs kubectl, which must succeed.
 func kubectl(t *testing.T, args ...string) string {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
@@ -73,6 +75,33 @@ func kubectl(t *testing.T, args ...string) string {
 	}
 	return out
 }
+
+// lab runs a command of test/cluster, for what no API does: breaking nodes, looking into them, and reading the
+// audit log. Tests that need it are skipped on other clusters.
+func lab(t *testing.T, args ...string) string {
+	t.Helper()
+	out, err := labCommand(t.Context(), args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
+func labCommand(ctx context.Context, args ...string) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, patience)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, os.Getenv("STEPCACHE_CLUSTER"), args...)
+	cmd.WaitDelay = 10 * time.Second
+	var out, errs bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &errs
+	if err := cmd.Run(); err != nil {
+		return out.String(), fmt.Errorf("cluster %s: %w: %s", strings.Join(args, " "), err, strings.TrimSpace(errs.String()))
+	}
+	return out.String(), nil
+}
+
+// hasLab says whether the cluster is that of test/cluster.
+func hasLab() bool { return os.Getenv("STEPCACHE_CLUSTER") != "" }
 
 // apply applies manifests given as text, in a namespace.
 func apply(t *testing.T, namespace, manifests string) {
@@ -94,15 +123,24 @@ func example(t *testing.T, name string) string {
 	return string(b)
 }
 
-// eventually tries until check has no error, or patience ends.
+// eventually tries until check has no error, or patience ends. Every now and then it says what is waited for.
 func eventually(t *testing.T, what string, check func(ctx context.Context) error) {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	var last error
+	start := time.Now()
+	said := start
 	for {
-		if last = check(ctx); last == nil {
+		// One try must not use up the time of all: whom kubectl asks may be frozen.
+		try, done := context.WithTimeout(ctx, time.Minute)
+		last := check(try)
+		done()
+		if last == nil {
 			return
+		}
+		if time.Since(said) > time.Minute {
+			said = time.Now()
+			t.Logf("%.0f s waited until %s: %s", time.Since(start).Seconds(), what, brief(last.Error()))
 		}
 		select {
 		case <-ctx.Done():
@@ -112,18 +150,26 @@ func eventually(t *testing.T, what string, check func(ctx context.Context) error
 	}
 }
 
-// diagnosis is what a person would look at first.
-func diagnosis() string {
-	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+// brief is the beginning of a text.
+func brief(text string) string {
+	if len(text) > 300 {
+		return text[:300] + "..."
+	}
+	return text
+}
+
+// diagnosis is what a person would look at first, behind what the given calls of kubectl print.
+func diagnosis(first ...[]string) string {
+	ctx, cancel := context.WithTimeout(context.Background(), 2*time.Minute)
 	defer cancel()
 	var b strings.Builder
-	for _, args := range [][]string{
+	for _, args := range append(first, [][]string{
 		{"get", "pods", "-A", "-o", "wide"},
 		{"get", "datasets,dataloads", "-A", "-o", "yaml"},
 		{"get", "events", "-A", "--sort-by=.lastTimestamp"},
 		{"logs", "-n", "stepcache-system", "-l", "data.stepcache.dev/component", "--tail=30", "--prefix", "--all-containers"},
 		{"logs", "-n", namespace, "-l", "data.stepcache.dev/component=worker", "--tail=20", "--prefix"},
-	} {
+	}...) {
 		out, err := run(ctx, "", args...)
 		if err != nil {
 			out += err.Error()
@@ -179,62 +225,12 @@ func waitPod(t *testing.T, namespace, name string) string {
 	return kubectl(t, "logs", "-n", namespace, name, "-c", "main")
 }
 
-// submit creates a workflow from an example, with changes to its text, and returns its name.
-func submit(t *testing.T, file string, replace ...string) string {
-	t.Helper()
-	text := example(t, file)
-	for i := 0; i < len(replace); i += 2 {
-		if !strings.Contains(text, replace[i]) {
-			t.Fatalf("%s has no %q", file, replace[i])
-		}
-		text = strings.ReplaceAll(text, replace[i], replace[i+1])
-	}
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	name, err := run(ctx, text, "create", "-n", namespace, "-f", "-", "-o", "jsonpath={.metadata.name}")
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() {
-		ctx, cancel := context.WithTimeout(context.Background(), patience)
-		defer cancel()
-		if _, err := run(ctx, "", "delete", "workflow", name, "-n", namespace); err != nil {
-			t.Error(err)
-		}
-	})
-	return name
-}
-
-// waitWorkflow waits for a workflow to succeed and returns what its steps printed, a line each.
-func waitWorkflow(t *testing.T, name string) []string {
-	t.Helper()
-	eventually(t, "workflow "+name+" succeeds", func(ctx context.Context) error {
-		got, err := get(ctx, namespace, "workflow", name, "{.status.phase} {.status.progress} {.status.message}")
-		if err == nil && (strings.HasPrefix(got, "Failed") || strings.HasPrefix(got, "Error")) {
-			nodes, _ := get(ctx, namespace, "workflow", name, "{range .status.nodes.*}{.displayName}: {.phase} {.message}{'\\n'}{end}")
-			t.Fatalf("workflow %s: %s\n%s\n%s", name, got, nodes, diagnosis())
-		}
-		if err == nil && !strings.HasPrefix(got, "Succeeded") {
-			err = errors.New(got)
-		}
-		return err
-	})
-	out := kubectl(t, "logs", "-n", namespace, "-l", "workflows.argoproj.io/workflow="+name, "-c", "main", "--tail=-1", "--max-log-requests=200")
-	var lines []string
-	for line := range strings.Lines(out) {
-		// The emissary's own log lines are not the step's.
-		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "time=") {
-			lines = append(lines, line)
-		}
-	}
-	return lines
-}
-
 // input is what is in the bucket.
 type input struct {
-	largeSum string // of /large.bin
-	bytes    int64
-	shards   int
+	largeSum  string // of /large.bin
+	shardsSum string // of all shards, one behind the other
+	bytes     int64
+	shards    int
 }
 
 // put fills the bucket, past its limits.
@@ -271,15 +267,18 @@ func put(t *testing.T) input {
 		}
 	}
 	object("large.bin", large)
+	shards := sha256.New()
 	for i := range 12 {
 		var b []byte
 		for line := range 1000 * (i + 1) {
 			b = fmt.Appendf(b, "shard %d line %d\n", i, line)
 		}
 		object(fmt.Sprintf("shards/%02d.bin", i), b)
+		shards.Write(b)
 		in.bytes += int64(len(b))
 		in.shards++
 	}
+	in.shardsSum = hex.EncodeToString(shards.Sum(nil))
 	return in
 }
 
