@@ -36,8 +36,11 @@ func (q *request) content() (*body, error) {
 	b := &body{r: q.r.Body, size: q.r.ContentLength}
 	h := q.r.Header
 	var err error
-	if b.sum, err = headerChecksum(h); err != nil {
-		return nil, err
+	// With the list of an upload's parts comes the checksum of the object, not of the list.
+	if q.r.Method != http.MethodPost || !q.query.has("uploadId") {
+		if b.sum, err = headerChecksum(h); err != nil {
+			return nil, err
+		}
 	}
 	switch q.who.payload {
 	case unsignedPayload:
@@ -190,7 +193,7 @@ func (q *request) parse(limit int64, v any) error {
 	if int64(text.Len()) > limit {
 		return tooLong
 	}
-	d := xml.NewDecoder(&text)
+	d := xml.NewDecoder(bytes.NewReader(bytes.TrimSpace(text.Bytes())))
 	if err := d.Decode(v); err != nil {
 		return errXML
 	}

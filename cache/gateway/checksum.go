@@ -1,8 +1,10 @@
 package gateway
 
 import (
+	"crypto/md5"
 	"crypto/sha1"
 	"crypto/sha256"
+	"crypto/sha512"
 	"encoding/base64"
 	"hash"
 	"hash/crc32"
@@ -24,6 +26,8 @@ var checksums = []struct {
 	{"CRC64NVME", "X-Amz-Checksum-Crc64nvme", func() hash.Hash { return crc64nvme.New() }},
 	{"SHA1", "X-Amz-Checksum-Sha1", sha1.New},
 	{"SHA256", "X-Amz-Checksum-Sha256", sha256.New},
+	{"SHA512", "X-Amz-Checksum-Sha512", sha512.New},
+	{"MD5", "X-Amz-Checksum-Md5", md5.New},
 }
 
 // check is a digest that a body must have. want is empty until it is known: a trailer's comes last.
@@ -62,21 +66,29 @@ func (c *check) set(value string) error {
 	return nil
 }
 
-// headerChecksum is the checksum that a request's headers give; nil without one.
+// headerChecksum is the checksum that a request's headers give; nil without one. One that cannot be checked
+// is refused: the client would believe that it was.
 func headerChecksum(h http.Header) (*check, error) {
 	var found *check
-	for _, c := range checksums {
-		value := h.Get(c.header)
-		if value == "" {
+	for name, values := range h {
+		switch name {
+		case "X-Amz-Checksum-Algorithm", "X-Amz-Checksum-Type", "X-Amz-Checksum-Mode":
 			continue
 		}
-		if found != nil {
+		if !strings.HasPrefix(name, "X-Amz-Checksum-") {
+			continue
+		}
+		c := newCheck(name)
+		switch {
+		case c == nil:
+			return nil, notImplemented(strings.ToLower(name))
+		case found != nil || len(values) > 1:
 			return nil, failure(http.StatusBadRequest, "InvalidRequest", "Expecting a single x-amz-checksum- header. Multiple checksum Types are not allowed.")
 		}
-		found = newCheck(c.header)
-		if err := found.set(value); err != nil {
+		if err := c.set(values[0]); err != nil {
 			return nil, err
 		}
+		found = c
 	}
 	return found, nil
 }
