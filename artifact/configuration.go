@@ -9,6 +9,7 @@ import (
 	"sort"
 	"strings"
 
+	"github.com/minio/minio-go/v7/pkg/s3utils"
 	"sigs.k8s.io/yaml"
 
 	"github.com/stepcache/stepcache/cache/source"
@@ -86,6 +87,9 @@ func parseConfiguration(text, namespace string) (configuration, error) {
 	}
 	if c.Bucket == "" {
 		c.Bucket = c.Dataset
+	}
+	if err := s3utils.CheckValidBucketNameStrict(c.Bucket); err != nil {
+		return invalid("bucket %q: %v", c.Bucket, err)
 	}
 	if c.Region == "" {
 		c.Region = defaultRegion
