@@ -12,6 +12,7 @@ import (
 	"net/http"
 	"strconv"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/stepcache/stepcache/cache/ring"
@@ -26,6 +27,7 @@ const drainTimeout = 5 * time.Second
 // for a bounded time.
 func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 	l := &oneConn{conn: nc, gone: make(chan struct{})}
+	var busy atomic.Bool
 	srv := &http.Server{
 		ReadHeaderTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
 		ConnState: func(_ net.Conn, s http.ConnState) {
@@ -34,6 +36,11 @@ func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 			}
 		},
 		Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+			busy.Store(true)
+			defer busy.Store(false)
+			if ctx.Err() != nil {
+				panic(http.ErrAbortHandler) // the sender tries elsewhere
+			}
 			if !valid() {
 				w.Header().Set("Connection", "close")
 				refuse(w, http.StatusUnauthorized, "denied", "the key of this connection is not one of the dataset's any more")
@@ -45,11 +52,15 @@ func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
 		defer close(ended)
-		within, cancel := context.WithTimeout(context.WithoutCancel(ctx), drainTimeout)
-		defer cancel()
-		if srv.Shutdown(within) != nil {
-			srv.Close()
+		// Shutdown would wait for a connection that has not carried a request yet.
+		srv.SetKeepAlivesEnabled(false)
+		if busy.Load() {
+			select {
+			case <-l.gone:
+			case <-time.After(drainTimeout):
+			}
 		}
+		nc.Close()
 	})
 	_ = srv.Serve(l) // it ends with the connection
 	if !stop() {
