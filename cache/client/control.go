@@ -160,7 +160,7 @@ func (k *Control) once(ctx context.Context, m ring.Member, key wire.Key, method,
 	if in != nil {
 		req.Header.Set("Content-Type", "application/json")
 	}
-	if err := wire.SignRequest(req, key, k.config.Now()); err != nil {
+	if err := wire.SignRequest(req, key, m.ID, k.config.Now()); err != nil {
 		return err
 	}
 	resp, err := k.http.Do(req)

@@ -31,7 +31,7 @@ func newControlled(t *testing.T, ids ...string) *controlled {
 	k.list.Epoch = 1
 	for _, id := range ids {
 		srv := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
-			if err := wire.VerifyRequest(r, k.keys, time.Now()); err != nil {
+			if err := wire.VerifyRequest(r, k.keys, id, time.Now()); err != nil {
 				w.WriteHeader(http.StatusUnauthorized)
 				json.NewEncoder(w).Encode(map[string]string{"error": err.Error()})
 				return

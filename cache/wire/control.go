@@ -87,7 +87,8 @@ type LoadRequest struct {
 	ID string `json:"id"`
 	// Snapshot is a hex digest; empty: the worker's current one.
 	Snapshot string `json:"snapshot,omitempty"`
-	// Paths are doublestar patterns matched against the path in the dataset ("/shards/**"); empty: all.
+	// Paths are doublestar patterns matched against the path in the dataset ("/ref/**/*.fa"); one that matches a
+	// folder ("/shards") stands for all in it; empty: all.
 	Paths []string `json:"paths,omitempty"`
 	// Copies makes the first N owners each hold the blocks; zero means the Dataset's.
 	Copies int `json:"copies,omitempty"`

@@ -15,8 +15,8 @@ import (
 	"time"
 )
 
-// The headers of a signed request. The signature is HMAC-SHA256 under the control key over method,
-// path with query, timestamp, nonce and the SHA-256 of the body, one a line.
+// The headers of a signed request. The signature is HMAC-SHA256 under the control key over the member id of
+// the worker that it is for, method, path with query, timestamp, nonce and the SHA-256 of the body, one a line.
 const (
 	headerAuthorization = "Authorization"
 	headerTimestamp     = "Stepcache-Timestamp" // seconds since 1970
@@ -30,17 +30,17 @@ const MaxSkew = 5 * time.Minute
 // MaxBody bounds the body of a control request.
 const MaxBody = 1 << 20
 
-func signature(r *http.Request, key Key, timestamp, nonce string, body []byte) []byte {
+func signature(r *http.Request, key Key, worker, timestamp, nonce string, body []byte) []byte {
 	mac := hmac.New(sha256.New, key[:])
 	sum := sha256.Sum256(body)
 	// RequestURI as the client's Write sends it: neither a path nor a method can hold a line feed.
-	fmt.Fprintf(mac, "stepcache control 1\n%s\n%s\n%s\n%s\n%x\n", r.Method, r.URL.RequestURI(), timestamp, nonce, sum)
+	fmt.Fprintf(mac, "stepcache control 2\n%q\n%s\n%s\n%s\n%s\n%x\n", worker, r.Method, r.URL.RequestURI(), timestamp, nonce, sum)
 	return mac.Sum(nil)
 }
 
-// SignRequest signs r with the control key as of now. It reads the body, at most MaxBody, and leaves r
-// one that can be sent again.
-func SignRequest(r *http.Request, key Key, now time.Time) error {
+// SignRequest signs r, which is for the worker with that member id and no other, with the control key as of now.
+// It reads the body, at most MaxBody, and leaves r one that can be sent again.
+func SignRequest(r *http.Request, key Key, worker string, now time.Time) error {
 	body, err := takeBody(r)
 	if err != nil {
 		return fmt.Errorf("sign %s %s: %w", r.Method, r.URL.Path, err)
@@ -51,14 +51,14 @@ func SignRequest(r *http.Request, key Key, now time.Time) error {
 	ts, n := strconv.FormatInt(now.Unix(), 10), hex.EncodeToString(nonce[:])
 	r.Header.Set(headerTimestamp, ts)
 	r.Header.Set(headerNonce, n)
-	r.Header.Set(headerAuthorization, scheme+" "+hex.EncodeToString(key.id())+" "+hex.EncodeToString(signature(r, key, ts, n, body)))
+	r.Header.Set(headerAuthorization, scheme+" "+hex.EncodeToString(key.id())+" "+hex.EncodeToString(signature(r, key, worker, ts, n, body)))
 	return nil
 }
 
-// VerifyRequest checks the signature of a request to a server against the control keys. It reads the
+// VerifyRequest checks the signature of a request to a worker against the control keys. It reads the
 // body, at most MaxBody, and leaves r one with the same bytes. Errors wrap ErrUnauthorized, except a
 // body that is too long or ends early. It does not refuse a replay: Nonces does.
-func VerifyRequest(r *http.Request, keys Keys, now time.Time) error {
+func VerifyRequest(r *http.Request, keys Keys, worker string, now time.Time) error {
 	refuse := func(format string, a ...any) error {
 		return fmt.Errorf("%w: "+format, append([]any{ErrUnauthorized}, a...)...)
 	}
@@ -100,8 +100,8 @@ func VerifyRequest(r *http.Request, keys Keys, now time.Time) error {
 	if err != nil {
 		return fmt.Errorf("%s %s: %w", r.Method, r.URL.Path, err)
 	}
-	if !hmac.Equal(sig, signature(r, key, ts, nonce, body)) {
-		return refuse("wrong signature")
+	if !hmac.Equal(sig, signature(r, key, worker, ts, nonce, body)) {
+		return refuse("the signature is wrong, or for another worker than %s", worker)
 	}
 	return nil
 }

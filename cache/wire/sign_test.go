@@ -26,7 +26,7 @@ func sent(t *testing.T, method, target, body string, key Key) *http.Request {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := SignRequest(out, key, signedAt); err != nil {
+	if err := SignRequest(out, key, "w0", signedAt); err != nil {
 		t.Fatal(err)
 	}
 	in := httptest.NewRequest(method, target, out.Body)
@@ -42,7 +42,7 @@ func TestSignedRequest(t *testing.T) {
 	for _, key := range []Key{keys.Control[0], old.Control[0]} {
 		for _, d := range []time.Duration{0, MaxSkew, -MaxSkew} {
 			r := sent(t, "POST", "/v1/loads?a=b%20c&d", body, key)
-			if err := VerifyRequest(r, keys, signedAt.Add(d)); err != nil {
+			if err := VerifyRequest(r, keys, "w0", signedAt.Add(d)); err != nil {
 				t.Fatalf("after %v: %v", d, err)
 			}
 			if b, err := io.ReadAll(r.Body); err != nil || string(b) != body {
@@ -67,18 +67,22 @@ func TestSignedRequest(t *testing.T) {
 		},
 		"bad time": func(r *http.Request) *http.Request { r.Header.Set(headerTimestamp, "9223372036854775807"); return r },
 	} {
-		if err := VerifyRequest(change(sent(t, "POST", "/v1/loads?a=b", body, keys.Control[0])), keys, signedAt); !errors.Is(err, ErrUnauthorized) {
+		if err := VerifyRequest(change(sent(t, "POST", "/v1/loads?a=b", body, keys.Control[0])), keys, "w0", signedAt); !errors.Is(err, ErrUnauthorized) {
 			t.Errorf("%s changed: %v", name, err)
 		}
 	}
+	// What was captured on its way to one worker is nothing to another.
+	if err := VerifyRequest(sent(t, "POST", "/v1/loads", body, keys.Control[0]), keys, "w1", signedAt); !errors.Is(err, ErrUnauthorized) {
+		t.Errorf("at another worker: %v", err)
+	}
 	for _, d := range []time.Duration{MaxSkew + time.Second, -MaxSkew - time.Second} {
-		if err := VerifyRequest(sent(t, "GET", "/v1/status", "", keys.Control[0]), keys, signedAt.Add(d)); !errors.Is(err, ErrUnauthorized) {
+		if err := VerifyRequest(sent(t, "GET", "/v1/status", "", keys.Control[0]), keys, "w0", signedAt.Add(d)); !errors.Is(err, ErrUnauthorized) {
 			t.Errorf("after %v: %v", d, err)
 		}
 	}
 	long := sent(t, "POST", "/v1/loads", body, keys.Control[0])
 	long.Body = io.NopCloser(io.LimitReader(zeros{}, MaxBody+1))
-	if err := VerifyRequest(long, keys, signedAt); err == nil {
+	if err := VerifyRequest(long, keys, "w0", signedAt); err == nil {
 		t.Error("a body that is too long was accepted")
 	}
 }

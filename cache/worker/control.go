@@ -77,7 +77,7 @@ func (w *Worker) handler(ctx context.Context) http.Handler {
 // signed answers a request that must be signed with the control key.
 func (w *Worker) signed(rw http.ResponseWriter, r *http.Request, h func(r *http.Request) (any, error)) {
 	now := w.clock.Now()
-	err := wire.VerifyRequest(r, w.keys.Keys(), now)
+	err := wire.VerifyRequest(r, w.keys.Keys(), w.config.ID, now)
 	if err == nil {
 		err = w.nonces.Use(r, now)
 	}
@@ -257,7 +257,7 @@ func (w *Worker) askRefresh(ctx context.Context, m ring.Member, key wire.Key) (c
 		return http.StatusInternalServerError, nil, fmt.Errorf("worker %s: %w", m.ID, err)
 	}
 	out.Header.Set(headerForwarded, w.config.ID)
-	if err := wire.SignRequest(out, key, w.clock.Now()); err != nil {
+	if err := wire.SignRequest(out, key, m.ID, w.clock.Now()); err != nil {
 		return http.StatusInternalServerError, nil, err
 	}
 	resp, err := w.http.Do(out)

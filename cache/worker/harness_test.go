@@ -434,7 +434,7 @@ func (tr *tier) controlWith(i int, key wire.Key, method, path string, body, answ
 	if err != nil {
 		return 0, err
 	}
-	if err := wire.SignRequest(req, key, time.Now()); err != nil {
+	if err := wire.SignRequest(req, key, tr.workers[i].config.ID, time.Now()); err != nil {
 		return 0, err
 	}
 	c := &http.Client{Transport: &http.Transport{DisableKeepAlives: true}}

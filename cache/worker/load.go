@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -274,11 +275,15 @@ func (l *load) plan(ctx context.Context, snap *snapshot, v *view) ([]item, error
 	return items, nil
 }
 
+// matches says whether a file is one of the load's: a pattern that matches a folder stands for all in it.
 func (l *load) matches(path string) bool {
 	if len(l.req.Paths) == 0 {
 		return true
 	}
 	for _, p := range l.req.Paths {
+		if p = strings.TrimSuffix(p, "/"); !strings.HasSuffix(p, "/**") {
+			p += "/**" // which matches zero folders too, and so the file itself
+		}
 		if ok, _ := doublestar.Match(p, path); ok { // patterns were validated
 			return true
 		}

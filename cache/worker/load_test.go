@@ -106,6 +106,26 @@ func TestALoadMakesEveryOwnedBlockResidentOnce(t *testing.T) {
 	}
 }
 
+func TestAPatternThatMatchesAFolderLoadsAllInIt(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"a/one": content(10, 1), "a/b/two": content(20, 2), "ab": content(40, 3), "c/[x]/three": content(80, 4)})
+	tr.start(1)
+	tr.snapshot()
+	for n, c := range []struct {
+		patterns []string
+		total    int64
+	}{
+		{[]string{"/a"}, 30}, {[]string{"/a/"}, 30}, {[]string{"a"}, 30}, {[]string{"/a/**"}, 30}, {[]string{"/a/b", "/ab"}, 60},
+		{[]string{"/a*"}, 70}, {[]string{"/a/*"}, 30}, {[]string{"/*/*/t*"}, 100}, {[]string{"/a/one"}, 10}, {[]string{"/"}, 150}, {[]string{"/**"}, 150},
+		{[]string{`/c/\[x\]`}, 80}, {[]string{"/{a,c}"}, 110},
+	} {
+		id := fmt.Sprintf("load-%d", n)
+		tr.load(wire.LoadRequest{ID: id, Paths: c.patterns})
+		if s := tr.waitLoad(0, id); !s.Done || s.Total != c.total {
+			t.Errorf("%q: %d bytes, want %d: %+v", c.patterns, s.Total, c.total, s)
+		}
+	}
+}
+
 func TestALoadOfCopies(t *testing.T) {
 	want := content(3*ring.BlockSize, 1)
 	tr := newTier(t, map[string][]byte{"f": want})
@@ -359,7 +379,7 @@ func TestControlNeedsTheControlKey(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if err := wire.SignRequest(req, tr.keys.Control[0], quick{}.Now()); err != nil {
+	if err := wire.SignRequest(req, tr.keys.Control[0], "w0", quick{}.Now()); err != nil {
 		t.Fatal(err)
 	}
 	for n, want := range []int{http.StatusOK, http.StatusUnauthorized} {

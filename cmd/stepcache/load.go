@@ -19,9 +19,9 @@ func loadCommand() *cobra.Command {
 		Use:   "load [PATTERN ...]",
 		Short: "Warm the tier: its workers fetch what they own",
 		Long: `Makes files resident: each worker fetches the blocks that it owns, so that each byte leaves the bucket once.
-Patterns match paths in the dataset (/ref/*.fa; a folder is /shards/**); without one everything is loaded. With
+Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in it); without one everything is loaded. With
 --pin the files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.`,
-		Example: "  stepcache load\n  stepcache load --pin --id shards '/shards/**'",
+		Example: "  stepcache load\n  stepcache load --pin --id shards /shards",
 	}
 	t.add(cmd)
 	output := jsonFlag(cmd)
