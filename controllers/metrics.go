@@ -32,7 +32,7 @@ func newCensus(r client.Reader) *census {
 		cached:    desc("dataset_cached_bytes", "Bytes of a Dataset that its workers hold.", "dataset"),
 		unflushed: desc("dataset_unflushed_bytes", "Bytes acknowledged and not yet in the bucket.", "dataset"),
 		workers:   desc("dataset_workers", "Worker pods of a Dataset, by state: wanted, ready.", "dataset", "state"),
-		phase:     desc("dataload_phase", "1 for the phase that a DataLoad is in.", "dataload", "dataset", "phase"),
+		phase:     desc("dataload_phase", "1 for the phase that a DataLoad is in, 0 for the others.", "dataload", "dataset", "phase"),
 		progress:  desc("dataload_bytes", "Bytes that are held of what a DataLoad wants.", "dataload", "dataset"),
 		total:     desc("dataload_total_bytes", "Bytes that a DataLoad wants.", "dataload", "dataset"),
 		failed:    desc("dataload_failed_files", "Files that a DataLoad could not load.", "dataload", "dataset"),
@@ -105,7 +105,13 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 		if phase == "" {
 			phase = v1alpha1.DataLoadPending
 		}
-		gauge(c.phase, 1, name, set, string(phase))
+		for _, p := range []v1alpha1.DataLoadPhase{v1alpha1.DataLoadPending, v1alpha1.DataLoadRunning, v1alpha1.DataLoadComplete, v1alpha1.DataLoadFailed} {
+			in := 0.0
+			if p == phase {
+				in = 1
+			}
+			gauge(c.phase, in, name, set, string(p))
+		}
 		gauge(c.progress, float64(l.Status.Progress.Bytes), name, set)
 		gauge(c.total, float64(l.Status.Progress.TotalBytes), name, set)
 		gauge(c.failed, float64(l.Status.FailedFiles), name, set)

@@ -473,6 +473,9 @@ func (w *world) project(ctx context.Context, pod *corev1.Pod, dir string) (worke
 		return path + " is not mounted"
 	}
 	c.ID, c.Dir, c.KeysDir, c.MembershipFile, c.Socket = pod.Name, real(c.Dir), real(c.KeysDir), real(c.MembershipFile), ""
+	if c.Gateway != nil {
+		c.Gateway.Credentials = real(c.Gateway.Credentials)
+	}
 	for i := range c.Mounts {
 		if c.Mounts[i].CredentialsDir != "" {
 			c.Mounts[i].CredentialsDir = real(c.Mounts[i].CredentialsDir)
@@ -512,6 +515,9 @@ func (w *world) run(ctx context.Context, pod *corev1.Pod) *running {
 	// A pod that is made anew has another address.
 	r.ip = fmt.Sprintf("%s.%d", w.subnet, 1+n+10*int(podNumber.Add(1)%24))
 	c.Listen, c.Control = r.ip+c.Listen, r.ip+c.Control
+	if c.Gateway != nil {
+		c.Gateway.Listen = r.ip + c.Gateway.Listen
+	}
 	wk, err := worker.New(context.Background(), c, worker.Deps{Clock: quick{}, Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
 		w.Errorf("worker %s: %v", pod.Name, err)

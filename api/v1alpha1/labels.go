@@ -90,6 +90,7 @@ const (
 const (
 	PortData    = 7070 // block protocol
 	PortControl = 7071 // HTTP: health, metrics, control
+	PortGateway = 9000 // S3, with access ReadWrite
 )
 
 // Keys of the ConfigMap TierName: what tier.Open reads.
@@ -103,6 +104,15 @@ const (
 	KeyRead    = "read"
 	KeyWrite   = "write"
 	KeyControl = "control"
+)
+
+// Keys of the Secret S3Name, besides endpoint, bucket and region: a pair of access keys that reads and writes,
+// and one that only reads.
+const (
+	KeyAccessKeyID             = "accessKeyID"
+	KeySecretAccessKey         = "secretAccessKey"
+	KeyReadOnlyAccessKeyID     = "readOnlyAccessKeyID"
+	KeyReadOnlySecretAccessKey = "readOnlySecretAccessKey"
 )
 
 // WorkersName names a Dataset's StatefulSet, headless Service, worker configuration, PodDisruptionBudget
@@ -121,6 +131,11 @@ func ReaderName(dataset string) string { return dataset + "-reader" }
 // SharedReaderName names the copy of a Dataset's reader Secret in a namespace that it is shared with; inline
 // volumes of pods there refer to it. A dot keeps it apart from the names of that namespace's own Datasets.
 func SharedReaderName(namespace, dataset string) string { return namespace + "." + dataset + "-reader" }
+
+// S3Name names what clients of a Dataset with access ReadWrite find its S3 endpoint by: the Service, the Secret
+// with access keys, and the ConfigMap with an artifact repository for Argo, whose one entry has the Dataset's
+// name.
+func S3Name(dataset string) string { return dataset + "-s3" }
 
 // ClaimName names a Dataset's claim.
 func ClaimName(dataset string) string { return dataset }

@@ -222,7 +222,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	}
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
 	phases := []phase{
-		r.finalizer, r.validate, r.namespace, r.makeKeys, r.observe, r.config, r.membership, r.network,
+		r.finalizer, r.validate, r.namespace, r.makeKeys, r.observe, r.gateway, r.config, r.membership, r.network,
 		r.ask, r.tell, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}
 	if !have.DeletionTimestamp.IsZero() {

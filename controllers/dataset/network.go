@@ -54,10 +54,10 @@ func (r *Reconciler) policy(d *v1alpha1.Dataset) networkingv1.NetworkPolicySpec 
 		in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentNode}),
 		in(r.Namespace, map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentWebhook}), // pulls snapshots
 	}
-	for _, ns := range d.Spec.ShareWith {
+	for _, ns := range otherNamespaces(d) {
 		readers = append(readers, in(string(ns), reader))
 	}
-	return networkingv1.NetworkPolicySpec{
+	policy := networkingv1.NetworkPolicySpec{
 		PodSelector: metav1.LabelSelector{MatchLabels: selector(d)},
 		PolicyTypes: []networkingv1.PolicyType{networkingv1.PolicyTypeIngress},
 		Ingress: []networkingv1.NetworkPolicyIngressRule{
@@ -70,4 +70,13 @@ func (r *Reconciler) policy(d *v1alpha1.Dataset) networkingv1.NetworkPolicySpec 
 			}, Ports: []networkingv1.NetworkPolicyPort{port("control")}},
 		},
 	}
+	if writable(d) {
+		// Steps that keep artifacts carry no label of ours.
+		clients := []networkingv1.NetworkPolicyPeer{{PodSelector: &metav1.LabelSelector{}}}
+		for _, ns := range otherNamespaces(d) {
+			clients = append(clients, networkingv1.NetworkPolicyPeer{NamespaceSelector: &metav1.LabelSelector{MatchLabels: map[string]string{corev1.LabelMetadataName: string(ns)}}})
+		}
+		policy.Ingress = append(policy.Ingress, networkingv1.NetworkPolicyIngressRule{From: clients, Ports: []networkingv1.NetworkPolicyPort{port("s3")}})
+	}
+	return policy
 }

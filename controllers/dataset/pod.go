@@ -82,6 +82,16 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 		volumes = append(volumes, corev1.Volume{Name: "store", VolumeSource: corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{
 			Medium: corev1.StorageMediumMemory, SizeLimit: resource.NewQuantity(store, resource.BinarySI)}}})
 	}
+	ports := []corev1.ContainerPort{
+		{Name: "data", ContainerPort: v1alpha1.PortData},
+		{Name: "control", ContainerPort: v1alpha1.PortControl},
+	}
+	if writable(d) {
+		ports = append(ports, corev1.ContainerPort{Name: "s3", ContainerPort: v1alpha1.PortGateway})
+		volumes = append(volumes, corev1.Volume{Name: "s3", VolumeSource: corev1.VolumeSource{Secret: &corev1.SecretVolumeSource{
+			SecretName: v1alpha1.S3Name(d.Name), DefaultMode: ptr.To[int32](0o440)}}})
+		mounts = append(mounts, corev1.VolumeMount{Name: "s3", MountPath: s3Dir, ReadOnly: true})
+	}
 	for i, name := range secrets(d) {
 		// Optional, so that the worker starts, and says what is missing, and goes on once it is there.
 		volume := fmt.Sprintf("credentials-%d", i)
@@ -114,10 +124,7 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 				{Name: "POD_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.name"}}},
 				{Name: "GOMEMLIMIT", Value: strconv.FormatInt(heap*3/4, 10)},
 			},
-			Ports: []corev1.ContainerPort{
-				{Name: "data", ContainerPort: v1alpha1.PortData},
-				{Name: "control", ContainerPort: v1alpha1.PortControl},
-			},
+			Ports: ports,
 			Resources: corev1.ResourceRequirements{
 				Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: resource.MustParse("100m")},
 				Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},

@@ -83,6 +83,8 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 			p.warn(reason, "ReadBucket", "%s", text)
 		}
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, reason, "%s", text)
+	case st.Snapshot == "" && writable(p.dataset):
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionTrue, ReasonReachable, "the workers reach the bucket; what it holds is asked of it when somebody asks them")
 	case st.Snapshot == "":
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonListing, "the bucket is being listed")
 	default:
@@ -342,7 +344,7 @@ func (p *pass) summarize() {
 	switch {
 	case invalid:
 		st.Phase = v1alpha1.DatasetFailed
-	case st.Snapshot != "" && st.Workers.Ready > 0 && meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionVolumeReady):
+	case (st.Snapshot != "" || writable(p.dataset)) && st.Workers.Ready > 0 && meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionVolumeReady):
 		st.Phase = v1alpha1.DatasetDegraded
 	default:
 		st.Phase = v1alpha1.DatasetPending

@@ -5,7 +5,6 @@ import (
 	"errors"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
-	"github.com/stepcache/stepcache/tier"
 )
 
 // Reasons of the condition Sourced.
@@ -18,13 +17,14 @@ const (
 	ReasonListing            = "Listing"     // the bucket is being listed
 	ReasonNoWorker           = "NoWorker"    // nobody is there to ask
 	ReasonListed             = "Listed"
+	ReasonReachable          = "Reachable" // of a Dataset that takes puts, and so has no snapshot
 )
 
 // Validate refuses what passed the API server's rules and still cannot work on a cluster.
 func (r *Reconciler) validate(_ context.Context, p *pass) error {
 	p.dataset.Status.ObservedGeneration = p.dataset.Generation
 	err := p.dataset.CheckCluster().ToAggregate()
-	_, terr := tier.WorkerConfig(p.dataset, credentialsDir)
+	_, terr := r.workerConfig(p.dataset)
 	if err := errors.Join(asError(err), terr); err != nil {
 		p.warn(ReasonInvalidSpec, "Validate", "%v", err)
 		return block(v1alpha1.ConditionSourced, ReasonInvalidSpec, "%w", err)

@@ -19,6 +19,7 @@ import (
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/tier"
 )
 
@@ -34,16 +35,32 @@ const (
 	annotationWorker = v1alpha1.Group + "/worker"
 )
 
-// config writes the workers' configuration, which they share.
-func (r *Reconciler) config(ctx context.Context, p *pass) error {
-	c, err := tier.WorkerConfig(p.dataset, credentialsDir)
+// workerConfig is the configuration of the Dataset's workers. What a worker would refuse is an error here: a
+// condition says it better than a pod that ends again and again.
+func (r *Reconciler) workerConfig(d *v1alpha1.Dataset) (worker.Config, error) {
+	c, err := tier.WorkerConfig(d, credentialsDir)
 	if err != nil {
-		return block(v1alpha1.ConditionSourced, ReasonInvalidSpec, "%w", err)
+		return c, err
 	}
 	c.Dir, c.KeysDir, c.MembershipFile = storeDir, keysDir, path.Join(tierDir, v1alpha1.KeyMembership)
 	c.Listen, c.Control = fmt.Sprintf(":%d", v1alpha1.PortData), fmt.Sprintf(":%d", v1alpha1.PortControl)
 	if r.Store == StoreCSI {
 		c.Socket = path.Join(socketDir, v1alpha1.SocketName)
+	}
+	gatewayConfig(d, &c)
+	check := c
+	check.ID = "any" // each worker's own
+	if err := check.Validate(); err != nil {
+		return c, fmt.Errorf("dataset %s: %w", c.Dataset, err)
+	}
+	return c, nil
+}
+
+// config writes the workers' configuration, which they share.
+func (r *Reconciler) config(ctx context.Context, p *pass) error {
+	c, err := r.workerConfig(p.dataset)
+	if err != nil {
+		return err
 	}
 	b, err := json.Marshal(c)
 	if err != nil {
