@@ -24,7 +24,7 @@ func controllerCommand() *cobra.Command {
 		Long: `Makes Datasets and DataLoads of a cluster real until SIGTERM: workers, keys, volumes, loads, status. It talks
 to the cluster of its pod, or of $KUBECONFIG. Several replicas agree on one that acts.
 
-Workers run the image that --image named when their Dataset was made: a new version of the controller leaves
+Workers run the image that --image named, or that this pod had, when their Dataset was made: a new version of the controller leaves
 them and their memory alone. A new value of a Dataset's annotation data.stepcache.dev/rollout moves that
 Dataset's workers to the current image, one at a time, each after it handed over what it holds.`,
 		Example: "  stepcache controller --namespace stepcache-system --image registry.example/stepcache:v1 --store csi",
@@ -37,10 +37,11 @@ Dataset's workers to the current image, one at a time, each after it handed over
 			switch o.Dataset.Store = dataset.Store(store); {
 			case o.Dataset.Store != dataset.StoreCSI && o.Dataset.Store != dataset.StoreEmptyDir:
 				return usage{fmt.Errorf("controller: --store %q: want %s or %s", store, dataset.StoreCSI, dataset.StoreEmptyDir)}
-			case o.Dataset.Image == "":
-				return usage{errors.New("controller: --image is missing: name the image that workers run, which is this program's own")}
 			case o.Dataset.Namespace == "":
 				return usage{errors.New("controller: --namespace is missing: name the namespace of this installation, or set POD_NAMESPACE")}
+			}
+			if err := needImage("controller", o.Dataset.Image); err != nil {
+				return err
 			}
 			o.Logger = logr.FromSlogHandler(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
 			ctrl.SetLogger(o.Logger)
@@ -48,6 +49,11 @@ Dataset's workers to the current image, one at a time, each after it handed over
 			cluster, err := ctrl.GetConfig()
 			if err != nil {
 				return fmt.Errorf("controller: no cluster: %w", err)
+			}
+			if o.Dataset.Image == "" {
+				if o.Dataset.Image, err = ownImage(cmd.Context(), cluster, o.Dataset.Namespace, "controller"); err != nil {
+					return err
+				}
 			}
 			m, err := controllers.New(cluster, o)
 			if err != nil {
@@ -58,7 +64,7 @@ Dataset's workers to the current image, one at a time, each after it handed over
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.Dataset.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of this installation (default $POD_NAMESPACE)")
-	f.StringVar(&o.Dataset.Image, "image", "", "image of the workers of new Datasets")
+	f.StringVar(&o.Dataset.Image, "image", "", "image of the workers of new Datasets (default: that of the container controller of the pod $POD_NAME)")
 	f.StringVar(&store, "store", string(dataset.StoreCSI), "what holds the workers' bytes: csi (huge pages, needs the node service on every node), or emptydir")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&o.LeaderElection, "leader-elect", true, "agree with other replicas on one that acts")

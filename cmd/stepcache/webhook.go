@@ -27,7 +27,7 @@ func webhookCommand() *cobra.Command {
 workflows to the nodes that hold their data, and checks Datasets and DataLoads. It makes its certificate by
 itself and writes it into the webhook configurations. Any number of replicas may run.
 
-Containers that it adds to pods run the image that --image names.`,
+Containers that it adds to pods run the image that --image names, or that its own pod has.`,
 		Example: "  stepcache webhook --namespace stepcache-system --image registry.example/stepcache:v1",
 		Args:    args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
@@ -51,10 +51,11 @@ Containers that it adds to pods run the image that --image names.`,
 				}
 			}
 			switch {
-			case o.Image == "":
-				return usage{errors.New("webhook: --image is missing: name the image of the containers that pods are given, which is this program's own")}
 			case o.Namespace == "":
 				return usage{errors.New("webhook: --namespace is missing: name the namespace of this installation, or set POD_NAMESPACE")}
+			}
+			if err := needImage("webhook", o.Image); err != nil {
+				return err
 			}
 			o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
 			ctrl.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
@@ -62,6 +63,11 @@ Containers that it adds to pods run the image that --image names.`,
 			cluster, err := ctrl.GetConfig()
 			if err != nil {
 				return fmt.Errorf("webhook: no cluster: %w", err)
+			}
+			if o.Image == "" {
+				if o.Image, err = ownImage(cmd.Context(), cluster, o.Namespace, "webhook"); err != nil {
+					return err
+				}
 			}
 			m, err := webhook.New(cluster, o)
 			if err != nil {
@@ -72,7 +78,7 @@ Containers that it adds to pods run the image that --image names.`,
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of this installation (default $POD_NAMESPACE)")
-	f.StringVar(&o.Image, "image", "", "image of the containers that pods are given")
+	f.StringVar(&o.Image, "image", "", "image of the containers that pods are given (default: that of the container webhook of the pod $POD_NAME)")
 	f.StringVar(&pull, "image-pull-policy", "", "their pull policy (default: the cluster's)")
 	f.StringSliceVar(&o.PullSecrets, "image-pull-secret", nil, "Secret with which their image is pulled, in the pods' namespaces, beside the pods' own (may be repeated)")
 	f.StringVar(&limit, "stage-limit", "10GiB", "size up to which the mode stage copies a Dataset whole")

@@ -1,0 +1,386 @@
+// Package config holds the manifests of an installation; its tests apply them to a real API server, and
+// compare what dashboards and alerts ask for with what the programs export.
+package config
+
+import (
+	"bytes"
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/go-logr/logr"
+	"github.com/google/go-cmp/cmp"
+	"golang.org/x/sys/unix"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
+	"k8s.io/client-go/rest"
+	ctrl "sigs.k8s.io/controller-runtime"
+	kclient "sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/yaml"
+
+	"github.com/stepcache/stepcache/controllers/envtest"
+)
+
+// patience bounds what normally takes milliseconds.
+const patience = 3 * time.Minute
+
+// insideNamespace is set in the process that has a mount namespace of its own.
+const insideNamespace = "STEPCACHE_CONFIG_TEST_INSIDE"
+
+// The node service mounts: so the tests run in a mount namespace that goes with them.
+func TestMain(m *testing.M) {
+	ctrl.SetLogger(logr.Discard())
+	if os.Geteuid() != 0 || os.Getenv(insideNamespace) != "" {
+		os.Exit(m.Run())
+	}
+	exe, err := os.Executable()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, err)
+		os.Exit(1)
+	}
+	c := exec.Command(exe, os.Args[1:]...)
+	c.Env = append(os.Environ(), insideNamespace+"=1")
+	c.Stdin, c.Stdout, c.Stderr = os.Stdin, os.Stdout, os.Stderr
+	c.SysProcAttr = &unix.SysProcAttr{Unshareflags: unix.CLONE_NEWNS, Pdeathsig: unix.SIGKILL}
+	err = c.Run()
+	if exit := (*exec.ExitError)(nil); errors.As(err, &exit) {
+		os.Exit(max(exit.ExitCode(), 1))
+	}
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "tests in a mount namespace of their own:", err)
+		os.Exit(1)
+	}
+}
+
+// program is tools/manifests, built once.
+var program = sync.OnceValues(func() (string, error) {
+	out, err := filepath.Abs("../.bin/manifests")
+	if err != nil {
+		return "", err
+	}
+	c := exec.Command("go", "build", "-o", out, ".")
+	c.Dir = "../tools/manifests"
+	if b, err := c.CombinedOutput(); err != nil {
+		return "", fmt.Errorf("build tools/manifests: %w\n%s", err, b)
+	}
+	return out, nil
+})
+
+// manifests runs tools/manifests.
+func manifests(t *testing.T, in any, args ...string) ([]byte, error) {
+	t.Helper()
+	exe, err := program()
+	if err != nil {
+		t.Fatal(err)
+	}
+	c := exec.Command(exe, args...)
+	switch in := in.(type) {
+	case nil:
+	case []byte:
+		c.Stdin = bytes.NewReader(in)
+	default:
+		b, err := json.Marshal(in)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.Stdin = bytes.NewReader(b)
+	}
+	var out, said bytes.Buffer
+	c.Stdout, c.Stderr = &out, &said
+	if err := c.Run(); err != nil {
+		return nil, fmt.Errorf("%w: %s", err, said.String())
+	}
+	return out.Bytes(), nil
+}
+
+func ask(t *testing.T, answer, in any, args ...string) {
+	t.Helper()
+	b, err := manifests(t, in, args...)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := json.Unmarshal(b, answer); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// build is what `kubectl apply -k` would apply.
+func build(t *testing.T, dir string) []*unstructured.Unstructured {
+	t.Helper()
+	b, err := manifests(t, nil, "build", dir)
+	if err != nil {
+		t.Fatalf("%s: %v", dir, err)
+	}
+	var all []*unstructured.Unstructured
+	for d := utilyaml.NewYAMLOrJSONDecoder(bytes.NewReader(b), 4096); ; {
+		u := &unstructured.Unstructured{}
+		if err := d.Decode(&u.Object); errors.Is(err, io.EOF) {
+			break
+		} else if err != nil {
+			t.Fatalf("%s: %v", dir, err)
+		}
+		all = append(all, u)
+	}
+	if len(all) == 0 {
+		t.Fatalf("%s holds nothing", dir)
+	}
+	return all
+}
+
+// cluster is one API server for all tests.
+func cluster(t *testing.T) *rest.Config {
+	t.Helper()
+	if testing.Short() {
+		t.Skip("starts a kube-apiserver, which -short leaves out")
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), 15*time.Minute)
+	c, stop, err := envtest.Start(ctx)
+	if err != nil {
+		cancel()
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		cancel()
+		if err := stop(); err != nil {
+			t.Errorf("API server: %v", err)
+		}
+	})
+	return c
+}
+
+const operatorGroup = "monitoring.coreos.com"
+
+// Everything is accepted by an API server that takes no unknown field, in the order in which it is built, twice
+// (an upgrade), and alone as well as in the kustomization that README.md shows.
+func TestInstallationIsAccepted(t *testing.T) {
+	own := t.TempDir()
+	here, err := filepath.Abs(".")
+	if err != nil {
+		t.Fatal(err)
+	}
+	rel := func(dir string) string {
+		r, err := filepath.Rel(own, filepath.Join(here, dir))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return r
+	}
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(readme), "```yaml\n")
+	text, _, ok := strings.Cut(text, "```")
+	if !ok {
+		t.Fatal("README.md shows no kustomization")
+	}
+	const ours = "github.com/stepcache/stepcache/config"
+	if strings.Count(text, ours) != 3 {
+		t.Errorf("README.md's kustomization names %d folders of this one, want 3", strings.Count(text, ours))
+	}
+	text = strings.Replace(strings.ReplaceAll(text, ours, rel(".")), "images:", "- "+rel("components/prometheus/plain")+"\nimages:", 1)
+	if err := os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	all := build(t, own)
+	images, operators := 0, 0
+	for _, u := range all {
+		if u.GroupVersionKind().Group == operatorGroup {
+			operators++ // tools/manifests has compared their fields with the operator's definitions
+		}
+		b, err := u.MarshalJSON()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if bytes.Contains(b, []byte("stepcache/stepcache:dev")) {
+			t.Errorf("%s %s keeps the image of a development build", u.GetKind(), u.GetName())
+		}
+		images += bytes.Count(b, []byte(`"registry.example/stepcache:v1"`))
+		switch u.GetKind() + "/" + u.GetName() {
+		case "DaemonSet/stepcache-node":
+			if !bytes.Contains(b, []byte(`{"name":"NODE_MEMORY","value":"4294967296"}`)) || !bytes.Contains(b, []byte(`"limits":{"memory":"6Gi"}`)) {
+				t.Errorf("the node service is not patched: %s", b)
+			}
+		case "Deployment/stepcache-webhook":
+			if !bytes.Contains(b, []byte(`"args":["webhook","--image-pull-secret=registry"]`)) {
+				t.Errorf("the webhook is not patched: %s", b)
+			}
+		}
+	}
+	// Controller, webhook, node service and keeper. The first two read from their own pods what workers and
+	// injected containers run.
+	if images != 4 {
+		t.Errorf("the image of the installation is named %d times, want 4", images)
+	}
+	if operators != 3 {
+		t.Errorf("%d objects of the Prometheus operator, want 3", operators)
+	}
+
+	c, err := kclient.New(cluster(t), kclient.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	strict := kclient.WithFieldValidation(c, kclient.FieldValidation("Strict"))
+	for _, dir := range []string{"default", "components/prometheus/plain", "components/grafana", own, own} {
+		for _, u := range build(t, dir) {
+			if u.GroupVersionKind().Group == operatorGroup {
+				continue
+			}
+			if err := strict.Apply(t.Context(), kclient.ApplyConfigurationFromUnstructured(u), kclient.FieldOwner("kubectl"), kclient.ForceOwnership); err != nil {
+				t.Errorf("%s: %s %s: %v", dir, u.GetKind(), u.GetName(), err)
+			}
+		}
+	}
+}
+
+// A misspelled field would be dropped by the API server without a word, were it not compared.
+func TestUnknownFieldsOfTheOperatorAreFound(t *testing.T) {
+	dir := t.TempDir()
+	b, err := os.ReadFile("components/prometheus/operator/pod_monitors.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{
+		"kustomization.yaml": "resources: [m.yaml]\n",
+		"m.yaml":             strings.Replace(string(b), "podMetricsEndpoints", "podMetricsEndpoint", 1),
+	} {
+		if err := os.WriteFile(filepath.Join(dir, name), []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := manifests(t, nil, "build", dir); err == nil || !strings.Contains(err.Error(), "podMetricsEndpoint") {
+		t.Errorf("a field that there is not: %v", err)
+	}
+}
+
+// Both ways of giving Prometheus its alerts give the same.
+func TestAlertsAreTheSameForBoth(t *testing.T) {
+	text, err := os.ReadFile("components/prometheus/plain/alerts.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := manifests(t, text, "rules"); err != nil {
+		t.Error(err)
+	}
+	var plain struct{ Groups []any }
+	if err := yaml.Unmarshal(text, &plain); err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range build(t, "components/prometheus/operator") {
+		if u.GetKind() != "PrometheusRule" {
+			continue
+		}
+		groups, _, _ := unstructured.NestedSlice(u.Object, "spec", "groups")
+		if !reflect.DeepEqual(groups, plain.Groups) {
+			t.Errorf("operator and plain differ (-operator +plain):\n%s", cmp.Diff(groups, plain.Groups))
+		}
+		return
+	}
+	t.Error("no PrometheusRule")
+}
+
+// snake is the spelling of a Prometheus configuration for a field of the operator's.
+var snake = strings.NewReplacer("sourceLabels", "source_labels", "targetLabel", "target_label")
+
+// What both ways of scraping make of pods as they are: which are scraped, and with which labels.
+func TestScrapedPods(t *testing.T) {
+	pod := func(namespace, component, dataset, port string) map[string]string {
+		m := map[string]string{
+			"__meta_kubernetes_namespace": namespace, "__meta_kubernetes_pod_name": "p", "__meta_kubernetes_pod_node_name": "n1",
+			"__meta_kubernetes_pod_container_port_name": port,
+		}
+		if component != "" {
+			m["__meta_kubernetes_pod_label_data_stepcache_dev_component"] = component
+		}
+		if dataset != "" {
+			m["__meta_kubernetes_pod_label_data_stepcache_dev_dataset"] = dataset
+		}
+		return m
+	}
+	pods := []map[string]string{
+		pod("stepcache-system", "controller", "", "metrics"), pod("stepcache-system", "webhook", "", "metrics"), pod("stepcache-system", "node", "", "metrics"),
+		pod("argo", "worker", "genomes", "control"),
+		pod("argo", "worker", "genomes", "data"), pod("stepcache-system", "webhook", "", "https"), pod("stepcache-system", "keeper", "", ""), pod("argo", "", "", "metrics"),
+	}
+	var config struct {
+		ScrapeConfigs []struct {
+			RelabelConfigs []any `json:"relabel_configs"`
+		} `json:"scrape_configs"`
+	}
+	text, err := os.ReadFile("components/prometheus/plain/scrape.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := yaml.Unmarshal(text, &config); err != nil {
+		t.Fatal(err)
+	}
+	var got []map[string]string
+	ask(t, &got, map[string]any{"configs": config.ScrapeConfigs[0].RelabelConfigs, "targets": pods}, "relabel")
+	system := func(component string) map[string]string {
+		return map[string]string{"namespace": "stepcache-system", "pod": "p", "node": "n1", "component": component}
+	}
+	worker := map[string]string{"namespace": "argo", "pod": "p", "node": "n1", "component": "worker", "dataset": "argo/genomes"}
+	want := []map[string]string{system("controller"), system("webhook"), system("node"), worker, nil, nil, nil, nil}
+	if d := cmp.Diff(want, got); d != "" {
+		t.Errorf("plain (-want +got):\n%s", d)
+	}
+
+	// The operator adds namespace and pod, and chooses by the selectors and ports that TestMonitorsFindPods
+	// compares.
+	for _, u := range build(t, "components/prometheus/operator") {
+		if u.GetKind() != "PodMonitor" {
+			continue
+		}
+		ends, _, _ := unstructured.NestedSlice(u.Object, "spec", "podMetricsEndpoints")
+		b, err := json.Marshal(ends[0].(map[string]any)["relabelings"])
+		if err != nil {
+			t.Fatal(err)
+		}
+		target, want := pods[2], system("node")
+		if u.GetName() == "stepcache-workers" {
+			target, want = pods[3], worker
+		}
+		want = map[string]string{"node": want["node"], "component": want["component"], "dataset": want["dataset"]}
+		if want["dataset"] == "" {
+			delete(want, "dataset")
+		}
+		var got []map[string]string
+		ask(t, &got, map[string]any{"configs": json.RawMessage(snake.Replace(string(b))), "targets": []any{target}}, "relabel")
+		if d := cmp.Diff([]map[string]string{want}, got); d != "" {
+			t.Errorf("%s (-want +got):\n%s", u.GetName(), d)
+		}
+	}
+}
+
+// The pods of the installation have the labels and the ports that are scraped. A worker's are in
+// controllers/dataset, and TestMetricsExist reads its metrics from that port.
+func TestMonitorsFindPods(t *testing.T) {
+	found := map[string]bool{}
+	for _, u := range build(t, "default") {
+		labels, _, _ := unstructured.NestedStringMap(u.Object, "spec", "template", "metadata", "labels")
+		containers, _, _ := unstructured.NestedSlice(u.Object, "spec", "template", "spec", "containers")
+		for _, c := range containers {
+			ports, _ := c.(map[string]any)["ports"].([]any)
+			for _, p := range ports {
+				if p.(map[string]any)["name"] == "metrics" {
+					found[labels["data.stepcache.dev/component"]] = true
+				}
+			}
+		}
+	}
+	for _, component := range []string{"controller", "webhook", "node"} {
+		if !found[component] {
+			t.Errorf("%s has no port named metrics in a pod that is labelled so", component)
+		}
+	}
+}
