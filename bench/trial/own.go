@@ -21,6 +21,8 @@ type own struct {
 	program string
 	// running is a tier that is there already, which then is not made anew; empty: one is made for each session.
 	running string
+	// manifests make the tier where there are some.
+	manifests []string
 }
 
 func (o *own) name() string { return Own }
@@ -49,7 +51,7 @@ func (o *own) fresh(ctx context.Context, d *Data) (s session, err error) {
 	}()
 	dir := o.running
 	if dir == "" {
-		if dir, err = w.start(ctx, o.program, d); err != nil {
+		if dir, err = w.start(ctx, o.program, d, o.manifests); err != nil {
 			return nil, err
 		}
 	}
@@ -65,13 +67,16 @@ type ownSession struct {
 	workers []int
 }
 
-// start brings up a tier of the dataset and returns its folder.
-func (s *ownSession) start(ctx context.Context, program string, d *Data) (string, error) {
-	b := d.Bucket
-	text := fmt.Sprintf(`apiVersion: v1
+// manifest is a tier of the data's bucket, in the words of a cluster's.
+func manifest(d *Data) string {
+	b, token := d.Bucket, ""
+	if b.Token != "" {
+		token = fmt.Sprintf(", sessionToken: %q", b.Token)
+	}
+	return fmt.Sprintf(`apiVersion: v1
 kind: Secret
 metadata: {name: access-key}
-stringData: {accessKeyID: %q, accessKeySecret: %q, sessionToken: %q}
+stringData: {accessKeyID: %q, accessKeySecret: %q%s}
 ---
 apiVersion: data.stepcache.dev/v1alpha1
 kind: Dataset
@@ -80,18 +85,23 @@ spec:
   mounts:
   - {path: /, source: "s3://%s/%s", endpoint: %q, region: %q, credentialsSecretRef: {name: access-key}}
   workers: {replicas: 1, memory: %d}
-`, b.AccessKey, b.SecretKey, b.Token, b.Name, b.Prefix, b.Endpoint, b.Region, d.Memory)
-	if b.Token == "" {
-		text = strings.Replace(text, `, sessionToken: ""`, "", 1)
-	}
-	file := filepath.Join(s.scratch, "dataset.yaml")
-	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
-		return "", err
+`, b.AccessKey, b.SecretKey, token, b.Name, b.Prefix, b.Endpoint, b.Region, d.Memory)
+}
+
+// start brings up a tier of the dataset and returns its folder.
+func (s *ownSession) start(ctx context.Context, program string, d *Data, manifests []string) (string, error) {
+	memory := int64(0) // as the manifests and the machine allow
+	if len(manifests) == 0 {
+		file := filepath.Join(s.scratch, "dataset.yaml")
+		if err := os.WriteFile(file, []byte(manifest(d)), 0o600); err != nil {
+			return "", err
+		}
+		manifests, memory = []string{file}, d.Memory
 	}
 	before := workersOfThis()
 	log := &bytes.Buffer{}
 	var err error
-	s.tier, err = local.Start(ctx, local.Options{Manifests: []string{file}, Program: program, Workers: 1, Memory: d.Memory,
+	s.tier, err = local.Start(ctx, local.Options{Manifests: manifests, Program: program, Workers: 1, Memory: memory,
 		Log: log, Problems: time.Minute})
 	if err != nil {
 		return "", fmt.Errorf("tier: %w\n%s", err, log)

@@ -21,6 +21,9 @@ type Options struct {
 	// Tier is the folder of a running tier, which is read in place of one of the bench's own: there are no cold
 	// figures then.
 	Tier string
+	// Manifests, where there are some, are what the bench's own tiers are made of; else that follows from the
+	// data's Bucket.
+	Manifests []string
 	// Only are the rows and contenders that are measured: "section: row". Contenders are those with which to
 	// compare; empty: all that are there.
 	Only       *regexp.Regexp
@@ -77,7 +80,7 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 
 // contenders are those that can be measured here, and the reasons of those that cannot.
 func (t *trial) contenders() []contender {
-	all := []contender{nativeFiles{}, direct{}, &own{t.o.Program, t.o.Tier}}
+	all := []contender{nativeFiles{}, direct{}, &own{t.o.Program, t.o.Tier, t.o.Manifests}}
 	for _, p := range peers() {
 		all = append(all, p)
 	}
@@ -154,7 +157,7 @@ func (t *trial) cannot(c contender, s *section) string {
 		if !t.o.Mounts {
 			return "needs root (CAP_SYS_ADMIN) to mount"
 		}
-		if s.data.Bucket == nil && t.o.Tier == "" {
+		if s.data.Bucket == nil && t.o.Tier == "" && len(t.o.Manifests) == 0 {
 			return "the bucket's credentials are not here"
 		}
 	default:

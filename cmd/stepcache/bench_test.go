@@ -1,0 +1,81 @@
+package main
+
+import (
+	"encoding/json"
+	"os"
+	"strings"
+	"testing"
+
+	"github.com/stepcache/stepcache/bench/trial"
+)
+
+// Both ways to bench one's own data: from manifests, with cold figures, and beside a tier that runs, with warm ones
+// only.
+func TestBench(t *testing.T) {
+	f := newFixture(t)
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	flags := []string{"--rounds", "1", "--limit", "100ms", "--contenders", "direct,stepcache", "--only", "^(large file: (cold, 1|warm, 1|sha)|tree|limited)", "-o", "json"}
+	root := os.Geteuid() == 0
+	for _, c := range []struct {
+		name string
+		args []string
+		cold bool
+	}{
+		{"manifests", append([]string{"bench", "-f", f.manifests}, flags...), true},
+		{"a tier that runs", append([]string{"local", "-f", f.manifests, "--", self, "bench"}, flags...), false},
+	} {
+		stdout, stderr, status := run(t, f.dir, c.args...)
+		if status != 0 {
+			t.Errorf("%s: status %d, said %s", c.name, status, stderr)
+			continue
+		}
+		var rep trial.Report
+		if err := json.Unmarshal([]byte(stdout), &rep); err != nil {
+			t.Errorf("%s: %v in %q", c.name, err, stdout)
+			continue
+		}
+		if len(rep.Rows) != 7 {
+			t.Errorf("%s: %d rows", c.name, len(rep.Rows))
+		}
+		for _, r := range rep.Rows {
+			want := map[string]bool{
+				trial.Native: r.Kind != trial.Cold && r.Section != "tree", // a listing is not copied
+				trial.Direct: r.Kind != trial.Warm && c.cold,
+				trial.Own:    root && (c.cold || r.Kind != trial.Cold),
+			}
+			for name, want := range want {
+				fig := r.Figures[name]
+				if has := fig != nil && len(fig.Samples) == 1 && fig.Samples[0] > 0; has != want {
+					t.Errorf("%s: %s: %s: %s: %+v, want a figure: %v", c.name, r.Section, r.Name, name, fig, want)
+				} else if !has && fig != nil && fig.Reason == "" {
+					t.Errorf("%s: %s: %s: %s: no reason for no figure", c.name, r.Section, r.Name, name)
+				}
+			}
+		}
+	}
+	f.nothingLeft(t)
+}
+
+func TestBenchWrongUse(t *testing.T) {
+	dir := tempDir(t)
+	for _, c := range []struct {
+		args []string
+		says string
+	}{
+		{[]string{"bench"}, "--tier"},
+		{[]string{"bench", "-f", "a.yaml", "--tier", "/b"}, "choose one"},
+		{[]string{"bench", "-f", "a.yaml", "--largest", "much"}, "--largest"},
+		{[]string{"bench", "-f", "a.yaml", "--rounds", "0"}, "--rounds"},
+		{[]string{"bench", "-f", "a.yaml", "--only", "("}, "--only"},
+		{[]string{"bench", "-f", "/nonexistent/a.yaml"}, "no such file"},
+		{[]string{"bench", "more"}, "unknown command"},
+	} {
+		stdout, stderr, status := run(t, dir, c.args...)
+		if status == 0 || !strings.Contains(stderr, c.says) || stdout != "" {
+			t.Errorf("%q: status %d, said %q %q, want %q", c.args, status, stdout, stderr, c.says)
+		}
+	}
+}
