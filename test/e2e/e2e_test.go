@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -15,6 +16,14 @@ func steps() int {
 		return 100
 	}
 	return 20
+}
+
+// some is how many steps the workflows of the other modes have.
+func some() int {
+	if full() {
+		return 100
+	}
+	return 4
 }
 
 // TestCluster is one story, told in order: each part builds on those before it.
@@ -35,7 +44,7 @@ func TestCluster(t *testing.T) {
 	part("Install", install)
 	part("Input", func(t *testing.T) { in = put(t) })
 	part("Quickstart", func(t *testing.T) { quickstart(t, in) })
-	part("Warm", func(t *testing.T) { hashing(t, in, "demo", 0) })
+	part("Warm", func(t *testing.T) { placed(t, in) })
 	part("Cold", func(t *testing.T) { cold(t, in) })
 	part("FanOut", func(t *testing.T) { fanOut(t, in) })
 	part("MapReduce", mapReduce)
@@ -43,6 +52,7 @@ func TestCluster(t *testing.T) {
 	part("Stage", func(t *testing.T) { stage(t, in) })
 	part("Sidecar", func(t *testing.T) { sidecar(t, in) })
 	part("Replaces", func(t *testing.T) { replaces(t, in) })
+	part("Sharing", func(t *testing.T) { sharing(t, in) })
 	part("KilledSidecars", func(t *testing.T) { killedSidecars(t, in) })
 	part("KilledPods", func(t *testing.T) { killedPods(t, in) })
 	part("RestartedNodeServices", func(t *testing.T) { restartedNodeServices(t, in) })
@@ -52,7 +62,10 @@ func TestCluster(t *testing.T) {
 		part("FrozenNode", func(t *testing.T) { lostNode(t, in, "pause-node", "resume-node") })
 		part("CutNode", func(t *testing.T) { lostNode(t, in, "cut-node", "join-node") })
 	}
+	part("Scaled", func(t *testing.T) { scaled(t, in) })
+	part("Upgraded", func(t *testing.T) { upgraded(t, in) })
 	part("DeletedInUse", deletedInUse)
+	part("Uninstalled", func(t *testing.T) { uninstalled(t, in) })
 }
 
 // install applies everything and waits until it serves.
@@ -146,15 +159,24 @@ func job(t *testing.T, in input) {
 
 // stage reads without any privilege, in a namespace that enforces the restricted level.
 func stage(t *testing.T, in input) {
-	kubectl(t, "label", "namespace", namespace, "--overwrite", "pod-security.kubernetes.io/warn=restricted")
+	const level = "pod-security.kubernetes.io/enforce"
+	kubectl(t, "label", "namespace", namespace, "--overwrite", level+"=restricted")
+	defer kubectl(t, "label", "namespace", namespace, level+"-")
 	apply(t, namespace, example(t, "stage/pod.yaml"))
 	if log := waitPod(t, namespace, "demo-stage"); !strings.Contains(log, in.largeSum) {
 		t.Errorf("the staged pod read:\n%s", log)
 	}
 	kubectl(t, "delete", "pod", "-n", namespace, "demo-stage")
+	n := some()
+	name := submit(t, "hashing/workflow.yaml", slices.Concat(hash("demo", n), unprivileged, labelled("data.stepcache.dev/inject: stage"))...)
+	oneDigest(t, in, waitWorkflow(t, name), n)
+	// The level holds: the privileged containers of the mode sidecar are refused.
+	if out, err := run(t.Context(), example(t, "sidecar/pod.yaml"), "create", "-n", namespace, "-f", "-"); err == nil {
+		t.Errorf("a privileged pod was admitted: %s", out)
+	}
 }
 
-// sidecar reads through a mount of the pod's own, and leaves none on the node.
+// sidecar reads through mounts of the pods' own, and leaves none on the nodes.
 func sidecar(t *testing.T, in input) {
 	apply(t, namespace, example(t, "sidecar/pod.yaml"))
 	if log := waitPod(t, namespace, "demo-sidecar"); !strings.Contains(log, in.largeSum) {
@@ -162,6 +184,12 @@ func sidecar(t *testing.T, in input) {
 	}
 	// A mount that is left would keep the pod Terminating.
 	kubectl(t, "delete", "pod", "-n", namespace, "demo-sidecar", "--timeout", patience.String())
+	n := some()
+	name := submit(t, "hashing/workflow.yaml", slices.Concat(hash("demo", n), labelled("data.stepcache.dev/inject: sidecar"),
+		[]string{"  entrypoint: main\n", "  entrypoint: main\n  parallelism: 12\n"})...)
+	oneDigest(t, in, waitWorkflow(t, name), n)
+	kubectl(t, "delete", "workflow", "-n", namespace, name)
+	noSidecarMounts(t)
 }
 
 // replaces adopts a claim that workflows have always used.

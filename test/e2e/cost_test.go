@@ -1,0 +1,101 @@
+package e2e
+
+import (
+	"maps"
+	"slices"
+	"strconv"
+	"strings"
+	"testing"
+	"time"
+)
+
+// placed warms a Dataset that one node holds and runs steps that could run anywhere: nearly all should be on that
+// node; and it counts what those steps cost the API server in requests of ours.
+func placed(t *testing.T, in input) {
+	dataset := edit(t, example(t, "quickstart/dataset.yaml"), "metadata: {name: demo}", "metadata: {name: near}", "replicas: 2", "replicas: 1")
+	load := edit(t, example(t, "quickstart/dataload.yaml"), "name: demo-warm", "name: near-warm", "datasetRef: {name: demo}", "datasetRef: {name: near}")
+	apply(t, namespace, dataset+"\n---\n"+load)
+	waitReady(t, namespace, "near")
+	waitLoaded(t, namespace, "near-warm")
+	holder := kubectl(t, "get", "pod", "-n", namespace, "near-worker-0", "-o", "jsonpath={.spec.nodeName}")
+
+	var before, after, later map[string]int
+	const quiet = 20 * time.Second
+	if hasLab() {
+		before = requests(t)
+	}
+	start := time.Now()
+	name := submit(t, "hashing/workflow.yaml", hash("near", steps())...)
+	oneDigest(t, in, waitWorkflow(t, name), steps())
+	took := time.Since(start)
+	if hasLab() {
+		after = requests(t)
+		time.Sleep(quiet) // what is asked for in this time is asked for no step
+		later = requests(t)
+	}
+
+	_, pods, err := stepsOf(t.Context(), name)
+	if err != nil {
+		t.Fatal(err)
+	}
+	on := 0
+	for _, s := range pods {
+		if s.Node == holder {
+			on++
+		}
+	}
+	chance := 1 / float64(len(nodes(t)))
+	share := float64(on) / float64(len(pods))
+	t.Logf("%d of %d steps (%.0f %%) ran on the node that holds the data; chance is %.0f %%", on, len(pods), 100*share, 100*chance)
+	if len(nodes(t)) > 1 && share < chance+(1-chance)/3 {
+		t.Errorf("%.0f %% of the steps ran on the node that holds the data, hardly more than chance (%.0f %%)", 100*share, 100*chance)
+	}
+
+	if !hasLab() {
+		return
+	}
+	quietly, meanwhile := 0, 0
+	for _, k := range slices.Sorted(maps.Keys(later)) {
+		n, rest := after[k]-before[k], later[k]-after[k]
+		quietly += rest
+		meanwhile += n
+		if n == 0 {
+			continue
+		}
+		t.Logf("%4d (%d while it was quiet) %s", n, rest, k)
+		// What only a step could be the reason of.
+		for _, of := range []string{" pods", " events", " persistentvolumeclaims", " nodes", " tokenreviews", " subjectaccessreviews", " workflow", " csi"} {
+			if strings.Contains(k, of) {
+				t.Errorf("%d requests while %d steps ran: %s", n, steps(), k)
+			}
+		}
+	}
+	perStep := (float64(meanwhile) - float64(quietly)*took.Seconds()/quiet.Seconds()) / float64(steps())
+	t.Logf("requests of ours: %d in %.0f quiet s, %d in %.0f s of %d steps: %.2f a step more", quietly, quiet.Seconds(), meanwhile, took.Seconds(), steps(), perStep)
+	if perStep > 0.5 {
+		t.Errorf("each step costs the API server %.2f requests", perStep)
+	}
+	kubectl(t, "delete", "dataset,dataload", "-n", namespace, "near", "near-warm", "--ignore-not-found", "--timeout", patience.String())
+}
+
+// requests counts the API server's requests of our service accounts, but for leases, which are renewed all the
+// time.
+func requests(t *testing.T) map[string]int {
+	t.Helper()
+	counts := make(map[string]int)
+	for line := range strings.Lines(lab(t, "requests")) {
+		f := strings.Fields(line)
+		if len(f) < 4 || !strings.HasPrefix(f[1], "system:serviceaccount:"+system+":") || len(f) > 4 && strings.HasPrefix(f[4], "leases.") {
+			continue
+		}
+		n, err := strconv.Atoi(f[0])
+		if err != nil {
+			t.Fatalf("cluster requests: %q", line)
+		}
+		counts[f[1]+" "+strings.Join(f[3:], " ")] += n
+	}
+	if len(counts) == 0 {
+		t.Fatal("the audit log has no request of ours")
+	}
+	return counts
+}
