@@ -43,6 +43,7 @@ type dataset struct {
 	control *client.Control
 	target  string   // where it is mounted; empty: nowhere
 	dirs    []string // the workers' folders
+	s3      *s3      // nil: it is read-only
 	mounts  *keeper  // nil: not mounted
 	workers *keeper  // nil: not started
 
@@ -69,6 +70,11 @@ func (t *Tier) newDataset(object *v1alpha1.Dataset, set *manifest.Set, memory in
 	d.base.Memory, d.base.KeysDir, d.base.MembershipFile = memory, d.folder.KeysDir(), d.folder.MembershipFile()
 	if err := wire.WriteKeys(d.folder.KeysDir(), wire.GenerateKeys()); err != nil {
 		return nil, err
+	}
+	if object.Spec.Access == v1alpha1.ReadWrite {
+		if err := d.makeWritable(); err != nil {
+			return nil, err
+		}
 	}
 	return d, d.folder.Write()
 }
@@ -172,6 +178,9 @@ func (d *dataset) runWorker(i int) (*process.Process, error) {
 	c := d.base
 	c.ID, c.Listen, c.Control, c.Socket = m.ID, m.Addr, m.Control, m.Socket
 	c.Dir = d.dirs[i]
+	if d.s3 != nil {
+		c.Gateway = d.s3.config(i)
+	}
 	b, err := json.Marshal(c)
 	if err != nil {
 		return nil, err

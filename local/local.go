@@ -122,9 +122,6 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 				return t, err
 			}
 		}
-		if d.object.Spec.Access == v1alpha1.ReadWrite {
-			t.logf("dataset %s: access: ReadWrite is served read-only on this machine: write to the bucket itself", name(d.object))
-		}
 	}
 	for _, d := range t.datasets {
 		if err := d.start(); err != nil {
@@ -134,6 +131,9 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 	for _, d := range t.datasets {
 		if err := d.waitReady(ctx); err != nil {
 			return t, err
+		}
+		if d.s3 != nil {
+			t.logf("dataset %s: S3 endpoint %s, bucket %s; for clients: . %s", name(d.object), d.s3.endpoint(0), d.object.Name, d.s3.envFile())
 		}
 	}
 	if o.Mount != "" {
@@ -225,13 +225,19 @@ func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.Loa
 }
 
 // Env is what a command run beside the tier needs: STEPCACHE_TIER, and with a mount STEPCACHE_MOUNT,
-// STEPCACHE_DATASET_NAME for each Dataset, and STEPCACHE_DATASET where there is one only.
+// STEPCACHE_DATASET_NAME for each Dataset, and STEPCACHE_DATASET where there is one only. One that is
+// writable also gives STEPCACHE_S3_ENDPOINT, STEPCACHE_S3_BUCKET, and STEPCACHE_S3_CREDENTIALS, the folder of
+// its access keys.
 func (t *Tier) Env() []string {
 	dir := t.state.dir
 	if len(t.datasets) == 1 {
 		dir = t.datasets[0].folder.Dir
 	}
 	env := []string{tier.Env + "=" + dir}
+	if len(t.datasets) == 1 && t.datasets[0].s3 != nil {
+		s := t.datasets[0].s3
+		env = append(env, "STEPCACHE_S3_ENDPOINT="+s.endpoint(0), "STEPCACHE_S3_BUCKET="+s.bucket, "STEPCACHE_S3_CREDENTIALS="+s.dir)
+	}
 	if t.options.Mount == "" {
 		return env
 	}

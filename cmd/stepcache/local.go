@@ -35,11 +35,13 @@ again, also after Ctrl-C. Without COMMAND it prints what to export and waits for
 
 DIR/NAME must be empty or absent. A mount shows one listing of the bucket for as long as it lasts, so that no
 file changes under COMMAND; where the Dataset has a refresh interval, "stepcache ls" and "get" and new mounts see
-the newer listing. Everything is read-only here, also with access: ReadWrite; schedules are not kept, and a
-DataLoad runs once.
+the newer listing. Mounts are read-only; a Dataset with access: ReadWrite also gets an S3 endpoint on this
+machine, whose address and access keys are printed. Schedules are not kept, and a DataLoad runs once.
 
 COMMAND finds STEPCACHE_TIER in its environment, and with --mount also STEPCACHE_MOUNT (DIR),
-STEPCACHE_DATASET (DIR/NAME, where there is one Dataset) and STEPCACHE_DATASET_NAME for each.
+STEPCACHE_DATASET (DIR/NAME, where there is one Dataset) and STEPCACHE_DATASET_NAME for each; with one writable
+Dataset also STEPCACHE_S3_ENDPOINT, STEPCACHE_S3_BUCKET and STEPCACHE_S3_CREDENTIALS (a folder with the access
+keys and with env, a file to source for the AWS CLI and SDKs).
 A Secret that is not among the manifests is taken from the environment (the error says from where).
 The exit status is COMMAND's: 127 when there is no such command, 126 when it cannot be run.`,
 		Example: `  stepcache local -f genomes.yaml --mount /mnt/data -- sh -c 'sha256sum $STEPCACHE_DATASET/*'

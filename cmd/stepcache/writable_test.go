@@ -1,0 +1,73 @@
+package main
+
+import (
+	"bytes"
+	"io"
+	"os"
+	"path/filepath"
+	"strings"
+	"testing"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
+)
+
+// A writable Dataset has an S3 endpoint on this machine: what is put there is in the bucket.
+func TestLocalServesAWritableDataset(t *testing.T) {
+	f := newFixture(t)
+	f.replace(t, "spec:\n  mounts:", "spec:\n  access: ReadWrite\n  mounts:")
+	cmd, env, stderr := background(t, f)
+	read := func(name string) string {
+		b, err := os.ReadFile(filepath.Join(env["STEPCACHE_S3_CREDENTIALS"], name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return string(b)
+	}
+	client := func(id, secret string) *minio.Client {
+		c, err := minio.New(strings.TrimPrefix(env["STEPCACHE_S3_ENDPOINT"], "http://"), &minio.Options{
+			Creds: credentials.NewStaticV4(id, secret, ""), Region: "us-east-1", BucketLookup: minio.BucketLookupPath,
+		})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	c := client(read("accessKeyID"), read("secretAccessKey"))
+	want := bytes.Repeat([]byte("stepcache"), 1000)
+	bucket := env["STEPCACHE_S3_BUCKET"]
+	info, err := c.PutObject(t.Context(), bucket, "out/x", bytes.NewReader(want), int64(len(want)), minio.PutObjectOptions{})
+	if err != nil {
+		t.Fatalf("put: %v\n%s", err, stderr)
+	}
+	r, err := c.GetObject(t.Context(), bucket, "out/x", minio.GetObjectOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got, err := io.ReadAll(r)
+	r.Close()
+	if err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes, %v", len(got), err)
+	}
+	direct, err := f.server.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if at, err := direct.StatObject(t.Context(), "fixture", "out/x", minio.StatObjectOptions{}); err != nil || at.ETag != info.ETag {
+		t.Errorf("in the bucket: %+v, %v", at, err)
+	}
+	reader := client(read("readOnlyAccessKeyID"), read("readOnlySecretAccessKey"))
+	if _, err := reader.PutObject(t.Context(), bucket, "no", bytes.NewReader(want), int64(len(want)), minio.PutObjectOptions{}); minio.ToErrorResponse(err).Code != "AccessDenied" {
+		t.Errorf("a put with the reader's key: %v", err)
+	}
+	if !strings.Contains(read("env"), "AWS_ENDPOINT_URL="+env["STEPCACHE_S3_ENDPOINT"]) {
+		t.Errorf("env: %s", read("env"))
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v\n%s", err, stderr)
+	}
+	f.nothingLeft(t)
+}
