@@ -76,7 +76,7 @@ type pod struct {
 
 func newPod(t *testing.T) *pod {
 	t.Helper()
-	base, err := os.MkdirTemp("", "sc") // short: sockets are below it
+	base, err := os.MkdirTemp("/tmp", "sc") // short, whatever TMPDIR is: sockets are below it
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -33,10 +33,10 @@ type lender struct {
 	wg    sync.WaitGroup
 }
 
-// socketPath is short enough for sun_path, which t.TempDir's need not be.
+// socketPath is short enough for sun_path, which one below TMPDIR need not be.
 func socketPath(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "sc-")
+	dir, err := os.MkdirTemp("/tmp", "sc-")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -26,7 +26,7 @@ func TestArtifactDriver(t *testing.T) {
 		t.Fatal(err)
 	}
 	dir := t.TempDir()
-	short, err := os.MkdirTemp("", "artifact-")
+	short, err := os.MkdirTemp("/tmp", "artifact-")
 	if err != nil {
 		t.Fatal(err)
 	}

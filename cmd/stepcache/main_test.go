@@ -53,11 +53,11 @@ func program(t *testing.T, dir string, args ...string) *exec.Cmd {
 	return cmd
 }
 
-// tempDir is a folder with a short name: sockets are below it. Mounts that a failed test left are taken
+// tempDir is a folder with a short name, whatever TMPDIR is: sockets are below it. Mounts that a failed test left are taken
 // away before it is removed.
 func tempDir(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "sc")
+	dir, err := os.MkdirTemp("/tmp", "sc")
 	if err != nil {
 		t.Fatal(err)
 	}

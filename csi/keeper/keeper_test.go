@@ -43,7 +43,7 @@ func eventually(t *testing.T, what string, ok func() bool) {
 
 func socket(t *testing.T) string {
 	t.Helper()
-	dir, err := os.MkdirTemp("", "k")
+	dir, err := os.MkdirTemp("/tmp", "k") // not below TMPDIR: a socket's path has 107 bytes at most
 	if err != nil {
 		t.Fatal(err)
 	}

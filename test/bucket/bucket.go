@@ -73,7 +73,11 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 	}
 	s := &Server{AccessKey: AccessKey, SecretKey: SecretKey, Region: Region}
 	// A folder of its own with a short name: a Unix socket's path holds 107 bytes.
-	run, err := os.MkdirTemp("", "s3-")
+	temp := os.TempDir()
+	if len(temp) > 80 {
+		temp = "/tmp"
+	}
+	run, err := os.MkdirTemp(temp, "s3-")
 	if err != nil {
 		return nil, err
 	}
