@@ -123,7 +123,7 @@ func (f *fixture) request(t testing.TB, c call) *http.Request {
 	}
 	canonical := c.method + "\n" + encodePath(path) + "\n" + encodeQuery(c.query) + "\n"
 	for _, name := range names {
-		canonical += name + ":" + strings.TrimSpace(headers[name]) + "\n"
+		canonical += name + ":" + strings.Join(strings.Fields(headers[name]), " ") + "\n"
 	}
 	canonical += "\n" + signedNames + "\n" + c.payload
 	signature := hex.EncodeToString(mac(key, "AWS4-HMAC-SHA256\n"+at+"\n"+scope+"\n"+sum([]byte(canonical))))
