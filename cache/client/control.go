@@ -65,10 +65,22 @@ func (m *Missing) Error() string {
 		ids = append(ids, id)
 	}
 	slices.Sort(ids)
+	refused := 0
 	for i, id := range ids {
+		if errors.Is(m.Errors[id], errRefused) || errors.Is(m.Errors[id], ErrNoLoad) {
+			refused++
+		}
 		ids[i] = fmt.Sprintf("worker %s: %v", id, m.Errors[id])
 	}
-	return fmt.Sprintf("dataset %s: %d of %d workers did not answer: %s", m.Dataset, len(m.Errors), m.Asked, strings.Join(ids, "; "))
+	what := "did not answer"
+	switch refused {
+	case 0:
+	case len(ids):
+		what = "refused"
+	default:
+		what += " or refused"
+	}
+	return fmt.Sprintf("dataset %s: %d of %d workers %s: %s", m.Dataset, len(m.Errors), m.Asked, what, strings.Join(ids, "; "))
 }
 
 // Unwrap lets errors.Is see the reasons.
@@ -201,12 +213,25 @@ func statusError(method, path string, code int, body []byte) error {
 	case http.StatusServiceUnavailable, http.StatusTooManyRequests:
 		kind = wire.ErrOverloaded
 	default:
-		kind = errors.New("refused")
+		kind = errRefused
 	}
-	return fmt.Errorf("%s %s: %w: status %d: %s", method, path, kind, code, text)
+	err := fmt.Errorf("%s %s: %w: status %d: %s", method, path, kind, code, text)
+	if kind != errRefused {
+		err = answered{err}
+	}
+	return err
 }
 
-var errNotFound = errors.New("not found")
+var (
+	errNotFound = errors.New("not found")
+	errRefused  = errors.New("refused")
+)
+
+// answered is an error that a worker gave: it is errRefused besides what it says.
+type answered struct{ error }
+
+func (e answered) Unwrap() error        { return e.error }
+func (e answered) Is(target error) bool { return target == errRefused }
 
 // each calls f for every member in parallel and collects the failures.
 func (k *Control) each(ctx context.Context, f func(ctx context.Context, n int, m ring.Member) error) error {

@@ -94,6 +94,18 @@ func TestStatusNamesWorkersThatCannotBeReached(t *testing.T) {
 	if _, err := k.control(t, func(c *ControlConfig) { c.Keys = wire.GenerateKeys() }).Status(ctx); !errors.Is(err, wire.ErrUnauthorized) {
 		t.Fatal(err)
 	}
+	// Those that refuse have answered.
+	for want, change := range map[string]func(*ControlConfig){
+		"1 of 3 workers did not answer:":            func(*ControlConfig) {},
+		"3 of 3 workers did not answer or refused:": func(c *ControlConfig) { c.Keys = wire.GenerateKeys() },
+		"2 of 2 workers refused:": func(c *ControlConfig) {
+			c.Keys, c.Membership.Members = wire.GenerateKeys(), c.Membership.Members[:2]
+		},
+	} {
+		if _, err := k.control(t, change).Status(ctx); err == nil || !strings.Contains(err.Error(), want) {
+			t.Errorf("%v does not say %q", err, want)
+		}
+	}
 	// During a rotation the workers may know only the older key.
 	rotated := func(c *ControlConfig) {
 		c.Keys.Control = append(wire.GenerateKeys().Control, c.Keys.Control...)

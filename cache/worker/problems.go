@@ -1,11 +1,14 @@
 package worker
 
 import (
+	"errors"
 	"log/slog"
 	"maps"
 	"slices"
 	"strings"
 	"sync"
+
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // What can be wrong with a worker as a whole. Each kind has one problem at a time, set and cleared by
@@ -46,6 +49,9 @@ func (p *problems) set(kind problem, err error) {
 	}
 	p.mu.Unlock()
 	switch {
+	case err != nil && err.Error() != old && (errors.Is(err, errNoSnapshot) || errors.Is(err, wire.ErrUnknownSnapshot)):
+		// As at every start, here and at the worker that lists, which tells what keeps it from it.
+		p.log.Info("worker waits for its first snapshot", "reason", err)
 	case err != nil && err.Error() != old:
 		p.log.Warn("worker has a problem", "kind", string(kind), "error", err)
 	case err == nil && old != "":

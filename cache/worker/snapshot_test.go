@@ -2,17 +2,21 @@ package worker
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/scheme"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -303,5 +307,60 @@ func TestGarbageInDirIsRemoved(t *testing.T) {
 	entries, err := os.ReadDir(dir)
 	if err != nil || len(entries) != 2 { // the snapshot and which is current
 		t.Errorf("%v, %v", entries, err)
+	}
+}
+
+// lines is a log.
+type lines struct {
+	mu sync.Mutex
+	b  bytes.Buffer
+}
+
+func (l *lines) Write(p []byte) (int, error) {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.Write(p)
+}
+
+func (l *lines) String() string {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	return l.b.String()
+}
+
+// That there is no snapshot yet is how every worker begins, and nothing to be warned of.
+func TestAStartWarnsOfNoSnapshot(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(10, 1)})
+	var log lines
+	free := make(chan struct{})
+	tr.deps = func(int) Deps {
+		l := slog.New(slog.NewTextHandler(&log, nil))
+		return Deps{Logger: l, OpenSource: func(ctx context.Context, c source.Config) (*scheme.Source, error) {
+			select {
+			case <-free:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+			return scheme.Open(ctx, c, scheme.Logger(l))
+		}}
+	}
+	tr.start(2)
+	for _, w := range tr.workers {
+		eventually(t, "the worker says why it does not serve", func() error {
+			if p := w.Status().Problem; !strings.Contains(p, wire.ListingProblem) {
+				return errors.New(p)
+			}
+			return nil
+		})
+	}
+	close(free)
+	tr.snapshot()
+	for line := range strings.Lines(log.String()) {
+		if strings.Contains(line, "level=WARN") && strings.Contains(line, wire.ListingProblem) {
+			t.Error(line)
+		}
+	}
+	if !strings.Contains(log.String(), "waits for its first snapshot") {
+		t.Errorf("nothing is said of it:\n%s", log.String())
 	}
 }
