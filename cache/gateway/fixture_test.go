@@ -31,7 +31,9 @@ type fixture struct {
 	logged *bytes.Buffer
 }
 
-type option func(*gateway.Config, *httptest.Server)
+type server = httptest.Server
+
+type option func(*gateway.Config, *server)
 
 func overTLS(_ *gateway.Config, s *httptest.Server) { s.EnableHTTP2 = true }
 
