@@ -107,13 +107,20 @@ func All(dir string) ([]Folder, error) {
 	return all, nil
 }
 
+// snapshotsKept is how many snapshots the readers of a tier on one machine leave to each other: some, since a
+// Dataset that is refreshed has mounts of older ones.
+const snapshotsKept = 8
+
 // ClientConfig is what client.Dial needs to read the dataset.
 func (f Folder) ClientConfig() (client.Config, error) {
 	keys, err := wire.LoadKeys(f.KeysDir())
 	if err != nil {
 		return client.Config{}, fmt.Errorf("tier %s: %w", f.Dataset, err)
 	}
-	return client.Config{Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys, Node: f.Node, Copies: f.Copies, SnapshotDir: f.Snapshots}, nil
+	return client.Config{
+		Dataset: f.Dataset, MembershipFile: f.MembershipFile(), Keys: keys, Node: f.Node, Copies: f.Copies,
+		SnapshotDir: f.Snapshots, SnapshotsKept: snapshotsKept,
+	}, nil
 }
 
 // Dial connects a reader.

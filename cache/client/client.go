@@ -67,6 +67,9 @@ type Config struct {
 	Snapshot catalog.Digest
 	// SnapshotDir keeps pulled snapshots, shared by the processes of a node. Empty: in memory only.
 	SnapshotDir string
+	// SnapshotsKept is how many of them stay there: when one more comes the oldest go, which harms nobody who reads
+	// them. Zero: all, since their owner clears the folder.
+	SnapshotsKept int
 	// Progress is told how Dial gets on, in its goroutine. May be nil.
 	Progress func(Progress)
 	// Logger gets the rare events; nil means slog.Default.

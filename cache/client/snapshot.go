@@ -237,11 +237,50 @@ func (c *Client) share(s *catalog.Snapshot) *catalog.Snapshot {
 		return s
 	}
 	s.Close()
+	c.prune()
 	return mapped
 }
 
+// unfinished is how old a file must be to be what a process that died left of a snapshot.
+const unfinished = time.Hour
+
+// prune removes the oldest snapshots of the folder, as Config.SnapshotsKept says. Who has one open keeps it.
+func (c *Client) prune() {
+	if c.config.SnapshotsKept <= 0 {
+		return
+	}
+	type file struct {
+		path string
+		made time.Time
+	}
+	var kept []file
+	entries, err := os.ReadDir(c.config.SnapshotDir)
+	for _, e := range entries {
+		info, ierr := e.Info()
+		if ierr != nil {
+			continue // removed by another process
+		}
+		f := file{filepath.Join(c.config.SnapshotDir, e.Name()), info.ModTime()}
+		switch {
+		case strings.HasSuffix(f.path, snapshotSuffix):
+			kept = append(kept, f)
+		case strings.HasPrefix(e.Name(), "new-") && c.now().Sub(f.made) > unfinished:
+			err = errors.Join(err, os.Remove(f.path))
+		}
+	}
+	slices.SortFunc(kept, func(a, b file) int { return b.made.Compare(a.made) })
+	for _, f := range kept[min(len(kept), c.config.SnapshotsKept):] {
+		err = errors.Join(err, os.Remove(f.path))
+	}
+	if err != nil {
+		c.log.Debug("old snapshots are not all removed", "folder", c.config.SnapshotDir, "error", err)
+	}
+}
+
+const snapshotSuffix = ".snapshot"
+
 func (c *Client) snapshotPath(d catalog.Digest) string {
-	return filepath.Join(c.config.SnapshotDir, hex.EncodeToString(d[:])+".snapshot")
+	return filepath.Join(c.config.SnapshotDir, hex.EncodeToString(d[:])+snapshotSuffix)
 }
 
 // short is the snapshot's digest for people.

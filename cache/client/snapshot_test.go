@@ -10,6 +10,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -183,6 +184,46 @@ func TestSnapshotsOfANodeAreSharedAndADamagedOneIsPulledAnew(t *testing.T) {
 	}
 	if _, err := catalog.OpenFile(files[0]); err != nil {
 		t.Fatal(err)
+	}
+}
+
+func TestTheOldestSnapshotsOfAFolderGo(t *testing.T) {
+	dir := t.TempDir()
+	files := map[string][]byte{"f": content(1, 1000)}
+	k := newTier(t, files)
+	k.start("a")
+	old := time.Now().Add(-2 * unfinished)
+	for name, made := range map[string]time.Time{"new-1": old, "new-2": time.Now(), "other": old} {
+		path := filepath.Join(dir, name)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, made, made)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	var clients []*Client
+	var paths []string
+	for n := range 3 {
+		s := makeSnapshot(t, files, fmt.Sprintf("v%d", n))
+		k.worker("a").snapshot.Store(s)
+		c := k.dial(func(c *Config) { c.SnapshotDir, c.SnapshotsKept = dir, 2 })
+		if c.Snapshot().Digest() != s.Digest() {
+			t.Fatal("another snapshot")
+		}
+		clients, paths = append(clients, c), append(paths, c.snapshotPath(s.Digest()))
+		at := old.Add(time.Duration(n) * time.Minute) // file times are coarse
+		if err := os.Chtimes(paths[n], at, at); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for path, want := range map[string]bool{
+		paths[0]: false, paths[1]: true, paths[2]: true,
+		filepath.Join(dir, "new-1"): false, filepath.Join(dir, "new-2"): true, filepath.Join(dir, "other"): true,
+	} {
+		if _, err := os.Stat(path); (err == nil) != want {
+			t.Errorf("%s: kept %v, want %v", filepath.Base(path), err == nil, want)
+		}
+	}
+	if p := clients[0].Snapshot().Path(k.index("f")); p != "/f" {
+		t.Errorf("who has a snapshot open reads %q", p)
 	}
 }
 
