@@ -33,6 +33,7 @@ var mayImport = map[string][]string{
 	"webhook":                 {"api/v1alpha1", "cache"},
 	"controllers":             {"api", "cache", "tier"},
 	"artifact":                {"cache/source"},
+	"lint":                    {},
 	"config":                  {}, // tests only
 	"test/bucket":             {"local/process"},
 	"test/s3clients":          {},

@@ -80,7 +80,7 @@ Start with "stepcache local": it runs the tier on this machine from the manifest
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return usage{err} })
 	root.AddCommand(
 		localCommand(), workerCommand(), mountCommand(), sidecarCommand(), stageCommand(), webhookCommand(), controllerCommand(),
-		nodeCommand(), keeperCommand(), uninstallCommand(), artifactCommand(),
+		nodeCommand(), keeperCommand(), uninstallCommand(), artifactCommand(), lintCommand(),
 		loadCommand(), statusCommand(), lsCommand(), getCommand(), verifyCommand(), benchCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version", Args: args(cobra.NoArgs),
