@@ -368,6 +368,38 @@ func TestScaleInHandsOverWhatFits(t *testing.T) {
 	})
 }
 
+func TestScaleOutMovesBytesBetweenWorkers(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 30, 200_000)
+	w.load(d, "all", nil)
+	w.eventually("the status counts what is held", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		if d.Status.CachedPercentage != 100 {
+			return fmt.Errorf("status %s", asJSON(d.Status))
+		}
+		return nil
+	})
+	w.scale(d, 3)
+	m := w.members(d)
+	if m.Members[0].Joined != 0 || m.Members[1].Joined == 0 || m.Members[2].Joined == 0 {
+		t.Errorf("membership %s", asJSON(m))
+	}
+	sent := w.bucket.Sent()
+	w.load(d, "again", nil)
+	if more := w.bucket.Sent() - sent; more > 100_000 { // less than one file: there are questions without bytes
+		t.Errorf("the bucket sent %d bytes of what a worker held", more)
+	}
+	moved := int64(0)
+	for name, s := range w.statuses() {
+		if name != "genomes-worker-0" {
+			moved += s.Cached
+		}
+	}
+	if moved == 0 {
+		t.Error("the new workers hold nothing")
+	}
+}
+
 func TestScaleInReportsWhatItDrops(t *testing.T) {
 	w := newWorld(t)
 	// Many files, so that whatever their places the two workers hold about half each, all of them fit two

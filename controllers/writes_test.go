@@ -24,7 +24,8 @@ func TestNothingIsWrittenWhenNothingChanged(t *testing.T) {
 	d := w.dataset("genomes", 2)
 	d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there)}
 	d.Spec.Workers.Template = &v1alpha1.WorkerTemplate{Spec: v1alpha1.WorkerPod{
-		Tolerations: []corev1.Toleration{{Key: "big", Operator: corev1.TolerationOpExists}},
+		ImagePullSecrets: []corev1.LocalObjectReference{{Name: "registry"}},
+		Tolerations:      []corev1.Toleration{{Key: "big", Operator: corev1.TolerationOpExists}},
 		Affinity: &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{PreferredDuringSchedulingIgnoredDuringExecution: []corev1.PreferredSchedulingTerm{{
 			Weight: 1, Preference: corev1.NodeSelectorTerm{MatchExpressions: []corev1.NodeSelectorRequirement{{Key: "a", Operator: corev1.NodeSelectorOpExists}}},
 		}}}},

@@ -42,6 +42,9 @@ type Member struct {
 	// Weight is the share of the bytes it takes, relative to the others; zero means 1.
 	Weight uint32 `json:"weight,omitempty"`
 	State  State  `json:"state"`
+	// Joined is the epoch at which it came, with nothing, to others that held bytes: those that were there
+	// before may hold what it owns now. Zero: it did not. Placement does not look at it.
+	Joined uint64 `json:"joined,omitempty"`
 }
 
 // Membership is the list of workers at one epoch.

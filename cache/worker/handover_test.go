@@ -26,6 +26,7 @@ func (tr *tier) tell(extra []ring.Member, leaving ...int) ring.Membership {
 			continue
 		}
 		m := ring.Member{ID: fmt.Sprintf("w%d", i), Node: fmt.Sprintf("n%d", i), Addr: w.Addr().String(), Control: w.ControlAddr().String(), State: ring.Ready}
+		m.Joined = tr.joined[i]
 		for _, l := range leaving {
 			if l == i {
 				m.State = ring.Leaving
@@ -155,6 +156,72 @@ func TestAMissAtANewOwnerIsServedByTheLeavingOne(t *testing.T) {
 	}
 	if gets, _ := tr.gates[owners[1]].counts(); gets != 0 {
 		t.Errorf("the new owner asked the bucket %d times", gets)
+	}
+}
+
+// Workers that come to others get what is theirs from whoever held it, also when several come at once, or one
+// just after the other.
+func TestBlocksThatMoveToNewWorkersComeFromTheirFormerOwners(t *testing.T) {
+	for name, apart := range map[string]uint64{"at once": 0, "one after the other": 1} {
+		t.Run(name, func(t *testing.T) { blocksMove(t, apart) })
+	}
+}
+
+func blocksMove(t *testing.T, apart uint64) {
+	files := manyFiles(40, 50_000)
+	files["large"] = content(6*ring.BlockSize+5, 99)
+	tr := newTier(t, files)
+	tr.start(2)
+	snap := tr.snapshot()
+	load := func() {
+		for name, want := range files {
+			i := index(t, snap, "/"+name)
+			for block := int64(0); blockOff(block) < int64(len(want)); block++ {
+				off, n := blockOff(block), blockLen(int64(len(want)), block)
+				p, err := tr.dial(tr.owners(snap, "/"+name, block)[0]).read(i, off, int(n), 0)
+				if err != nil || !bytes.Equal(p, want[off:off+n]) {
+					t.Fatalf("%s, block %d: %v", name, block, err)
+				}
+			}
+		}
+	}
+	load()
+	tr.add(2)
+	tr.add(3)
+	tr.joined = map[int]uint64{2: tr.epoch + 1, 3: tr.epoch + 1 - apart}
+	tr.tell(nil)
+	tr.snapshot()
+	load()
+	var got int64
+	for _, i := range []int{2, 3} {
+		if gets, _ := tr.gates[i].counts(); gets != 0 {
+			t.Errorf("new worker %d asked the bucket %d times for what the others hold", i, gets)
+		}
+		got += tr.workers[i].counts.peerBytes.Load()
+	}
+	if got == 0 {
+		t.Error("nothing moved to the new workers")
+	}
+	// What nobody holds comes from the bucket all the same.
+	name := ""
+	for n := range files {
+		if tr.owners(snap, "/"+n, 0)[0] == 2 && len(files[n]) < ring.BlockSize {
+			name = n
+		}
+	}
+	if name == "" {
+		t.Fatal("no file is worker 2's")
+	}
+	for i := range tr.workers {
+		r, _ := snap.Ring(index(t, snap, "/"+name))
+		tr.workers[i].store.Drop(r)
+	}
+	p, err := tr.dial(2).read(index(t, snap, "/"+name), 0, len(files[name]), 0)
+	if err != nil || !bytes.Equal(p, files[name]) {
+		t.Errorf("%s: %v", name, err)
+	}
+	if gets, _ := tr.gates[2].counts(); gets != 1 {
+		t.Errorf("the bucket was asked %d times for what nobody held", gets)
 	}
 }
 

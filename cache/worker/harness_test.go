@@ -71,7 +71,8 @@ type tier struct {
 	config  func(i int, c *Config)
 	gates   []*gate
 	epoch   uint64
-	root    string // of the file source
+	joined  map[int]uint64 // the epoch at which a worker came to others, for tell
+	root    string         // of the file source
 }
 
 // newTier prepares workers over a local folder with the given files.

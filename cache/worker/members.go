@@ -25,18 +25,43 @@ type view struct {
 	replaced chan struct{}
 	// before is the membership as if nobody left; empty when nobody does.
 	before ring.Membership
+	// sooner are the members that were there before this worker came, then those before the last of them, and
+	// so on: who came just before may not have a block yet that it owns. Empty when they held nothing then.
+	sooner []ring.Membership
 }
 
-// former are the members that own a block no longer only because they leave: they may hold it.
-func (v *view) former(o ring.Object, block int64, copies int) []ring.Member {
+// former are the members that may hold a block though they do not own it: those that own it no longer only
+// because they leave, and, where this worker is new, those that owned it before this worker came.
+func (v *view) former(o ring.Object, block int64, copies int, isNew bool) []ring.Member {
 	var found []ring.Member
 	for _, m := range v.before.Owners(o, block, copies) {
 		if v.leaves(m.ID) {
 			found = append(found, m)
 		}
 	}
+	if !isNew {
+		return found
+	}
+	asked := 0
+	for _, before := range v.sooner {
+		for _, m := range before.Owners(o, block, copies) {
+			if asked < maxFormer && !slices.ContainsFunc(found, func(f ring.Member) bool { return f.ID == m.ID }) {
+				found = append(found, m)
+				asked++
+			}
+		}
+	}
 	return found
 }
+
+// maxFormer bounds how many that were there before are asked for one block: the bucket is not that slow.
+const maxFormer = 4
+
+// newFor is how long after its start a worker asks those that were there before it. What has moved to it and
+// was not asked for within that time they have likely evicted, or nobody wants.
+const newFor = time.Hour
+
+func (w *Worker) isNew() bool { return w.clock.Now().Sub(w.started) < newFor }
 
 func (v *view) leaves(id string) bool {
 	return slices.ContainsFunc(v.Members, func(m ring.Member) bool { return m.ID == id && m.State == ring.Leaving })
@@ -55,6 +80,7 @@ func (v *view) owners(self string, o ring.Object, block int64, copies int) ([]ri
 
 // members keeps the newest list of the membership file.
 type members struct {
+	self    string // this worker's id
 	path    string
 	current atomic.Pointer[view]
 	look    chan struct{} // somebody wants the file read at once
@@ -63,7 +89,7 @@ type members struct {
 	told bool       // the list in force was told by the controller: the file may be an older one
 }
 
-func newView(m ring.Membership) (*view, error) {
+func newView(m ring.Membership, self string) (*view, error) {
 	b, err := json.Marshal(m)
 	if err != nil {
 		return nil, err
@@ -73,6 +99,28 @@ func newView(m ring.Membership) (*view, error) {
 		v.before = ring.Membership{Epoch: m.Epoch, Members: slices.Clone(m.Members)}
 		for i := range v.before.Members {
 			v.before.Members[i].State = ring.Ready
+		}
+	}
+	i := slices.IndexFunc(m.Members, func(m ring.Member) bool { return m.ID == self })
+	if i >= 0 && m.Members[i].Joined > 0 {
+		var joined []uint64
+		for _, o := range m.Members {
+			if o.Joined > 0 && o.Joined <= m.Members[i].Joined {
+				joined = append(joined, o.Joined)
+			}
+		}
+		slices.Sort(joined)
+		joined = slices.Compact(joined)
+		slices.Reverse(joined)
+		for _, epoch := range joined[:min(len(joined), maxFormer)] {
+			before := ring.Membership{Epoch: m.Epoch}
+			for _, o := range m.Members {
+				if o.Joined < epoch {
+					o.State = ring.Ready // as it was then
+					before.Members = append(before.Members, o)
+				}
+			}
+			v.sooner = append(v.sooner, before)
 		}
 	}
 	return v, nil
@@ -88,7 +136,7 @@ func (m *members) reload() error {
 	if err != nil {
 		return err
 	}
-	v, err := newView(next)
+	v, err := newView(next, m.self)
 	if err != nil {
 		return err
 	}
@@ -121,11 +169,11 @@ func (w *Worker) told(r *http.Request) error {
 	if err != nil {
 		return failed(http.StatusBadRequest, "%w", err)
 	}
-	v, err := newView(next)
+	m := &w.members
+	v, err := newView(next, m.self)
 	if err != nil {
 		return err
 	}
-	m := &w.members
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	old := m.view()

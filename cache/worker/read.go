@@ -119,10 +119,10 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		return nil, none, fmt.Errorf("%w: block %d of %s under membership epoch %d", wire.ErrNotOwner, block, f, w.members.view().Epoch)
 	}
 
-	var leaving int // the first of earlier are asked for what they hold only
+	var holders int // the first of earlier are asked for what they hold only
 	if flags&wire.FlagPeer == 0 && place >= 0 {
-		if former := w.members.view().former(f.ring, block, len(owners)); len(former) > 0 {
-			leaving = len(former)
+		if former := w.members.view().former(f.ring, block, len(owners), w.isNew()); len(former) > 0 {
+			holders = len(former)
 			earlier = append(former, earlier...)
 		}
 	}
@@ -133,6 +133,7 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		return nil, none, fmt.Errorf("%w: block %d of %s: this reader does not take what it asked for: %w", wire.ErrOverloaded, block, f, err)
 	}
 	done = func() { budget.give(size) }
+	release := func() {}
 	if len(earlier) > 0 {
 		// Fills that wait for other workers may hold half of the store's buffers only: the other half is
 		// left to fills from the bucket, which other workers' fills wait for.
@@ -140,16 +141,18 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 			done()
 			return nil, none, fmt.Errorf("%w: block %d of %s: %w", wire.ErrOverloaded, block, f, err)
 		}
-		defer w.peerFills.Release(size)
+		release = sync.OnceFunc(func() { w.peerFills.Release(size) })
+		defer release()
 		w.asking.add(key)
 		defer w.asking.remove(key)
 	}
 	b, err = w.store.Acquire(ctx, f.ring, block, func(ctx context.Context, p []byte) error {
 		err := errNoPeer
 		if len(earlier) > 0 {
-			err = w.readPeers(ctx, earlier, leaving, f, block, p)
+			err = w.readPeers(ctx, earlier, holders, f, block, p)
 		}
 		if errors.Is(err, errNoPeer) {
+			release() // from here on it waits for the bucket
 			err = w.readSource(ctx, f, block, p)
 		}
 		if err == nil {
@@ -173,9 +176,9 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 var errNoPeer = errors.New("no earlier owner has the block")
 
 // readPeers asks the earlier owners of a block for it, each to act as its first owner, but the first few,
-// which are leaving and give what they hold only. The error wraps
+// which are no owners any more and give what they hold only. The error wraps
 // errNoPeer when the bucket should be asked instead.
-func (w *Worker) readPeers(ctx context.Context, earlier []ring.Member, leaving int, f file, block int64, p []byte) error {
+func (w *Worker) readPeers(ctx context.Context, earlier []ring.Member, holders int, f file, block int64, p []byte) error {
 	ctx, cancel := context.WithTimeout(ctx, peerTimeout)
 	defer cancel()
 	var last error
@@ -184,7 +187,7 @@ func (w *Worker) readPeers(ctx context.Context, earlier []ring.Member, leaving i
 			Op: wire.OpRead, Flags: wire.FlagPeer, Epoch: w.members.view().Epoch,
 			Snapshot: f.snapshot, Index: f.index, Off: blockOff(block), Length: int32(len(p)),
 		}
-		if i < leaving {
+		if i < holders {
 			req.Flags |= wire.FlagResidentOnly
 		}
 		last = w.peers.read(ctx, m, req, p)

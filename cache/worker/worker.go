@@ -71,6 +71,7 @@ type Worker struct {
 	socket     *net.UnixListener // nil: none
 	socketFile fs.FileInfo
 
+	started   time.Time
 	members   members
 	problems  problems
 	sources   atomic.Pointer[sources]
@@ -155,7 +156,8 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	w.problems = problems{log: w.log, text: make(map[problem]string), errs: make(map[problem]error)}
 	w.snapshots = snapshots{now: w.clock.Now, held: make(map[wire.Digest]*snapshot)}
 	w.loads = &loads{w: w, byID: make(map[string]*load)}
-	w.members.path, w.members.look = c.MembershipFile, make(chan struct{}, 1)
+	w.members.self, w.members.path, w.members.look = c.ID, c.MembershipFile, make(chan struct{}, 1)
+	w.started = w.clock.Now()
 	w.http = &http.Client{Transport: &http.Transport{DialContext: d.Dial, DisableKeepAlives: true}}
 	if w.keys, err = wire.WatchKeys(c.KeysDir, w.clock.Now); err != nil {
 		return nil, err
@@ -194,7 +196,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 			ID: c.ID, Addr: w.blocks.Addr().String(), Control: w.control.Addr().String(), Socket: c.Socket, State: ring.Ready,
 		}}}
 	}
-	v, err := newView(alone)
+	v, err := newView(alone, c.ID)
 	if err != nil {
 		return nil, err
 	}

@@ -52,7 +52,9 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 		switch {
 		case p.serves(pod):
 			delete(p.absent, pod.Name)
-			next.Members = append(next.Members, r.member(pod))
+			m := r.member(pod)
+			m.Joined = old.Joined
+			next.Members = append(next.Members, m)
 		case was && p.lately(pod.Name):
 			next.Members = append(next.Members, old)
 		}
@@ -84,6 +86,13 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	if before.Epoch == 0 || before.Epoch < p.epoch || !reflect.DeepEqual(before.Members, next.Members) {
 		// The time keeps epochs growing even when the ConfigMap was deleted.
 		next.Epoch = max(before.Epoch+1, p.epoch+1, uint64(p.now.Unix()))
+		for i := range next.Members {
+			// One that comes to others that hold bytes asks them first. To one of a tier that is empty, such
+			// as a new Dataset's, it would only be a detour.
+			if _, was := had[next.Members[i].ID]; !was && p.dataset.Status.Cached > 0 {
+				next.Members[i].Joined = next.Epoch
+			}
+		}
 	}
 	p.members = next
 	if err := r.putMembership(ctx, p); err != nil {

@@ -147,6 +147,7 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 		spec.SchedulerName = t.Spec.SchedulerName
 		spec.PriorityClassName = t.Spec.PriorityClassName
 		spec.ServiceAccountName = t.Spec.ServiceAccountName
+		spec.ImagePullSecrets = t.Spec.ImagePullSecrets
 	}
 	return spec
 }
