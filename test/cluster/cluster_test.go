@@ -64,6 +64,22 @@ func TestStateFolderThatNodesHideIsRefused(t *testing.T) {
 	}
 }
 
+// What a machine has not is said in the words of the program that found out.
+func TestTrialsSayWhatFailed(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("needs root to make namespaces")
+	}
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := apart("true")(ctx); err != nil {
+		t.Skipf("no namespaces here: %v", err)
+	}
+	err := apart("echo what is missing >&2; exit 3")(ctx)
+	if err == nil || !strings.Contains(err.Error(), "what is missing") || !strings.Contains(err.Error(), "exit status 3") {
+		t.Errorf("got %v", err)
+	}
+}
+
 func TestCommandLine(t *testing.T) {
 	t.Setenv("STEPCACHE_CLUSTER_STATE", t.TempDir())
 	for args, want := range map[string]string{

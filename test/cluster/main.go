@@ -76,6 +76,8 @@ func command() *cobra.Command {
 		func(ctx context.Context, _ []string) error { return c.locked(func() error { return c.Up(ctx) }) })
 	add("down", "end every process, network namespace, mount and control group of the cluster; builds are kept", cobra.NoArgs,
 		func(ctx context.Context, _ []string) error { return c.locked(func() error { return c.Down(ctx) }) })
+	add("able", "try what the cluster needs of this machine, installing missing packages, and say all that it has not", cobra.NoArgs,
+		func(ctx context.Context, _ []string) error { return c.Able(ctx) })
 	add("build", "build the programs and images only", cobra.NoArgs,
 		func(ctx context.Context, _ []string) error { return c.locked(func() error { return c.Build(ctx) }) })
 	add("assets", "build etcd, kube-apiserver and kubectl only, and print their folder (envtest's KUBEBUILDER_ASSETS)", cobra.NoArgs,
