@@ -33,7 +33,7 @@ type body struct {
 // content prepares to read the request's body. Nothing has been read when it returns, so that a client
 // that waits for "100 Continue" has not begun to send.
 func (q *request) content() (*body, error) {
-	b := &body{r: q.r.Body, size: q.r.ContentLength}
+	b := &body{r: q.in, size: q.r.ContentLength}
 	h := q.r.Header
 	var err error
 	// With the list of an upload's parts comes the checksum of the object, not of the list.
@@ -212,7 +212,7 @@ const progress = 64 << 10
 // spent waiting for the client: while the bucket is slow, nobody asks the client for more. Deadlines of
 // connections are real time, not Config.Clock's.
 type stall struct {
-	io.ReadCloser
+	io.Reader
 	control *http.ResponseController
 	limit   time.Duration
 	spent   time.Duration
@@ -225,8 +225,8 @@ func (q *request) watch() error {
 	if q.r.ContentLength == 0 {
 		return nil
 	}
-	s := &stall{ReadCloser: q.r.Body, control: http.NewResponseController(q.w), limit: q.bodyStall}
-	q.r.Body = s
+	s := &stall{Reader: q.r.Body, control: http.NewResponseController(q.w), limit: q.bodyStall}
+	q.in = s // and not q.r.Body: by its type net/http knows that a client waits for 100 Continue
 	return s.control.SetReadDeadline(time.Now().Add(s.limit))
 }
 
@@ -235,7 +235,7 @@ func (s *stall) Read(p []byte) (int, error) {
 	if err := s.control.SetReadDeadline(begun.Add(s.limit - s.spent)); err != nil {
 		return 0, err
 	}
-	n, err := s.ReadCloser.Read(p)
+	n, err := s.Reader.Read(p)
 	s.spent += time.Since(begun)
 	if s.moved += n; s.moved >= progress {
 		s.moved, s.spent = 0, 0
@@ -263,7 +263,7 @@ func (q *request) ignore() error {
 	if q.r.ContentLength == 0 {
 		return nil
 	}
-	n, err := io.Copy(io.Discard, io.LimitReader(q.r.Body, progress+1))
+	n, err := io.Copy(io.Discard, io.LimitReader(q.in, progress+1))
 	if err == nil && n > progress {
 		err = failure(http.StatusBadRequest, "MaxMessageLengthExceeded", "This request needs no body.")
 	}

@@ -52,6 +52,7 @@ var kinds = []struct {
 	{source.ErrUnavailable, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The bucket behind this Dataset does not answer. Please try again.")},
 	{source.ErrUnversioned, failure(http.StatusBadRequest, "InvalidRequest", "The object has no version, and its Dataset does not say allowUnversioned.")},
 	{source.ErrInvalid, failure(http.StatusBadRequest, "InvalidRequest", "The request cannot be fulfilled as it stands.")},
+	{context.Canceled, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The worker is being stopped. Please try again.")},
 	{context.DeadlineExceeded, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The time was not enough. Please try again.")},
 }
 
@@ -83,10 +84,10 @@ type errorBody struct {
 
 // fail answers with err, of which nothing has been written yet.
 func (q *request) fail(err error) {
-	if q.r.Context().Err() != nil {
-		panic(http.ErrAbortHandler) // the client is gone, or its connection broke
-	}
 	f := failureOf(err)
+	if q.r.Context().Err() != nil && !errors.As(err, new(*Failure)) {
+		panic(http.ErrAbortHandler) // the client is gone, and that is what err is about
+	}
 	q.report(err, f)
 	for name, value := range f.header {
 		q.w.Header().Set(name, value)

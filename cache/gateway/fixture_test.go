@@ -3,6 +3,7 @@ package gateway_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"log/slog"
 	"math/rand/v2"
 	"net/http/httptest"
@@ -45,7 +46,7 @@ func serve(t *testing.T, options ...option) *fixture {
 			return []gateway.Credential{{AccessKey: accessKey, SecretKey: secretKey, Write: true}, {AccessKey: readKey, SecretKey: readSecret}}
 		},
 		Domain: "s3.test",
-		Logger: slog.New(slog.NewTextHandler(f.logged, nil)),
+		Logger: textLogger(f.logged),
 	}
 	f.server = httptest.NewUnstartedServer(nil)
 	for _, o := range options {
@@ -100,3 +101,5 @@ func codeOf(err error) string {
 	}
 	return "none"
 }
+
+func textLogger(w io.Writer) *slog.Logger { return slog.New(slog.NewTextHandler(w, nil)) }

@@ -29,6 +29,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net/http"
 	"strings"
@@ -108,6 +109,7 @@ type request struct {
 	*gateway
 	w  http.ResponseWriter
 	r  *http.Request
+	in io.Reader // the body, watched
 	id string
 	// bucket and key are what the address names; either may be empty.
 	bucket, key string
@@ -117,7 +119,7 @@ type request struct {
 }
 
 func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	q := &request{gateway: g, w: w, r: r, id: newID()}
+	q := &request{gateway: g, w: w, r: r, in: r.Body, id: newID()}
 	w.Header().Set("X-Amz-Request-Id", q.id)
 	w.Header().Set("X-Amz-Id-2", q.id)
 	// A connection keeps the deadline of the answer before; and what net/http sends after this function

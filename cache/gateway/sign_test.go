@@ -91,7 +91,7 @@ func (f *fixture) request(t testing.TB, c call) *http.Request {
 	}
 	host := c.host
 	if host == "" {
-		host = strings.TrimPrefix(f.url, "http://")
+		_, host, _ = strings.Cut(f.url, "://")
 	}
 	headers := map[string]string{"host": host}
 	for name, value := range c.header {
