@@ -222,7 +222,15 @@ func asNobody(t *testing.T, what string) (*exec.Cmd, string) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root, to become somebody else")
 	}
-	dir := t.TempDir()
+	// Not below TMPDIR, which others need not be able to reach, nor with a mode that the umask decides.
+	dir, err := os.MkdirTemp("/tmp", "mount-test-")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		abortAll(dir)
+		_ = os.RemoveAll(dir)
+	})
 	own := filepath.Join(dir, "own")
 	cmd := command(t, what, order{Path: own})
 	b, err := os.ReadFile(cmd.Path)
@@ -230,11 +238,9 @@ func asNobody(t *testing.T, what string) (*exec.Cmd, string) {
 		t.Fatal(err)
 	}
 	cmd.Path = filepath.Join(dir, "exe")
-	if err := errors.Join(os.WriteFile(cmd.Path, b, 0o755), os.Mkdir(own, 0o755), os.Chown(own, 65534, 65534)); err != nil {
+	if err := errors.Join(os.WriteFile(cmd.Path, b, 0o755), os.Chmod(cmd.Path, 0o755), os.Chmod(dir, 0o755),
+		os.Mkdir(own, 0o755), os.Chown(own, 65534, 65534)); err != nil {
 		t.Fatal(err)
-	}
-	for d := dir; d != "/" && d != "/tmp"; d = filepath.Dir(d) {
-		_ = os.Chmod(d, 0o755)
 	}
 	cmd.Stderr = nil
 	cmd.SysProcAttr = &unix.SysProcAttr{Credential: &syscall.Credential{Uid: 65534, Gid: 65534}, Pdeathsig: unix.SIGKILL}
