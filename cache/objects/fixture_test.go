@@ -3,6 +3,8 @@ package objects_test
 import (
 	"bytes"
 	"context"
+	"crypto/md5"
+	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -10,9 +12,11 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -286,8 +290,8 @@ func tail(path string) string {
 	return string(b[max(0, len(b)-4000):])
 }
 
-// publish writes the membership with the next epoch: the workers that are added and not gone.
-func (tr *tier) publish() {
+// next is the membership with the next epoch: the workers that are added and not gone.
+func (tr *tier) next() []byte {
 	tr.t.Helper()
 	tr.epoch++
 	m := ring.Membership{Epoch: tr.epoch}
@@ -297,9 +301,66 @@ func (tr *tier) publish() {
 		}
 	}
 	b, err := json.Marshal(m)
-	if err == nil {
-		err = os.WriteFile(tr.path("members.new"), b, 0o600)
+	if err != nil {
+		tr.t.Fatal(err)
 	}
+	return b
+}
+
+// tell has worker i alone follow a membership, as the controller does.
+func (tr *tier) tell(i int, list []byte) {
+	tr.t.Helper()
+	keys, err := wire.LoadKeys(tr.path("keys"))
+	if err != nil {
+		tr.t.Fatal(err)
+	}
+	req, err := http.NewRequest("POST", "http://"+tr.workers[i].m.Control+wire.PathMembers, bytes.NewReader(list))
+	if err == nil {
+		err = wire.SignRequest(req, keys.Control[0], tr.workers[i].m.ID, time.Now())
+	}
+	if err != nil {
+		tr.t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		tr.t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode != http.StatusNoContent {
+		tr.t.Fatalf("worker %d was told a membership: status %d", i, resp.StatusCode)
+	}
+}
+
+// metric is one figure of worker i.
+func (tr *tier) metric(i int, name string) int64 {
+	tr.t.Helper()
+	resp, err := http.Get("http://" + tr.workers[i].m.Control + wire.PathMetrics)
+	if err != nil {
+		tr.t.Fatal(err)
+	}
+	defer resp.Body.Close()
+	b, err := io.ReadAll(resp.Body)
+	if err != nil {
+		tr.t.Fatal(err)
+	}
+	for line := range strings.Lines(string(b)) {
+		if v, ok := strings.CutPrefix(line, name+" "); ok {
+			f, err := strconv.ParseFloat(strings.TrimSpace(v), 64)
+			if err != nil {
+				tr.t.Fatal(err)
+			}
+			return int64(f)
+		}
+	}
+	tr.t.Fatalf("worker %d has no metric %s", i, name)
+	return 0
+}
+
+// publish writes the next membership for all workers to find.
+func (tr *tier) publish() {
+	tr.t.Helper()
+	b := tr.next()
+	err := os.WriteFile(tr.path("members.new"), b, 0o600)
 	if err == nil {
 		err = os.Rename(tr.path("members.new"), tr.path("members.json"))
 	}
@@ -436,4 +497,9 @@ type testLog struct{ t testing.TB }
 func (l testLog) Write(p []byte) (int, error) {
 	l.t.Log(strings.TrimSuffix(string(p), "\n"))
 	return len(p), nil
+}
+
+func md5Hex(s string) string {
+	sum := md5.Sum([]byte(s))
+	return hex.EncodeToString(sum[:])
 }

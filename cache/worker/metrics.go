@@ -80,6 +80,28 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 	} {
 		out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_"+m.name, m.help, nil, nil), m.kind, m.value)
 	}
+	if c.w.gateway != nil {
+		n := c.w.gateway.names.Counts()
+		for _, m := range []struct {
+			name, help string
+			value      int64
+		}{
+			{"puts", "Puts and completed uploads executed by this worker.", n.Puts},
+			{"deletes", "Deletions executed by this worker.", n.Deletes},
+			{"copies", "Copies executed by this worker.", n.Copies},
+			{"reads", "Objects opened through this worker's S3 endpoint.", n.Reads},
+			{"lists", "Listings through this worker's S3 endpoint.", n.Lists},
+			{"written_bytes", "Bytes put to the bucket by this worker.", n.Written},
+			{"read_bytes", "Bytes sent through this worker's S3 endpoint.", n.Read},
+			{"forwarded", "Operations passed on to the owner of a name.", n.Forwarded},
+			{"direct", "Operations executed for an owner that could not be reached.", n.Direct},
+			{"waited", "Writes acknowledged only after versions that others may remember had expired.", n.Waited},
+			{"staged", "Puts whose bytes the tier holds since.", n.Staged},
+			{"unstaged", "Puts whose bytes the tier had no room for.", n.Unstaged},
+		} {
+			out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_objects_"+m.name+"_total", m.help, nil, nil), prometheus.CounterValue, float64(m.value))
+		}
+	}
 	for i := range c.w.counts.statuses {
 		if n := c.w.counts.statuses[i].Load(); n > 0 {
 			out <- prometheus.MustNewConstMetric(statusDesc, prometheus.CounterValue, float64(n), wire.Status(i).String())
