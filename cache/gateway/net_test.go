@@ -49,8 +49,8 @@ func (f *fixture) raw(t testing.TB, text string) string {
 	return line
 }
 
-// wire is a request as it goes over a connection.
-func wire(t testing.TB, r *http.Request) []byte {
+// onWire is a request as it goes over a connection.
+func onWire(t testing.TB, r *http.Request) []byte {
 	t.Helper()
 	var b bytes.Buffer
 	if err := r.Write(&b); err != nil {
@@ -69,7 +69,7 @@ func TestBodiesThatEndEarly(t *testing.T) {
 		"a part":         {method: "PUT", path: object + "2", body: data},
 		"bytes no chunk": {method: "PUT", path: object, body: data, payload: unsignedTrailer, header: map[string]string{"x-amz-trailer": "x-amz-checksum-crc32"}, chunks: signedChunks{size: 65536, unsigned: true, trailers: []string{"x-amz-checksum-crc32:" + crc(data)}}.encode},
 	} {
-		text := wire(t, f.request(t, c))
+		text := onWire(t, f.request(t, c))
 		for _, cut := range []int{1, 10, 70_000, len(data)} {
 			conn := f.dial(t)
 			if _, err := conn.Write(text[:len(text)-cut]); err != nil {
@@ -92,7 +92,7 @@ func TestBodiesThatEndEarly(t *testing.T) {
 
 func TestConnectionsThatAreAborted(t *testing.T) {
 	f := serve(t)
-	text := wire(t, f.request(t, call{method: "PUT", path: object, body: random(300_000)}))
+	text := onWire(t, f.request(t, call{method: "PUT", path: object, body: random(300_000)}))
 	for _, n := range []int{len(text) - 1, len(text) / 2, len(text) - 300_000, 100} {
 		conn := f.dial(t)
 		if _, err := conn.Write(text[:n]); err != nil {
@@ -115,7 +115,7 @@ func TestExpectContinue(t *testing.T) {
 	f := serve(t)
 	empty := f.request(t, call{method: "PUT", path: object, header: map[string]string{"expect": "100-continue"}})
 	conn := f.dial(t)
-	if _, err := conn.Write(wire(t, empty)); err != nil {
+	if _, err := conn.Write(onWire(t, empty)); err != nil {
 		t.Fatal(err)
 	}
 	r := bufio.NewReader(conn)
@@ -130,7 +130,7 @@ func TestExpectContinue(t *testing.T) {
 	}
 	// Who is refused need not send.
 	refused := f.request(t, call{method: "PUT", path: object + "2", body: random(1 << 20), key: readKey, secret: readSecret, header: map[string]string{"expect": "100-continue"}})
-	text := wire(t, refused)
+	text := onWire(t, refused)
 	if line := f.raw(t, string(text[:len(text)-1<<20])); !strings.Contains(line, " 403 ") {
 		t.Errorf("a refusal: %s", line)
 	}
@@ -349,7 +349,7 @@ func inBubble(t *testing.T, o gateway.Objects, test func(t *testing.T, f *fixtur
 func TestAClientThatStopsSending(t *testing.T) {
 	m := newMemory()
 	inBubble(t, m, func(t *testing.T, f *fixture, dial func() net.Conn) {
-		text := wire(t, f.request(t, call{method: "PUT", path: object, body: random(300_000)}))
+		text := onWire(t, f.request(t, call{method: "PUT", path: object, body: random(300_000)}))
 		c := dial()
 		if _, err := c.Write(text[:len(text)-100_000]); err != nil {
 			t.Fatal(err)
@@ -388,7 +388,7 @@ func TestAClientThatSendsAByteASecond(t *testing.T) {
 			m := newMemory()
 			inBubble(t, m, func(t *testing.T, f *fixture, dial func() net.Conn) {
 				body := random(100_000)
-				text := wire(t, f.request(t, call{method: "PUT", path: object, body: body, key: accessKey, secret: secret}))
+				text := onWire(t, f.request(t, call{method: "PUT", path: object, body: body, key: accessKey, secret: secret}))
 				c := dial()
 				if _, err := c.Write(text[:len(text)-len(body)]); err != nil {
 					t.Fatal(err)
@@ -452,7 +452,7 @@ func TestABucketThatIsSlowIsNotTheClientsFault(t *testing.T) {
 	inBubble(t, m, func(t *testing.T, f *fixture, dial func() net.Conn) {
 		c := dial()
 		data := random(50_000)
-		if _, err := c.Write(wire(t, f.request(t, call{method: "PUT", path: object, body: data}))); err != nil {
+		if _, err := c.Write(onWire(t, f.request(t, call{method: "PUT", path: object, body: data}))); err != nil {
 			t.Fatal(err)
 		}
 		response, err := http.ReadResponse(bufio.NewReader(c), nil)
@@ -472,7 +472,7 @@ func TestAClientThatTakesNothing(t *testing.T) {
 	e := &endless{memory: newMemory(), size: 1 << 40}
 	inBubble(t, e, func(t *testing.T, f *fixture, dial func() net.Conn) {
 		c := dial()
-		if _, err := c.Write(wire(t, f.request(t, call{method: "GET", path: object}))); err != nil {
+		if _, err := c.Write(onWire(t, f.request(t, call{method: "GET", path: object}))); err != nil {
 			t.Fatal(err)
 		}
 		r := bufio.NewReader(c)
@@ -504,7 +504,7 @@ func TestLongAnswersAreKeptAlive(t *testing.T) {
 			}
 			conn := dial()
 			begun := time.Now()
-			if _, err := conn.Write(wire(t, f.request(t, call{method: "PUT", path: object + "2", header: map[string]string{"x-amz-copy-source": object}}))); err != nil {
+			if _, err := conn.Write(onWire(t, f.request(t, call{method: "PUT", path: object + "2", header: map[string]string{"x-amz-copy-source": object}}))); err != nil {
 				t.Fatal(err)
 			}
 			response, err := http.ReadResponse(bufio.NewReader(conn), nil)
