@@ -37,10 +37,13 @@ type block struct {
 	inPolicy bool
 	out      bool // in obj.outs
 	reserved bool // its weight is part of Store.used
-	refs     int32
-	sums     []uint32 // immutable once set
-	flight   *flight
-	done     chan struct{}
+	// weightless: it is in the policy, which does not judge it yet.
+	weightless bool
+	refs       int32
+	used       int64    // when last, by Store.read
+	sums       []uint32 // immutable once set
+	flight     *flight
+	done       chan struct{}
 }
 
 func (b *block) key() key { return key{b.obj.id, b.n} }

@@ -21,11 +21,17 @@ import (
 func (s *Store) newPolicy() *otter.Cache[key, *block] {
 	return otter.Must(&otter.Options[key, *block]{
 		MaximumWeight: uint64(s.max),
-		Weigher:       func(_ key, b *block) uint32 { return uint32(s.weight(int(b.size))) },
-		Executor:      func(f func()) { f() },
+		Weigher: func(_ key, b *block) uint32 {
+			if b.weightless {
+				return 0
+			}
+			return uint32(s.weight(int(b.size)))
+		},
+		Executor: func(f func()) { f() },
 		OnDeletion: func(e otter.DeletionEvent[key, *block]) {
 			if e.Cause == otter.CauseOverflow {
 				s.leftPolicy(e.Value)
+				s.letGo.note(e.Value.key(), e.Value.used)
 				s.victims = append(s.victims, e.Value)
 			}
 		},
@@ -53,6 +59,13 @@ func (s *Store) policyAdd(b *block) {
 	if b.reserved {
 		s.inPolicy += s.weight(int(b.size))
 	}
+	if !b.reserved && s.letGo.take(b.key(), s.read-s.quota/soon) {
+		// Without a weight it is not judged yet.
+		b.weightless = true
+		s.policy.Set(b.key(), b)
+		s.favour(b)
+		b.weightless = false
+	}
 	s.policy.Set(b.key(), b)
 }
 
@@ -64,9 +77,16 @@ func (s *Store) policyRemove(b *block) {
 }
 
 func (s *Store) policyAccess(b *block) {
+	s.touch(b)
 	if b.inPolicy {
 		s.policy.GetIfPresent(b.key())
 	}
+}
+
+// touch notes a use.
+func (s *Store) touch(b *block) {
+	s.read += int64(b.size)
+	b.used = s.read
 }
 
 // target is the maximum that the policy can have when need bytes are wanted beside it.
@@ -87,6 +107,7 @@ func (s *Store) reserve(b *block) bool {
 	polls := 0
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.touch(b)
 	if s.used+w > s.limit-s.limit/16 {
 		// Full: whatever came free outside counts from now on.
 		s.probeSpace()

@@ -136,6 +136,8 @@ type Store struct {
 	max      int64    // the policy's maximum in bytes
 	inPolicy int64    // bytes of reserved blocks that the policy holds
 	victims  []*block // blocks that the policy let go and that still have their bytes
+	letGo    letGo    // those that it let go lately
+	read     int64    // bytes of all blocks used, each time they were
 	limit    int64    // the quota, or less while the file system is full below it
 	used     int64    // bytes held or promised
 	evicting int64    // part of used that evictions under way will free
