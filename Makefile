@@ -12,6 +12,7 @@ SIZE ?= 256MiB
 DIRECT_STEPS ?= 100
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+E2E_FLAGS ?= -test.v -test.failfast -test.timeout $(if $(FULL),180m,60m)
 # The bench's scale: SIZE too, where that is a word.
 BENCH_SIZE := $(if $(filter small medium full,$(SIZE)),$(SIZE),full)
 BENCH_FLAGS ?=
@@ -61,14 +62,14 @@ image: $(BIN)/image ## an OCI image, in .bin/stepcache.tar, without Docker
 cluster-up: $(BIN)/cluster ## a real Kubernetes cluster of three nodes on this machine (test/cluster/README.md)
 	$(BIN)/cluster up
 
-e2e: image $(BIN)/cluster ## a real cluster with Argo, end to end (FULL=1: a hundred steps; KUBECONFIG: your cluster)
+e2e: image $(BIN)/cluster ## a real cluster with Argo, end to end (FULL=1: a hundred steps, every fault; KUBECONFIG: a cluster to spare)
 	CGO_ENABLED=0 go test -c -o $(BIN)/e2e.test ./test/e2e
 ifdef KUBECONFIG
-	cd test/e2e && STEPCACHE_E2E=1 ../../$(BIN)/e2e.test -test.v -test.failfast -test.timeout 60m
+	cd test/e2e && STEPCACHE_E2E=$(or $(STEPCACHE_E2E),1) ../../$(BIN)/e2e.test $(E2E_FLAGS)
 else
 	$(BIN)/cluster up
 	$(BIN)/cluster load-image $(BIN)/stepcache.tar
-	cd test/e2e && STEPCACHE_E2E=1 ../../$(BIN)/cluster exec-in-lab ../../$(BIN)/e2e.test -test.v -test.failfast -test.timeout 60m
+	cd test/e2e && STEPCACHE_E2E=1 ../../$(BIN)/cluster exec-in-lab ../../$(BIN)/e2e.test $(E2E_FLAGS)
 endif
 
 cluster-down: $(BIN)/cluster ## its end: nothing is left

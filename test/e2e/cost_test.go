@@ -20,7 +20,7 @@ func placed(t *testing.T, in input) {
 	holder := kubectl(t, "get", "pod", "-n", namespace, "near-worker-0", "-o", "jsonpath={.spec.nodeName}")
 
 	var before, after, later map[string]int
-	const quiet = 20 * time.Second
+	const quiet = 30 * time.Second // what is done every half minute is done once
 	if hasLab() {
 		before = requests(t)
 	}
@@ -63,9 +63,9 @@ func placed(t *testing.T, in input) {
 			continue
 		}
 		t.Logf("%4d (%d while it was quiet) %s", n, rest, k)
-		// What only a step could be the reason of.
+		// What a step could be the reason of; one or two are of something that has just become ready.
 		for _, of := range []string{" pods", " events", " persistentvolumeclaims", " nodes", " tokenreviews", " subjectaccessreviews", " workflow", " csi"} {
-			if strings.Contains(k, of) {
+			if strings.Contains(k, of) && n > steps()/5 {
 				t.Errorf("%d requests while %d steps ran: %s", n, steps(), k)
 			}
 		}

@@ -92,22 +92,34 @@ func upgraded(t *testing.T, in input) {
 	}
 }
 
-// uninstalled takes the product off the cluster, of which nothing is left then, and installs it again.
-func uninstalled(t *testing.T, in input) {
+// uninstall runs the command of that name.
+func uninstall(t *testing.T, args ...string) string {
+	t.Helper()
 	program, err := filepath.Abs(root + "/.bin/linux/stepcache")
 	if err == nil {
 		_, err = os.Stat(program)
 	}
 	if err != nil {
-		t.Fatalf("the program is not there: `make image` builds it: %v", err)
+		t.Fatalf("the program is not there; `make image` builds it: %v", err)
 	}
 	ctx, cancel := context.WithTimeout(t.Context(), patience)
 	defer cancel()
-	out, err := exec.CommandContext(ctx, program, "uninstall", "--timeout", patience.String()).CombinedOutput()
+	out, err := exec.CommandContext(ctx, program, append([]string{"uninstall", "--timeout", patience.String()}, args...)...).CombinedOutput()
 	if err != nil {
 		t.Fatalf("uninstall: %v\n%s\n%s", err, out, diagnosis())
 	}
-	t.Logf("%s", out)
+	return string(out)
+}
+
+// uninstalled takes the product off the cluster though a pod reads still, and nothing of it is left then; and
+// installs it again.
+func uninstalled(t *testing.T, in input) {
+	hold(t, "demo")
+	if out := uninstall(t, "--dry-run"); !strings.Contains(out, "holder") {
+		t.Errorf("it does not say that a pod is in the way:\n%s", out)
+	}
+	out := uninstall(t, "--delete-pods")
+	t.Logf("%d lines of uninstall, the last: %s", strings.Count(out, "\n"), out[strings.LastIndex(strings.TrimSpace(out), "\n")+1:])
 	for _, c := range []struct{ what, args string }{
 		{"an object of a Dataset", "get all,pv,pvc,secrets,configmaps,networkpolicies,poddisruptionbudgets,endpointslices -A -l data.stepcache.dev/dataset -o name"},
 		{"a labelled node", "get nodes -l data.stepcache.dev/node-ready -o name"},

@@ -117,13 +117,12 @@ func waitWorkflow(t *testing.T, name string) []string {
 // printed is what a workflow's steps printed, a line each.
 func printed(t *testing.T, name string) (lines []string) {
 	t.Helper()
-	ctx, cancel := context.WithTimeout(t.Context(), patience)
-	defer cancel()
-	// Of pods that are there still; those of a dead node are not.
-	out, err := run(ctx, "", "logs", "-n", namespace, "-l", "workflows.argoproj.io/workflow="+name, "-c", "main", "--tail=-1", "--max-log-requests=200")
-	if err != nil {
-		t.Fatal(err)
-	}
+	var out string
+	// Of pods that are there still. One of a node that was lost may only now be on its way out.
+	eventually(t, "the steps' logs can be read", func(ctx context.Context) (err error) {
+		out, err = run(ctx, "", "logs", "-n", namespace, "-l", "workflows.argoproj.io/workflow="+name, "-c", "main", "--tail=-1", "--max-log-requests=200")
+		return err
+	})
 	for line := range strings.Lines(out) {
 		// The emissary's own log lines are not the step's.
 		if line = strings.TrimSpace(line); line != "" && !strings.HasPrefix(line, "time=") {
