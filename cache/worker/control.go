@@ -11,6 +11,8 @@ import (
 	"net/http"
 	"net/http/pprof"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
@@ -275,6 +277,43 @@ func (w *Worker) askRefresh(ctx context.Context, m ring.Member, key wire.Key) (c
 	return 0, b, nil
 }
 
+// maxControlConns bounds the connections of the control endpoint: the probes, the controller and a few people
+// need some of them. One that says nothing is closed soon.
+const maxControlConns = 256
+
+// limited refuses connections beyond those it has slots for.
+type limited struct {
+	net.Listener
+	slots   chan struct{}
+	refused *atomic.Int64
+}
+
+func (l *limited) Accept() (net.Conn, error) {
+	for {
+		c, err := l.Listener.Accept()
+		if err != nil {
+			return nil, err
+		}
+		select {
+		case l.slots <- struct{}{}:
+			return &limitedConn{Conn: c, release: sync.OnceFunc(func() { <-l.slots })}, nil
+		default:
+			l.refused.Add(1)
+			c.Close()
+		}
+	}
+}
+
+type limitedConn struct {
+	net.Conn
+	release func()
+}
+
+func (c *limitedConn) Close() error {
+	defer c.release()
+	return c.Conn.Close()
+}
+
 // serveControl serves HTTP until ctx ends.
 func (w *Worker) serveControl(ctx context.Context, l net.Listener) error {
 	srv := &http.Server{
@@ -291,7 +330,7 @@ func (w *Worker) serveControl(ctx context.Context, l net.Listener) error {
 		close(w.controlEnded)
 	})
 	defer stop()
-	err := srv.Serve(l)
+	err := srv.Serve(&limited{l, make(chan struct{}, maxControlConns), &w.counts.refused})
 	if ctx.Err() != nil {
 		<-w.controlEnded
 		return nil

@@ -1,15 +1,19 @@
 package worker
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
@@ -513,4 +517,52 @@ func TestALoadGoesBeforeWhatWasReadOften(t *testing.T) {
 		t.Errorf("%+v", st)
 	}
 	close(hold)
+}
+
+// The control endpoint takes so many connections and no more, and takes others once some are closed.
+func TestControlConnectionsAreLimited(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": nil})
+	tr.start(1)
+	addr := tr.workers[0].ControlAddr().String()
+	// ask makes one request on a connection that stays open; nil when it is refused.
+	ask := func() net.Conn {
+		c, err := net.Dial("tcp", addr)
+		if err != nil {
+			t.Fatal(err)
+		}
+		c.SetDeadline(time.Now().Add(patience))
+		if _, err = io.WriteString(c, "GET "+wire.PathHealth+" HTTP/1.1\r\nHost: x\r\n\r\n"); err == nil {
+			_, err = http.ReadResponse(bufio.NewReader(c), nil)
+		}
+		if err != nil {
+			c.Close()
+			return nil
+		}
+		return c
+	}
+	before := tr.workers[0].counts.refused.Load()
+	var open []net.Conn
+	defer func() {
+		for _, c := range open {
+			c.Close()
+		}
+	}()
+	for c := ask(); c != nil; c = ask() {
+		if open = append(open, c); len(open) > maxControlConns {
+			t.Fatalf("%d connections are open", len(open))
+		}
+	}
+	// Connections of the test's own requests may have been among them.
+	if len(open) < maxControlConns/2 || tr.workers[0].counts.refused.Load() == before {
+		t.Errorf("refused with %d connections open", len(open))
+	}
+	open[0].Close()
+	eventually(t, "a connection is taken once another is closed", func() error {
+		c := ask()
+		if c == nil {
+			return errors.New("refused")
+		}
+		open = append(open, c)
+		return nil
+	})
 }
