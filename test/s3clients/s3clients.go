@@ -2,7 +2,7 @@
 // whole objects and parts, and compares every byte that comes back.
 //
 // It owns the clients' scripts and configurations. A client is a process of its own, except for minio-go: aws-cli,
-// boto3, s3cmd and s3fs are Debian's packages, rclone is built by `make .bin/rclone`, and the AWS SDK for Go is a
+// boto3, s3cmd and s3fs are Debian's packages, rclone is built by `make bench-peers`, and the AWS SDK for Go is a
 // program of a module of its own (awsgo), built on demand. One that is missing is skipped, by its package's name.
 //
 // Concurrency: the clients run at once, each below a prefix of its own. Failure: a client that fails shows its
@@ -48,7 +48,7 @@ func RoundTrips(t *testing.T, e Endpoint) {
 			// A machine may have a newer boto3 for another Python than Debian's.
 			"boto3 of Debian": boto3("/usr/bin/python3"),
 			"s3cmd":           script("s3cmd", "s3cmd", "bash", "s3cmd.sh"),
-			"rclone":          script(rclone(), "rclone (make .bin/rclone)", "bash", "rclone.sh"),
+			"rclone":          script(rclone(), "rclone (make bench-peers)", "bash", "rclone.sh"),
 			"s3fs":            s3fs,
 		} {
 			t.Run(name, func(t *testing.T) {
