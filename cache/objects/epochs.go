@@ -29,6 +29,7 @@ type epochs struct {
 	behindSince time.Time
 	// ask are the members that have not told yet that they follow the list, by id and address.
 	ask     map[string]ring.Member
+	left    bool          // this worker stops: it is not settled any more
 	changed chan struct{} // closed and replaced with every change
 }
 
@@ -67,6 +68,14 @@ func (e *epochs) unsettle() {
 	}
 }
 
+// leave ends that this worker is settled, for good.
+func (e *epochs) leave() {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	e.unsettle()
+	e.left = true
+}
+
 func (e *epochs) tell() {
 	close(e.changed)
 	e.changed = make(chan struct{})
@@ -91,7 +100,7 @@ func (e *epochs) follow(list ring.Membership, now time.Time) {
 		}
 	}
 	e.list, e.since = list, now
-	e.settled = len(e.ask) == 0 && e.behind <= list.Epoch
+	e.settled = len(e.ask) == 0 && e.behind <= list.Epoch && !e.left
 	e.tell()
 }
 
@@ -214,7 +223,7 @@ func (n *Names) settle(ctx context.Context) {
 	}
 	// A list that nobody shows for so long does not exist.
 	behind := e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
-	if len(e.ask) == 0 && !behind && !e.settled {
+	if len(e.ask) == 0 && !behind && !e.settled && !e.left {
 		e.settled = true
 		e.tell()
 		n.log.Debug("membership settled", "epoch", epoch)

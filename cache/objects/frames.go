@@ -54,10 +54,8 @@ func (f *framer) Read(p []byte) (int, error) {
 func (f *framer) next() error {
 	f.begun = true
 	n := 0
-	for n < frameMax && f.err == nil {
-		var k int
-		k, f.err = f.r.Read(f.buf[frameHead+n : frameHead+frameMax])
-		n += k
+	for n == 0 && f.err == nil { // what is there goes at once: its sender may be slow
+		n, f.err = f.r.Read(f.buf[frameHead:])
 	}
 	if f.err != nil && f.err != io.EOF {
 		return f.err // what came before it is of no use either

@@ -88,11 +88,12 @@ type Names struct {
 	uploads  *uploads
 	// writing bounds the bytes that puts hold in memory, heap those that reads hold in blocks that the store
 	// does not keep.
-	writing *semaphore.Weighted
-	heap    *semaphore.Weighted
-	counts  counts
-	handler http.Handler
-	warm    chan warming
+	writing, large *semaphore.Weighted
+	heap           *semaphore.Weighted
+	counts         counts
+	opened         atomic.Pointer[[]*mount]
+	handler        http.Handler
+	warm           chan warming
 }
 
 // Counts are what was done since the start.
@@ -120,7 +121,7 @@ var (
 
 const (
 	// maxWriting bounds the heap of puts under way: each holds parts of 16 MiB while they are sent.
-	maxWriting = 192 << 20
+	maxWriting = 128 << 20
 	// maxHeap bounds the heap of blocks that are sent without being kept.
 	maxHeap = 8 * ring.BlockSize
 )
@@ -139,7 +140,7 @@ func New(c Config) (*Names, error) {
 	n := &Names{
 		c: c, log: c.Logger, fresh: Fresh,
 		versions: versions{names: make(map[string]*name)},
-		writing:  semaphore.NewWeighted(maxWriting), heap: semaphore.NewWeighted(maxHeap),
+		writing:  semaphore.NewWeighted(maxWriting), large: semaphore.NewWeighted(maxWriting / 2), heap: semaphore.NewWeighted(maxHeap),
 		warm: make(chan warming, 64),
 	}
 	if c.Exclusive {
@@ -177,6 +178,10 @@ func (n *Names) Run(ctx context.Context) error {
 	return nil
 }
 
+// Leave must be called before this worker stops to listen for others, who then take it to be gone: what it
+// still does is done as by a worker that is not settled.
+func (n *Names) Leave() { n.epochs.leave() }
+
 // Close gives back what New took, after the last request has ended.
 func (n *Names) Close() {
 	n.uploads.close()
@@ -210,8 +215,11 @@ type mount struct {
 	prefix string // of keys of the bucket
 }
 
-// mounts are the opened mounts in the order of their paths.
+// mounts are the opened mounts in the order of their paths. Once opened they stay.
 func (n *Names) mounts() ([]*mount, error) {
+	if m := n.opened.Load(); m != nil {
+		return *m, nil
+	}
 	given := n.c.Mounts()
 	if given == nil {
 		return nil, fmt.Errorf("%w: dataset %s: worker %s has not opened the sources yet", gateway.ErrBusy, n.c.Dataset, n.c.Self)
@@ -232,6 +240,7 @@ func (n *Names) mounts() ([]*mount, error) {
 		out = append(out, m)
 	}
 	sortMounts(out)
+	n.opened.Store(&out)
 	return out, nil
 }
 

@@ -64,17 +64,20 @@ func (n *Names) Put(ctx context.Context, key string, size int64, r io.Reader, o 
 	if err != nil {
 		return gateway.Info{}, fmt.Errorf("put %q: %w", key, err)
 	}
-	body := newFramer(r)
+	var body *framer // once it is passed on
 	v, err := route(ctx, n, key,
 		func(ctx context.Context, p place, s state, owned bool) (version, error) {
 			return n.put(ctx, key, p, s, owned, size, r, options)
 		},
 		func(ctx context.Context, m ring.Member, s state) (version, error) {
+			if body == nil {
+				body = newFramer(r)
+			}
 			query := url.Values{"key": {key}, "size": {strconv.FormatInt(size, 10)}}
 			v, err := n.peers.put(ctx, m, s.Epoch, query, options, body)
 			return v.version(), err
 		},
-		func() bool { return !body.begun })
+		func() bool { return body == nil || !body.begun })
 	if err != nil {
 		return gateway.Info{}, err
 	}
@@ -117,13 +120,37 @@ func (t *tee) failed(err error) error {
 // weight is what a put of so many bytes holds in memory while it is sent.
 func weight(size int64) int64 { return min(max(size, 1), 64<<20) }
 
+// hold takes the memory of a put that sends so many bytes at once, in line with others. The large ones share
+// half of it, so that they hold up each other and not the small ones.
+func (n *Names) hold(ctx context.Context, size int64) (release func(), err error) {
+	w := weight(size)
+	if w > maxWriting/8 {
+		if err := n.large.Acquire(ctx, w); err != nil {
+			return nil, fmt.Errorf("%w: too many large puts are under way: %w", gateway.ErrBusy, err)
+		}
+	}
+	if err := n.writing.Acquire(ctx, w); err != nil {
+		if w > maxWriting/8 {
+			n.large.Release(w)
+		}
+		return nil, fmt.Errorf("%w: too many puts are under way: %w", gateway.ErrBusy, err)
+	}
+	return func() {
+		n.writing.Release(w)
+		if w > maxWriting/8 {
+			n.large.Release(w)
+		}
+	}, nil
+}
+
 // put executes a put on this worker.
 func (n *Names) put(ctx context.Context, key string, p place, s state, owned bool, size int64, r io.Reader, o optionsJSON) (version, error) {
 	n.counts.puts.Add(1)
-	if err := n.writing.Acquire(ctx, weight(size)); err != nil {
-		return version{}, fmt.Errorf("put %q: %w: too many puts are under way: %w", key, gateway.ErrBusy, err)
+	release, err := n.hold(ctx, size)
+	if err != nil {
+		return version{}, fmt.Errorf("put %q: %w", key, err)
 	}
-	defer n.writing.Release(weight(size))
+	defer release()
 	options := o.write()
 	if err := n.precheck(ctx, p, options); err != nil {
 		return version{}, fmt.Errorf("put %q: %w", key, err)

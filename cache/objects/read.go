@@ -230,7 +230,7 @@ type warming struct {
 // makeWarm has an object fetched in the background that was completed of parts, whose bytes this worker has
 // not seen: its readers join. It is a hint: where there are many, some are left to their readers.
 func (n *Names) makeWarm(key string, p place, o source.Object) {
-	if o.Size > n.c.Quota/stageShare {
+	if o.Size <= 0 || o.Size > n.c.Quota/stageShare {
 		return
 	}
 	select {

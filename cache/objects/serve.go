@@ -132,7 +132,7 @@ func (n *Names) routes() http.Handler {
 		if err != nil || size < 0 {
 			return version{}, fmt.Errorf("%w: a put of another worker: %v", source.ErrInvalid, err)
 		}
-		return n.put(r.Context(), key, p, s, true, size, newUnframer(r.Body), o)
+		return n.put(r.Context(), key, p, s, true, size, newUnframer(bodyOf(r)), o)
 	}))
 	mux.HandleFunc("POST /copy", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
 		var c copyJSON
@@ -149,6 +149,29 @@ func (n *Names) routes() http.Handler {
 		return n.complete(r.Context(), key, p, s, true, c)
 	}))
 	return mux
+}
+
+// bodyStall is how long another worker may take to send the next bytes of a put: longer than it gives its
+// own client for them.
+const bodyStall = 3 * time.Minute
+
+type controllerKey struct{}
+
+// stalling is the body of a request that ends when nothing comes.
+type stalling struct {
+	r io.Reader
+	c *http.ResponseController
+}
+
+func (s stalling) Read(p []byte) (int, error) {
+	if err := s.c.SetReadDeadline(time.Now().Add(bodyStall)); err != nil {
+		return 0, err
+	}
+	return s.r.Read(p)
+}
+
+func bodyOf(r *http.Request) io.Reader {
+	return stalling{r.Body, r.Context().Value(controllerKey{}).(*http.ResponseController)}
 }
 
 // maxRequest bounds a request in JSON: one of 10,000 parts.
@@ -200,13 +223,31 @@ func owned(n *Names, do func(r *http.Request, key string, p place, s state) (ver
 		p, err := n.locate(key)
 		var v version
 		if err == nil {
-			v, err = do(r, key, p, s)
+			c := http.NewResponseController(w)
+			if r.Method == http.MethodPut {
+				c.EnableFullDuplex() // see drain; HTTP/1 always can
+			}
+			ctx := context.WithValue(r.Context(), controllerKey{}, c)
+			v, err = do(r.WithContext(ctx), key, p, s)
 		}
 		if err != nil {
 			failed(w, err)
+			drain(w, r)
 			return
 		}
 		answer(w, http.StatusOK, versionJSON{v.object, v.attrs})
+	}
+}
+
+// drain sends the answer to a put whose body is not at its end, and takes the rest until the sender has it:
+// a connection that was closed at once would be reset under an answer that was not read yet.
+func drain(w http.ResponseWriter, r *http.Request) {
+	if r.Method != http.MethodPut {
+		return
+	}
+	c := http.NewResponseController(w)
+	if c.Flush() == nil && c.SetReadDeadline(time.Now().Add(drainTimeout)) == nil {
+		io.Copy(io.Discard, r.Body) // until the sender closes the connection
 	}
 }
 

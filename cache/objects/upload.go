@@ -17,8 +17,12 @@ import (
 // Uploads in parts are the bucket's. Any worker begins one and takes its parts; only completing one gives a
 // name another version, and so is the owner's.
 
-// maxUploads bounds a list of uploads.
-const maxUploads = 10_000
+const (
+	// maxUploads bounds a list of uploads.
+	maxUploads = 10_000
+	// maxHeld is the largest part that is held in memory to be sent again.
+	maxHeld = 16 << 20
+)
 
 // Create implements gateway.Multipart.
 func (n *Names) Create(ctx context.Context, key string, o gateway.PutOptions) (string, error) {
@@ -39,10 +43,11 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 	if err != nil {
 		return gateway.Part{}, err
 	}
-	if err := n.writing.Acquire(ctx, weight(min(size, 16<<20))); err != nil {
-		return gateway.Part{}, fmt.Errorf("part %d of %q: %w: too many puts are under way: %w", number, key, gateway.ErrBusy, err)
+	release, err := n.hold(ctx, min(size, maxHeld)) // a larger one is sent as it comes
+	if err != nil {
+		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, err)
 	}
-	defer n.writing.Release(weight(min(size, 16<<20)))
+	defer release()
 	t := &tee{ctx: ctx, r: r, now: n.c.Clock.Now}
 	part, err := p.writer.PutPart(ctx, p.key, upload, number, t, size)
 	if err != nil {

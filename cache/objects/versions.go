@@ -45,6 +45,7 @@ type name struct {
 	writers int
 	known   *version // nil: not known
 	at      time.Time
+	turn    uint64 // of the membership when it was remembered: another owner may have written in between
 	asking  *asking
 }
 
@@ -95,7 +96,7 @@ func (n *Names) resolve(ctx context.Context, key string, p place, s state, owned
 		v.mu.Lock()
 		e := v.name(key)
 		now := n.c.Clock.Now()
-		if e.known != nil && e.writers == 0 && now.Sub(e.at) < n.fresh && n.epochs.same(s) {
+		if e.known != nil && e.writers == 0 && now.Sub(e.at) < n.fresh && e.turn == s.turn && n.epochs.same(s) {
 			found := *e.known
 			v.mu.Unlock()
 			return found, nil
@@ -134,7 +135,7 @@ func (n *Names) lead(ctx context.Context, key string, p place, s state, a *askin
 		e.known = nil
 		if a.err == nil {
 			found := a.found
-			e.known, e.at = &found, a.at
+			e.known, e.at, e.turn = &found, a.at, s.turn
 		}
 	}
 	v.mu.Unlock()
@@ -194,7 +195,7 @@ func (w *write) finish(became *version, at time.Time) {
 	w.e.gen++
 	w.e.known = nil
 	if became != nil && alone && w.owned && w.n.epochs.same(w.s) {
-		w.e.known, w.e.at = became, at
+		w.e.known, w.e.at, w.e.turn = became, at, w.s.turn
 	}
 }
 
@@ -206,7 +207,7 @@ func (w *write) acknowledge(ctx context.Context) error {
 	}
 	n.counts.waited.Add(1)
 	select {
-	case <-n.c.Clock.After(n.fresh):
+	case <-n.c.Clock.After(n.fresh + n.fresh/16): // clocks do not run at quite the same rate
 		return nil
 	case <-ctx.Done():
 		return ctx.Err()

@@ -73,7 +73,7 @@ type Writer interface {
 	// Parts lists up to max parts with a number above after, and says whether there are more.
 	Parts(ctx context.Context, key, upload string, after, max int) ([]Part, bool, error)
 	// CompleteUpload makes the object of the parts, of which Number and Version matter. Of o only the
-	// conditions do.
+	// conditions do. Size is -1 where the store does not tell it.
 	CompleteUpload(ctx context.Context, key, upload string, parts []Part, o WriteOptions) (Object, error)
 	// AbortUpload removes an upload and its parts: ErrNoUpload when there is none.
 	AbortUpload(ctx context.Context, key, upload string) error

@@ -289,12 +289,12 @@ func (b *Bucket) CompleteUpload(ctx context.Context, key, upload string, parts [
 	if err != nil {
 		return source.Object{}, err
 	}
-	// The answer tells no size.
-	now, err := b.Stat(ctx, key)
-	if err == nil && etag != "" && now.Version != etag {
-		err = &source.Error{Op: "put", Name: b.object(key), Kind: source.ErrChanged, Err: errors.New("it was replaced as soon as it was complete")}
+	// The answer tells no size. Where it cannot be asked, or the object is another already, it was completed
+	// all the same.
+	if now, err := b.Stat(ctx, key); err == nil && (etag == "" || now.Version == etag) {
+		return now, nil
 	}
-	return now, err
+	return source.Object{Key: key, Size: -1, Version: etag, ModTime: time.Now().UTC().Truncate(time.Second)}, nil
 }
 
 // AbortUpload implements source.Writer.
