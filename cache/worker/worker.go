@@ -243,6 +243,9 @@ func (w *Worker) Serve(ctx context.Context) error {
 	g.Go(func() error {
 		<-ctx.Done()
 		close(w.stopping)
+		if w.gateway != nil {
+			w.gateway.names.Leave()
+		}
 		w.blocks.Close()
 		if w.socket != nil {
 			w.socket.Close()
