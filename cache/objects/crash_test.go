@@ -2,6 +2,7 @@ package objects_test
 
 import (
 	"bytes"
+	"context"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -27,6 +28,9 @@ func crashPuts(t *testing.T) int {
 	}
 	return n
 }
+
+// hung is when a put that gets no answer has failed the test: it waits for a bucket at most some times 20 s.
+const hung = 2 * time.Minute
 
 // Workers are killed at random points of puts and start again in their folders. What was acknowledged is in
 // the bucket; nothing is torn; what was not acknowledged is absent or whole; no parts are left.
@@ -69,7 +73,14 @@ func TestWorkersAreKilledAtRandomPointsOfPuts(t *testing.T) {
 					size = 0
 				}
 				p := put{key: fmt.Sprintf("crash/%d", n), size: size}
-				info, err := tr.put(r.IntN(3), p.key, content(size, n), minio.PutObjectOptions{})
+				ctx, cancel := context.WithTimeout(t.Context(), hung)
+				c := tr.client(r.IntN(3))
+				info, err := c.PutObject(ctx, "data", p.key, bytes.NewReader(content(size, n)), int64(size), "", "", minio.PutObjectOptions{})
+				if ctx.Err() != nil {
+					tr.quit()
+					t.Errorf("put %s got no answer within %v: %v", p.key, hung, err)
+				}
+				cancel()
 				if err == nil {
 					p.etag = info.ETag
 				} else {

@@ -20,6 +20,7 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
+	"syscall"
 	"testing"
 	"time"
 
@@ -285,9 +286,19 @@ func (tr *tier) spawn(i int) {
 	})
 }
 
+// quit has the workers in processes of their own say in their logs what each of their goroutines does.
+func (tr *tier) quit() {
+	for _, w := range tr.workers {
+		if w.outside != nil {
+			w.outside.Signal(syscall.SIGQUIT)
+			<-w.outside.Done()
+		}
+	}
+}
+
 func tail(path string) string {
 	b, _ := os.ReadFile(path)
-	return string(b[max(0, len(b)-4000):])
+	return string(b[max(0, len(b)-64000):])
 }
 
 // next is the membership with the next epoch: the workers that are added and not gone.
