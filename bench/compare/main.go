@@ -37,6 +37,7 @@ type options struct {
 	contenders           []string
 	rounds, slowRounds   int
 	limit, patience      time.Duration
+	budget               time.Duration
 	readme               string
 
 	scale scale
@@ -88,6 +89,7 @@ bench/README.md says how to read it. Mounts need root.`,
 	f.IntVar(&o.slowRounds, "slow-rounds", 0, "samples of rows that take long (default: by size)")
 	f.DurationVar(&o.limit, "limit", 0, "when a timed reading of many files ends at the latest (default: by size)")
 	f.DurationVar(&o.patience, "patience", 90*time.Second, "when a reading is given up as hanging")
+	f.DurationVar(&o.budget, "budget", 9*time.Minute, "about what all may take: rounds are left out for it (0: no matter)")
 	f.StringVar(&o.out, "out", "bench/out", "folder for compare.json and the charts")
 	f.StringVar(&o.readme, "readme", "", "also write the table into this file, between its markers")
 	cmd.AddCommand(&cobra.Command{Use: "read", Hidden: true, Args: cobra.NoArgs, SilenceUsage: true,
@@ -103,8 +105,8 @@ func (o *options) check() (err error) {
 	if o.rounds < 0 || o.slowRounds < 0 || o.rounds > 1000 || o.slowRounds > 1000 {
 		return errors.New("--rounds and --slow-rounds: want 1 to 1000")
 	}
-	if o.limit < 0 || o.patience <= 0 {
-		return errors.New("--limit and --patience: want a time such as 3s")
+	if o.limit < 0 || o.patience <= 0 || o.budget < 0 {
+		return errors.New("--limit, --patience and --budget: want a time such as 3s")
 	}
 	o.rounds, o.slowRounds = pick(o.rounds, o.scale.rounds), pick(o.slowRounds, o.scale.slowRounds)
 	if o.limit == 0 {
@@ -158,7 +160,7 @@ func run(ctx context.Context, o options, dir string, mounts bool) error {
 	}
 	rep, runErr := trial.Run(ctx, trial.Options{
 		Program: o.stepcache, Reader: []string{self, "read"}, Only: o.match, Contenders: o.contenders,
-		Rounds: o.rounds, SlowRounds: o.slowRounds, Limit: o.limit, Patience: o.patience, Mounts: mounts, Log: os.Stderr,
+		Rounds: o.rounds, SlowRounds: o.slowRounds, Limit: o.limit, Patience: o.patience, Budget: o.budget, Mounts: mounts, Log: os.Stderr,
 	}, in)
 	if ctx.Err() != nil {
 		return context.Cause(ctx)

@@ -62,7 +62,7 @@ type Report struct {
 	Date       time.Time    `json:"date"`
 	Seconds    float64      `json:"seconds"`
 	Machine    host.Machine `json:"machine"`
-	Rounds     int          `json:"rounds"`
+	Rounds     int          `json:"rounds"` // at most: a figure has its samples
 	Contenders []Contender  `json:"contenders"`
 	Rows       []*Row       `json:"rows"`
 	// Digests is how many readings were compared with the originals, all equal but for figures that say Wrong.
@@ -242,7 +242,7 @@ func (rep *Report) JSON(out io.Writer) error {
 // Heading names date, machine and versions.
 func (rep *Report) Heading() []string {
 	lines := []string{
-		fmt.Sprintf("%s, %d rounds, in %s, %d digests equal", rep.Date.Format("2006-01-02 15:04 MST"), rep.Rounds,
+		fmt.Sprintf("%s, at most %d rounds, in %s, %d digests equal", rep.Date.Format("2006-01-02 15:04 MST"), rep.Rounds,
 			(time.Duration(rep.Seconds) * time.Second), rep.Digests),
 		rep.Machine.String(),
 	}

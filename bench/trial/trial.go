@@ -32,6 +32,9 @@ type Options struct {
 	Rounds, SlowRounds int
 	// Limit is when a timed reading ends at the latest; Patience when it is given up as hanging.
 	Limit, Patience time.Duration
+	// Budget is about what all of it may take; zero: no matter. Every row is measured once; more rounds of a section
+	// are begun while its share of what is left of the budget lets them.
+	Budget time.Duration
 	// Mounts says that this process may mount.
 	Mounts bool
 	// Log gets a line for each thing measured.
@@ -65,8 +68,11 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 	for _, c := range all {
 		t.report.Contenders = append(t.report.Contenders, Contender{c.name(), c.version(ctx)})
 	}
-	for _, s := range t.sections() {
-		if err := t.section(ctx, s, all); err != nil {
+	began := time.Now()
+	sections := t.sections()
+	for k, s := range sections {
+		share := (o.Budget - time.Since(began)) / time.Duration(len(sections)-k)
+		if err := t.section(ctx, s, all, share); err != nil {
 			return t.report, err
 		}
 	}
@@ -108,7 +114,7 @@ type visit struct {
 }
 
 // section measures a section's rows.
-func (t *trial) section(ctx context.Context, s *section, all []contender) error {
+func (t *trial) section(ctx context.Context, s *section, all []contender, share time.Duration) error {
 	if s.data == nil {
 		return nil
 	}
@@ -120,7 +126,12 @@ func (t *trial) section(ctx context.Context, s *section, all []contender) error 
 		r.Section = s.name
 		t.report.Rows = append(t.report.Rows, r)
 	}
+	began := time.Now()
 	for round := range s.rounds {
+		if spent := time.Since(began); round > 0 && t.o.Budget > 0 && spent+spent/time.Duration(round) > share {
+			fmt.Fprintf(t.o.Log, "%s: no more rounds, %d took %s\n", s.name, round, spent.Round(time.Second))
+			break
+		}
 		for k := range all {
 			c := all[(k+round)%len(all)]
 			if why := t.cannot(c, s); why != "" {

@@ -4,9 +4,11 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -276,5 +278,27 @@ func TestRatios(t *testing.T) {
 	}
 	if want := []string{"native warm", "native any", "direct cold", "direct any", "stepcache cold", "stepcache warm", "stepcache any"}; !slices.Equal(names, want) {
 		t.Errorf("rows: %q", names)
+	}
+}
+
+// With its share of the budget spent, a section is measured once and not again.
+func TestBudget(t *testing.T) {
+	d := data(t)
+	for share, want := range map[time.Duration]int{1: 1, time.Hour: 3} {
+		tr := newTrial(t, time.Minute)
+		tr.o.Only, tr.o.Log, tr.o.Budget = regexp.MustCompile(""), io.Discard, time.Hour
+		row := &Row{Name: "read", Unit: PerSecond, Kind: Any}
+		s := &section{name: "s", data: d, rounds: 3, rows: []*Row{row}}
+		s.run = func(ctx context.Context, v *visit) error {
+			do := &doing{ctx: ctx, v: v}
+			do.fresh("read", 1, Job{Op: opSmall, Files: d.Files, Readers: 1, Whole: true})
+			return do.err
+		}
+		if err := tr.section(t.Context(), s, []contender{nativeFiles{}}, share); err != nil {
+			t.Fatal(err)
+		}
+		if n := len(row.of(Native).Samples); n != want {
+			t.Errorf("a share of %s: %d samples, want %d", share, n, want)
+		}
 	}
 }
