@@ -18,7 +18,6 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
-	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -145,8 +144,8 @@ func TestAFullCacheIsNeverAnOOMKill(t *testing.T) {
 	if testing.Short() {
 		t.Skip("moves gigabytes, which -short leaves out")
 	}
-	worker := filepath.Join(t.TempDir(), "stepcache") // without the race detector, which multiplies memory
-	build := exec.Command("go", "build", "-o", worker, "./cmd/stepcache")
+	worker := filepath.Join(t.TempDir(), "stepcache")                                  // without the race detector, which multiplies memory
+	build := exec.Command("go", "build", "-trimpath", "-o", worker, "./cmd/stepcache") // as make build does, whose cache this uses
 	build.Dir = "../.."
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -159,8 +158,8 @@ func TestAFullCacheIsNeverAnOOMKill(t *testing.T) {
 		small                int
 		readers, eachOfLarge int
 	}{
-		{"64Mi", "64Mi", 6, 32, 4000, 12, 7},
-		{"1Gi", "1Gi", 8, 160, 6000, 6, 3},
+		{"64Mi", "64Mi", 6, 32, 4000, 12, 3},
+		{"1Gi", "1Gi", 8, 160, 4000, 8, 2},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			d := &v1alpha1.Dataset{}
@@ -185,8 +184,13 @@ func TestAFullCacheIsNeverAnOOMKill(t *testing.T) {
 			}
 			group := newMemoryGroup(t, limit)
 
-			s3 := bucket.StartT(t, bucket.Options{})
-			sums := fill(t, s3, c.large, c.size, int(quota>>20)*3/2, c.small)
+			objects, err := os.MkdirTemp("/dev/shm", "stepcache-memory-")
+			if err != nil {
+				t.Skipf("needs /dev/shm, for a bucket in memory: %v", err)
+			}
+			t.Cleanup(func() { os.RemoveAll(objects) })
+			s3 := bucket.StartT(t, bucket.Options{Dir: objects})
+			sums := fill(t, s3, objects, c.large, c.size, int(quota>>20)*3/2, c.small)
 			m := startWorker(t, worker, group, d, s3, tmpfs, goLimit)
 			before := group.ooms(t)
 			readAll(t, m, sums, c.readers, c.eachOfLarge)
@@ -210,32 +214,30 @@ func TestAFullCacheIsNeverAnOOMKill(t *testing.T) {
 	}
 }
 
-// fill puts objects, and returns the checksum of each.
-func fill(t *testing.T, s3 *bucket.Server, large, mib, huge, small int) map[string]uint32 {
+// fill puts objects by hand into the server's folder, since thousands of requests take a busy machine minutes,
+// and returns the checksum of each. They have no ETag, so that the mount allows for that.
+func fill(t *testing.T, s3 *bucket.Server, dir string, large, mib, huge, small int) map[string]uint32 {
 	t.Helper()
 	if err := s3.MakeBucket(t.Context(), "inputs"); err != nil {
 		t.Fatal(err)
 	}
 	sums := map[string]uint32{}
-	var mu sync.Mutex
 	put := func(name string, size int) {
 		b := make([]byte, size)
 		_, _ = rand.NewChaCha8([32]byte([]byte(fmt.Sprintf("%32s", name)))).Read(b)
-		s3.PutT(t, "inputs", name, b)
-		mu.Lock()
-		defer mu.Unlock()
+		path := filepath.Join(dir, "inputs", name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, b, 0o644)); err != nil {
+			t.Fatal(err)
+		}
 		sums["/"+name] = crc32.Checksum(b, castagnoli)
 	}
 	put("large/huge", huge<<20)
 	for i := range large {
 		put(fmt.Sprintf("large/%02d", i), mib<<20)
 	}
-	var g errgroup.Group
-	g.SetLimit(8)
 	for i := range small {
-		g.Go(func() error { put(fmt.Sprintf("small/%03d/%05d", i%100, i), i%16<<10); return nil })
+		put(fmt.Sprintf("small/%03d/%05d", i%100, i), i%16<<10)
 	}
-	_ = g.Wait()
 	return sums
 }
 
@@ -269,7 +271,7 @@ func startWorker(t *testing.T, program string, group *memoryGroup, d *v1alpha1.D
 	if err := errors.Join(wire.WriteKeys(filepath.Join(dir, "keys"), m.keys), os.Mkdir(filepath.Join(dir, "store"), 0o755)); err != nil {
 		t.Fatal(err)
 	}
-	d.Spec.Mounts = []v1alpha1.Mount{{Source: "s3://inputs/", Path: "/", Endpoint: s3.Endpoint(), Region: s3.Region, CredentialsSecretRef: &v1alpha1.CredentialsRef{Name: "access-key"}}}
+	d.Spec.Mounts = []v1alpha1.Mount{{Source: "s3://inputs/", Path: "/", Endpoint: s3.Endpoint(), Region: s3.Region, AllowUnversioned: true, CredentialsSecretRef: &v1alpha1.CredentialsRef{Name: "access-key"}}}
 	c, err := (&Reconciler{Options: Options{Store: StoreCSI}}).workerConfig(d)
 	if err != nil {
 		t.Fatal(err)
