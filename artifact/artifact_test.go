@@ -45,7 +45,7 @@ func tree(t *testing.T, dir string) map[string]string {
 func TestFile(t *testing.T) {
 	f := start(t, artifact.Options{})
 	for name, content := range map[string][]byte{
-		"small": []byte("hello world\n"), "empty": {}, "in parts": bytes.Repeat([]byte("stepcache"), 8<<20),
+		"small": []byte("hello world\n"), "empty": {}, "in parts": large,
 	} {
 		t.Run(name, func(t *testing.T) {
 			art := f.artifact("wf/pod/" + name)

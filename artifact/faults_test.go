@@ -20,10 +20,10 @@ import (
 )
 
 // hasty gives up soon, for tests of what lasts.
-var hasty = artifact.Options{Patience: time.Second, Stall: time.Second}
+var hasty = artifact.Options{Patience: time.Second}
 
 // large is content of several parts and ranges.
-var large = bytes.Repeat([]byte("0123456789abcdef"), 5<<19) // 40 MiB
+var large = bytes.Repeat([]byte("0123456789abcde"), 9<<18) // 34 MiB
 
 func TestBucketThatThrottlesIsWaitedFor(t *testing.T) {
 	f := start(t, artifact.Options{})
@@ -103,7 +103,7 @@ func TestKilledBucket(t *testing.T) {
 }
 
 func TestBucketThatSaysNothingIsAskedAgain(t *testing.T) {
-	f := start(t, artifact.Options{Stall: 500 * time.Millisecond})
+	f := start(t, artifact.Options{Stall: 2 * time.Second})
 	path := f.write(t, "out", large, 0o644)
 	var gets atomic.Int32
 	f.faults.Set(func(r *http.Request) bucket.Fault {

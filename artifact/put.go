@@ -244,14 +244,21 @@ func (b *bucket) putStream(ctx context.Context, key string, r io.Reader) (size i
 			return 0, u.abort(ctx, &source.Error{Op: "put", Name: b.object(key), Kind: source.ErrInvalid,
 				Err: fmt.Errorf("a stream of more than %d GiB", int64(maxParts)*streamPart>>30), Hint: "save it from a file"})
 		}
-		part, done := bytes.NewReader(buf[:n]), minio.CompletePart{}
-		open := func() *io.SectionReader { return io.NewSectionReader(part, 0, part.Size()) }
+		part, done, opened := bytes.NewReader(buf[:n]), minio.CompletePart{}, 0
+		open := func() *io.SectionReader {
+			opened++
+			return io.NewSectionReader(part, 0, part.Size())
+		}
 		if err := u.send(ctx, number, &done, open, part.Size()); err != nil {
 			return 0, u.abort(ctx, err)
 		}
 		u.parts, size = append(u.parts, done), size+part.Size()
 		if last {
 			break
+		}
+		if opened > 2 {
+			// A request that was answered early, with an error, may still be sending from the buffer.
+			buf = make([]byte, streamPart)
 		}
 		if n, last, err = fill(r, buf); err != nil {
 			return 0, u.abort(ctx, err)
