@@ -6,6 +6,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -38,6 +39,7 @@ import (
 	"github.com/stepcache/stepcache/controllers/dataset"
 	"github.com/stepcache/stepcache/controllers/envtest"
 	"github.com/stepcache/stepcache/test/bucket"
+	"github.com/stepcache/stepcache/tier/upstream"
 )
 
 // cluster has all rights; rights are those of an installation's controller.
@@ -143,6 +145,8 @@ type running struct {
 	cancel context.CancelFunc
 	done   chan struct{}
 	worker *worker.Worker
+	// sources are closed after it.
+	sources *upstream.Opener
 }
 
 var subnets atomic.Int32
@@ -518,7 +522,9 @@ func (w *world) run(ctx context.Context, pod *corev1.Pod) *running {
 	if c.Gateway != nil {
 		c.Gateway.Listen = r.ip + c.Gateway.Listen
 	}
-	wk, err := worker.New(context.Background(), c, worker.Deps{Clock: quick{}, Logger: slog.New(slog.DiscardHandler)})
+	log := slog.New(slog.DiscardHandler)
+	r.sources = &upstream.Opener{Logger: log, Dial: w.dial}
+	wk, err := worker.New(context.Background(), c, worker.Deps{Clock: quick{}, Logger: log, OpenSource: r.sources.Open})
 	if err != nil {
 		w.Errorf("worker %s: %v", pod.Name, err)
 		return nil
@@ -535,11 +541,28 @@ func (w *world) run(ctx context.Context, pod *corev1.Pod) *running {
 	return r
 }
 
+// dial connects to a worker by its address, or to some worker of a Dataset by its Service's name.
+func (w *world) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	if service, ok := strings.CutSuffix(addr, "-worker."+w.ns+".svc:7070"); ok {
+		cm := &corev1.ConfigMap{}
+		if err := w.Get(ctx, client.ObjectKey{Namespace: w.ns, Name: v1alpha1.TierName(service)}, cm); err != nil {
+			return nil, err
+		}
+		m, err := ring.Parse([]byte(cm.Data[v1alpha1.KeyMembership]))
+		if err != nil || len(m.Members) == 0 {
+			return nil, fmt.Errorf("service %s has no endpoints: %v", addr, err)
+		}
+		addr = m.Members[0].Addr
+	}
+	return (&net.Dialer{}).DialContext(ctx, network, addr)
+}
+
 var podNumber atomic.Int32
 
 func (r *running) stop() {
 	r.cancel()
 	<-r.done
+	r.sources.Close()
 	os.RemoveAll(r.dir)
 }
 

@@ -17,6 +17,9 @@ import (
 func configure(set *manifest.Set, d *v1alpha1.Dataset, dir string) (worker.Config, error) {
 	for i := range d.Spec.Mounts {
 		m := &d.Spec.Mounts[i]
+		if m.Scheme() == v1alpha1.SchemeDataset {
+			return worker.Config{}, fmt.Errorf("dataset %s/%s: %s: another Dataset as a source is for clusters; mount its bucket here", d.Namespace, d.Name, m.Source)
+		}
 		files, err := set.Credentials(d, m)
 		if err != nil {
 			return worker.Config{}, err

@@ -154,15 +154,15 @@ func WorkerConfig(d *v1alpha1.Dataset, secrets func(name string) string) (worker
 	}
 	for i := range d.Spec.Mounts {
 		m := &d.Spec.Mounts[i]
-		if m.Scheme() == v1alpha1.SchemeDataset {
-			return worker.Config{}, fmt.Errorf("dataset %s: %s: another Dataset as a source is not served yet; mount its bucket", c.Dataset, m.Source)
-		}
 		w := worker.Mount{Path: m.Path, Config: source.Config{
 			URL: m.Source, Endpoint: m.Endpoint, Region: m.Region,
 			Ambient: m.Ambient, Anonymous: m.Anonymous, AllowUnversioned: m.AllowUnversioned,
 		}}
 		if ref := m.CredentialsSecretRef; ref != nil {
 			w.CredentialsDir, w.CredentialKeys = secrets(ref.Name), ref.Map()
+		}
+		if name := m.ReaderSecret(d.Namespace); name != "" {
+			w.CredentialsDir = secrets(name)
 		}
 		c.Mounts = append(c.Mounts, w)
 	}

@@ -72,7 +72,11 @@ func TestWorkerConfig(t *testing.T) {
 		t.Errorf("config (-want +got):\n%s", diff)
 	}
 	d.Spec.Mounts[0] = v1alpha1.Mount{Source: "dataset://argo/other", Path: "/a"}
-	if _, err := WorkerConfig(d, nil); err == nil || !strings.Contains(err.Error(), "dataset://argo/other") {
-		t.Errorf("a source in another Dataset: %v", err)
+	for source, want := range map[string]string{"dataset://argo/other": "/secrets/other-reader", "dataset://ref/hg38/x": "/secrets/ref.hg38-reader"} {
+		d.Spec.Mounts[0].Source = source
+		got, err := WorkerConfig(d, func(name string) string { return "/secrets/" + name })
+		if err != nil || got.Mounts[0].CredentialsDir != want || got.Mounts[0].URL != source {
+			t.Errorf("%s: %+v, %v", source, got.Mounts, err)
+		}
 	}
 }

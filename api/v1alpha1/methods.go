@@ -51,6 +51,19 @@ func (m *Mount) Dataset() (target types.NamespacedName, folder string, ok bool) 
 	return types.NamespacedName{Namespace: parts[0], Name: parts[1]}, folder, true
 }
 
+// ReaderSecret names the Secret with the read key of the Dataset that a dataset:// source names, for readers in
+// the given namespace; empty for another source.
+func (m *Mount) ReaderSecret(namespace string) string {
+	target, _, ok := m.Dataset()
+	switch {
+	case !ok:
+		return ""
+	case target.Namespace == namespace:
+		return ReaderName(target.Name)
+	}
+	return SharedReaderName(target.Namespace, target.Name)
+}
+
 // Map returns the key of the Secret for each of accessKeyID, accessKeySecret and sessionToken, the
 // defaults included; also of a nil CredentialsRef.
 func (r *CredentialsRef) Map() map[string]string {

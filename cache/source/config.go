@@ -3,7 +3,8 @@ package source
 // Config says how to reach one bucket, or the part of one below a prefix. It is what a Dataset's mount
 // becomes once its Secret is resolved to a folder of files; scheme.Open turns it into a Source.
 type Config struct {
-	// URL is s3://bucket/prefix/, oss://bucket/prefix/ or file:///folder. The prefix is optional; keys of
+	// URL is s3://bucket/prefix/, oss://bucket/prefix/, file:///folder, or dataset://namespace/name/folder, which
+	// is no store and which scheme.Open does not open. The prefix is optional; keys of
 	// the Source stay full keys, and Prefix(URL) is what a listing starts from.
 	URL string `json:"url"`
 	// Endpoint is the store's host[:port], with http:// in front for a plain connection. Empty means the

@@ -61,9 +61,9 @@ func ContextKind(ctx context.Context) error {
 	}
 }
 
-// Split parses the URL of a Config: the scheme, the bucket (for file: empty) and the key prefix (for
-// file: the folder's absolute path). A prefix is kept as it is written: "genomes/" lists a folder,
-// "genomes/chr" lists what starts so.
+// Split parses the URL of a Config: the scheme, the bucket (for file: empty; for dataset: namespace/name) and
+// the key prefix (for file: the folder's absolute path). A prefix is kept as it is written: "genomes/" lists a
+// folder, "genomes/chr" lists what starts so.
 func Split(rawURL string) (scheme, bucket, prefix string, err error) {
 	bad := func(why, hint string) (string, string, string, error) {
 		return "", "", "", &Error{Op: "open", Name: fmt.Sprintf("%q", redact(rawURL)), Kind: ErrInvalid, Err: errors.New(why), Hint: hint}
@@ -78,6 +78,15 @@ func Split(rawURL string) (scheme, bucket, prefix string, err error) {
 			return bad("not an absolute path", "write file:///folder")
 		}
 		return scheme, "", rest, nil
+	case "dataset":
+		parts := strings.SplitN(rest, "/", 3)
+		if len(parts) < 2 || parts[0] == "" || parts[1] == "" {
+			return bad("no Dataset", "write dataset://namespace/name or dataset://namespace/name/folder")
+		}
+		if len(parts) == 3 {
+			prefix = parts[2]
+		}
+		return scheme, parts[0] + "/" + parts[1], prefix, nil
 	case "s3", "oss":
 		// Not parsed as a URL: '?', '#' and '%' are ordinary characters of a key.
 		bucket, prefix, _ = strings.Cut(rest, "/")

@@ -15,6 +15,7 @@ import (
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/worker"
+	"github.com/stepcache/stepcache/tier/upstream"
 )
 
 func workerCommand() *cobra.Command {
@@ -38,7 +39,10 @@ func workerCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			return worker.Run(cmd.Context(), c, worker.Deps{Logger: logger()})
+			log := logger()
+			sources := &upstream.Opener{Logger: log}
+			defer sources.Close()
+			return worker.Run(cmd.Context(), c, worker.Deps{Logger: log, OpenSource: sources.Open})
 		},
 	}
 	cmd.Flags().StringVar(&config, "config", "", "configuration file")

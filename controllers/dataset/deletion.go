@@ -139,6 +139,11 @@ func uses(pod *corev1.Pod, d *v1alpha1.Dataset) bool {
 				return s.ConfigMap != nil && s.ConfigMap.Name == v1alpha1.TierName(d.Name)
 			})
 		}
+		if s := v.Secret; s != nil {
+			// The workers of a Dataset whose source this one is.
+			mount := v1alpha1.Mount{Source: "dataset://" + d.Namespace + "/" + d.Name}
+			return s.SecretName == mount.ReaderSecret(pod.Namespace)
+		}
 		c := v.CSI
 		if c == nil || c.Driver != v1alpha1.DriverName {
 			return false

@@ -11,6 +11,7 @@ import (
 	"k8s.io/utils/ptr"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/tier/upstream"
 )
 
 // Where a worker's pod has its files.
@@ -49,10 +50,18 @@ func footprint(quota int64) (store, heap int64) {
 	return quota + room, 256*mi + quota/64 + room
 }
 
+// memoryOf is the footprint of the Dataset's workers: with other Datasets as sources they also hold those'
+// snapshots and what is on its way from them.
+func memoryOf(d *v1alpha1.Dataset) (store, heap int64) {
+	quota := d.Spec.Workers.MemoryBytes()
+	store, heap = footprint(quota)
+	return store, heap + upstreams(d)*(upstream.Buffers+store-quota)
+}
+
 // podSpec is the workers' pod: admitted under the restricted level, without an API token.
 func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 	d := p.dataset
-	store, heap := footprint(d.Spec.Workers.MemoryBytes())
+	store, heap := memoryOf(d)
 	memory := *resource.NewQuantity(store+heap, resource.BinarySI)
 
 	volumes := []corev1.Volume{

@@ -51,6 +51,13 @@ func (p *pass) condition(kind string, status metav1.ConditionStatus, reason, for
 func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 	st := &p.dataset.Status
 	r.count(p)
+	if reason, text, err := r.unreadable(ctx, p.dataset); err != nil {
+		return err
+	} else if text != "" {
+		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, reason, "%s", text)
+		p.warn(reason, "ReadDataset", "%s", text)
+		return nil
+	}
 	missing, err := r.missingSecrets(ctx, p)
 	if err != nil {
 		return err
@@ -89,11 +96,35 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonListing, "the bucket is being listed")
 	default:
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionTrue, ReasonListed, "%d files, %s", st.Files, st.Size)
-		for _, why := range []string{ReasonCredentialsMissing, ReasonAccessDenied, ReasonNoSuchBucket, ReasonUnavailable} {
+		for _, why := range []string{ReasonCredentialsMissing, ReasonAccessDenied, ReasonNoSuchBucket, ReasonUnavailable, ReasonNotShared, ReasonDatasetNotFound} {
 			delete(p.said, why) // if it comes again it is told again
 		}
 	}
 	return nil
+}
+
+// unreadable says which Dataset that is a source of this one it may not read, or not any more. Of another
+// namespace there is one answer for what is not there and what is not shared.
+func (r *Reconciler) unreadable(ctx context.Context, d *v1alpha1.Dataset) (reason, text string, err error) {
+	for i := range d.Spec.Mounts {
+		name, _, ok := d.Spec.Mounts[i].Dataset()
+		if !ok {
+			continue
+		}
+		target := &v1alpha1.Dataset{}
+		err := r.live.Get(ctx, name, target)
+		if client.IgnoreNotFound(err) != nil {
+			return "", "", err
+		}
+		switch there := err == nil && target.DeletionTimestamp.IsZero(); {
+		case there && target.SharesWith(d.Namespace):
+		case name.Namespace != d.Namespace:
+			return ReasonNotShared, fmt.Sprintf("there is no Dataset %s that is shared with namespace %s: its owner adds the namespace to spec.shareWith", name, d.Namespace), nil
+		default:
+			return ReasonDatasetNotFound, fmt.Sprintf("there is no Dataset %q in namespace %s: create it", name.Name, name.Namespace), nil
+		}
+	}
+	return "", "", nil
 }
 
 // reasonOf is the condition's reason for a worker's problem.
@@ -250,7 +281,7 @@ func (r *Reconciler) workersReady(_ context.Context, p *pass) error {
 func (r *Reconciler) wrong(p *pass, pod *corev1.Pod) (reason, text string) {
 	for _, c := range pod.Status.Conditions {
 		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
-			store, heap := footprint(p.dataset.Spec.Workers.MemoryBytes())
+			store, heap := memoryOf(p.dataset)
 			return ReasonUnschedulable, fmt.Sprintf("%s: %s; a worker needs %s of memory (its cache of %s and what serves it): lower spec.workers.memory or replicas, or add nodes",
 				pod.Name, c.Message, size(store+heap), size(p.dataset.Spec.Workers.MemoryBytes()))
 		}

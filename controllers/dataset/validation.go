@@ -17,7 +17,9 @@ const (
 	ReasonListing            = "Listing"     // the bucket is being listed
 	ReasonNoWorker           = "NoWorker"    // nobody is there to ask
 	ReasonListed             = "Listed"
-	ReasonReachable          = "Reachable" // of a Dataset that takes puts, and so has no snapshot
+	ReasonNotShared          = "NotShared"       // a source is a Dataset that this one may not read
+	ReasonDatasetNotFound    = "DatasetNotFound" // a source is a Dataset that is not there
+	ReasonReachable          = "Reachable"       // of a Dataset that takes puts, and so has no snapshot
 )
 
 // Validate refuses what passed the API server's rules and still cannot work on a cluster.

@@ -133,6 +133,9 @@ func (r *Reconciler) workers(ctx context.Context, p *pass) error {
 	}
 	meta := p.object(v1alpha1.WorkersName(d.Name), v1alpha1.ComponentWorker)
 	maps.Copy(template.Labels, meta.Labels)
+	if upstreams(d) > 0 {
+		template.Labels[v1alpha1.LabelReader] = "true" // for the policies of those
+	}
 	template.Annotations[annotationWorker] = p.wanted
 	meta.Annotations = map[string]string{v1alpha1.AnnotationRollout: d.Annotations[v1alpha1.AnnotationRollout]}
 	set := &appsv1.StatefulSet{ObjectMeta: meta, Spec: appsv1.StatefulSetSpec{
@@ -257,11 +260,25 @@ func (r *Reconciler) replace(ctx context.Context, p *pass) error {
 func secrets(d *v1alpha1.Dataset) []string {
 	var names []string
 	for _, m := range d.Spec.Mounts {
-		if ref := m.CredentialsSecretRef; ref != nil && !slices.Contains(names, ref.Name) {
-			names = append(names, ref.Name)
+		name := m.ReaderSecret(d.Namespace)
+		if ref := m.CredentialsSecretRef; ref != nil {
+			name = ref.Name
+		}
+		if name != "" && !slices.Contains(names, name) {
+			names = append(names, name)
 		}
 	}
 	return names
+}
+
+// upstreams is how many of the Dataset's mounts are of other Datasets.
+func upstreams(d *v1alpha1.Dataset) (n int64) {
+	for i := range d.Spec.Mounts {
+		if d.Spec.Mounts[i].Scheme() == v1alpha1.SchemeDataset {
+			n++
+		}
+	}
+	return n
 }
 
 // credentialsDir is where a worker sees a Secret.

@@ -6,6 +6,7 @@ package scheme
 
 import (
 	"context"
+	"errors"
 	"log/slog"
 	"time"
 
@@ -72,6 +73,8 @@ func open(ctx context.Context, c source.Config) (source.Source, error) {
 			return nil, err
 		}
 		return s, nil
+	case "dataset":
+		return nil, &source.Error{Op: "open", Name: c.URL, Kind: source.ErrInvalid, Err: errors.New("another Dataset's tier is no object store"), Hint: "only workers on a cluster read it; mount its bucket here"}
 	default: // Split knows no other
 		s, err := file.Open(ctx, c)
 		if err != nil {
