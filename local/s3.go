@@ -26,8 +26,8 @@ const s3Region = "us-east-1"
 // makeWritable gives the Dataset's workers an S3 endpoint, with access keys made for this run.
 func (d *dataset) makeWritable() error {
 	for _, m := range d.base.Mounts {
-		if !strings.HasPrefix(m.URL, "s3://") {
-			d.tier.logf("dataset %s: %s is served read-only: access: ReadWrite needs a bucket (s3://)", name(d.object), m.URL)
+		if strings.HasPrefix(m.URL, "file://") {
+			d.tier.logf("dataset %s: %s is served read-only: access: ReadWrite needs a bucket, s3:// or oss://", name(d.object), m.URL)
 			return nil
 		}
 	}

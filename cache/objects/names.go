@@ -232,7 +232,7 @@ func (n *Names) mounts() ([]*mount, error) {
 		}
 		var ok bool
 		if m.writer, ok = source.WriterOf(g.Source); !ok {
-			return nil, fmt.Errorf("%w: dataset %s: %s cannot be written through the tier; access: ReadWrite needs a bucket of s3://", gateway.ErrReadOnly, n.c.Dataset, g.Source.URL())
+			return nil, fmt.Errorf("%w: dataset %s: %s cannot be written through the tier; access: ReadWrite needs a bucket, s3:// or oss://", gateway.ErrReadOnly, n.c.Dataset, g.Source.URL())
 		}
 		if m.pager, ok = source.PagerOf(g.Source); !ok {
 			return nil, fmt.Errorf("%w: dataset %s: %s cannot be listed in pages", gateway.ErrReadOnly, n.c.Dataset, g.Source.URL())

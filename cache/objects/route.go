@@ -60,7 +60,7 @@ func route[T any](ctx context.Context, n *Names, key string, here local[T], ther
 			return v, err
 		case errors.As(err, &stale):
 			n.epochs.heard(stale.epoch, n.c.Clock.Now())
-			if try < routeTries {
+			if try < routeTries && again() {
 				if !n.epochs.wait(ctx, max(stale.epoch, s.Epoch+1), catchUp/routeTries) && stale.epoch > s.Epoch {
 					n.epochs.wait(ctx, stale.epoch, catchUp)
 				}

@@ -17,12 +17,8 @@ import (
 // Uploads in parts are the bucket's. Any worker begins one and takes its parts; only completing one gives a
 // name another version, and so is the owner's.
 
-const (
-	// maxUploads bounds a list of uploads.
-	maxUploads = 10_000
-	// maxHeld is the largest part that is held in memory to be sent again.
-	maxHeld = 16 << 20
-)
+// maxUploads bounds a list of uploads.
+const maxUploads = 10_000
 
 // Create implements gateway.Multipart.
 func (n *Names) Create(ctx context.Context, key string, o gateway.PutOptions) (string, error) {
@@ -43,7 +39,7 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 	if err != nil {
 		return gateway.Part{}, err
 	}
-	release, err := n.hold(ctx, min(size, maxHeld)) // a larger one is sent as it comes
+	release, err := n.hold(ctx, size)
 	if err != nil {
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, err)
 	}

@@ -74,8 +74,8 @@ func (c Config) validateGateway() (errs []error) {
 		errs = append(errs, fmt.Errorf("write.policy %q: set Through", c.Write.Policy))
 	}
 	for i, m := range c.Mounts {
-		if !strings.HasPrefix(m.URL, "s3://") {
-			errs = append(errs, fmt.Errorf("mounts[%d]: %s cannot be written through the tier: access: ReadWrite needs s3://", i, m.URL))
+		if strings.HasPrefix(m.URL, "file://") {
+			errs = append(errs, fmt.Errorf("mounts[%d]: %s cannot be written through the tier: access: ReadWrite needs a bucket, s3:// or oss://", i, m.URL))
 		}
 	}
 	return errs

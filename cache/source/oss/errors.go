@@ -86,7 +86,15 @@ func said(e sdk.ServiceError) error {
 // kind maps an error of the protocol to a sentinel error and a hint.
 func (b *Bucket) kind(e sdk.ServiceError, h http.Header) (hint string, kind error) {
 	switch e.Code {
-	case "NoSuchKey", "SymlinkTargetNotExist", "NoSuchUpload":
+	case "NoSuchUpload":
+		return "", source.ErrNoUpload
+	case "InvalidPart", "InvalidPartOrder":
+		return "", source.ErrBadPart
+	case "EntityTooSmall":
+		return "", source.ErrPartTooSmall
+	case "FileAlreadyExists":
+		return "", source.ErrChanged
+	case "NoSuchKey", "SymlinkTargetNotExist":
 		return "", source.ErrNotFound
 	case "NoSuchBucket":
 		return fmt.Sprintf("check the bucket's name, and that it is in the region of %s", b.endpoint.host), source.ErrNoBucket

@@ -188,25 +188,30 @@ func (b *Bucket) checkKey(op, key string) error {
 
 // Stat implements source.Stater.
 func (b *Bucket) Stat(ctx context.Context, key string) (source.Object, error) {
+	o, _, err := b.stat(ctx, key)
+	return o, err
+}
+
+func (b *Bucket) stat(ctx context.Context, key string) (source.Object, http.Header, error) {
 	if err := b.checkKey("stat", key); err != nil {
-		return source.Object{}, err
+		return source.Object{}, nil, err
 	}
 	r := request{op: "stat", method: "HEAD", key: key}
 	a, err := b.do(ctx, r)
 	if err != nil {
-		return source.Object{}, err
+		return source.Object{}, nil, err
 	}
 	defer a.body.Close()
 	o := source.Object{Key: key, Digest: digest(a.header)}
 	if o.Size, err = strconv.ParseInt(a.header.Get("Content-Length"), 10, 64); err != nil || o.Size < 0 {
-		return source.Object{}, b.strange(r, a, "it has no size", "")
+		return source.Object{}, nil, b.strange(r, a, "it has no size", "")
 	}
 	o.ModTime, _ = http.ParseTime(a.header.Get("Last-Modified"))
 	o.Version = b.version(a.header.Get("ETag"), o.ModTime)
 	if o.Version == "" {
-		return source.Object{}, b.unversioned("stat", key)
+		return source.Object{}, nil, b.unversioned("stat", key)
 	}
-	return o, nil
+	return o, a.header, nil
 }
 
 // Delete implements source.Deleter.

@@ -48,10 +48,17 @@ var ecma = crc64.MakeTable(crc64.ECMA)
 // which are invisible until the last request names them all. The store checks each request against its
 // MD5 before it keeps it.
 func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (source.Object, error) {
+	return b.putWith(ctx, key, r, size, source.WriteOptions{})
+}
+
+func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int64, o source.WriteOptions) (source.Object, error) {
 	if err := b.checkKey("put", key); err != nil {
 		return source.Object{}, err
 	}
-	p := &put{Bucket: b, key: key, in: r, size: size, part: partOf(size, b.deps.part)}
+	if err := b.condition(key, o, map[string]string{}); err != nil {
+		return source.Object{}, err
+	}
+	p := &put{Bucket: b, key: key, in: r, size: size, part: partOf(size, b.deps.part), options: o}
 	if size >= 0 && size <= int64(p.part) {
 		p.part = int(size) + 1 // so that the end shows within the first
 	}
@@ -83,6 +90,15 @@ type put struct {
 	read  int64 // bytes read of in
 	crc   uint64
 	ended bool // in is at its end
+
+	options source.WriteOptions
+}
+
+// header is that of a request that makes the object, or begins it.
+func (p *put) header() map[string]string {
+	h := attributes(p.options.Attributes)
+	_ = p.condition(p.key, p.options, h) // checked before
+	return h
 }
 
 // next reads the next part, into buf where it has room. It sets ended when there is nothing behind it.
@@ -135,7 +151,10 @@ func (p *put) next(buf []byte) ([]byte, error) {
 func (p *put) send(ctx context.Context, r request, content []byte) (header http.Header, err error) {
 	sum := md5.Sum(content)
 	r.op, r.key, r.body = "put", p.key, content
-	r.header = map[string]string{"Content-MD5": base64.StdEncoding.EncodeToString(sum[:]), "Content-Type": contentType}
+	if r.header == nil {
+		r.header = map[string]string{"Content-Type": contentType}
+	}
+	r.header["Content-MD5"] = base64.StdEncoding.EncodeToString(sum[:])
 	err = source.Try(ctx, patience(len(content)), func(ctx context.Context) error {
 		a, err := p.do(ctx, r)
 		if err != nil {
@@ -152,7 +171,7 @@ const contentType = "application/octet-stream"
 
 // whole puts an object in one request.
 func (p *put) whole(ctx context.Context, content []byte) (source.Object, error) {
-	h, err := p.send(ctx, request{method: "PUT"}, content)
+	h, err := p.send(ctx, request{method: "PUT", header: p.header()}, content)
 	if err != nil {
 		return p.settle(ctx, err)
 	}
@@ -165,11 +184,19 @@ func (p *put) parts(ctx context.Context, first []byte) (o source.Object, err err
 	if err != nil {
 		return source.Object{}, err
 	}
+	if p.options.Begun != nil {
+		p.options.Begun(id)
+		defer p.options.Ended(id)
+	}
 	etags, err := p.sendParts(ctx, id, first)
 	if err == nil {
+		parts := make([]source.Part, len(etags))
+		for i, e := range etags {
+			parts[i] = source.Part{Number: i + 1, Version: e}
+		}
 		var h http.Header
 		var etag string
-		if etag, h, err = p.complete(ctx, id, etags); err == nil {
+		if etag, h, err = p.complete(ctx, id, parts); err == nil {
 			return p.done(ctx, etag, h)
 		}
 		// The store may have completed it although its answer did not come, or came too late.
@@ -182,7 +209,7 @@ func (p *put) parts(ctx context.Context, first []byte) (o source.Object, err err
 
 func (p *put) initiate(ctx context.Context) (id string, err error) {
 	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploads": ""},
-		header: map[string]string{"Content-Type": contentType}}
+		header: p.header()}
 	err = source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) error {
 		var out struct {
 			UploadID string `xml:"UploadId"`
@@ -260,7 +287,7 @@ func (p *put) sendParts(ctx context.Context, id string, content []byte) ([]strin
 	return etags, err
 }
 
-func (p *put) complete(ctx context.Context, id string, etags []string) (etag string, header http.Header, err error) {
+func (p *put) complete(ctx context.Context, id string, parts []source.Part) (etag string, header http.Header, err error) {
 	type part struct {
 		PartNumber int
 		ETag       string
@@ -269,8 +296,8 @@ func (p *put) complete(ctx context.Context, id string, etags []string) (etag str
 		XMLName xml.Name `xml:"CompleteMultipartUpload"`
 		Part    []part
 	}{}
-	for i, e := range etags {
-		in.Part = append(in.Part, part{i + 1, e})
+	for _, e := range parts {
+		in.Part = append(in.Part, part{e.Number, e.Version})
 	}
 	content, err := xml.Marshal(in)
 	if err != nil {
@@ -278,6 +305,7 @@ func (p *put) complete(ctx context.Context, id string, etags []string) (etag str
 	}
 	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploadId": id},
 		header: map[string]string{"Content-Type": "application/xml"}, body: content}
+	_ = p.condition(p.key, p.options, r.header) // checked before
 	err = source.Try(ctx, source.RetryOptions{Slack: finishTimeout}, func(ctx context.Context) error {
 		var out struct{ ETag string }
 		header, err = p.exchange(ctx, r, maxAnswer, &out)
@@ -314,7 +342,7 @@ func (p *put) done(ctx context.Context, etag string, h http.Header) (source.Obje
 // is there now has the very bytes. It returns the put's error otherwise.
 func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
 	var o source.Object
-	if !source.Temporary(failed) && !errors.Is(failed, source.ErrNotFound) {
+	if !source.Temporary(failed) && !errors.Is(failed, source.ErrNotFound) && !errors.Is(failed, source.ErrNoUpload) && !errors.Is(failed, source.ErrChanged) {
 		return o, failed
 	}
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
@@ -340,7 +368,7 @@ func (p *put) abort(ctx context.Context, id string, failed error) error {
 		}
 		return err
 	})
-	if err == nil || errors.Is(err, source.ErrNotFound) {
+	if err == nil || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrNoUpload) {
 		return failed
 	}
 	return fmt.Errorf("%w; the parts of upload %s are left in the bucket, since giving it up failed too (%v): a lifecycle rule removes them", failed, id, err)

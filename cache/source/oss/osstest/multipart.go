@@ -7,9 +7,11 @@ import (
 	"io"
 	"maps"
 	"net/http"
+	"net/url"
 	"slices"
 	"strconv"
 	"strings"
+	"time"
 )
 
 // minPart is the least size of a part that is not the last.
@@ -18,6 +20,8 @@ const minPart = 100 << 10
 type upload struct {
 	key         string
 	contentType string
+	kept        map[string]string
+	begun       time.Time
 	parts       map[int]part
 }
 
@@ -29,7 +33,7 @@ type part struct {
 func (s *Server) initiate(c *call, b *bucket) error {
 	id := strings.ToUpper(random(16))
 	b.mu.Lock()
-	b.uploads[id] = &upload{key: c.key, contentType: c.r.Header.Get("Content-Type"), parts: map[int]part{}}
+	b.uploads[id] = &upload{key: c.key, contentType: c.r.Header.Get("Content-Type"), kept: kept(c.r.Header), begun: time.Now().UTC(), parts: map[int]part{}}
 	b.mu.Unlock()
 	return c.answer(struct {
 		XMLName  xml.Name `xml:"InitiateMultipartUploadResult"`
@@ -120,9 +124,9 @@ func (s *Server) complete(c *call, b *bucket) error {
 		return err
 	}
 	o := s.normal(c.key, content, nil, crc)
-	o.Type, o.ContentType = "Multipart", u.contentType
+	o.Type, o.ContentType, o.Kept = "Multipart", u.contentType, u.kept
 	o.ETag = fmt.Sprintf("%X-%d", sums.Sum(nil), len(chosen))
-	if err := b.store(o); err != nil {
+	if err := b.storeIf(c, o); err != nil {
 		return err
 	}
 	b.end(c.query.Get("uploadId"))
@@ -182,4 +186,70 @@ func (b *bucket) end(id string) {
 			b.discard(u.parts[number].blob)
 		}
 	}
+}
+
+// listParts lists the parts of an upload.
+func (s *Server) listParts(c *call, b *bucket) error {
+	type item struct {
+		PartNumber   int
+		ETag         string
+		Size         int64
+		LastModified time.Time
+	}
+	out := struct {
+		XMLName     xml.Name `xml:"ListPartsResult"`
+		IsTruncated bool
+		Part        []item
+	}{}
+	after, _ := strconv.Atoi(c.query.Get("part-number-marker"))
+	most, err := strconv.Atoi(c.query.Get("max-parts"))
+	if err != nil || most < 1 || most > 1000 {
+		return invalid("max-parts must be between 1 and 1000.")
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	u, err := b.upload(c)
+	if err != nil {
+		return err
+	}
+	for _, n := range slices.Sorted(maps.Keys(u.parts)) {
+		if n <= after {
+			continue
+		}
+		if len(out.Part) == most {
+			out.IsTruncated = true
+			break
+		}
+		p := u.parts[n]
+		out.Part = append(out.Part, item{n, fmt.Sprintf(`"%X"`, p.sum), p.blob.Size, u.begun})
+	}
+	return c.answer(out)
+}
+
+// listUploads lists the uploads of a bucket, in one page.
+func (s *Server) listUploads(c *call, b *bucket) error {
+	type item struct {
+		Key       string
+		UploadID  string `xml:"UploadId"`
+		Initiated time.Time
+	}
+	out := struct {
+		XMLName      xml.Name `xml:"ListMultipartUploadsResult"`
+		EncodingType string
+		IsTruncated  bool
+		Upload       []item
+	}{EncodingType: c.query.Get("encoding-type")}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for id, u := range b.uploads {
+		if strings.HasPrefix(u.key, c.query.Get("prefix")) {
+			key := u.key
+			if out.EncodingType == "url" {
+				key = url.QueryEscape(key)
+			}
+			out.Upload = append(out.Upload, item{key, id, u.begun})
+		}
+	}
+	slices.SortFunc(out.Upload, func(a, b item) int { return strings.Compare(a.Key+a.UploadID, b.Key+b.UploadID) })
+	return c.answer(out)
 }

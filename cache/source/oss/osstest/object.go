@@ -2,6 +2,7 @@ package osstest
 
 import (
 	"encoding/base64"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
@@ -40,6 +41,9 @@ func (s *Server) get(c *call, b *bucket) error {
 	h.Set("Content-Type", o.ContentType)
 	if o.ContentType == "" {
 		h.Set("Content-Type", "application/octet-stream")
+	}
+	for k, v := range o.Kept {
+		h.Set(k, v)
 	}
 	if err := precondition(c.r, o); err != nil {
 		return err
@@ -183,12 +187,74 @@ func (s *Server) put(c *call, b *bucket) error {
 		return err
 	}
 	o := s.normal(c.key, content, sum, crc)
-	o.ContentType = c.r.Header.Get("Content-Type")
-	if err := b.store(o); err != nil {
+	o.ContentType, o.Kept = c.r.Header.Get("Content-Type"), kept(c.r.Header)
+	if err := b.storeIf(c, o); err != nil {
 		return err
 	}
 	c.w.WriteHeader(http.StatusOK)
 	return nil
+}
+
+// kept are the headers that are stored with an object.
+func kept(h http.Header) map[string]string {
+	out := map[string]string{}
+	for k := range h {
+		switch {
+		case strings.HasPrefix(k, "X-Oss-Meta-"), k == "Cache-Control", k == "Content-Disposition", k == "Content-Encoding", k == "Content-Language", k == "Expires":
+			out[k] = h.Get(k)
+		}
+	}
+	return out
+}
+
+// storeIf stores o unless the request forbids to overwrite what is there.
+func (b *bucket) storeIf(c *call, o *object) error {
+	if c.r.Header.Get("x-oss-forbid-overwrite") == "true" {
+		b.forbid.Lock()
+		defer b.forbid.Unlock()
+		if b.find(o.Key) != nil {
+			return &fault{Status: 409, Code: "FileAlreadyExists", Message: "The object you specified already exists and can not be overwritten."}
+		}
+	}
+	return b.store(o)
+}
+
+// copy makes an object of another.
+func (s *Server) copy(c *call, b *bucket) error {
+	name, err := url.PathUnescape(c.r.Header.Get("x-oss-copy-source"))
+	key, ok := strings.CutPrefix(name, "/"+c.name+"/")
+	if err != nil || !ok {
+		return invalid("x-oss-copy-source must name an object of this bucket.")
+	}
+	from := b.find(key)
+	if from == nil {
+		return &fault{Status: 404, Code: "NoSuchKey", Message: "The specified key does not exist."}
+	}
+	if want := c.r.Header.Get("x-oss-copy-source-if-match"); want != "" && strings.Trim(want, `"`) != from.ETag {
+		return &fault{Status: 412, Code: "PreconditionFailed", Message: "At least one of the pre-conditions you specified did not hold."}
+	}
+	body, err := b.open(from.Blob, 0, from.Blob.Size)
+	if err != nil {
+		return err
+	}
+	defer body.Close()
+	content, sum, crc, err := b.write(body, from.Blob.Size)
+	if err != nil {
+		return err
+	}
+	o := s.normal(c.key, content, sum, crc)
+	o.ContentType, o.Kept = from.ContentType, from.Kept
+	if c.r.Header.Get("x-oss-metadata-directive") == "REPLACE" {
+		o.ContentType, o.Kept = c.r.Header.Get("Content-Type"), kept(c.r.Header)
+	}
+	if err := b.storeIf(c, o); err != nil {
+		return err
+	}
+	return c.answer(struct {
+		XMLName      xml.Name `xml:"CopyObjectResult"`
+		ETag         string
+		LastModified time.Time
+	}{ETag: `"` + o.ETag + `"`, LastModified: o.Modified})
 }
 
 func (s *Server) symlink(c *call, b *bucket) error {

@@ -283,6 +283,10 @@ func operation(method, key string, q url.Values) string {
 		return "ListObjectsV2"
 	case method == "PUT" && !object:
 		return "PutBucket"
+	case method == "GET" && !object && q.Has("uploads"):
+		return "ListMultipartUploads"
+	case method == "GET" && object && q.Has("uploadId"):
+		return "ListParts"
 	case method == "GET" && object && len(subresources(q)) == 0:
 		return "GetObject"
 	case method == "HEAD" && object:
@@ -347,7 +351,14 @@ func (s *Server) handle(c *call, anonymous bool) error {
 		return s.list(c, b)
 	case "GetObject", "HeadObject":
 		return s.get(c, b)
+	case "ListMultipartUploads":
+		return s.listUploads(c, b)
+	case "ListParts":
+		return s.listParts(c, b)
 	case "PutObject":
+		if c.r.Header.Get("x-oss-copy-source") != "" {
+			return s.copy(c, b)
+		}
 		return s.put(c, b)
 	case "PutSymlink":
 		return s.symlink(c, b)

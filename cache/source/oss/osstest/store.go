@@ -28,6 +28,8 @@ type bucket struct {
 	objects map[string]*object
 	sorted  []string // keys in byte order; nil when out of date
 	uploads map[string]*upload
+
+	forbid sync.Mutex // held by a put that must not overwrite
 }
 
 func newBucket() *bucket {
@@ -40,8 +42,9 @@ type object struct {
 	ETag        string // upper-case hex, without quotes
 	Type        string // Normal, Multipart or Symlink
 	ContentType string
-	Target      string // of a symlink
-	MD5         []byte // of a Normal object
+	Kept        map[string]string // Cache-Control and the like, and the user's metadata, by header
+	Target      string            // of a symlink
+	MD5         []byte            // of a Normal object
 	CRC         uint64
 	Modified    time.Time
 	Blob        blob
