@@ -128,7 +128,7 @@ func TestKeepCopiesNothingOutOfABufferThatIsAnothers(t *testing.T) {
 	kept := make(chan struct{})
 	go func() {
 		defer close(kept)
-		c.keep(piece{index: k.index("f"), object: f, n: len(buf)}, buf)
+		c.keep(piece{index: k.index("f"), object: f, n: len(buf)}, buf, nil)
 	}()
 	eventually(t, "the fill of keep", func() bool { return st.Stats().Misses == 2 })
 	// Another reader of the node's store waits for it too, so that it goes on without keep.

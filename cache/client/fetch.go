@@ -24,6 +24,14 @@ type piece struct {
 	off    int64 // from the object's start
 	n      int
 	urgent <-chan struct{} // closed when somebody waits for it
+	sums   *[]uint32       // gets the sums that the bytes came with and were compared with; nil: nobody wants them
+}
+
+// took notes the answer that was taken.
+func (w *piece) took(k *call) {
+	if w.sums != nil {
+		*w.sums = k.reply.Sums
+	}
 }
 
 // errLate: a worker that answers pings did not answer the request in WorkerTimeout.
@@ -371,11 +379,19 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 	defer func() { second.end() }()
 	// quit ends the first call; false when its answer came at the last moment and counts.
 	quit := func() bool { return conn.takeBack(first) }
+	last := func() error {
+		err := check(first)
+		if err == nil {
+			w.took(first)
+		}
+		return err
+	}
 	for {
 		select {
 		case <-first.done:
 			err := check(first)
 			if err == nil {
+				w.took(first)
 				c.latency.observe(w.n, time.Since(begun))
 				c.count.workerBytes.Add(int64(w.n))
 			} else if second != nil && temporary(err) {
@@ -384,6 +400,7 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 				case <-second.call.done:
 					if check(second.call) == nil {
 						copy(dst, second.buf)
+						w.took(second.call)
 						c.count.hedgeWins.Add(1)
 						c.count.workerBytes.Add(int64(w.n))
 						return nil
@@ -407,11 +424,13 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 			}
 			if !quit() {
 				if err := check(first); err == nil {
+					w.took(first)
 					c.count.workerBytes.Add(int64(w.n))
 					return nil
 				}
 			}
 			copy(dst, second.buf)
+			w.took(second.call)
 			c.latency.observe(w.n, time.Since(begun))
 			c.count.hedgeWins.Add(1)
 			c.count.workerBytes.Add(int64(w.n))
@@ -420,12 +439,12 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 			if quit() {
 				return fmt.Errorf("worker %s: %w", s.peer.member.ID, errLate)
 			}
-			return check(first)
+			return last()
 		case <-ctx.Done():
 			if quit() {
 				return context.Cause(ctx)
 			}
-			return check(first)
+			return last()
 		}
 	}
 }

@@ -133,7 +133,7 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 			defer c.fills.begin(key)()
 			for {
 				// Its buffers are the store's own, which are as few as fillers make them.
-				b, err := c.config.Store.Acquire(ctx, o, block, func(ctx context.Context, p []byte) error {
+				b, err := c.config.Store.AcquireSummed(ctx, o, block, func(ctx context.Context, p []byte) ([]uint32, error) {
 					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: len(p), urgent: now}, p)
 				})
 				if errors.Is(err, errClosed) && ctx.Err() == nil && c.ctx.Err() == nil {
@@ -155,22 +155,23 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 
 // fillBlock gets a whole block for the node's store. The store may run it on after who began it has given up,
 // because others wait for the block, so Close must know of it; they are told that it was closed.
-func (c *Client) fillBlock(ctx context.Context, w piece, p []byte) error {
+func (c *Client) fillBlock(ctx context.Context, w piece, p []byte) (sums []uint32, err error) {
 	if !c.begin() {
-		return errClosed
+		return nil, errClosed
 	}
 	defer c.calls.Done()
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
 	if c.copyBuffered(ctx, blockKey{w.index, w.block}, p) {
-		return nil
+		return nil, nil
 	}
-	err := c.fetch(ctx, w, p)
+	w.sums = &sums
+	err = c.fetch(ctx, w, p)
 	if err != nil && c.ctx.Err() != nil {
 		err = fmt.Errorf("%w: %w", errClosed, err)
 	}
-	return err
+	return sums, err
 }
 
 // copyBuffered copies a whole block that is in the client's buffers or on its way there.

@@ -307,7 +307,7 @@ func TestAWorkerThatHangsOnItsSocketIsLeftAloneForAWhile(t *testing.T) {
 	})
 }
 
-func openStore(t *testing.T) *store.Store {
+func openStore(t testing.TB) *store.Store {
 	t.Helper()
 	dir, err := os.MkdirTemp("/dev/shm", "stepcache-client-")
 	if err != nil {

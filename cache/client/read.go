@@ -259,6 +259,10 @@ func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent
 		off: key.block*ring.BlockSize + int64(lo)*wire.SumSize, n: n, urgent: e.urgent,
 	}
 	buf := e.buf
+	var sums []uint32
+	if n == length && c.config.Store != nil {
+		w.sums = &sums
+	}
 	ok := c.spawn(func() {
 		var err error
 		if r.walk == nil {
@@ -271,7 +275,7 @@ func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent
 			return
 		}
 		if n == length {
-			c.keep(w, buf)
+			c.keep(w, buf, sums)
 		}
 		c.cache.release(e)
 	})
@@ -281,22 +285,22 @@ func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent
 	return e
 }
 
-// keep puts a whole block into the node's store.
-func (c *Client) keep(w piece, buf []byte) {
+// keep puts a whole block into the node's store, with the sums that it came with.
+func (c *Client) keep(w piece, buf []byte, sums []uint32) {
 	if c.config.Store == nil {
 		return
 	}
 	// The store may run the fill on after Acquire has given up, when buf is another block's already.
 	var mu sync.Mutex
 	left := false
-	b, err := c.config.Store.Acquire(c.ctx, w.object, w.block, func(_ context.Context, p []byte) error {
+	b, err := c.config.Store.AcquireSummed(c.ctx, w.object, w.block, func(_ context.Context, p []byte) ([]uint32, error) {
 		mu.Lock()
 		defer mu.Unlock()
 		if left {
-			return errClosed
+			return nil, errClosed
 		}
 		copy(p, buf)
-		return nil
+		return sums, nil
 	})
 	mu.Lock()
 	left = true

@@ -46,6 +46,11 @@ type flight struct {
 // leave cancels it. An error of the fill goes to all who wait then; later callers try again. When the
 // policy refuses the block or nothing can be evicted for it, it comes from heap.
 func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) (*Block, error) {
+	return s.AcquireSummed(ctx, o, n, func(ctx context.Context, p []byte) ([]uint32, error) { return nil, fill(ctx, p) })
+}
+
+// AcquireSummed is Acquire for who receives a block together with its sums.
+func (s *Store) AcquireSummed(ctx context.Context, o ring.Object, n int64, fill FillSummed) (*Block, error) {
 	if err := checkBlock(o, n); err != nil {
 		return nil, err
 	}
@@ -214,7 +219,7 @@ func (s *Store) unuse(b *block, opened bool) {
 }
 
 // start begins the flight of a block that is absent (b is nil) or corrupt.
-func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill Fill) *block {
+func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill FillSummed) *block {
 	if b == nil {
 		b = &block{obj: o, n: n, size: int32(blockLen(o.size, n)), state: filling}
 		o.blocks[n] = b
@@ -257,11 +262,12 @@ func (s *Store) leave(fl *flight) {
 }
 
 // run fills, admits and writes one block.
-func (s *Store) run(ctx context.Context, fl *flight, fill Fill) {
+func (s *Store) run(ctx context.Context, fl *flight, fill FillSummed) {
 	b := fl.b
+	var sums []uint32
 	buf, err := s.buffers.get(ctx, int(b.size))
 	if err == nil {
-		if err = fill(ctx, buf.p); err != nil {
+		if sums, err = fill(ctx, buf.p); err != nil {
 			buf.release()
 		}
 	}
@@ -272,7 +278,9 @@ func (s *Store) run(ctx context.Context, fl *flight, fill Fill) {
 		s.end(fl, nil, nil, wrap(b, err))
 		return
 	}
-	sums := sumsOf(buf.p)
+	if len(sums) != sumsIn(len(buf.p)) {
+		sums = sumsOf(buf.p)
+	}
 	if s.reserve(b) && s.write(b, buf.p) {
 		s.end(fl, nil, sums, nil)
 		buf.release()
@@ -352,8 +360,11 @@ func (s *Store) write(b *block, p []byte) bool {
 	return false
 }
 
+// sumsIn is how many sums a block of that many bytes has.
+func sumsIn(size int) int { return (size + SumSize - 1) / SumSize }
+
 func sumsOf(p []byte) []uint32 {
-	sums := make([]uint32, 0, (len(p)+SumSize-1)/SumSize)
+	sums := make([]uint32, 0, sumsIn(len(p)))
 	for len(p) > 0 {
 		k := min(len(p), SumSize)
 		sums = append(sums, crc32.Checksum(p[:k], castagnoli))

@@ -74,6 +74,11 @@ type Options struct {
 // of its own.
 type Fill func(ctx context.Context, p []byte) error
 
+// FillSummed is a Fill that also gives the CRC32C of each SumSize bytes of the block, with which it has just compared
+// what is in p: the sums then go with the bytes from where the block was first received, and are not taken anew. The
+// store keeps the slice. Nil: there are none, and the store takes them.
+type FillSummed func(ctx context.Context, p []byte) (sums []uint32, err error)
+
 // Residency is how much of an object the store holds.
 type Residency struct {
 	Blocks int64 // resident blocks
