@@ -3,9 +3,13 @@ package gateway
 import (
 	"bytes"
 	"encoding/xml"
+	"errors"
 	"io"
+	"net"
 	"net/http"
+	"os"
 	"strconv"
+	"syscall"
 	"time"
 )
 
@@ -101,6 +105,7 @@ type outlet struct {
 	q      *request
 	status int
 	begun  bool
+	left   bool // the client does not take the bytes: gone, or too slow
 }
 
 // slice is what a client has to take within a Stall.
@@ -111,7 +116,9 @@ func (o *outlet) begin() error {
 		o.begun = true
 		o.q.w.WriteHeader(o.status)
 	}
-	return o.q.extend()
+	err := o.q.extend()
+	o.left = o.left || err != nil
+	return err
 }
 
 func (o *outlet) Write(p []byte) (written int, err error) {
@@ -121,6 +128,7 @@ func (o *outlet) Write(p []byte) (written int, err error) {
 		}
 		n, err := o.q.w.Write(p[:min(len(p), slice)])
 		written += n
+		o.left = o.left || err != nil
 		if p = p[n:]; err != nil || len(p) == 0 {
 			return written, err
 		}
@@ -145,12 +153,23 @@ func (o *outlet) ReadFrom(r io.Reader) (written int64, err error) {
 		}
 		n, err := to.ReadFrom(part)
 		written += n
+		o.left = o.left || gone(err)
 		from.N -= n
 		if err != nil || n < want {
 			return written, err
 		}
 	}
 	return written, nil
+}
+
+// gone tells a connection's errors from those of what was to be sent over it.
+func gone(err error) bool {
+	for _, of := range []error{syscall.EPIPE, syscall.ECONNRESET, os.ErrDeadlineExceeded, net.ErrClosed} {
+		if errors.Is(err, of) {
+			return true
+		}
+	}
+	return false
 }
 
 // writerOnly copies to a response that has no ReadFrom (HTTP/2).

@@ -232,8 +232,8 @@ func (q *request) watch() error {
 
 func (s *stall) Read(p []byte) (int, error) {
 	begun := time.Now()
-	if err := s.control.SetReadDeadline(begun.Add(s.limit - s.spent)); err != nil {
-		return 0, err
+	if s.control.SetReadDeadline(begun.Add(s.limit-s.spent)) != nil {
+		return 0, errTruncated // the connection is closed
 	}
 	n, err := s.Reader.Read(p)
 	s.spent += time.Since(begun)
@@ -245,9 +245,11 @@ func (s *stall) Read(p []byte) (int, error) {
 		return n, errStalled
 	case err == io.EOF:
 		// net/http watches the connection from here on, to notice when the client leaves.
-		if err := s.control.SetReadDeadline(time.Time{}); err != nil {
-			return n, err
+		if s.control.SetReadDeadline(time.Time{}) != nil {
+			return n, errTruncated
 		}
+	case err != nil:
+		return n, errTruncated // cut, reset, or no chunked encoding: the client's doing
 	}
 	return n, err
 }

@@ -131,6 +131,9 @@ func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		w.WriteHeader(http.StatusContinue)
 	}
 	err := errors.Join(q.extend(), q.watch())
+	if err != nil && !errors.Is(err, http.ErrNotSupported) {
+		panic(http.ErrAbortHandler) // the connection is closed already
+	}
 	if err == nil {
 		err = q.serve()
 	}

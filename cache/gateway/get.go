@@ -63,7 +63,9 @@ func (q *request) send(object Object) error {
 			q.w.Header().Set("X-Amz-Request-Id", q.id)
 			return err
 		}
-		q.report(err, failureOf(err))
+		if !out.left {
+			q.report(err, failureOf(err))
+		}
 		panic(http.ErrAbortHandler) // cut the connection: no client may take a part for the whole
 	}
 	return nil

@@ -111,6 +111,40 @@ func TestConnectionsThatAreAborted(t *testing.T) {
 	}
 }
 
+func TestDownloadsThatAreAborted(t *testing.T) {
+	data := random(32 << 20) // more than the buffers of a connection hold
+	name := filepath.Join(t.TempDir(), "object")
+	if err := os.WriteFile(name, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	for _, sendfile := range []bool{false, true} {
+		f := serve(t)
+		if sendfile {
+			file, err := os.Open(name)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer file.Close()
+			f = serve(t, withObjects(onDisk{newMemory(), file, int64(len(data))}))
+		} else {
+			f.put(t, "a/b", data)
+		}
+		conn := f.dial(t)
+		if _, err := conn.Write(onWire(t, f.request(t, call{method: "GET", path: object}))); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := io.ReadFull(conn, make([]byte, 1<<20)); err != nil {
+			t.Fatal(err)
+		}
+		conn.SetLinger(0) // a reset
+		conn.Close()
+		f.server.Close() // waits for the requests under way
+		if f.logged.Len() > 0 {
+			t.Errorf("sendfile %v: a client that leaves was logged: %s", sendfile, f.logged)
+		}
+	}
+}
+
 func TestExpectContinue(t *testing.T) {
 	f := serve(t)
 	empty := f.request(t, call{method: "PUT", path: object, header: map[string]string{"expect": "100-continue"}})
