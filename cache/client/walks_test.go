@@ -361,6 +361,7 @@ func TestColdSmallFilesCostTheBucketOneRequestEach(t *testing.T) {
 		k.start("a", "b")
 		c := k.dial(nil)
 		k.settled()
+		k.connected(c)
 		sent, asked := s.Sent(), s.Requests()
 		var wg sync.WaitGroup
 		for r := range readers {
@@ -373,11 +374,12 @@ func TestColdSmallFilesCostTheBucketOneRequestEach(t *testing.T) {
 			})
 		}
 		wg.Wait()
-		if got := s.Requests() - asked; got != n {
-			t.Errorf("%d readers of %d files: %d requests to the bucket", readers, n, got)
+		late := c.Stats().Fallbacks // answers that a very busy machine gave too late: the other worker was asked
+		if got := s.Requests() - asked; got < n || got > n+late || late > n/50 {
+			t.Errorf("%d readers of %d files: %d requests to the bucket, %d files from another worker", readers, n, got, late)
 		}
 		// An answer's header has some 700 bytes.
-		if got := s.Sent() - sent; got > n*(size+1000) {
+		if got := s.Sent() - sent; got > (n+late)*(size+1000) {
 			t.Errorf("%d readers: the bucket sent %d bytes for %d", readers, got, n*size)
 		}
 		if st := c.Stats(); readers == 1 && st.Misses > evidence+1 {
