@@ -268,6 +268,9 @@ func (d *Dataset) fail(ctx context.Context, op, key string, err error) error {
 			}
 		}
 	}
+	if e.Err == e.Kind {
+		e.Err = nil // said already
+	}
 	return e
 }
 
