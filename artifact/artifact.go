@@ -141,7 +141,7 @@ func reply(ctx context.Context, err error) (text string, status error) {
 	case ctx.Err() != nil:
 		return "", ended(ctx)
 	}
-	return err.Error(), nil
+	return strings.ToValidUTF8(err.Error(), "?"), nil // a message takes nothing else
 }
 
 func ended(ctx context.Context) error { return status.FromContextError(ctx.Err()).Err() }
@@ -220,9 +220,8 @@ func (b *bucket) delete(ctx context.Context, key string) error {
 		}
 	}
 	prefix := strings.TrimSuffix(key, "/") + "/"
-	for {
-		// From the start each time: what was listed before is gone.
-		page, err := b.page(ctx, prefix, "", pageSize)
+	for after := ""; ; {
+		page, err := b.page(ctx, prefix, after, pageSize)
 		if err != nil || len(page) == 0 {
 			return err
 		}
@@ -236,6 +235,7 @@ func (b *bucket) delete(ctx context.Context, key string) error {
 		if len(page) < pageSize {
 			return nil
 		}
+		after = keys[len(keys)-1]
 	}
 }
 

@@ -58,7 +58,7 @@ func (b *bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 	}
 	var r minio.ErrorResponse
 	if errors.As(err, &r) {
-		e.Kind, e.Hint = b.kind(r)
+		e.Hint, e.Kind = b.kind(r)
 		return e
 	}
 	e.Kind = source.ErrUnavailable
@@ -80,36 +80,36 @@ func (b *bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 }
 
 // kind judges an answer by its code, and by its status where the code tells nothing.
-func (b *bucket) kind(r minio.ErrorResponse) (kind error, hint string) {
+func (b *bucket) kind(r minio.ErrorResponse) (hint string, kind error) {
 	switch r.Code {
 	case "NoSuchKey", "NoSuchVersion", "NoSuchUpload":
-		return source.ErrNotFound, ""
+		return "", source.ErrNotFound
 	case "NoSuchBucket":
-		return source.ErrNoBucket, "is there a Dataset of this name with access: ReadWrite?"
+		return "is there a Dataset of this name with access: ReadWrite?", source.ErrNoBucket
 	case "PreconditionFailed", "InvalidRange":
-		return source.ErrChanged, "the object was replaced while it was read"
+		return "the object was replaced while it was read", source.ErrChanged
 	case "SlowDown", "TooManyRequests", "RequestLimitExceeded", "Throttling":
-		return source.ErrThrottled, ""
+		return "", source.ErrThrottled
 	case "RequestTimeTooSkewed":
-		return source.ErrDenied, "set the node's clock"
+		return "set the node's clock", source.ErrDenied
 	case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken":
-		return source.ErrDenied, "check the keys of " + b.keysFrom
+		return "check the keys of " + b.keysFrom, source.ErrDenied
 	case "BadDigest", "XAmzContentSHA256Mismatch":
-		return source.ErrUnavailable, "the file changed while it was sent, or the network damages data"
+		return "the file changed while it was sent, or the network damages data", source.ErrUnavailable
 	case "InternalError", "ServiceUnavailable", "RequestTimeout", "OperationAborted":
-		return source.ErrUnavailable, ""
+		return "", source.ErrUnavailable
 	}
 	switch s := r.StatusCode; {
 	case s == http.StatusNotFound:
-		return source.ErrNotFound, ""
+		return "", source.ErrNotFound
 	case s == http.StatusPreconditionFailed, s == http.StatusRequestedRangeNotSatisfiable:
-		return source.ErrChanged, ""
+		return "", source.ErrChanged
 	case s == http.StatusUnauthorized, s == http.StatusForbidden:
-		return source.ErrDenied, "check the keys of " + b.keysFrom
+		return "check the keys of " + b.keysFrom, source.ErrDenied
 	case s == http.StatusTooManyRequests:
-		return source.ErrThrottled, ""
+		return "", source.ErrThrottled
 	case s == http.StatusRequestTimeout, s >= 500 && s != http.StatusNotImplemented:
-		return source.ErrUnavailable, ""
+		return "", source.ErrUnavailable
 	}
-	return source.ErrInvalid, ""
+	return "", source.ErrInvalid
 }

@@ -78,6 +78,10 @@ func TestArtifactsThatCannotBe(t *testing.T) {
 	wantError(t, f.save(t.Context(), "/", f.artifact("k")), "artifact")
 	wantError(t, f.save(t.Context(), f.path("none"), f.artifact("k")), "no such file")
 	wantError(t, f.save(t.Context(), path, f.artifact("k/")), "ends in a slash")
+	f.write(t, "latin/caf\xe9", []byte("x"), 0o644)
+	wantError(t, f.save(t.Context(), f.path("latin"), f.artifact("k")), "not UTF-8")
+	f.write(t, "deep/"+strings.Repeat(strings.Repeat("d", 200)+"/", 6)+"f", []byte("x"), 0o644)
+	wantError(t, f.save(t.Context(), f.path("deep"), f.artifact("k")), "1024")
 	if left := f.objects(t); len(left) > 0 {
 		t.Errorf("stored: %v", left)
 	}

@@ -10,6 +10,7 @@ import (
 	"path"
 	"strings"
 	"sync/atomic"
+	"unicode/utf8"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -76,7 +77,10 @@ func (b *bucket) saveDirectory(ctx context.Context, p *place, key string) (l loa
 			b.options.Logger.Warn("not saved: neither a file nor a directory", "key", object, "kind", kindOf(d.Type()))
 			return nil
 		}
-		if !cleanName(name) || len(object) > 1024 {
+		if !utf8.ValidString(name) {
+			return fmt.Errorf("%q: its name is not UTF-8, as a key must be; rename it, or use archive: {tar: {}}", name)
+		}
+		if len(object) > 1024 {
 			return fmt.Errorf("%s: its key would have %d bytes, more than the 1024 that a bucket takes; use shorter names, or archive: {tar: {}}", name, len(object))
 		}
 		l.files++

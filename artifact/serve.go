@@ -28,7 +28,12 @@ func (d *Driver) Serve(ctx context.Context, socket string) error {
 	if err != nil {
 		return err
 	}
-	s := grpc.NewServer()
+	ours, err := os.Lstat(socket)
+	if err != nil {
+		_ = l.Close()
+		return err
+	}
+	s := grpc.NewServer(grpc.WaitForHandlers(true)) // which tidy up in the bucket
 	plugin.RegisterArtifactServiceServer(s, d)
 	failed := make(chan error, 1)
 	go func() { failed <- s.Serve(l) }()
@@ -41,8 +46,10 @@ func (d *Driver) Serve(ctx context.Context, socket string) error {
 		cut.Stop()
 		err = <-failed
 	}
-	if rerr := os.Remove(socket); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) && err == nil {
-		err = rerr
+	if now, lerr := os.Lstat(socket); lerr == nil && os.SameFile(ours, now) { // not one that took its place
+		if rerr := os.Remove(socket); err == nil {
+			err = rerr
+		}
 	}
 	d.mu.Lock()
 	defer d.mu.Unlock()
