@@ -124,13 +124,11 @@ func pipe(ctx context.Context, objects Objects, from Info, off, n int64, put fun
 	ended := make(chan struct{})
 	go func() {
 		defer close(ended)
-		err := io.ErrUnexpectedEOF // should WriteRange panic
-		defer func() { w.CloseWithError(err) }()
-		if n == 0 {
-			err = nil
-			return
+		var err error
+		if n > 0 {
+			err = object.WriteRange(ctx, w, off, n)
 		}
-		err = object.WriteRange(ctx, w, off, n)
+		w.CloseWithError(err) // nil is the end
 	}()
 	defer func() {
 		r.Close()

@@ -125,14 +125,14 @@ func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	// A connection keeps the deadline of the answer before; and what net/http sends after this function
 	// has time of its own.
 	defer q.extend()
+	err := errors.Join(q.extend(), q.watch())
+	if err != nil && !errors.Is(err, http.ErrNotSupported) {
+		panic(http.ErrAbortHandler) // the connection is closed already
+	}
 	if r.ContentLength == 0 && r.ProtoMajor == 1 && strings.EqualFold(r.Header.Get("Expect"), "100-continue") {
 		// S3 says so of an empty body too, net/http does not. botocore takes an answer without it for a refusal,
 		// and the next one on the same connection for two.
 		w.WriteHeader(http.StatusContinue)
-	}
-	err := errors.Join(q.extend(), q.watch())
-	if err != nil && !errors.Is(err, http.ErrNotSupported) {
-		panic(http.ErrAbortHandler) // the connection is closed already
 	}
 	if err == nil {
 		err = q.serve()

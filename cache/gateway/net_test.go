@@ -18,6 +18,8 @@ import (
 	"testing/synctest"
 	"time"
 
+	"github.com/minio/minio-go/v7"
+
 	"github.com/stepcache/stepcache/cache/gateway"
 )
 
@@ -168,6 +170,19 @@ func TestExpectContinue(t *testing.T) {
 	if line := f.raw(t, string(text[:len(text)-1<<20])); !strings.Contains(line, " 403 ") {
 		t.Errorf("a refusal: %s", line)
 	}
+}
+
+// A client that is refused while it sends learns why, although nobody reads the rest.
+func TestRefusalsInTheMiddleOfABody(t *testing.T) {
+	f := serve(t)
+	data := random(15 << 20)
+	for range 5 {
+		_, err := f.client(t, readKey, readSecret, false).PutObject(t.Context(), bucket, "a/b", bytes.NewReader(data), int64(len(data)), minio.PutObjectOptions{})
+		if codeOf(err) != "AccessDenied" {
+			t.Errorf("%v", err)
+		}
+	}
+	f.isEmpty(t)
 }
 
 // onDisk serves one object from a file, as a tier serves what is resident.
