@@ -249,20 +249,23 @@ func put(t *testing.T) input {
 		t.Fatal(err)
 	}
 	ctx := t.Context()
-	eventually(t, "the bucket can be made", func(ctx context.Context) error {
-		ok, err := c.BucketExists(ctx, "demo")
-		if err == nil && !ok {
-			err = c.MakeBucket(ctx, "demo", minio.MakeBucketOptions{})
-		}
-		return err
-	})
-	// What a former run left.
-	for o := range c.ListObjects(ctx, "demo", minio.ListObjectsOptions{Recursive: true}) {
-		if o.Err != nil {
-			t.Fatal(o.Err)
-		}
-		if err := c.RemoveObject(ctx, "demo", o.Key, minio.RemoveObjectOptions{}); err != nil {
-			t.Fatal(err)
+	for _, name := range []string{"demo", "artifacts"} {
+		eventually(t, "the bucket "+name+" can be made", func(ctx context.Context) error {
+			ok, err := c.BucketExists(ctx, name)
+			if err == nil && !ok {
+				err = c.MakeBucket(ctx, name, minio.MakeBucketOptions{})
+			}
+			return err
+		})
+		// What a former run left.
+		for o := range c.ListObjects(ctx, name, minio.ListObjectsOptions{Recursive: true}) {
+			err := o.Err
+			if err == nil {
+				err = c.RemoveObject(ctx, name, o.Key, minio.RemoveObjectOptions{})
+			}
+			if err != nil {
+				t.Fatalf("empty the bucket %s: %v", name, err)
+			}
 		}
 	}
 	size := 64 << 20

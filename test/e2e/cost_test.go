@@ -24,10 +24,14 @@ func placed(t *testing.T, in input) {
 	if hasLab() {
 		before = requests(t)
 	}
-	start := time.Now()
+	left, start := sent(t), time.Now()
 	name := submit(t, "hashing/workflow.yaml", hash("near", steps())...)
 	oneDigest(t, in, waitWorkflow(t, name), steps())
 	took := time.Since(start)
+	if left = sent(t) - left; left > 1<<20 {
+		t.Errorf("%d bytes left the bucket for what was loaded before", left)
+	}
+	t.Logf("%d steps over near, warm: %.1f s, %d bytes left the bucket", steps(), took.Seconds(), left)
 	if hasLab() {
 		after = requests(t)
 		time.Sleep(quiet) // what is asked for in this time is asked for no step

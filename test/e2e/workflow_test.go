@@ -114,6 +114,16 @@ func waitWorkflow(t *testing.T, name string) []string {
 	return printed(t, name)
 }
 
+// allEnd waits until nothing runs any more in the pods of a workflow.
+func allEnd(t *testing.T, name string) {
+	t.Helper()
+	eventually(t, "the pods of workflow "+name+" have ended", func(ctx context.Context) error {
+		out, err := run(ctx, "", "get", "pods", "-n", namespace, "-l", "workflows.argoproj.io/workflow="+name,
+			"--field-selector", "status.phase!=Succeeded", "--no-headers")
+		return want(out, "", err)
+	})
+}
+
 // printed is what a workflow's steps printed, a line each.
 func printed(t *testing.T, name string) (lines []string) {
 	t.Helper()
