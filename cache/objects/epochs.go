@@ -159,7 +159,7 @@ func (n *Names) keepEpochs(ctx context.Context) {
 		n.peers.keep(e.now().Members)
 		every := lookEvery
 		if !e.now().settled {
-			n.settle(ctx)
+			n.settleUntil(ctx, replaced)
 			every = askEvery
 		}
 		select {
@@ -169,6 +169,23 @@ func (n *Names) keepEpochs(ctx context.Context) {
 		case <-n.c.Clock.After(every):
 		}
 	}
+}
+
+// settleUntil is settle, which ends early when the list is replaced.
+func (n *Names) settleUntil(ctx context.Context, replaced <-chan struct{}) {
+	ctx, cancel := context.WithCancel(ctx)
+	watched := make(chan struct{})
+	go func() {
+		defer close(watched)
+		select {
+		case <-replaced:
+			cancel()
+		case <-ctx.Done():
+		}
+	}()
+	n.settle(ctx)
+	cancel()
+	<-watched
 }
 
 // settle asks once whoever has not told its epoch yet.

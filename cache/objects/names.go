@@ -185,7 +185,7 @@ func (n *Names) Leave() { n.epochs.leave() }
 // Close gives back what New took, after the last request has ended.
 func (n *Names) Close() {
 	n.uploads.close()
-	n.peers.close()
+	n.peers.shut()
 }
 
 // Counts returns the counters.

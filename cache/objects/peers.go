@@ -42,9 +42,29 @@ type peers struct {
 	n         *Names
 	transport *http.Transport
 
-	mu    sync.Mutex
-	down  map[string]down
-	pongs map[string]time.Time // when each last answered a ping, by address
+	// closing ends every dial; dials are those under way, which the transport runs on by itself.
+	closing context.Context
+	close   context.CancelFunc
+	dials   sync.WaitGroup
+
+	mu     sync.Mutex
+	closed bool
+	conns  map[*peerConn]struct{}
+	down   map[string]down
+	pongs  map[string]time.Time // when each last answered a ping, by address
+}
+
+// peerConn is a connection that is closed with the peers, whatever the transport does with it.
+type peerConn struct {
+	net.Conn
+	p *peers
+}
+
+func (c *peerConn) Close() error {
+	c.p.mu.Lock()
+	delete(c.p.conns, c)
+	c.p.mu.Unlock()
+	return c.Conn.Close()
 }
 
 type down struct {
@@ -53,7 +73,8 @@ type down struct {
 }
 
 func newPeers(n *Names) *peers {
-	p := &peers{n: n, down: make(map[string]down), pongs: make(map[string]time.Time)}
+	p := &peers{n: n, conns: make(map[*peerConn]struct{}), down: make(map[string]down), pongs: make(map[string]time.Time)}
+	p.closing, p.close = context.WithCancel(context.Background())
 	p.transport = &http.Transport{
 		DialContext: p.dial, MaxIdleConnsPerHost: maxIdlePeers, IdleConnTimeout: time.Minute, DisableCompression: true,
 		// Whoever takes the body says so first, so that a refusal leaves it unread.
@@ -63,7 +84,24 @@ func newPeers(n *Names) *peers {
 	return p
 }
 
-func (p *peers) close() { p.transport.CloseIdleConnections() }
+// shut ends every connection and waits for those that are being made.
+func (p *peers) shut() {
+	p.mu.Lock()
+	p.closed = true
+	p.mu.Unlock()
+	p.close()
+	p.dials.Wait()
+	p.transport.CloseIdleConnections()
+	p.mu.Lock()
+	var left []*peerConn
+	for c := range p.conns {
+		left = append(left, c)
+	}
+	p.mu.Unlock()
+	for _, c := range left {
+		c.Close()
+	}
+}
 
 // keep forgets what was noted of workers that are not members any more.
 func (p *peers) keep(members []ring.Member) {
@@ -87,8 +125,17 @@ func (p *peers) keep(members []ring.Member) {
 
 // dial connects, proves the write key and turns the connection into one of HTTP.
 func (p *peers) dial(ctx context.Context, network, addr string) (net.Conn, error) {
+	p.mu.Lock()
+	if p.closed {
+		p.mu.Unlock()
+		return nil, net.ErrClosed
+	}
+	p.dials.Add(1)
+	p.mu.Unlock()
+	defer p.dials.Done()
 	ctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
 	defer cancel()
+	defer context.AfterFunc(p.closing, cancel)()
 	// During a rotation the other worker may know only the older key: each is tried, the current one first.
 	err := fmt.Errorf("%w: this worker has no write key", wire.ErrUnauthorized)
 	for _, key := range p.n.c.Keys().Write {
@@ -100,7 +147,11 @@ func (p *peers) dial(ctx context.Context, network, addr string) (net.Conn, error
 			err = upgrade(ctx, nc)
 		}
 		if err == nil {
-			return nc, nil
+			c := &peerConn{nc, p}
+			p.mu.Lock()
+			p.conns[c] = struct{}{}
+			p.mu.Unlock()
+			return c, nil
 		}
 		nc.Close()
 		if !errors.Is(err, wire.ErrUnauthorized) {
