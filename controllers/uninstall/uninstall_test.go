@@ -62,7 +62,6 @@ type world struct {
 	*testing.T
 	client.Client
 	objects []*unstructured.Unstructured // what the manifests hold
-	n       int
 	ns      string
 	stop    func() // ends the controller
 }
