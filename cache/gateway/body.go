@@ -260,6 +260,20 @@ var errStalled = &Failure{
 	header:  map[string]string{"Connection": "close"},
 }
 
+// drained is how much of a refused body is read all the same: most clients look for an answer only when they
+// have sent a part, and a connection closed before tells them nothing.
+const drained = 16 << 20
+
+// drain reads what a refused client is sending, for what is left of one Stall.
+func (q *request) drain() {
+	s, ok := q.in.(*stall)
+	if !ok || q.r.Header.Get("Expect") != "" { // who waits for 100 Continue sends nothing
+		return
+	}
+	s.moved = -2 * drained           // never so much that the time begins anew
+	io.CopyN(io.Discard, s, drained) // an error is the client's leaving
+}
+
 // ignore reads the body of a request that needs none, so that its deadline is off before a long answer.
 func (q *request) ignore() error {
 	if q.r.ContentLength == 0 {

@@ -89,6 +89,7 @@ func (q *request) fail(err error) {
 		panic(http.ErrAbortHandler) // the client is gone, and that is what err is about
 	}
 	q.report(err, f)
+	q.drain()
 	for name, value := range f.header {
 		q.w.Header().Set(name, value)
 	}
