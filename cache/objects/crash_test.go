@@ -16,11 +16,11 @@ import (
 )
 
 // crashPuts is how many puts the crash test makes: 1,000 with STEPCACHE_CRASH_PUTS=1000, which takes about a
-// minute and a half; 120 otherwise.
+// minute and a half; 80 otherwise.
 func crashPuts(t *testing.T) int {
 	s := os.Getenv("STEPCACHE_CRASH_PUTS")
 	if s == "" {
-		return 120
+		return 80
 	}
 	n, err := strconv.Atoi(s)
 	if err != nil || n < 1 {

@@ -35,7 +35,7 @@ func (tr *tier) nothingStaged() {
 // A client that breaks off leaves nothing, whether it spoke to the owner or to another worker.
 func TestAPutThatBreaksOffLeavesNothing(t *testing.T) {
 	tr := newTier(t, "").start(2)
-	for _, size := range []int64{1 << 20, 40 << 20} { // in one request, in parts
+	for _, size := range []int64{1 << 20, 36 << 20} { // in one request, in parts
 		for i := range 2 {
 			key := tr.keyOwnedBy(0, fmt.Sprintf("cut-%d-%d", size, i))
 			ctx, cancel := context.WithCancel(t.Context())
@@ -261,7 +261,7 @@ func (g *generator) Read(p []byte) (int, error) {
 // A large object passes through a small worker in bounded memory. STEPCACHE_LARGE=5368709121 makes it 5 GiB
 // and a byte, which takes a minute and as much memory for the bucket.
 func TestALargeObjectPassesThroughASmallWorker(t *testing.T) {
-	size := int64(200<<20 + 1)
+	size := int64(96<<20 + 1)
 	if s := os.Getenv("STEPCACHE_LARGE"); s != "" {
 		if _, err := fmt.Sscan(s, &size); err != nil {
 			t.Fatalf("STEPCACHE_LARGE=%q is no number", s)
