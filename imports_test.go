@@ -37,6 +37,7 @@ var mayImport = map[string][]string{
 	"config":                  {}, // tests only
 	"test/bucket":             {"local/process"},
 	"test/s3clients":          {},
+	"test/workers":            {"cache", "test/bucket", "local/process"},
 	"test/e2e":                {"test/bucket", "local/process"},
 	"bench":                   {"api", "cache", "tier", "local", "test"},
 	"cmd":                     {""},

@@ -22,6 +22,7 @@ import (
 	"github.com/stepcache/stepcache/artifact"
 	"github.com/stepcache/stepcache/artifact/plugin"
 	"github.com/stepcache/stepcache/test/bucket"
+	"github.com/stepcache/stepcache/test/workers"
 )
 
 const bucketName = "artifacts"
@@ -34,6 +35,10 @@ type fixture struct {
 	dir    string
 	// configuration is what artifacts say.
 	configuration string
+	// prefix is what the keys of artifacts begin with in the bucket; others are the configurations of all
+	// workers, of a tier.
+	prefix string
+	others []string
 }
 
 // keys are the test server's, as a container's environment has them.
@@ -56,6 +61,32 @@ func start(t *testing.T, o artifact.Options) *fixture {
 	}
 	f.argoexec = connect(t, serve(t, o))
 	return f
+}
+
+// startTier is start with two workers before the bucket: artifacts go to the first.
+func startTier(t *testing.T, o artifact.Options) *fixture {
+	t.Helper()
+	f := &fixture{server: bucket.StartT(t, bucket.Options{}), dir: t.TempDir(), prefix: "team/artifacts/"}
+	if err := f.server.MakeBucket(t.Context(), bucketName); err != nil {
+		t.Fatal(err)
+	}
+	for _, endpoint := range workers.Start(t, f.server, bucketName, f.prefix, 2) {
+		f.others = append(f.others, fmt.Sprintf("endpoint: http://%s\nbucket: %s\n", endpoint, workers.Bucket))
+	}
+	f.configuration = f.others[0]
+	o.Getenv = func(name string) string {
+		return map[string]string{
+			"STEPCACHE_S3_ACCESS_KEY_ID": workers.AccessKey, "STEPCACHE_S3_SECRET_ACCESS_KEY": workers.SecretKey,
+		}[name]
+	}
+	f.argoexec = connect(t, serve(t, o))
+	return f
+}
+
+// overBoth runs a test with a driver before a bucket and with one before the tier.
+func overBoth(t *testing.T, o artifact.Options, test func(t *testing.T, f *fixture)) {
+	t.Run("bucket", func(t *testing.T) { test(t, start(t, o)) })
+	t.Run("tier", func(t *testing.T) { test(t, startTier(t, o)) })
 }
 
 // serve runs a driver for the length of the test and returns its socket.
@@ -266,7 +297,11 @@ func (f *fixture) objects(t *testing.T) (keys []string) {
 		if o.Err != nil {
 			t.Fatal(o.Err)
 		}
-		keys = append(keys, o.Key)
+		key, ok := strings.CutPrefix(o.Key, f.prefix)
+		if !ok {
+			t.Errorf("%q lies beside the prefix %q", o.Key, f.prefix)
+		}
+		keys = append(keys, key)
 	}
 	return keys
 }

@@ -229,57 +229,59 @@ func TestLinksAndSpecialFiles(t *testing.T) {
 }
 
 func TestEmptyDirectory(t *testing.T) {
-	f := start(t, artifact.Options{})
-	if err := os.MkdirAll(f.path("empty"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	// One in which nothing can be saved is empty too.
-	if err := os.MkdirAll(f.path("links"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.Symlink("/etc/hostname", f.path("links/out")); err != nil {
-		t.Fatal(err)
-	}
-	for _, name := range []string{"empty", "links"} {
-		art := f.artifact("wf/" + name)
-		if err := f.save(t.Context(), f.path(name), art); err != nil {
+	overBoth(t, artifact.Options{}, func(t *testing.T, f *fixture) {
+		if err := os.MkdirAll(f.path("empty"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if err := f.load(t.Context(), art, f.path("in-"+name)); err != nil {
+		// One in which nothing can be saved is empty too.
+		if err := os.MkdirAll(f.path("links"), 0o755); err != nil {
 			t.Fatal(err)
 		}
-		if got := tree(t, f.path("in-"+name)); len(got) > 0 {
-			t.Errorf("%v", got)
+		if err := os.Symlink("/etc/hostname", f.path("links/out")); err != nil {
+			t.Fatal(err)
 		}
-		if names, err := f.list(t.Context(), art); len(names) > 0 || err != nil {
-			t.Errorf("%v, %v", names, err)
+		for _, name := range []string{"empty", "links"} {
+			art := f.artifact("wf/" + name)
+			if err := f.save(t.Context(), f.path(name), art); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.load(t.Context(), art, f.path("in-"+name)); err != nil {
+				t.Fatal(err)
+			}
+			if got := tree(t, f.path("in-"+name)); len(got) > 0 {
+				t.Errorf("%v", got)
+			}
+			if names, err := f.list(t.Context(), art); len(names) > 0 || err != nil {
+				t.Errorf("%v, %v", names, err)
+			}
+			if is, err := f.isDirectory(t.Context(), art); !is || err != nil {
+				t.Errorf("%v, %v", is, err)
+			}
+			if err := f.delete(t.Context(), art); err != nil {
+				t.Error(err)
+			}
 		}
-		if is, err := f.isDirectory(t.Context(), art); !is || err != nil {
-			t.Errorf("%v, %v", is, err)
+		if left := f.objects(t); len(left) > 0 {
+			t.Errorf("left: %v", left)
 		}
-		if err := f.delete(t.Context(), art); err != nil {
-			t.Error(err)
-		}
-	}
-	if left := f.objects(t); len(left) > 0 {
-		t.Errorf("left: %v", left)
-	}
+	})
 }
 
 // What has the artifact's name as the beginning of its own is another artifact's.
 func TestDeleteTakesNothingElse(t *testing.T) {
-	f := start(t, artifact.Options{})
-	for _, key := range []string{"wf/out/a", "wf/out/b/c", "wf/out2", "wf/ou", "other"} {
-		f.server.PutT(t, bucketName, key, []byte("x"))
-	}
-	for range 2 {
-		if err := f.delete(t.Context(), f.artifact("wf/out")); err != nil {
-			t.Error(err)
+	overBoth(t, artifact.Options{}, func(t *testing.T, f *fixture) {
+		for _, key := range []string{"wf/out/a", "wf/out/b/c", "wf/out2", "wf/ou", "other"} {
+			f.server.PutT(t, bucketName, f.prefix+key, []byte("x"))
 		}
-	}
-	if got := strings.Join(f.objects(t), " "); got != "other wf/ou wf/out2" {
-		t.Errorf("left: %s", got)
-	}
+		for range 2 {
+			if err := f.delete(t.Context(), f.artifact("wf/out")); err != nil {
+				t.Error(err)
+			}
+		}
+		if got := strings.Join(f.objects(t), " "); got != "other wf/ou wf/out2" {
+			t.Errorf("left: %s", got)
+		}
+	})
 }
 
 func TestCredentialsFromAFolderAreReadAgain(t *testing.T) {
@@ -345,19 +347,20 @@ func TestNodeLocalService(t *testing.T) {
 }
 
 func TestSaveStream(t *testing.T) {
-	f := start(t, artifact.Options{})
-	for name, content := range map[string][]byte{
-		"empty": {}, "small": []byte("hello"), "one part": large[:16<<20], "odd": large[:33<<20+1],
-	} {
-		if err := f.saveStream(t.Context(), bytes.NewReader(content), f.artifact("s/"+name)); err != nil {
-			t.Fatal(err)
+	overBoth(t, artifact.Options{}, func(t *testing.T, f *fixture) {
+		for name, content := range map[string][]byte{
+			"empty": {}, "small": []byte("hello"), "one part": large[:16<<20], "odd": large[:33<<20+1],
+		} {
+			if err := f.saveStream(t.Context(), bytes.NewReader(content), f.artifact("s/"+name)); err != nil {
+				t.Fatal(err)
+			}
+			if err := f.load(t.Context(), f.artifact("s/"+name), f.path(name)); err != nil {
+				t.Fatal(err)
+			}
+			if got, err := os.ReadFile(f.path(name)); err != nil || !bytes.Equal(got, content) {
+				t.Errorf("%s: %d bytes, %v", name, len(got), err)
+			}
 		}
-		if err := f.load(t.Context(), f.artifact("s/"+name), f.path(name)); err != nil {
-			t.Fatal(err)
-		}
-		if got, err := os.ReadFile(f.path(name)); err != nil || !bytes.Equal(got, content) {
-			t.Errorf("%s: %d bytes, %v", name, len(got), err)
-		}
-	}
-	wantError(t, f.saveStream(t.Context(), strings.NewReader("x"), f.artifact("s/")), "ends in a slash")
+		wantError(t, f.saveStream(t.Context(), strings.NewReader("x"), f.artifact("s/")), "ends in a slash")
+	})
 }

@@ -1,0 +1,150 @@
+// Package workers runs the workers of a writable dataset over a bucket of the test server, in the process
+// of a test: what serves S3 in a cluster, without the cluster.
+//
+// It owns the workers and their folder, which end with the test. Concurrency: functions are for the test's
+// goroutine. Failure: the test fails.
+//
+// It may import cache/..., and test/bucket.
+package workers
+
+import (
+	"context"
+	"encoding/json"
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+	"testing"
+	"time"
+
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/cache/worker"
+	"github.com/stepcache/stepcache/test/bucket"
+)
+
+// What clients of the endpoints need.
+const (
+	// Bucket is the name of the dataset.
+	Bucket = "data"
+	// AccessKey and SecretKey read and write, ReadKey and ReadSecret only read.
+	AccessKey, SecretKey = "tier-access", "tier-secret-key"
+	ReadKey, ReadSecret  = "tier-read", "tier-read-secret"
+)
+
+// patience is how long a worker may take until it serves.
+const patience = time.Minute
+
+// Start runs n workers of a dataset that is a bucket's keys below prefix, which ends in a slash or is empty,
+// and returns the addresses of their S3 endpoints once all answer.
+func Start(t testing.TB, server *bucket.Server, bucketName, prefix string, n int) (endpoints []string) {
+	t.Helper()
+	dir, err := os.MkdirTemp("", "workers-") // short: there are sockets below it
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	write := func(path, text string) {
+		t.Helper()
+		path = filepath.Join(dir, path)
+		err := os.MkdirAll(filepath.Dir(path), 0o700)
+		if err == nil {
+			err = os.WriteFile(path, []byte(text), 0o600)
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	write("secret/accessKeyID", server.AccessKey)
+	write("secret/accessKeySecret", server.SecretKey)
+	write("s3/accessKeyID", AccessKey)
+	write("s3/secretAccessKey", SecretKey)
+	write("s3/readOnlyAccessKeyID", ReadKey)
+	write("s3/readOnlySecretAccessKey", ReadSecret)
+	if err := os.Mkdir(filepath.Join(dir, "keys"), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := wire.WriteKeys(filepath.Join(dir, "keys"), wire.GenerateKeys()); err != nil {
+		t.Fatal(err)
+	}
+	ports := freePorts(t, 3*n)
+	members := ring.Membership{Epoch: 1}
+	for i := range n {
+		members.Members = append(members.Members, ring.Member{
+			ID: fmt.Sprintf("w%d", i), Addr: ports[3*i], Control: ports[3*i+1], Node: fmt.Sprintf("n%d", i), State: ring.Ready,
+		})
+		endpoints = append(endpoints, ports[3*i+2])
+	}
+	list, err := json.Marshal(members)
+	if err != nil {
+		t.Fatal(err)
+	}
+	write("members.json", string(list))
+	for i, m := range members.Members {
+		run(t, worker.Config{
+			Dataset: "ns/" + Bucket, ID: m.ID, Memory: 256 << 20, Dir: filepath.Join(dir, m.ID), KeysDir: filepath.Join(dir, "keys"),
+			Mounts: []worker.Mount{{Path: "/", Config: source.Config{
+				URL: "s3://" + bucketName + "/" + prefix, Endpoint: server.Endpoint(), Region: server.Region, CredentialsDir: filepath.Join(dir, "secret"),
+			}}},
+			MembershipFile: filepath.Join(dir, "members.json"), Listen: m.Addr, Control: m.Control,
+			Gateway: &worker.GatewayConfig{Listen: endpoints[i], Bucket: Bucket, Credentials: filepath.Join(dir, "s3")},
+		})
+	}
+	for _, e := range endpoints {
+		answers(t, e)
+	}
+	return endpoints
+}
+
+// run runs a worker until the test ends.
+func run(t testing.TB, c worker.Config) {
+	t.Helper()
+	w, err := worker.New(context.Background(), c, worker.Deps{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- w.Serve(context.Background()) }()
+	t.Cleanup(func() {
+		w.Close()
+		if err := <-done; err != nil {
+			t.Errorf("worker %s: %v", c.ID, err)
+		}
+	})
+}
+
+// answers waits until an endpoint serves.
+func answers(t testing.TB, endpoint string) {
+	t.Helper()
+	c, err := minio.NewCore(endpoint, &minio.Options{Creds: credentials.NewStaticV4(AccessKey, SecretKey, ""), BucketLookup: minio.BucketLookupPath, MaxRetries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for deadline := time.Now().Add(patience); ; time.Sleep(20 * time.Millisecond) {
+		if _, err = c.ListObjects(Bucket, "", "", "/", 1); err == nil {
+			return
+		}
+		if time.Now().After(deadline) {
+			t.Fatalf("the worker at %s does not answer: %v", endpoint, err)
+		}
+	}
+}
+
+// freePorts are addresses that nobody listens at.
+func freePorts(t testing.TB, n int) (ports []string) {
+	t.Helper()
+	for range n {
+		l, err := net.Listen("tcp", "127.0.0.1:0")
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer l.Close() // held until all are known, so that they differ
+		ports = append(ports, l.Addr().String())
+	}
+	return ports
+}
