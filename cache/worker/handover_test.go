@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -34,7 +35,16 @@ func (tr *tier) tell(extra []ring.Member, leaving ...int) ring.Membership {
 		}
 		list.Members = append(list.Members, m)
 	}
-	for i, w := range tr.workers {
+	// Who leaves is told last: the workers' clock is quick, so that it would soon be tired of others which do not
+	// follow yet.
+	var order []int
+	for i := range tr.workers {
+		if !slices.Contains(leaving, i) {
+			order = append(order, i)
+		}
+	}
+	for _, i := range append(order, leaving...) {
+		w := tr.workers[i]
 		if w == nil {
 			continue
 		}
