@@ -187,13 +187,3 @@ func TestArtifactsOfADatasetWithAFolderHaveKeysBelowIt(t *testing.T) {
 		t.Errorf("key format %q", got)
 	}
 }
-
-func TestDatasetThatCannotBeWrittenSaysSo(t *testing.T) {
-	w := newWorld(t)
-	w.must(w.Create(t.Context(), w.secret("access-key")))
-	d := w.dataset("artifacts", 1)
-	d.Spec.Access = v1alpha1.ReadWrite
-	d.Spec.Mounts[0].Source, d.Spec.Mounts[0].Region = "oss://data/", "cn-shanghai"
-	w.must(w.Create(t.Context(), d))
-	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "InvalidSpec", "oss://data/", "needs s3://")
-}
