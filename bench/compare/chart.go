@@ -96,6 +96,7 @@ func chart(rep *trial.Report, section string, rows []*trial.Row, out io.Writer) 
 		p.Legend.Add(c.Name, b)
 	}
 	p.NominalX(names...)
+	p.X.Min, p.X.Max = -0.6, float64(len(rows))+0.2 // the legend is on the right
 	p.Y.Min, p.Y.Max = 0, math.Log10(high/low)*1.15
 	p.Y.Tick.Marker = plot.TickerFunc(func(_, to float64) (ticks []plot.Tick) {
 		for e := 0.0; e <= to; e++ {

@@ -7,7 +7,7 @@ import (
 	"os"
 	"slices"
 
-	"golang.org/x/sys/unix"
+	"github.com/stepcache/stepcache/bench/access"
 )
 
 // bench is one run.
@@ -79,9 +79,7 @@ func (c cannot) Error() string { return string(c) }
 // measure runs the rows and reports.
 func measure(ctx context.Context, o options, dir string, mounts bool) error {
 	b := &bench{o: o, dir: dir, mounts: mounts}
-	var top scope
-	defer top.close()
-	if err := b.scratch(&top); err != nil {
+	if err := b.scratch(); err != nil {
 		return err
 	}
 	var groups []group
@@ -194,42 +192,19 @@ func (of *base) sample(ctx context.Context) (float64, error) {
 	return v, nil
 }
 
-// scratch makes the folder's memory and the file that native reads read.
-func (b *bench) scratch(s *scope) error {
-	if b.mounts {
-		if err := smallPages(b.dir); err != nil {
-			// A namespace alone is not the right to mount.
-			fmt.Fprintf(os.Stderr, "%v: rows that mount are skipped\n", err)
-			b.mounts = false
-		} else {
-			s.add(func() { _ = unix.Unmount(b.dir, unix.MNT_DETACH) })
-		}
-	}
+// scratch makes the file that native reads read.
+func (b *bench) scratch() error {
 	// Whatever the packages below make goes below this folder too.
 	if err := os.Setenv("TMPDIR", b.dir); err != nil {
 		return err
 	}
 	b.file = b.dir + "/native"
-	if err := writeRandom(b.file, b.o.bytes, 1); err != nil {
+	if err := access.WriteNoise(b.file, b.o.bytes, 1); err != nil {
 		return err
 	}
 	b.native = &base{name: "N", run: func(ctx context.Context) (float64, error) {
 		return sequential(ctx, b.file, b.o.bytes, 1)
 	}}
-	return nil
-}
-
-// smallPages mounts a tmpfs of 4 KiB pages at a folder.
-func smallPages(dir string) error {
-	const flags = unix.MS_NOSUID | unix.MS_NODEV
-	// Half of the memory is tmpfs's default; the rows check for themselves that there is enough.
-	err := unix.Mount("stepcache-bench", dir, "tmpfs", flags, "huge=never,nr_inodes=0,mode=0700,size=90%")
-	if errors.Is(err, unix.EINVAL) { // a kernel without huge pages on tmpfs
-		err = unix.Mount("stepcache-bench", dir, "tmpfs", flags, "nr_inodes=0,mode=0700,size=90%")
-	}
-	if err != nil {
-		return fmt.Errorf("mount a tmpfs: %w", err)
-	}
 	return nil
 }
 

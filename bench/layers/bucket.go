@@ -10,6 +10,7 @@ import (
 	"github.com/minio/minio-go/v7"
 	"golang.org/x/sync/errgroup"
 
+	"github.com/stepcache/stepcache/bench/access"
 	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/test/bucket"
@@ -44,7 +45,7 @@ func (b *bench) startBucket(ctx context.Context, s *scope) (*bucket.Server, erro
 	}
 	for k := range objects {
 		file := fmt.Sprintf("%s/object", b.dir)
-		if err := writeRandom(file, b.o.bytes/objects, byte(k)); err != nil {
+		if err := access.WriteNoise(file, b.o.bytes/objects, byte(k)); err != nil {
 			return nil, err
 		}
 		_, err := c.FPutObject(ctx, bucketName, fmt.Sprintf("o%d", k), file, minio.PutObjectOptions{})

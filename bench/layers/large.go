@@ -7,6 +7,7 @@ import (
 	"os"
 	"time"
 
+	"github.com/stepcache/stepcache/bench/access"
 	"github.com/stepcache/stepcache/cache/client"
 )
 
@@ -50,7 +51,7 @@ func (b *bench) largeGroup() group {
 			return (*v).renew(ctx)
 		}
 	}
-	again := func(ok func(context.Context) error, v **view, name string) func(context.Context) error {
+	again := func(ok func(context.Context) error, v **view) func(context.Context) error {
 		return func(ctx context.Context) error {
 			if err := ok(ctx); err != nil {
 				return err
@@ -58,7 +59,7 @@ func (b *bench) largeGroup() group {
 			if err := (*v).need(ctx); err != nil {
 				return err
 			}
-			_, err := readAll(ctx, (*v).dir+"/"+name, make([]byte, chunk))
+			_, err := sequential(ctx, (*v).dir+"/file", size, 1)
 			return err
 		}
 	}
@@ -95,10 +96,10 @@ func (b *bench) largeGroup() group {
 			if err := os.Mkdir(dir, 0o755); err != nil {
 				return err
 			}
-			if err := writeRandom(file, size, 2); err != nil {
+			if err := access.WriteNoise(file, size, 2); err != nil {
 				return err
 			}
-			if err := writeRandom(big, larger, 3); err != nil {
+			if err := access.WriteNoise(big, larger, 3); err != nil {
 				return err
 			}
 			var err error
@@ -143,29 +144,29 @@ func (b *bench) largeGroup() group {
 			{layer: "same node", name: "first read, 8 readers", unit: bytesPerSecond, of: native8,
 				reference: "≥ 0.9 of native", prepare: first(hereReady, &here), run: read(&here, "file", size, 8)},
 			{layer: "same node", name: "re-read", unit: bytesPerSecond, of: b.native,
-				reference: "≥ 0.95 N", prepare: again(hereReady, &here, "file"), run: read(&here, "file", size, 1)},
+				reference: "≥ 0.95 N", prepare: again(hereReady, &here), run: read(&here, "file", size, 1)},
 			{layer: "same node", name: "random 4 KiB", unit: each, of: native4k,
-				reference: "≥ 0.8 of native; 840 K/s", prepare: again(hereReady, &here, "file"), run: here4k},
+				reference: "≥ 0.8 of native; 840 K/s", prepare: again(hereReady, &here), run: here4k},
 			{layer: "same node", name: "random 64 KiB", unit: each, of: native64k,
-				reference: "none given", prepare: again(hereReady, &here, "file"), run: here64k},
+				reference: "none given", prepare: again(hereReady, &here), run: here64k},
 			{layer: "same node", name: "first read without passthrough", unit: bytesPerSecond, of: b.native,
 				reference: "0.40 N", prepare: first(bufferedReady, &buffered), run: read(&buffered, "file", size, 1)},
 			{layer: "same node", name: "re-read without passthrough", unit: bytesPerSecond, of: b.native,
-				reference: "≥ 0.55 N", prepare: again(bufferedReady, &buffered, "file"), run: read(&buffered, "file", size, 1)},
+				reference: "≥ 0.55 N", prepare: again(bufferedReady, &buffered), run: read(&buffered, "file", size, 1)},
 
 			{layer: "other node", name: "first read", unit: bytesPerSecond, of: b.native,
 				reference: "≥ 0.28 N", prepare: first(farReady, &far), run: read(&far, "file", size, 1)},
 			{layer: "other node", name: "first read, twice as large", unit: bytesPerSecond, of: b.native,
 				reference: "≥ 0.28 N", prepare: first(farReady, &far), run: read(&far, "larger", larger, 1)},
 			{layer: "other node", name: "re-read", unit: bytesPerSecond, of: b.native,
-				reference: "≥ 0.55 N", prepare: again(farReady, &far, "file"), run: read(&far, "file", size, 1)},
+				reference: "≥ 0.55 N", prepare: again(farReady, &far), run: read(&far, "file", size, 1)},
 
 			{layer: "other node, --cache-size", name: "first read", unit: bytesPerSecond, of: b.native,
 				reference: "≥ 0.45 N up to 256 MiB", prepare: first(cachedReady, &cached), run: read(&cached, "file", size, 1)},
 			{layer: "other node, --cache-size", name: "first read, twice as large", unit: bytesPerSecond, of: b.native,
 				reference: "≥ 0.28 N", prepare: streamed(cachedReady, &cached), run: read(&cached, "larger", larger, 1)},
 			{layer: "other node, --cache-size", name: "re-read", unit: bytesPerSecond, of: b.native,
-				reference: "≥ 0.95 N", prepare: again(cachedReady, &cached, "file"), run: read(&cached, "file", size, 1)},
+				reference: "≥ 0.95 N", prepare: again(cachedReady, &cached), run: read(&cached, "file", size, 1)},
 		},
 	}
 }
@@ -176,10 +177,10 @@ func clientRead(ctx context.Context, c *client.Client, path string, size int64) 
 	if !ok {
 		return 0, fmt.Errorf("%s is not in the dataset", path)
 	}
-	p := touched(chunk)
+	p := access.Touched(access.Chunk)
 	start := time.Now()
 	for off := int64(0); off < size; {
-		n, err := c.ReadAt(ctx, i, p[:min(size-off, chunk)], off)
+		n, err := c.ReadAt(ctx, i, p[:min(size-off, access.Chunk)], off)
 		if err != nil && err != io.EOF {
 			return 0, err
 		}

@@ -15,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stepcache/stepcache/bench/host"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 )
 
@@ -90,7 +91,7 @@ func stepcache(t *testing.T) string {
 }
 
 type result struct {
-	Machine machine
+	Machine host.Machine
 	Root    bool
 	Native  *spread `json:"nativeBytesPerSecond"`
 	Rows    []rowJSON

@@ -11,7 +11,7 @@
 // run, and the exit status is 1. As root everything is mounted in a mount namespace of its own, so that
 // nothing is left however the program ends.
 //
-// It may import cache/..., tier, local and test/bucket.
+// It may import bench/access, bench/host, cache/..., tier, local and test/bucket.
 package main
 
 import (
@@ -20,19 +20,16 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"regexp"
-	"runtime"
 	"syscall"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
-)
 
-// scratchEnv names the folder that the parent process made and will remove.
-const scratchEnv = "STEPCACHE_BENCH_SCRATCH"
+	"github.com/stepcache/stepcache/bench/host"
+)
 
 type options struct {
 	stepcache, versitygw string
@@ -63,7 +60,9 @@ the same run, and prints one table. bench/README.md says how to read it. Mounts 
 			if err := o.check(); err != nil {
 				return err
 			}
-			return isolated(cmd.Context(), o)
+			return host.Isolated(cmd.Context(), func(ctx context.Context, dir string, mounts bool) error {
+				return measure(ctx, o, dir, mounts)
+			})
 		},
 	}
 	f := cmd.Flags()
@@ -118,47 +117,4 @@ func (o *options) check() error {
 		}
 	}
 	return nil
-}
-
-// isolated runs the bench; as root in a child with a mount namespace of its own, whose mounts end with it.
-func isolated(ctx context.Context, o options) error {
-	if dir := os.Getenv(scratchEnv); dir != "" {
-		return measure(ctx, o, dir, true)
-	}
-	parent := ""
-	if os.Geteuid() != 0 {
-		parent = "/dev/shm" // what cannot be mounted must be in memory already
-	}
-	dir, err := os.MkdirTemp(parent, "scb")
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
-	if os.Geteuid() != 0 {
-		return measure(ctx, o, dir, false)
-	}
-	self, err := os.Executable()
-	if err != nil {
-		return err
-	}
-	child := exec.Command(self, os.Args[1:]...)
-	child.Stdout, child.Stderr = os.Stdout, os.Stderr
-	child.Env = append(os.Environ(), scratchEnv+"="+dir)
-	// A parent that is killed takes the child along. The signal is sent when the thread that forked ends.
-	runtime.LockOSThread()
-	defer runtime.UnlockOSThread()
-	child.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS, Pdeathsig: syscall.SIGTERM}
-	if err := child.Start(); err != nil {
-		fmt.Fprintf(os.Stderr, "no mount namespace of its own (%v): rows that mount are skipped\n", err)
-		return measure(ctx, o, dir, false)
-	}
-	stop := context.AfterFunc(ctx, func() { _ = child.Process.Signal(syscall.SIGTERM) })
-	defer stop()
-	err = child.Wait()
-	var exit *exec.ExitError
-	if errors.As(err, &exit) && exit.ExitCode() > 0 {
-		os.RemoveAll(dir)
-		os.Exit(exit.ExitCode()) // it has said why
-	}
-	return err
 }

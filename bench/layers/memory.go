@@ -9,6 +9,8 @@ import (
 	"strings"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/bench/access"
 )
 
 // memoryGroup: what the store takes for each byte that it holds: pages of its tmpfs, the kernel's own for the
@@ -138,7 +140,7 @@ func (b *bench) idleGroup() group {
 				return err
 			}
 			s.add(func() { _ = os.RemoveAll(dir) })
-			if err := writeTree(ctx, dir, treeNames(n), nil, true); err != nil {
+			if err := access.WriteTree(ctx, dir, access.Tree(n, 0), nil, true); err != nil {
 				return err
 			}
 			var err error

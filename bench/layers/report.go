@@ -8,16 +8,14 @@ import (
 	"fmt"
 	"io"
 	"os"
-	"os/exec"
-	"runtime"
 	"slices"
-	"strconv"
 	"strings"
 	"text/tabwriter"
 	"time"
 
 	"github.com/dustin/go-humanize"
-	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/bench/host"
 )
 
 // unit is what a figure counts.
@@ -71,88 +69,22 @@ func spreadOf(samples []float64) (s spread) {
 	return s
 }
 
-// machine is where the figures are from.
-type machine struct {
-	CPU       string `json:"cpu"`
-	Cores     int    `json:"cores"`
-	Memory    uint64 `json:"memoryBytes"`
-	Kernel    string `json:"kernel"`
-	Go        string `json:"go"`
-	Stepcache string `json:"stepcache"`
-	// Load is the load average of the minute before the run: a figure above the number of cores says that
-	// others were at work, and that ratios are less certain.
-	Load string `json:"loadBefore"`
-	// Huge is what /proc/vmstat says of huge pages of files during the run: taken, and refused.
-	Huge [2]int64 `json:"hugePagesTakenAndRefused"`
-}
-
-func thisMachine(ctx context.Context, program string) machine {
-	m := machine{CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), Load: "unknown", Huge: hugePages()}
-	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
-		for line := range strings.Lines(string(text)) {
-			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
-				m.CPU = strings.TrimSpace(v)
-				break
-			}
-		}
-	}
-	if text, err := os.ReadFile("/proc/loadavg"); err == nil {
-		m.Load, _, _ = strings.Cut(string(text), " ")
-	}
-	var info unix.Sysinfo_t
-	if unix.Sysinfo(&info) == nil {
-		m.Memory = uint64(info.Totalram) * uint64(info.Unit)
-	}
-	var u unix.Utsname
-	if unix.Uname(&u) == nil {
-		m.Kernel = unix.ByteSliceToString(u.Sysname[:]) + " " + unix.ByteSliceToString(u.Release[:]) + " " + unix.ByteSliceToString(u.Machine[:])
-	}
-	if out, err := exec.CommandContext(ctx, program, "version").Output(); err == nil {
-		m.Stepcache = strings.TrimSpace(string(out))
-	}
-	return m
-}
-
-// hugePages are the machine's counters: huge pages of files that were taken, and that were asked for in vain.
-func hugePages() (n [2]int64) {
-	text, err := os.ReadFile("/proc/vmstat")
-	if err != nil {
-		return n
-	}
-	for line := range strings.Lines(string(text)) {
-		for i, name := range []string{"thp_file_alloc ", "thp_file_fallback "} {
-			if v, ok := strings.CutPrefix(line, name); ok {
-				n[i], _ = strconv.ParseInt(strings.TrimSpace(v), 10, 64)
-			}
-		}
-	}
-	return n
-}
-
-func (m machine) String() string {
-	return fmt.Sprintf("%s, %d cores, %s, %s, %s, stepcache %s, load %s before the run, %d huge pages taken and %d refused", m.CPU, m.Cores,
-		humanize.IBytes(m.Memory), m.Kernel, m.Go, m.Stepcache, m.Load, m.Huge[0], m.Huge[1])
-}
-
 // report is what the run tells.
 type report struct {
 	b          *bench
-	machine    machine
+	machine    host.Machine
 	start, end time.Time
 	rows       []*row
 }
 
 func newReport(ctx context.Context, b *bench) *report {
-	return &report{b: b, machine: thisMachine(ctx, b.o.stepcache), start: time.Now()}
+	return &report{b: b, machine: host.Describe(ctx, b.o.stepcache), start: time.Now()}
 }
 
 // finish notes the end.
 func (rep *report) finish() {
 	rep.end = time.Now()
-	after := hugePages()
-	for i := range after {
-		rep.machine.Huge[i] = after[i] - rep.machine.Huge[i]
-	}
+	rep.machine.Finish()
 }
 
 // outcome is a row in a few words.
@@ -289,15 +221,15 @@ func (rep *report) json(out io.Writer) error {
 		return &s
 	}
 	all := struct {
-		Date    time.Time `json:"date"`
-		Seconds float64   `json:"seconds"`
-		Machine machine   `json:"machine"`
-		Root    bool      `json:"root"`
-		Rounds  int       `json:"rounds"`
-		Size    int64     `json:"sizeBytes"`
-		Files   int       `json:"files"`
-		Native  *spread   `json:"nativeBytesPerSecond,omitempty"`
-		Rows    []rowJSON `json:"rows"`
+		Date    time.Time    `json:"date"`
+		Seconds float64      `json:"seconds"`
+		Machine host.Machine `json:"machine"`
+		Root    bool         `json:"root"`
+		Rounds  int          `json:"rounds"`
+		Size    int64        `json:"sizeBytes"`
+		Files   int          `json:"files"`
+		Native  *spread      `json:"nativeBytesPerSecond,omitempty"`
+		Rows    []rowJSON    `json:"rows"`
 	}{rep.start.UTC(), rep.end.Sub(rep.start).Seconds(), rep.machine, rep.b.mounts, rep.b.o.rounds, rep.b.o.bytes, rep.b.o.files, some(rep.b.native.samples), nil}
 	for _, r := range rep.rows {
 		j := rowJSON{Layer: r.layer, Name: r.name, Unit: r.unit, Reference: r.reference, Figure: some(r.samples), Base: some(r.bases),

@@ -4,22 +4,24 @@ import (
 	"context"
 	"fmt"
 	"os"
+
+	"github.com/stepcache/stepcache/bench/access"
 )
 
 // smallGroup: datasets of many small files, opened for the first time and again.
 func (b *bench) smallGroup() group {
 	var v *view
 	dir := b.dir + "/small"
-	names := treeNames(b.o.files)
 	sizes := []int64{100 << 10, 16 << 10}
 	sub := func(size int64) string { return fmt.Sprintf("k%d", size>>10) }
 
 	var rows []*row
 	for _, size := range sizes {
+		files := access.Tree(b.o.files, size)
 		for _, n := range []int{1, 4} {
 			open := func(dir func() string, whole bool) func(context.Context) (float64, error) {
 				return func(ctx context.Context) (float64, error) {
-					return smallReads(ctx, dir()+"/"+sub(size), names, size, n, whole)
+					return smallReads(ctx, dir()+"/"+sub(size), files, n, whole)
 				}
 			}
 			mounted := func() string { return v.dir }
@@ -36,7 +38,7 @@ func (b *bench) smallGroup() group {
 					if err := v.need(ctx); err != nil {
 						return err
 					}
-					_, err := smallReads(ctx, v.dir+"/"+sub(size), names, size, 4, true)
+					_, err := smallReads(ctx, v.dir+"/"+sub(size), files, 4, true)
 					return err
 				},
 				run: open(mounted, false)})
@@ -50,12 +52,12 @@ func (b *bench) smallGroup() group {
 			s.add(func() { _ = os.RemoveAll(dir) })
 			total := int64(0)
 			for _, size := range sizes {
-				if err := writeTree(ctx, dir+"/"+sub(size), names, noise(int(size)), false); err != nil {
+				if err := access.WriteTree(ctx, dir+"/"+sub(size), access.Tree(b.o.files, size), access.Noise(int(size), 1), false); err != nil {
 					return err
 				}
-				total += size * int64(len(names))
+				total += size * int64(b.o.files)
 			}
-			d, err := b.start(ctx, "", fromFolder(dir), total+total/4+int64(2*len(names))*(8<<10)+64<<20)
+			d, err := b.start(ctx, "", fromFolder(dir), total+total/4+int64(2*b.o.files)*(8<<10)+64<<20)
 			if err != nil {
 				return err
 			}
@@ -64,7 +66,7 @@ func (b *bench) smallGroup() group {
 				return err
 			}
 			v = b.view(s, d.folder)
-			first := sub(sizes[0]) + "/" + names[0]
+			first := sub(sizes[0]) + "/" + access.Tree(1, 0)[0].Path
 			return v.same(ctx, first, dir+"/"+first)
 		},
 		rows: rows,
@@ -83,10 +85,10 @@ func (b *bench) treeGroup() group {
 	var v *view
 	dir := b.dir + "/tree"
 	n := 10 * b.o.files
-	names := treeNames(n)
-	entries := n + dirsOf(n)
+	files := access.Tree(n, 0)
+	entries := access.Entries(n)
 	walkOf := &base{name: "native walk", run: func(ctx context.Context) (float64, error) { return walk(ctx, dir, entries) }}
-	statOf := &base{name: "native open+stat", run: func(ctx context.Context) (float64, error) { return openStat(ctx, dir, names) }}
+	statOf := &base{name: "native open+stat", run: func(ctx context.Context) (float64, error) { return openStat(ctx, dir, files) }}
 	walked := func(ctx context.Context) (float64, error) { return walk(ctx, v.dir, entries) }
 	again := func(ctx context.Context) error {
 		if err := v.need(ctx); err != nil {
@@ -101,7 +103,7 @@ func (b *bench) treeGroup() group {
 				return err
 			}
 			s.add(func() { _ = os.RemoveAll(dir) })
-			if err := writeTree(ctx, dir, names, nil, false); err != nil {
+			if err := access.WriteTree(ctx, dir, files, nil, false); err != nil {
 				return err
 			}
 			d, err := b.start(ctx, "", fromFolder(dir), 0)
@@ -117,7 +119,7 @@ func (b *bench) treeGroup() group {
 				prepare: func(ctx context.Context) error { return v.renew(ctx) }, run: walked},
 			{layer: "tree", name: fmt.Sprintf("ls -lR of %d files, again", n), unit: each, of: walkOf, reference: "≥ 100 K/s", prepare: again, run: walked},
 			{layer: "tree", name: fmt.Sprintf("open and stat of %d files", n), unit: each, of: statOf, reference: "none given", prepare: again,
-				run: func(ctx context.Context) (float64, error) { return openStat(ctx, v.dir, names) }},
+				run: func(ctx context.Context) (float64, error) { return openStat(ctx, v.dir, files) }},
 		},
 	}
 }

@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/bench/access"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -114,15 +115,15 @@ func (b *bench) storeGroup() group {
 					if _, err := fill(ctx, st); err != nil {
 						return 0, err
 					}
-					p := touched(chunk)
+					p := access.Touched(access.Chunk)
 					start := time.Now()
 					for n := range blocks {
 						bl, ok := st.Lookup(o, n)
 						if !ok {
 							return 0, fmt.Errorf("block %d is not resident", n)
 						}
-						for off := int64(0); off < int64(bl.Len()); off += chunk {
-							if _, err := bl.ReadAt(p[:min(chunk, int64(bl.Len())-off)], off); err != nil {
+						for off := int64(0); off < int64(bl.Len()); off += access.Chunk {
+							if _, err := bl.ReadAt(p[:min(access.Chunk, int64(bl.Len())-off)], off); err != nil {
 								bl.Release()
 								return 0, err
 							}
@@ -160,7 +161,7 @@ func frames(ctx context.Context, size, n int) (float64, error) {
 	for i := range payload {
 		payload[i] = byte(i * 7)
 	}
-	sums, got := wire.Sums(payload), touched(size)
+	sums, got := wire.Sums(payload), access.Touched(size)
 	start := time.Now()
 	g, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, func() { from.Close(); to.Close() })()

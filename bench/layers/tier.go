@@ -14,6 +14,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/bench/access"
 	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
@@ -239,12 +240,12 @@ func (v *view) same(ctx context.Context, name, original string) error {
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 func checksum(ctx context.Context, path string) (uint32, error) {
-	fd, err := open(path)
+	fd, err := access.Open(path)
 	if err != nil {
 		return 0, err
 	}
 	defer unix.Close(fd)
-	p, sum := make([]byte, chunk), uint32(0)
+	p, sum := make([]byte, access.Chunk), uint32(0)
 	for {
 		n, err := unix.Read(fd, p)
 		if err == unix.EINTR {
