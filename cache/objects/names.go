@@ -119,6 +119,10 @@ var (
 	_ gateway.Multipart = (*Names)(nil)
 )
 
+// Buffers is the heap in bytes that the names of one worker need at most beside a worker's own: puts under
+// way, the block that each has staged, and reads of what the store does not keep.
+const Buffers = 256 << 20
+
 const (
 	// maxWriting bounds the heap of puts under way: each holds parts of 16 MiB while they are sent.
 	maxWriting = 128 << 20

@@ -11,6 +11,7 @@ import (
 	"k8s.io/utils/ptr"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/objects"
 	"github.com/stepcache/stepcache/tier/upstream"
 )
 
@@ -51,10 +52,13 @@ func footprint(quota int64) (store, heap int64) {
 }
 
 // memoryOf is the footprint of the Dataset's workers: with other Datasets as sources they also hold those'
-// snapshots and what is on its way from them.
+// snapshots and what is on its way from them; those that take puts hold what is on its way to the bucket.
 func memoryOf(d *v1alpha1.Dataset) (store, heap int64) {
 	quota := d.Spec.Workers.MemoryBytes()
 	store, heap = footprint(quota)
+	if writable(d) {
+		heap += objects.Buffers
+	}
 	return store, heap + upstreams(d)*(upstream.Buffers+store-quota)
 }
 
