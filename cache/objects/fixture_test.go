@@ -249,17 +249,6 @@ func (tr *tier) run(i int) {
 	tr.t.Cleanup(func() { inside.Close() })
 }
 
-// stop ends worker i as SIGTERM does.
-func (tr *tier) stop(i int) {
-	tr.t.Helper()
-	w := tr.workers[i]
-	w.inside.Close()
-	if err := <-w.done; err != nil {
-		tr.t.Errorf("worker %d: %v", i, err)
-	}
-	w.inside = nil
-}
-
 // spawn runs worker i in a process of its own.
 func (tr *tier) spawn(i int) {
 	tr.t.Helper()
