@@ -46,7 +46,7 @@ func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 				refuse(w, http.StatusUnauthorized, "denied", "the key of this connection is not one of the dataset's any more")
 				return
 			}
-			n.handler.ServeHTTP(w, r)
+			n.handler.ServeHTTP(w, withConn(r, nc))
 		}),
 	}
 	ended := make(chan struct{})
@@ -118,6 +118,9 @@ func (n *Names) routes() http.Handler {
 		return n.stat(r.Context(), key, p, s, true)
 	}))
 	mux.HandleFunc("DELETE /object", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
+		if err := senderOf(r).waits(r.Context()); err != nil {
+			return version{}, err
+		}
 		return version{}, n.remove(r.Context(), key, p, s, true)
 	}))
 	mux.HandleFunc("PUT /put", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
@@ -132,7 +135,7 @@ func (n *Names) routes() http.Handler {
 		if err != nil || size < 0 {
 			return version{}, fmt.Errorf("%w: a put of another worker: %v", source.ErrInvalid, err)
 		}
-		return n.put(r.Context(), key, p, s, true, size, newUnframer(bodyOf(r)), o)
+		return n.put(r.Context(), key, p, s, true, size, contentOf(r), o)
 	}))
 	mux.HandleFunc("POST /copy", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
 		var c copyJSON
@@ -151,37 +154,15 @@ func (n *Names) routes() http.Handler {
 	return mux
 }
 
-// bodyStall is how long another worker may take to send the next bytes of a put: longer than it gives its
-// own client for them.
-const bodyStall = 3 * time.Minute
-
-type controllerKey struct{}
-
-// stalling is the body of a request that ends when nothing comes.
-type stalling struct {
-	r io.Reader
-	c *http.ResponseController
-}
-
-func (s stalling) Read(p []byte) (int, error) {
-	if err := s.c.SetReadDeadline(time.Now().Add(bodyStall)); err != nil {
-		return 0, err
-	}
-	return s.r.Read(p)
-}
-
-func bodyOf(r *http.Request) io.Reader {
-	return stalling{r.Body, r.Context().Value(controllerKey{}).(*http.ResponseController)}
-}
-
 // maxRequest bounds a request in JSON: one of 10,000 parts.
 const maxRequest = 4 << 20
 
+// decode reads a request whose sender still waits for the answer.
 func decode(r *http.Request, into any) error {
 	if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(into); err != nil {
 		return fmt.Errorf("%w: a request of another worker: %w", source.ErrInvalid, err)
 	}
-	return nil
+	return senderOf(r).waits(r.Context())
 }
 
 func refuse(w http.ResponseWriter, code int, kind, text string) {
@@ -227,8 +208,8 @@ func owned(n *Names, do func(r *http.Request, key string, p place, s state) (ver
 			if r.Method == http.MethodPut {
 				c.EnableFullDuplex() // see drain; HTTP/1 always can
 			}
-			ctx := context.WithValue(r.Context(), controllerKey{}, c)
-			v, err = do(r.WithContext(ctx), key, p, s)
+			senderOf(r).control = c
+			v, err = do(r, key, p, s)
 		}
 		if err != nil {
 			failed(w, err)
