@@ -50,7 +50,6 @@ type asked struct {
 	Metric   string
 	Matchers []struct{ Name, Type, Value string }
 	By       []string
-	where    string
 }
 
 // scraped are labels that the scrape adds, and of which program they are; TestScrapedPods makes them.
