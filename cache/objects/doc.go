@@ -41,6 +41,9 @@
 //   - Otherwise, when Fresh has passed since C: whatever anybody remembered from before C is too old by
 //     then to be used.
 //
+// That is all that is promised: while a write is not acknowledged yet, one reader may see it and a later
+// one at another worker still what was before.
+//
 // So a name whose owner cannot be reached is served all the same: reads ask the bucket, writes go to it
 // from the worker that was asked and wait out Fresh. That an owner hangs is found by a ping within
 // PingInterval and PongTimeout of package wire (4 s), after which nobody waits for it for downFor (5 s):

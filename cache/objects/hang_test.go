@@ -57,6 +57,7 @@ func spawned(t *testing.T, n int) *tier {
 // What a worker finds when it goes on after it hung was given up by those who asked, and done by others
 // since: it does nothing of it. Else it would delete, or write over, what was acknowledged meanwhile.
 func TestAWorkerThatHungDoesNothingThatWasGivenUp(t *testing.T) {
+	t.Parallel() // it waits most of the time
 	tr := spawned(t, 2)
 	ctx := t.Context()
 	const each = 24
