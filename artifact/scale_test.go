@@ -16,8 +16,22 @@ import (
 	"github.com/stepcache/stepcache/artifact"
 )
 
-func TestDirectoryOfTenThousandFiles(t *testing.T) {
-	const files = 10_000
+// testSize is a size in the environment, or the usual one.
+func testSize(t *testing.T, name string, usual int64) int64 {
+	v := os.Getenv(name)
+	if v == "" {
+		return usual
+	}
+	n, err := strconv.ParseInt(v, 10, 64)
+	if err != nil || n < 1 {
+		t.Fatalf("%s=%q is no number", name, v)
+	}
+	return n
+}
+
+// A directory whose listing has several pages. STEPCACHE_TEST_FILES=10000 makes it one of ten thousand files.
+func TestDirectoryOfThousandsOfFiles(t *testing.T) {
+	files := int(testSize(t, "STEPCACHE_TEST_FILES", 2500))
 	f := start(t, artifact.Options{})
 	f.configuration = fmt.Sprintf("{endpoint: %q, bucket: %s}", f.server.Direct(), bucketName)
 	for i := range files {
@@ -59,14 +73,7 @@ func TestDirectoryOfTenThousandFiles(t *testing.T) {
 // Several large artifacts pass at once in less than what a container of 256 MiB has for them.
 // STEPCACHE_TEST_LARGE=2048 makes each 2 GiB.
 func TestLargeArtifactsInConstantMemory(t *testing.T) {
-	size := int64(96)
-	if v := os.Getenv("STEPCACHE_TEST_LARGE"); v != "" {
-		n, err := strconv.ParseInt(v, 10, 64)
-		if err != nil {
-			t.Fatal(err)
-		}
-		size = n
-	}
+	size := testSize(t, "STEPCACHE_TEST_LARGE", 64)
 	size <<= 20
 	f := start(t, artifact.Options{})
 	f.configuration = fmt.Sprintf("{endpoint: %q, bucket: %s}", f.server.Direct(), bucketName)

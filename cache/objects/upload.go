@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"strings"
 
 	"github.com/stepcache/stepcache/cache/gateway"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -99,7 +100,10 @@ func (n *Names) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, e
 			return nil, fmt.Errorf("uploads below %q: %w", prefix, told(err))
 		}
 		for _, u := range found {
-			out = append(out, gateway.Upload{Key: m.path + u.Key[len(m.prefix):], ID: u.ID, Started: u.Started})
+			// Some stores take no prefix here and tell all.
+			if rel, ok := strings.CutPrefix(u.Key, m.prefix); ok && strings.HasPrefix(u.Key, below) {
+				out = append(out, gateway.Upload{Key: m.path + rel, ID: u.ID, Started: u.Started})
+			}
 		}
 	}
 	return out, nil

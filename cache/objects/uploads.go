@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 	"sync"
 	"time"
 
@@ -222,7 +223,7 @@ func (n *Names) sweep(ctx context.Context, now time.Time) error {
 			return err
 		}
 		for _, u := range found {
-			if now.Sub(u.Started) < UploadAge {
+			if now.Sub(u.Started) < UploadAge || !strings.HasPrefix(u.Key, m.prefix) { // some stores tell all
 				continue
 			}
 			if err := m.writer.AbortUpload(ctx, u.Key, u.ID); err != nil && !errors.Is(err, source.ErrNoUpload) {

@@ -3,6 +3,11 @@ package store
 import (
 	"bytes"
 	"context"
+	"fmt"
+	"math/rand/v2"
+	"os"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stepcache/stepcache/cache/ring"
@@ -115,5 +120,104 @@ func TestRename(t *testing.T) {
 	s.Drop(to)
 	if p := s.Stats().Blocks; p != 0 {
 		t.Errorf("%d blocks after the drop", p)
+	}
+}
+
+// Objects are staged and renamed while others read, drop and evict what they become, in a store that has no
+// room for all. Nobody reads another's bytes, and in the end nothing is held, pinned or left in the folder.
+func TestRenamesBesideReadersInAFullStore(t *testing.T) {
+	dir := t.TempDir()
+	s, err := Open(t.Context(), Options{Dir: dir, Quota: 24 << 20})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer s.Close()
+	const names = 6
+	object := func(n int) ring.Object {
+		return ring.Object{ID: [16]byte{9, byte(n)}, Size: ring.BlockSize/2*int64(n) + 1}
+	}
+	// What the bytes of an object are is what its name says.
+	var bytesOf [names][]byte
+	for n := range names {
+		bytesOf[n] = bytes.Repeat([]byte{byte(n)}, ring.BlockSize)
+	}
+	fill := func(n int) Fill { return fillWith(bytesOf[n]) }
+	var renamed atomic.Int64
+	var wg sync.WaitGroup
+	for w := range 3 {
+		wg.Go(func() { // puts
+			r := rand.New(rand.NewPCG(uint64(w), 1))
+			for range 25 {
+				n := r.IntN(names)
+				to := object(n)
+				from := ring.Object{ID: Staging(), Size: to.Size}
+				owner, whole := fmt.Sprintf("%x", from.ID), true
+				for b := range ring.Blocks(from.Size) {
+					if err := s.Pin(from, b, owner); err != nil {
+						whole = false
+						break
+					}
+					h, err := s.Acquire(t.Context(), from, b, fill(n))
+					if err != nil {
+						t.Error(err)
+						return
+					}
+					whole = whole && h.Resident()
+					h.Release()
+				}
+				if whole && r.IntN(8) > 0 && s.Rename(from, to) {
+					renamed.Add(1)
+				}
+				s.Unpin(owner)
+				s.Drop(from)
+			}
+		})
+		wg.Go(func() { // reads and drops
+			r := rand.New(rand.NewPCG(uint64(w), 2))
+			var buf [512]byte
+			for range 120 {
+				n := r.IntN(names)
+				o := object(n)
+				if r.IntN(6) == 0 {
+					s.Drop(o)
+					continue
+				}
+				h, err := s.Acquire(t.Context(), o, r.Int64N(ring.Blocks(o.Size)), fill(n))
+				if err != nil {
+					t.Error(err)
+					return
+				}
+				p := buf[:min(len(buf), h.Len())]
+				if _, err := h.ReadAt(p, int64(h.Len()-len(p))); err != nil {
+					t.Error(err)
+				}
+				for _, c := range p {
+					if c != byte(n) {
+						t.Errorf("object %d has a byte of %d", n, c)
+						break
+					}
+				}
+				h.Release()
+			}
+		})
+	}
+	wg.Wait()
+	if renamed.Load() == 0 {
+		t.Error("nothing was renamed: the test shows nothing")
+	}
+	for n := range names {
+		s.Drop(object(n))
+	}
+	if st := s.Stats(); st.Blocks != 0 || st.Objects != 0 || st.Pinned != 0 || st.Bytes != 0 {
+		t.Errorf("left: %+v", st)
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range entries {
+		if _, ok := parseName(e.Name()); ok {
+			t.Errorf("left in the folder: %s", e.Name())
+		}
 	}
 }
