@@ -134,7 +134,7 @@ func TestHeadGetAndListingsAgree(t *testing.T) {
 			if err != nil || of(get) != of(at) {
 				t.Errorf("GET through worker %d: %+v, want %+v, %v", i, of(get), of(at), err)
 			}
-			if d := head.LastModified.Sub(at.LastModified).Abs(); d > 2*time.Second {
+			if d := head.LastModified.Sub(at.LastModified).Abs(); d > patience {
 				t.Errorf("last modified through worker %d: %v, in the bucket %v", i, head.LastModified, at.LastModified)
 			}
 			for o := range tr.client(i).ListObjectsIter(t.Context(), "data", minio.ListObjectsOptions{Prefix: key}) {
@@ -468,23 +468,26 @@ func TestAnOwnerThatDiesOrHangsInTheMiddleOfAPut(t *testing.T) {
 		}
 	}
 	// Of a put that was cut off the store holds no file, and counts none.
-	held := tr.metric(1, "stepcache_store_objects")
-	entries, err := os.ReadDir(tr.path("w1"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	files := int64(0)
-	for _, e := range entries {
-		if len(e.Name()) == 32 {
-			files++
+	eventually(t, "the store holds what it counts and nothing else", func() error {
+		held := tr.metric(1, "stepcache_store_objects")
+		entries, err := os.ReadDir(tr.path("w1"))
+		if err != nil {
+			return err
 		}
-		if strings.HasPrefix(e.Name(), fmt.Sprintf("%x", "STAGING\x00")) {
-			t.Errorf("a file of a put that was cut off is left: %s", e.Name())
+		files := int64(0)
+		for _, e := range entries {
+			if len(e.Name()) == 32 {
+				files++
+			}
+			if strings.HasPrefix(e.Name(), fmt.Sprintf("%x", "STAGING\x00")) {
+				return fmt.Errorf("a file of a put that was cut off is left: %s", e.Name())
+			}
 		}
-	}
-	if files != held {
-		t.Errorf("%d files of objects, %d objects are counted", files, held)
-	}
+		if files != held {
+			return fmt.Errorf("%d files of objects, %d objects are counted", files, held)
+		}
+		return nil
+	})
 }
 
 // A put goes through a worker that is not the owner any more by the time it ends, and through an owner that
