@@ -48,6 +48,16 @@ func scaled(t *testing.T, in input) {
 // upgraded applies the installation once more, which changes nothing, and then another version of it. Workers keep
 // their pods and memory, and running steps notice nothing.
 func upgraded(t *testing.T, in input) {
+	// From workers, past every page cache.
+	readAll := func(name string) {
+		t.Helper()
+		apply(t, namespace, edit(t, example(t, "stage/pod.yaml"), "name: demo-stage", "name: "+name, "stage-paths: /large.bin", "stage-paths: /**"))
+		if log := waitPod(t, namespace, name); !strings.Contains(log, in.largeSum) {
+			t.Errorf("pod %s read:\n%s", name, log)
+		}
+		kubectl(t, "delete", "pod", "-n", namespace, name)
+	}
+	readAll("before-upgrade") // a worker that a node took along has nothing
 	tier := func() string { return uids(t, namespace, "data.stepcache.dev/component=worker") }
 	installation := func() string { return uids(t, system, "data.stepcache.dev/component") }
 	hadTier, had := tier(), installation()
@@ -82,11 +92,7 @@ func upgraded(t *testing.T, in input) {
 	}
 	// All that they held they hold still.
 	before := sent(t)
-	apply(t, namespace, edit(t, example(t, "stage/pod.yaml"), "name: demo-stage", "name: after-upgrade", "stage-paths: /large.bin", "stage-paths: /**"))
-	if log := waitPod(t, namespace, "after-upgrade"); !strings.Contains(log, in.largeSum) {
-		t.Errorf("after the upgrade a pod read:\n%s", log)
-	}
-	kubectl(t, "delete", "pod", "-n", namespace, "after-upgrade")
+	readAll("after-upgrade")
 	if left := sent(t) - before; left > 1<<20 {
 		t.Errorf("%d bytes left the bucket for what was cached before the upgrade", left)
 	}
