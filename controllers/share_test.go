@@ -3,10 +3,14 @@ package controllers_test
 import (
 	"errors"
 	"fmt"
+	"maps"
 	"reflect"
+	"slices"
+	"strings"
 	"testing"
 	"time"
 
+	"github.com/minio/minio-go/v7"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -123,6 +127,106 @@ func TestSharedDatasetHasItsReaderSecretInTheOtherNamespaces(t *testing.T) {
 func (w *world) noCopy(d *v1alpha1.Dataset, namespace string) {
 	w.Helper()
 	w.gone(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: w.ns + "." + d.Name + "-reader"}})
+}
+
+func TestSharedWritableDatasetHasItsReadOnlyAccessKeysInTheOtherNamespaces(t *testing.T) {
+	w := newWorld(t)
+	w.bucket.PutT(t, "data", "old", []byte("old"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	there, other, taken := w.ns+"-there", w.ns+"-other", w.ns+"-taken"
+	for _, ns := range []string{there, other, taken} {
+		w.namespace(ns)
+	}
+	name := w.ns + ".artifacts-s3"
+	theirs := &corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: taken, Name: name}, Data: map[string][]byte{"accessKeyID": []byte("theirs")}}
+	w.must(w.Create(t.Context(), theirs))
+	d := w.dataset("artifacts", 1)
+	d.Spec.Access = v1alpha1.ReadWrite
+	d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there), v1alpha1.Namespace(other), v1alpha1.Namespace(taken), v1alpha1.Namespace(w.ns)}
+	w.must(w.Create(t.Context(), d))
+	w.waitReady(d)
+
+	// The copy is what its own namespace's Secret says of reading, under the names that clients look for, and
+	// nothing else: above all not the keys that write.
+	own := &corev1.Secret{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "artifacts-s3"}, own))
+	want := func() map[string][]byte {
+		return map[string][]byte{
+			"endpoint": []byte("http://artifacts-s3." + w.ns + ".svc:9000"), "bucket": []byte("artifacts"), "region": []byte("us-east-1"),
+			"accessKeyID": own.Data["readOnlyAccessKeyID"], "secretAccessKey": own.Data["readOnlySecretAccessKey"],
+		}
+	}
+	s := &corev1.Secret{}
+	same := func() error {
+		if err := w.Get(t.Context(), client.ObjectKey{Namespace: there, Name: name}, s); err != nil {
+			return err
+		}
+		if !reflect.DeepEqual(s.Data, want()) {
+			return fmt.Errorf("its keys are %q", slices.Sorted(maps.Keys(s.Data)))
+		}
+		return nil
+	}
+	w.eventually("the copy", same)
+	if s.Labels[v1alpha1.LabelSharedFrom] != w.ns || s.Labels[v1alpha1.LabelDataset] != "artifacts" || s.Labels["app.kubernetes.io/managed-by"] != "stepcache" {
+		t.Errorf("labels %v", s.Labels)
+	}
+	w.copyOf(d, there) // the read key as for every Dataset
+
+	// It reads as it stands, and does not write.
+	c := w.s3("artifacts-worker-0", string(s.Data["accessKeyID"]), string(s.Data["secretAccessKey"]))
+	if o, err := c.StatObject(t.Context(), string(s.Data["bucket"]), "old", minio.StatObjectOptions{}); err != nil || o.Size != 3 {
+		t.Errorf("read with the copy: %+v, %v", o, err)
+	}
+	if _, err := c.PutObject(t.Context(), "artifacts", "no", strings.NewReader("x"), 1, minio.PutObjectOptions{}); minio.ToErrorResponse(err).Code != "AccessDenied" {
+		t.Errorf("write with the copy: %v", err)
+	}
+
+	// A Secret of somebody else is named and left alone; the copy of the read key is made beside it.
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionFalse, "NameTaken", name, taken, "S3 endpoint")
+	w.copyOf(d, taken)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(theirs), theirs))
+	if string(theirs.Data["accessKeyID"]) != "theirs" || len(theirs.Labels) > 0 {
+		t.Errorf("somebody else's Secret was changed: labels %v", theirs.Labels)
+	}
+
+	// Keys that are made anew reach it; what somebody changed is put right, and what was deleted comes back.
+	old := string(s.Data["secretAccessKey"])
+	update(w, own, func(s *corev1.Secret) { delete(s.Data, "readOnlySecretAccessKey") })
+	w.poke(d)
+	w.eventually("the copy has the new key", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(own), own))
+		if err := same(); err != nil {
+			return err
+		}
+		if now := string(s.Data["secretAccessKey"]); now == old || now == "" {
+			return errors.New("it has the old one")
+		}
+		return nil
+	})
+	update(w, s, func(s *corev1.Secret) { s.Data["accessKeyID"] = []byte("else") })
+	w.clock.advance(2 * time.Minute)
+	w.poke(d)
+	w.eventually("the copy is put right", same)
+	w.must(w.Delete(t.Context(), s))
+	w.clock.advance(2 * time.Minute)
+	w.poke(d)
+	w.eventually("the copy is back", same)
+
+	// Who may not read any more loses it, and the last one goes with the Dataset; somebody else's stays.
+	update(w, d, func(d *v1alpha1.Dataset) {
+		d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(other), v1alpha1.Namespace(taken)}
+	})
+	w.gone(&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: there, Name: name}})
+	w.noCopy(d, there)
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: other, Name: name}, s))
+	w.must(w.Delete(t.Context(), d))
+	w.gone(d)
+	for _, n := range []string{name, w.ns + ".artifacts-reader"} {
+		if err := w.Get(t.Context(), client.ObjectKey{Namespace: other, Name: n}, s); !apierrors.IsNotFound(err) {
+			t.Errorf("copy %s outlived its Dataset: %v", n, err)
+		}
+	}
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(theirs), theirs))
 }
 
 func TestDatasetThatIsSharedNoMoreSaysNothingOfIt(t *testing.T) {

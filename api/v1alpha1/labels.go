@@ -8,7 +8,7 @@ package v1alpha1
 const (
 	// LabelDataset is on every object of a Dataset; its value is the Dataset's name.
 	LabelDataset = Group + "/dataset"
-	// LabelSharedFrom is on the copies of a Dataset's reader Secret in other namespaces; its value is the
+	// LabelSharedFrom is on the copies of a Dataset's Secrets in other namespaces; its value is the
 	// Dataset's namespace. LabelDataset is beside it.
 	LabelSharedFrom = Group + "/shared-from"
 	// LabelComponent says what a pod or object is: one of the Component values.
@@ -136,6 +136,11 @@ func SharedReaderName(namespace, dataset string) string { return namespace + "."
 // with access keys, and the ConfigMap with an artifact repository for Argo, whose one entry has the Dataset's
 // name.
 func S3Name(dataset string) string { return dataset + "-s3" }
+
+// SharedS3Name names the Secret that clients in a namespace that a Dataset with access ReadWrite is shared with
+// find its S3 endpoint by: that of S3Name, with the keys that only read as its KeyAccessKeyID and
+// KeySecretAccessKey, and no others.
+func SharedS3Name(namespace, dataset string) string { return namespace + "." + dataset + "-s3" }
 
 // ClaimName names a Dataset's claim.
 func ClaimName(dataset string) string { return dataset }

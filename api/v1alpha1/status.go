@@ -104,7 +104,7 @@ type DatasetStatus struct {
 	// +optional
 	Unflushed int64 `json:"unflushed,omitempty"`
 	// SharedWith are the other namespaces that have, or are about to have, a copy of the Secret with the read
-	// key.
+	// key, and with access ReadWrite one of the S3 endpoint's keys that only read.
 	//
 	// +optional
 	// +listType=set

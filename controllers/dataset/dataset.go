@@ -124,8 +124,8 @@ type memory struct {
 	leaving map[string]time.Time
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
-	// copies are those of the reader Secret in other namespaces, by namespace.
-	copies map[string]copied
+	// copies are those of Secrets in other namespaces, by namespace and name.
+	copies map[client.ObjectKey]copied
 }
 
 // New returns a Reconciler. c should be a manager's client, live its API reader.
@@ -198,7 +198,8 @@ type pass struct {
 	dataset *v1alpha1.Dataset // its status is what this pass will write
 	now     time.Time
 	keys    wire.Keys
-	pods    []corev1.Pod // the workers', by ordinal
+	access  map[string][]byte // the S3 endpoint's Secret, of a Dataset that takes puts
+	pods    []corev1.Pod      // the workers', by ordinal
 	nodes   map[string]*corev1.Node
 	set     *appsv1.StatefulSet // as it is; nil before it was made
 	wanted  string              // the hash that worker pods should carry
@@ -304,7 +305,7 @@ func (r *Reconciler) remember(uid types.UID) *memory {
 	defer r.mu.Unlock()
 	m := r.memory[uid]
 	if m == nil {
-		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[string]string), copies: make(map[string]copied)}
+		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[string]string), copies: make(map[client.ObjectKey]copied)}
 		r.memory[uid] = m
 	}
 	return m

@@ -51,7 +51,7 @@ func Named(pods []string) string {
 }
 
 // Release removes what the owner references of a Dataset that is being deleted do not, and then its finalizer:
-// first its claim and the copies of its reader Secret, so that no new pod can start with it, then its volume
+// first its claim and the copies of its Secrets, so that no new pod can start with it, then its volume
 // and the label of its namespace. While pods use it, it names them and takes nothing from them. live reads
 // past any cache.
 func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset) (pods []string, err error) {
@@ -69,7 +69,7 @@ func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alph
 		}
 	}
 	for _, ns := range union(d.Status.SharedWith, otherNamespaces(d)) {
-		if err := removeCopy(ctx, c, live, d, string(ns)); err != nil {
+		if err := removeCopies(ctx, c, live, d, string(ns)); err != nil {
 			return nil, err
 		}
 	}

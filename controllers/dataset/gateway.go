@@ -111,7 +111,17 @@ func (r *Reconciler) accessKeys(ctx context.Context, p *pass) error {
 	want.Data["endpoint"] = []byte("http://" + s3Address(p.dataset))
 	want.Data["bucket"] = []byte(p.dataset.Name)
 	want.Data["region"] = []byte(s3Region)
+	p.access = want.Data
 	return r.apply(ctx, p, r.live, v1alpha1.ConditionWorkersReady, want)
+}
+
+// sharedAccess is what clients of other namespaces get of the Secret: they may read, as over a mount.
+func sharedAccess(p *pass) map[string][]byte {
+	return map[string][]byte{
+		"endpoint": p.access["endpoint"], "bucket": p.access["bucket"], "region": p.access["region"],
+		v1alpha1.KeyAccessKeyID:     p.access[v1alpha1.KeyReadOnlyAccessKeyID],
+		v1alpha1.KeySecretAccessKey: p.access[v1alpha1.KeyReadOnlySecretAccessKey],
+	}
 }
 
 // accessKey is a random text that needs no escaping in a URL, an XML document or a shell: five bits a letter.

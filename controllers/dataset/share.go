@@ -38,7 +38,8 @@ type copied struct {
 }
 
 // share keeps a copy of the reader Secret in every namespace that the Dataset is shared with, since the
-// kubelet takes an inline volume's Secret from the pod's own namespace only.
+// kubelet takes an inline volume's Secret from the pod's own namespace only; and of a Dataset that takes puts,
+// for the same reason, one of its S3 endpoint's keys that only read.
 //
 // A copy has no owner, which would have to be of its own namespace. So the status says where copies are, and
 // says it before one is made: a namespace is written down in one pass and gets its copy in the next, and is
@@ -53,14 +54,16 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 		meta.RemoveStatusCondition(&d.Status.Conditions, v1alpha1.ConditionShared)
 		return nil
 	}
-	var missing, taken []string
+	copies := copiesOf(p)
+	var missing []string
+	taken := make(map[string][]string) // the namespaces, by the name that is somebody else's
 	gone := make(map[v1alpha1.Namespace]bool)
 	for _, ns := range d.Status.SharedWith {
 		if !slices.Contains(wanted, ns) {
-			if err := removeCopy(ctx, r.client, r.live, d, string(ns)); err != nil {
+			if err := removeCopies(ctx, r.client, r.live, d, string(ns)); err != nil {
 				return err
 			}
-			delete(p.copies, string(ns))
+			p.forgetCopies(string(ns))
 			gone[ns] = true
 			continue
 		}
@@ -69,7 +72,7 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 			return err
 		}
 		if !there {
-			delete(p.copies, string(ns))
+			p.forgetCopies(string(ns))
 			gone[ns] = true
 			missing = append(missing, string(ns))
 			continue
@@ -78,11 +81,13 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 			p.soon(time.Millisecond)
 			continue
 		}
-		switch ok, err := r.putCopy(ctx, p, string(ns)); {
-		case err != nil:
-			return err
-		case !ok:
-			taken = append(taken, string(ns))
+		for _, c := range copies {
+			switch ok, err := r.putCopy(ctx, p, string(ns), c.name, c.data); {
+			case err != nil:
+				return err
+			case !ok:
+				taken[c.name] = append(taken[c.name], string(ns))
+			}
 		}
 	}
 	d.Status.SharedWith = slices.DeleteFunc(d.Status.SharedWith, func(ns v1alpha1.Namespace) bool { return gone[ns] })
@@ -90,8 +95,14 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 	case len(wanted) == 0:
 		meta.RemoveStatusCondition(&d.Status.Conditions, v1alpha1.ConditionShared)
 	case len(taken) > 0:
-		text := fmt.Sprintf("secret %q exists in %s and is not this Dataset's copy: delete or rename it there; until then pods there cannot mount the Dataset",
-			v1alpha1.SharedReaderName(d.Namespace, d.Name), strings.Join(taken, ", "))
+		var texts []string
+		for _, c := range copies {
+			if in := taken[c.name]; len(in) > 0 {
+				texts = append(texts, fmt.Sprintf("secret %q exists in %s and is not this Dataset's copy: delete or rename it there; until then pods there cannot %s",
+					c.name, strings.Join(in, ", "), c.use))
+			}
+		}
+		text := strings.Join(texts, "; ")
 		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, ReasonNameTaken, "%s", text)
 		p.warn("ShareBlocked", "Share", "%s", text)
 	case len(missing) > 0:
@@ -103,28 +114,49 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 	return nil
 }
 
+// shared is what every namespace that the Dataset is shared with gets a copy of.
+type shared struct {
+	name string
+	data map[string][]byte
+	use  string // what pods cannot do without it
+}
+
+func copiesOf(p *pass) []shared {
+	d := p.dataset
+	all := []shared{{v1alpha1.SharedReaderName(d.Namespace, d.Name), readerData(p), "mount the Dataset"}}
+	if writable(d) {
+		all = append(all, shared{v1alpha1.SharedS3Name(d.Namespace, d.Name), sharedAccess(p), "read from its S3 endpoint"})
+	}
+	return all
+}
+
+func (p *pass) forgetCopies(namespace string) {
+	maps.DeleteFunc(p.copies, func(k client.ObjectKey, _ copied) bool { return k.Namespace == namespace })
+}
+
 // putCopy makes one copy as it should be; false where a Secret of its name is somebody else's.
-func (r *Reconciler) putCopy(ctx context.Context, p *pass, namespace string) (bool, error) {
+func (r *Reconciler) putCopy(ctx context.Context, p *pass, namespace, name string, data map[string][]byte) (bool, error) {
 	d := p.dataset
 	want := &corev1.Secret{
 		ObjectMeta: metav1.ObjectMeta{
-			Namespace: namespace, Name: v1alpha1.SharedReaderName(d.Namespace, d.Name),
+			Namespace: namespace, Name: name,
 			Labels: map[string]string{
 				v1alpha1.LabelSharedFrom: d.Namespace, v1alpha1.LabelDataset: d.Name, v1alpha1.LabelComponent: v1alpha1.ComponentWorker,
 				"app.kubernetes.io/name": "stepcache", "app.kubernetes.io/managed-by": "stepcache",
 			},
 		},
-		Type: corev1.SecretTypeOpaque, Data: readerData(p),
+		Type: corev1.SecretTypeOpaque, Data: data,
 	}
 	hash, err := hashOf(want.Data)
 	if err != nil {
 		return false, err
 	}
-	if c := p.copies[namespace]; c.hash == hash && p.now.Sub(c.at) < copyAgain {
+	key := client.ObjectKeyFromObject(want)
+	if c := p.copies[key]; c.hash == hash && p.now.Sub(c.at) < copyAgain {
 		return true, nil
 	}
 	have := &corev1.Secret{}
-	err = r.live.Get(ctx, client.ObjectKeyFromObject(want), have)
+	err = r.live.Get(ctx, key, have)
 	switch {
 	case apierrors.IsNotFound(err):
 		err = r.client.Create(ctx, want)
@@ -137,29 +169,38 @@ func (r *Reconciler) putCopy(ctx context.Context, p *pass, namespace string) (bo
 		err = r.client.Update(ctx, have)
 	}
 	if err != nil {
-		return false, fmt.Errorf("secret %s/%s: %w", namespace, want.Name, err)
+		return false, fmt.Errorf("secret %s: %w", key, err)
 	}
-	p.copies[namespace] = copied{hash, p.now}
+	p.copies[key] = copied{hash, p.now}
 	return true, nil
 }
 
+// removeCopies takes the copies in a namespace away.
+func removeCopies(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset, namespace string) error {
+	for _, name := range []string{v1alpha1.SharedReaderName(d.Namespace, d.Name), v1alpha1.SharedS3Name(d.Namespace, d.Name)} {
+		if err := removeCopy(ctx, c, live, d, client.ObjectKey{Namespace: namespace, Name: name}); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
 // removeCopy takes a copy away; a Secret of its name that is somebody else's stays.
-func removeCopy(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset, namespace string) error {
+func removeCopy(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset, key client.ObjectKey) error {
 	s := &corev1.Secret{}
-	err := live.Get(ctx, client.ObjectKey{Namespace: namespace, Name: v1alpha1.SharedReaderName(d.Namespace, d.Name)}, s)
-	if err != nil {
+	if err := live.Get(ctx, key, s); err != nil {
 		return client.IgnoreNotFound(err)
 	}
 	if !isCopy(s, d) {
 		return nil
 	}
 	if err := c.Delete(ctx, s, client.Preconditions{UID: &s.UID}); client.IgnoreNotFound(err) != nil {
-		return fmt.Errorf("secret %s/%s: %w", namespace, s.Name, err)
+		return fmt.Errorf("secret %s: %w", key, err)
 	}
 	return nil
 }
 
-// isCopy says whether a Secret is a copy of the Dataset's reader Secret.
+// isCopy says whether a Secret is a copy of one of the Dataset's.
 func isCopy(s *corev1.Secret, d *v1alpha1.Dataset) bool {
 	return s.Labels[v1alpha1.LabelSharedFrom] == d.Namespace && s.Labels[v1alpha1.LabelDataset] == d.Name
 }

@@ -262,6 +262,10 @@ func (w *world) data() {
 		ShareWith: []v1alpha1.Namespace{v1alpha1.Namespace(w.ns + "-other")},
 	}}
 	w.must(w.Create(w.Context(), d))
+	artifacts := d.DeepCopy()
+	artifacts.ObjectMeta = metav1.ObjectMeta{Namespace: w.ns, Name: "artifacts"}
+	artifacts.Spec.Access = v1alpha1.ReadWrite
+	w.must(w.Create(w.Context(), artifacts))
 	l := &v1alpha1.DataLoad{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "warm"}, Spec: v1alpha1.DataLoadSpec{DatasetRef: v1alpha1.Reference{Name: "genomes"}}}
 	w.must(w.Create(w.Context(), l))
 	for _, o := range []client.Object{
@@ -269,6 +273,9 @@ func (w *world) data() {
 		&corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.VolumeName(w.ns, "genomes")}},
 		&corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes"}},
 		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns + "-other", Name: w.ns + ".genomes-reader"}},
+		&corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "artifacts"}},
+		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns + "-other", Name: w.ns + ".artifacts-reader"}},
+		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns + "-other", Name: w.ns + ".artifacts-s3"}},
 	} {
 		w.eventually(o.GetName()+" is there", func() error { return w.Get(w.Context(), client.ObjectKeyFromObject(o), o) })
 	}
@@ -380,7 +387,7 @@ func TestUninstallWaitsForPodsAndLeavesNothing(t *testing.T) {
 	w.must(<-done)
 	for _, want := range []string{
 		"would delete DataLoad " + w.ns + "/warm", "would delete Dataset " + w.ns + "/genomes", "would wait for 1 pods (" + w.ns + "/reader)",
-		"would delete Secret " + w.ns + "-other/" + w.ns + ".genomes-reader", "would delete PersistentVolume",
+		"would delete Secret " + w.ns + "-other/" + w.ns + ".genomes-reader", "would delete Secret " + w.ns + "-other/" + w.ns + ".artifacts-s3", "would delete PersistentVolume",
 		"would delete MutatingWebhookConfiguration stepcache-inject", "would delete DaemonSet " + system + "/stepcache-node",
 		"would take label data.stepcache.dev/node-ready from Node node", "would delete CustomResourceDefinition datasets", "would delete Namespace " + system, "nothing was changed",
 	} {
