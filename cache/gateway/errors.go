@@ -85,7 +85,7 @@ type errorBody struct {
 // fail answers with err, of which nothing has been written yet.
 func (q *request) fail(err error) {
 	f := failureOf(err)
-	if q.r.Context().Err() != nil && !errors.As(err, new(*Failure)) {
+	if (q.r.Context().Err() != nil || errors.Is(err, ErrLeft)) && !errors.As(err, new(*Failure)) {
 		panic(http.ErrAbortHandler) // the client is gone, and that is what err is about
 	}
 	q.report(err, f)
@@ -109,7 +109,7 @@ func (q *request) errorBody(f *Failure) errorBody {
 
 // report logs what is not the client's doing. Reads and writes that the client broke off are its own.
 func (q *request) report(err error, f *Failure) {
-	if f.Status < http.StatusInternalServerError || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil {
+	if f.Status < http.StatusInternalServerError || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil || errors.Is(err, ErrLeft) {
 		return
 	}
 	q.Logger.Error("s3 request failed", "method", q.r.Method, "bucket", q.bucket, "key", q.key, "code", f.Code, "request", q.id, "err", err)

@@ -26,6 +26,8 @@ var (
 	ErrPrecondition = errors.New("precondition failed")
 	// ErrBusy: no room or no owner for the name at present; another try may succeed.
 	ErrBusy = errors.New("busy")
+	// ErrLeft: whoever asked gave up and waits for no answer; nothing was done.
+	ErrLeft = errors.New("the client gave up")
 )
 
 // Info is one version of an object.

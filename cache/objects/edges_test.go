@@ -412,7 +412,7 @@ func (p *paused) Read(b []byte) (int, error) {
 // client is told, in a stated time; nothing is visible and nothing leaked; its next try succeeds.
 func TestAnOwnerThatDiesOrHangsInTheMiddleOfAPut(t *testing.T) {
 	t.Parallel() // it waits most of the time
-	tr := spawned(t, 2)
+	tr := newTier(t, "").spawned(2)
 	const size = 20 << 20 // in parts
 	for _, how := range []string{"hangs", "dies"} {
 		key := tr.keyOwnedBy(1, how)

@@ -4,6 +4,8 @@ import (
 	"bytes"
 	"context"
 	"crypto/md5"
+	"crypto/tls"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -114,6 +116,7 @@ type tier struct {
 	deps    func(i int, d *worker.Deps)
 	epoch   uint64
 	workers []*member
+	trusted *x509.CertPool // of the gateways' certificate; nil: plain HTTP
 }
 
 // member is one worker, in this process or in one of its own.
@@ -198,10 +201,14 @@ func freePorts(t testing.TB, n int) []string {
 
 func (tr *tier) config(i int) worker.Config {
 	w := tr.workers[i]
+	gateway := &worker.GatewayConfig{Listen: w.gateway, Bucket: "data", Credentials: tr.path("s3")}
+	if tr.trusted != nil {
+		gateway.TLS = tr.path("tls")
+	}
 	return worker.Config{
 		Dataset: dataset, ID: w.m.ID, Mounts: tr.mounts, Memory: tr.memory, Dir: tr.path(w.m.ID), KeysDir: tr.path("keys"),
 		MembershipFile: tr.path("members.json"), Listen: w.m.Addr, Control: w.m.Control,
-		Gateway: &worker.GatewayConfig{Listen: w.gateway, Bucket: "data", Credentials: tr.path("s3")}, Write: tr.write,
+		Gateway: gateway, Write: tr.write,
 	}
 }
 
@@ -412,9 +419,15 @@ func (tr *tier) keyOwnedBy(i int, like string) string {
 // client is an S3 client of worker i's gateway. It tries once, so that a test sees every error.
 func (tr *tier) client(i int) minio.Core {
 	tr.t.Helper()
-	c, err := minio.NewCore(tr.workers[i].gateway, &minio.Options{
+	o := &minio.Options{
 		Creds: credentials.NewStaticV4(accessKey, secretKey, ""), Region: "us-east-1", BucketLookup: minio.BucketLookupPath, MaxRetries: 1,
-	})
+	}
+	if tr.trusted != nil {
+		transport := &http.Transport{TLSClientConfig: &tls.Config{RootCAs: tr.trusted}}
+		tr.t.Cleanup(transport.CloseIdleConnections)
+		o.Secure, o.Transport = true, transport
+	}
+	c, err := minio.NewCore(tr.workers[i].gateway, o)
 	if err != nil {
 		tr.t.Fatal(err)
 	}

@@ -29,9 +29,9 @@ func (tr *tier) hangs(i int) (goOn func()) {
 }
 
 // spawned are workers in processes of their own, settled.
-func spawned(t *testing.T, n int) *tier {
+func (tr *tier) spawned(n int) *tier {
+	t := tr.t
 	t.Helper()
-	tr := newTier(t, "")
 	for range n {
 		tr.add()
 	}
@@ -58,7 +58,7 @@ func spawned(t *testing.T, n int) *tier {
 // since: it does nothing of it. Else it would delete, or write over, what was acknowledged meanwhile.
 func TestAWorkerThatHungDoesNothingThatWasGivenUp(t *testing.T) {
 	t.Parallel() // it waits most of the time
-	tr := spawned(t, 2)
+	tr := newTier(t, "").spawned(2)
 	ctx := t.Context()
 	const each = 24
 	kinds := map[string]func(key string) error{

@@ -368,6 +368,11 @@ func (p *peers) ask(ctx context.Context, m ring.Member, epoch uint64, method, pa
 		}
 	}
 	for try := 1; ; try++ {
+		if method != http.MethodGet {
+			if err := waits(ctx); err != nil {
+				return err
+			}
+		}
 		var body io.Reader
 		if in != nil {
 			body = bytes.NewReader(content)

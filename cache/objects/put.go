@@ -64,6 +64,7 @@ func (n *Names) Put(ctx context.Context, key string, size int64, r io.Reader, o 
 	if err != nil {
 		return gateway.Info{}, fmt.Errorf("put %q: %w", key, err)
 	}
+	r = waited{ctx, r}
 	var body *framer // once it is passed on
 	v, err := route(ctx, n, key,
 		func(ctx context.Context, p place, s state, owned bool) (version, error) {
@@ -224,6 +225,9 @@ func (n *Names) Delete(ctx context.Context, key string) error {
 }
 
 func (n *Names) remove(ctx context.Context, key string, p place, s state, owned bool) error {
+	if err := waits(ctx); err != nil {
+		return fmt.Errorf("delete %q: %w", key, err)
+	}
 	n.counts.deletes.Add(1)
 	w := n.begin(key, s, owned)
 	err := p.Delete(ctx, p.key)
@@ -281,9 +285,12 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 			return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
 		}
 		defer body.Close()
-		return n.put(ctx, to, p, s, owned, c.Size, body, c.Options)
+		return n.put(ctx, to, p, s, owned, c.Size, waited{ctx, body}, c.Options)
 	}
 	if err := n.precheck(ctx, p, o); err != nil {
+		return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
+	}
+	if err := waits(ctx); err != nil {
 		return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
 	}
 	w := n.begin(to, s, owned)

@@ -2,7 +2,6 @@ package objects
 
 import (
 	"context"
-	"errors"
 	"fmt"
 	"io"
 	"net"
@@ -11,34 +10,33 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
-)
 
-// sender is the worker that a request came from, as its connection shows it.
-type sender struct {
-	conn    net.Conn
-	control *http.ResponseController
-}
+	"github.com/stepcache/stepcache/cache/gateway"
+)
 
 type senderKey struct{}
 
-func senderOf(r *http.Request) *sender { return r.Context().Value(senderKey{}).(*sender) }
-
-// withConn notes which connection a request came over.
-func withConn(r *http.Request, nc net.Conn) *http.Request {
-	return r.WithContext(context.WithValue(r.Context(), senderKey{}, &sender{conn: nc}))
+// WithSender notes over which connection the requests of a context come: from a client of the gateway, or
+// from another worker. A connection of TLS is looked through.
+func WithSender(ctx context.Context, nc net.Conn) context.Context {
+	if t, ok := nc.(interface{ NetConn() net.Conn }); ok {
+		nc = t.NetConn()
+	}
+	return context.WithValue(ctx, senderKey{}, nc)
 }
 
-var errLeft = fmt.Errorf("%w: the worker that asked gave up", io.ErrUnexpectedEOF)
+var errLeft = fmt.Errorf("%w: %w", gateway.ErrLeft, io.ErrUnexpectedEOF)
 
 // waits fails when the sender of a request gave up, which closes its connection. A worker that hung finds
 // requests in its connections that others have carried out since, and must do nothing of them: it would
 // delete, or write over, what was acknowledged meanwhile. So every write is asked this right before the
-// bucket is told of it. net/http notices too, but in its own time. All of the body has been read.
-func (s *sender) waits(ctx context.Context) error {
+// bucket, or another worker, is told of it. net/http notices too, but in its own time. That the connection
+// was closed shows whatever of it is still to be read: TLS says farewell before.
+func waits(ctx context.Context) error {
 	if ctx.Err() != nil {
 		return errLeft
 	}
-	sc, ok := s.conn.(syscall.Conn)
+	sc, ok := ctx.Value(senderKey{}).(syscall.Conn)
 	if !ok {
 		return nil
 	}
@@ -46,31 +44,46 @@ func (s *sender) waits(ctx context.Context) error {
 	if err != nil {
 		return errLeft // closed
 	}
-	var n int
-	var got error
+	closed := false
 	err = rc.Control(func(fd uintptr) {
-		var one [1]byte
-		n, _, got = unix.Recvfrom(int(fd), one[:], unix.MSG_PEEK|unix.MSG_DONTWAIT)
+		p := []unix.PollFd{{Fd: int32(fd), Events: unix.POLLRDHUP}}
+		n, _ := unix.Poll(p, 0) // an error leaves it to net/http
+		closed = n > 0 && p[0].Revents != 0
 	})
-	if err == nil && (n > 0 || errors.Is(got, unix.EAGAIN) || errors.Is(got, unix.EINTR)) {
-		return nil
+	if err != nil || closed {
+		return errLeft
 	}
-	return errLeft
+	return nil
+}
+
+// waited is the content of a write. It ends well only while whoever sends it waits for the answer.
+type waited struct {
+	ctx context.Context
+	r   io.Reader
+}
+
+func (w waited) Read(p []byte) (int, error) {
+	n, err := w.r.Read(p)
+	if err == io.EOF {
+		if gone := waits(w.ctx); gone != nil {
+			err = gone
+		}
+	}
+	return n, err
 }
 
 // bodyStall is how long another worker may take to send the next bytes of a put: longer than it gives its
 // own client for them.
 const bodyStall = 3 * time.Minute
 
-// sent is the content of a put that was passed on. It ends well only while the sender waits for the put.
+// sent is the content of a put that was passed on.
 type sent struct {
-	r       *http.Request
 	content *unframer
 	err     error
 }
 
-func contentOf(r *http.Request) *sent {
-	return &sent{r: r, content: newUnframer(stalling{r.Body, senderOf(r).control})}
+func contentOf(w http.ResponseWriter, r *http.Request) *sent {
+	return &sent{content: newUnframer(stalling{r.Body, http.NewResponseController(w)})}
 }
 
 func (s *sent) Read(p []byte) (int, error) {
@@ -81,9 +94,7 @@ func (s *sent) Read(p []byte) (int, error) {
 	if err == io.EOF {
 		// What comes after the last frame is the end of the body: nothing else may be left in the connection.
 		if _, err = io.Copy(io.Discard, s.content.r); err == nil {
-			if err = senderOf(s.r).waits(s.r.Context()); err == nil {
-				err = io.EOF
-			}
+			err = io.EOF
 		}
 	}
 	s.err = err

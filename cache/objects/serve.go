@@ -30,6 +30,7 @@ func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 	var busy atomic.Bool
 	srv := &http.Server{
 		ReadHeaderTimeout: time.Minute, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		ConnContext: WithSender,
 		ConnState: func(_ net.Conn, s http.ConnState) {
 			if s == http.StateClosed || s == http.StateHijacked {
 				l.end()
@@ -46,7 +47,7 @@ func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 				refuse(w, http.StatusUnauthorized, "denied", "the key of this connection is not one of the dataset's any more")
 				return
 			}
-			n.handler.ServeHTTP(w, withConn(r, nc))
+			n.handler.ServeHTTP(w, r)
 		}),
 	}
 	ended := make(chan struct{})
@@ -114,16 +115,13 @@ func (n *Names) routes() http.Handler {
 	mux.HandleFunc("GET /ping", func(w http.ResponseWriter, r *http.Request) {})
 	mux.HandleFunc("GET /epoch", n.serveEpoch)
 	mux.HandleFunc("GET /block", n.serveBlock)
-	mux.HandleFunc("GET /object", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
+	mux.HandleFunc("GET /object", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
 		return n.stat(r.Context(), key, p, s, true)
 	}))
-	mux.HandleFunc("DELETE /object", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
-		if err := senderOf(r).waits(r.Context()); err != nil {
-			return version{}, err
-		}
+	mux.HandleFunc("DELETE /object", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
 		return version{}, n.remove(r.Context(), key, p, s, true)
 	}))
-	mux.HandleFunc("PUT /put", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
+	mux.HandleFunc("PUT /put", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
 		size, err := strconv.ParseInt(r.URL.Query().Get("size"), 10, 64)
 		var o optionsJSON
 		if err == nil {
@@ -135,16 +133,16 @@ func (n *Names) routes() http.Handler {
 		if err != nil || size < 0 {
 			return version{}, fmt.Errorf("%w: a put of another worker: %v", source.ErrInvalid, err)
 		}
-		return n.put(r.Context(), key, p, s, true, size, contentOf(r), o)
+		return n.put(r.Context(), key, p, s, true, size, waited{r.Context(), contentOf(w, r)}, o)
 	}))
-	mux.HandleFunc("POST /copy", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
+	mux.HandleFunc("POST /copy", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
 		var c copyJSON
 		if err := decode(r, &c); err != nil {
 			return version{}, err
 		}
 		return n.copy(r.Context(), key, p, s, true, c)
 	}))
-	mux.HandleFunc("POST /complete", owned(n, func(r *http.Request, key string, p place, s state) (version, error) {
+	mux.HandleFunc("POST /complete", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
 		var c completeJSON
 		if err := decode(r, &c); err != nil {
 			return version{}, err
@@ -157,12 +155,12 @@ func (n *Names) routes() http.Handler {
 // maxRequest bounds a request in JSON: one of 10,000 parts.
 const maxRequest = 4 << 20
 
-// decode reads a request whose sender still waits for the answer.
+// decode reads a request.
 func decode(r *http.Request, into any) error {
 	if err := json.NewDecoder(io.LimitReader(r.Body, maxRequest)).Decode(into); err != nil {
 		return fmt.Errorf("%w: a request of another worker: %w", source.ErrInvalid, err)
 	}
-	return senderOf(r).waits(r.Context())
+	return nil
 }
 
 func refuse(w http.ResponseWriter, code int, kind, text string) {
@@ -185,7 +183,7 @@ func failed(w http.ResponseWriter, err error) {
 
 // owned serves an operation on a name that this worker owns under the sender's epoch, which must be this
 // worker's. It is executed here: what was passed on is never passed on again.
-func owned(n *Names, do func(r *http.Request, key string, p place, s state) (version, error)) http.HandlerFunc {
+func owned(n *Names, do func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		key := r.URL.Query().Get("key")
 		theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
@@ -204,12 +202,10 @@ func owned(n *Names, do func(r *http.Request, key string, p place, s state) (ver
 		p, err := n.locate(key)
 		var v version
 		if err == nil {
-			c := http.NewResponseController(w)
 			if r.Method == http.MethodPut {
-				c.EnableFullDuplex() // see drain; HTTP/1 always can
+				http.NewResponseController(w).EnableFullDuplex() // see drain; HTTP/1 always can
 			}
-			senderOf(r).control = c
-			v, err = do(r, key, p, s)
+			v, err = do(w, r, key, p, s)
 		}
 		if err != nil {
 			failed(w, err)

@@ -45,7 +45,7 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, err)
 	}
 	defer release()
-	t := &tee{ctx: ctx, r: r, now: n.c.Clock.Now}
+	t := &tee{ctx: ctx, r: waited{ctx, r}, now: n.c.Clock.Now}
 	part, err := p.writer.PutPart(ctx, p.key, upload, number, t, size)
 	if err != nil {
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, told(t.failed(err)))
@@ -142,6 +142,9 @@ func (n *Names) Complete(ctx context.Context, key, upload string, parts []gatewa
 }
 
 func (n *Names) complete(ctx context.Context, key string, p place, s state, owned bool, c completeJSON) (version, error) {
+	if err := waits(ctx); err != nil {
+		return version{}, fmt.Errorf("complete %q: %w", key, err)
+	}
 	n.counts.puts.Add(1)
 	o := c.Options.write()
 	w := n.begin(key, s, owned)

@@ -138,6 +138,7 @@ func (g *gatewayServer) close() {
 func (g *gatewayServer) serve(ctx context.Context) error {
 	srv := &http.Server{
 		Handler: g, ReadHeaderTimeout: 30 * time.Second, IdleTimeout: 2 * time.Minute, MaxHeaderBytes: 64 << 10,
+		ConnContext: objects.WithSender,
 	}
 	ended := make(chan struct{})
 	stop := context.AfterFunc(ctx, func() {
