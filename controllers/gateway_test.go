@@ -12,6 +12,7 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
@@ -186,4 +187,17 @@ func TestArtifactsOfADatasetWithAFolderHaveKeysBelowIt(t *testing.T) {
 	if got := w.repository(d).S3.KeyFormat; got != "runs/{{workflow.namespace}}/{{workflow.name}}/{{pod.name}}" {
 		t.Errorf("key format %q", got)
 	}
+}
+
+func TestWritableDatasetWhoseNameIsNoBucketsIsRefused(t *testing.T) {
+	w := newWorld(t)
+	for _, name := range []string{"ab", "xn--a", "a--x-s3", "a-s3alias"} {
+		d := w.dataset(name, 1)
+		d.Spec.Access = v1alpha1.ReadWrite
+		if err := w.Create(t.Context(), d); !apierrors.IsInvalid(err) || !strings.Contains(err.Error(), "is also the name of its bucket: at least 3 characters") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	// A Dataset that only reads has no bucket of its name.
+	w.must(w.Create(t.Context(), w.dataset("ab", 1), client.DryRunAll))
 }

@@ -260,3 +260,25 @@ func TestDatasetNames(t *testing.T) {
 		}
 	}
 }
+
+// The name of a Dataset that takes puts is its bucket's.
+func TestNamesThatAreNoBucketsAreRefusedOfDatasetsThatTakePuts(t *testing.T) {
+	for name, ok := range map[string]bool{
+		"abc": true, strings.Repeat("a", 40): true, "a--b": true, "s3alias": true, "my-xn--s": true, "artifacts-s3": true, "a-x-s3": true,
+		"a": false, "ab": false, "xn--a": false, "sthree-a": false, "sthree-configurator": false, "amzn-s3-demo-a": false,
+		"a-s3alias": false, "a--ol-s3": false, "a--op-s3": false, "a--x-s3": false, "a--xa-s3": false, "a--table-s3": false,
+	} {
+		const rule = "metadata: the name of a Dataset with access: ReadWrite is also the name of its bucket: at least 3 characters"
+		manifest := func(access string) []byte {
+			return []byte("apiVersion: data.stepcache.dev/v1alpha1\nkind: Dataset\nmetadata: {name: " + name + "}\nspec: " + with("access: "+access))
+		}
+		if _, err := Parse("m.yaml", manifest("ReadWrite")); ok && err != nil {
+			t.Error(err)
+		} else if !ok {
+			refused(t, err, rule)
+		}
+		if _, err := Parse("m.yaml", manifest("ReadOnly")); err != nil {
+			t.Errorf("a Dataset that only reads: %v", err)
+		}
+	}
+}

@@ -24,6 +24,7 @@ import (
 // +kubebuilder:printcolumn:name="Hit ratio",type=string,JSONPath=`.status.hitRatio`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:validation:XValidation:rule="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 40",fieldPath=".metadata",message="the name of a Dataset also names its workers, Service and claim: at most 40 lower-case letters, digits and '-', beginning with a letter and not ending with '-'"
+// +kubebuilder:validation:XValidation:rule="self.spec.access != 'ReadWrite' || (size(self.metadata.name) >= 3 && !self.metadata.name.matches('^(xn--|sthree-|amzn-s3-demo-)|(-s3alias|--[a-z]+-s3)$'))",fieldPath=".metadata",message="the name of a Dataset with access: ReadWrite is also the name of its bucket: at least 3 characters, not beginning with xn--, sthree- or amzn-s3-demo-, and not ending with -s3alias or one like --x-s3, which clients of S3 take for other things than buckets"
 // +kubebuilder:validation:XValidation:rule="!has(self.spec.replaces) || !self.spec.replaces.exists(r, r.claimName == self.metadata.name)",fieldPath=".spec.replaces",message="a Dataset cannot replace the claim of its own name; pods that use that claim already mount this Dataset"
 type Dataset struct {
 	metav1.TypeMeta `json:",inline"`
