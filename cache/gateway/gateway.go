@@ -120,8 +120,7 @@ type request struct {
 
 func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	q := &request{gateway: g, w: w, r: r, in: r.Body, id: newID()}
-	w.Header().Set("X-Amz-Request-Id", q.id)
-	w.Header().Set("X-Amz-Id-2", q.id)
+	q.name()
 	// A connection keeps the deadline of the answer before; and what net/http sends after this function
 	// has time of its own.
 	defer q.extend()
@@ -171,6 +170,12 @@ func (q *request) serve() error {
 		return err
 	}
 	return q.onObject()
+}
+
+// name says in the answer which request it is to.
+func (q *request) name() {
+	q.w.Header().Set("X-Amz-Request-Id", q.id)
+	q.w.Header().Set("X-Amz-Id-2", q.id)
 }
 
 func newID() string {

@@ -1,8 +1,11 @@
 package gateway
 
 import (
+	"errors"
 	"net/http"
 	"strconv"
+
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 // kept are the headers that S3 keeps with an object, and the parameters that replace them in an answer.
@@ -37,38 +40,48 @@ func (q *request) get() error {
 		q.w.WriteHeader(status)
 		return nil
 	}
-	object, err := q.objects.Open(q.r.Context(), q.key)
-	if err != nil {
-		return err
-	}
-	err = q.send(object)
-	if closing := object.Close(); closing != nil {
-		q.Logger.Warn("s3: closing an object", "bucket", q.bucket, "key", q.key, "request", q.id, "err", closing)
+	// A version may be replaced between being told and being read: the next one is as good an answer.
+	replaced, err := q.getOnce()
+	if replaced {
+		_, err = q.getOnce()
 	}
 	return err
 }
 
-func (q *request) send(object Object) error {
+// getOnce answers GET, and says whether it failed, with nothing sent, because the version is another by now.
+func (q *request) getOnce() (replaced bool, err error) {
+	object, err := q.objects.Open(q.r.Context(), q.key)
+	if err != nil {
+		return false, err
+	}
+	replaced, err = q.send(object)
+	if closing := object.Close(); closing != nil {
+		q.Logger.Warn("s3: closing an object", "bucket", q.bucket, "key", q.key, "request", q.id, "err", closing)
+	}
+	return replaced, err
+}
+
+func (q *request) send(object Object) (replaced bool, err error) {
 	off, n, status, err := q.selection(object.Info())
 	if err != nil {
-		return err
+		return false, err
 	}
 	out := &outlet{q: q, status: status}
 	if n == 0 {
-		return out.begin()
+		return false, out.begin()
 	}
 	if err := object.WriteRange(q.r.Context(), out, off, n); err != nil {
 		if !out.begun {
 			clear(q.w.Header())
-			q.w.Header().Set("X-Amz-Request-Id", q.id)
-			return err
+			q.name()
+			return errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound), err
 		}
 		if !out.left {
 			q.report(err, failureOf(err))
 		}
 		panic(http.ErrAbortHandler) // cut the connection: no client may take a part for the whole
 	}
-	return nil
+	return false, nil
 }
 
 // selection decides on the conditions and the range, and sets the headers of the answer.

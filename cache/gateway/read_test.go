@@ -4,11 +4,13 @@ import (
 	"bytes"
 	"encoding/xml"
 	"fmt"
+	"io"
 	"net/http"
 	"net/http/httptest"
 	"net/url"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -468,6 +470,81 @@ func TestConfigsThatServeNothing(t *testing.T) {
 	} {
 		if _, err := gateway.New(c); err == nil {
 			t.Errorf("%s: accepted", name)
+		}
+	}
+}
+
+// A version that is replaced after it was told, and before its first byte was sent, costs the reader nothing:
+// it gets the next one, whole. What is gone by then is not there; what is never there as told is an error.
+func TestAVersionIsReplacedBeforeItsFirstByteIsSent(t *testing.T) {
+	for _, kind := range []error{source.ErrChanged, source.ErrNotFound} {
+		f := serve(t)
+		replace := func(op string, times int, with func()) (opened func() int) {
+			var n atomic.Int64
+			f.m.setFail(func(got string) error {
+				if got == "open" {
+					n.Add(1)
+				}
+				if got == op && times > 0 {
+					times--
+					with()
+					return kind
+				}
+				return nil
+			})
+			return func() int { return int(n.Load()) }
+		}
+		begin := func() {
+			f.m.setFail(nil)
+			f.must(t, call{method: "PUT", path: object, body: []byte("the old one"), header: map[string]string{"x-amz-meta-old": "yes", "cache-control": "no-store"}})
+		}
+		begin()
+		opened := replace("read", 1, func() {
+			f.m.mu.Lock()
+			defer f.m.mu.Unlock()
+			f.m.objects["a/b"] = &version{data: []byte("new"), info: gateway.Info{Key: "a/b", Size: 3, ETag: "new-1", ContentType: "text/new"}}
+		})
+		a := f.do(t, call{method: "GET", path: object})
+		if a.status != 200 || string(a.body) != "new" || a.header.Get("Etag") != `"new-1"` || a.header.Get("Content-Type") != "text/new" || a.header.Get("X-Amz-Id-2") == "" {
+			t.Errorf("%v: replaced: %s %q %v", kind, a, a.body, a.header)
+		}
+		if a.header.Get("X-Amz-Meta-Old") != "" || a.header.Get("Cache-Control") != "" || opened() != 2 {
+			t.Errorf("%v: replaced: headers of the version before, or opened %d times: %v", kind, opened(), a.header)
+		}
+		begin()
+		etag := f.do(t, call{method: "HEAD", path: object}).header.Get("Etag")
+		replace("read", 1, func() {
+			f.m.mu.Lock()
+			defer f.m.mu.Unlock()
+			f.m.objects["a/b"] = &version{data: []byte("new"), info: gateway.Info{Key: "a/b", Size: 3, ETag: "new-1"}}
+		})
+		if a := f.do(t, call{method: "GET", path: object, header: map[string]string{"if-match": etag}}); a.status != 412 {
+			t.Errorf("%v: the version that was asked for is replaced: %s", kind, a)
+		}
+		begin()
+		replace("read", 1, func() {
+			f.m.mu.Lock()
+			defer f.m.mu.Unlock()
+			delete(f.m.objects, "a/b")
+		})
+		if a := f.do(t, call{method: "GET", path: object}); a.status != 404 || a.code != "NoSuchKey" {
+			t.Errorf("%v: deleted: %s", kind, a)
+		}
+		begin()
+		opened = replace("read", 100, func() {})
+		if a := f.do(t, call{method: "GET", path: object}); a.status < 400 || opened() != 2 {
+			t.Errorf("%v: never as told: %s, opened %d times", kind, a, opened())
+		}
+		begin()
+		f.put(t, "a/b", random(1<<20))
+		opened = replace("read half", 1, func() {})
+		response, err := f.server.Client().Do(f.request(t, call{method: "GET", path: object}))
+		if err == nil {
+			_, err = io.ReadAll(response.Body)
+			response.Body.Close()
+		}
+		if err == nil || opened() != 1 {
+			t.Errorf("%v: in the middle: a part was taken for the whole (%v), opened %d times", kind, err, opened())
 		}
 	}
 }
