@@ -48,8 +48,8 @@
 // from the worker that was asked and wait out Fresh. That an owner hangs is found by a ping within
 // PingInterval and PongTimeout of package wire (4 s), after which nobody waits for it for downFor (5 s):
 // that is what one hung worker costs, and only for its own names. A worker that goes on after it hung does
-// nothing of what it finds in its connections from senders that gave up (sender.go), as others have done it
-// since; what it had already asked of the bucket may still happen. The one assumption about time is
+// nothing of what it finds in its connections, of clients and of other workers, from senders that gave up
+// (sender.go), as others have done it since; what it had already asked of the bucket may still happen. The one assumption about time is
 // HandOverTime: a worker that can be reached by clients but by no other worker follows a membership that
 // is replaced no longer than that.
 //

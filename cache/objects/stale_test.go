@@ -14,6 +14,7 @@ import (
 	"net/http/httptest"
 	"net/http/httptrace"
 	"os"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -47,6 +48,18 @@ type impatient struct {
 
 	mu    sync.Mutex
 	local []string // addresses of its connections
+}
+
+// states are those of a worker's ends of its connections, where they are known.
+func (c *impatient) states(at map[string]string) (out []string) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	for _, a := range c.local {
+		if s := at[a]; s != "" {
+			out = append(out, s)
+		}
+	}
+	return out
 }
 
 func (tr *tier) impatient(i int) *impatient {
@@ -190,10 +203,8 @@ func TestAWorkerThatHungDoesNothingThatItsClientsGaveUp(t *testing.T) {
 			eventually(t, "the worker's ends of the connections are told that they are closed", func() error {
 				at := sockets(t, tr.workers[1].gateway)
 				for _, g := range all {
-					for _, a := range g.c.local {
-						if at[a] == "01" {
-							return fmt.Errorf("%s is established", a)
-						}
+					if s := g.c.states(at); slices.Contains(s, "01") { // established
+						return fmt.Errorf("%s: %q", g.key, s)
 					}
 				}
 				return nil
@@ -206,10 +217,8 @@ func TestAWorkerThatHungDoesNothingThatItsClientsGaveUp(t *testing.T) {
 			eventually(t, "the worker has done with the connections", func() error {
 				at := sockets(t, tr.workers[1].gateway)
 				for _, g := range all {
-					for _, a := range g.c.local {
-						if at[a] != "" {
-							return fmt.Errorf("%s is in state %s", a, at[a])
-						}
+					if s := g.c.states(at); len(s) > 0 {
+						return fmt.Errorf("%s: %q", g.key, s)
 					}
 				}
 				return nil
