@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/md5"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
@@ -118,11 +119,40 @@ func (b *Bucket) signed(p []byte) string {
 	return hex.EncodeToString(sum[:])
 }
 
+// nonceMetadata tells the object of one conditional put from that of another with the same bytes, when the
+// answer to it was lost: of those who put a lock, one must be told that it has it. Readers do not see it.
+const nonceMetadata = "Stepcache-Put"
+
+// maxMetadata is the most that the protocol's stores keep of names and values.
+const maxMetadata = 2 << 10
+
+// mark gives a put a nonce; none where the metadata have no room for one. A put without is not known again: it
+// is told that another was first.
+func mark(o *minio.PutObjectOptions) (nonce string) {
+	nonce = rand.Text()
+	total := len(nonceMetadata) + len(nonce)
+	marked := make(map[string]string, len(o.UserMetadata)+1)
+	for k, v := range o.UserMetadata {
+		marked[k] = v
+		total += len(k) + len(v)
+	}
+	if total > maxMetadata {
+		return ""
+	}
+	marked[nonceMetadata] = nonce
+	o.UserMetadata = marked
+	return nonce
+}
+
 func (b *Bucket) putWhole(ctx context.Context, key string, p []byte, w *putOptions) (source.Object, error) {
 	sum, signed := md5.Sum(p), b.signed(p)
 	var info minio.UploadInfo
 	options := w.PutObjectOptions
 	options.DisableContentSha256 = true
+	nonce := ""
+	if w.conditional() {
+		nonce = mark(&options)
+	}
 	tries := 0
 	err := source.Try(ctx, patience(int64(len(p))), func(ctx context.Context) (err error) {
 		tries++
@@ -133,9 +163,9 @@ func (b *Bucket) putWhole(ctx context.Context, key string, p []byte, w *putOptio
 			return nil
 		}
 		err = b.fail(ctx, "put", key, seen, err)
-		if tries > 1 && w.conditional() && errors.Is(err, source.ErrChanged) {
-			// Most likely by the try before, whose answer was lost.
-			if o, serr := b.Stat(ctx, key); serr == nil && o.Version == hex.EncodeToString(sum[:]) {
+		if tries > 1 && nonce != "" && errors.Is(err, source.ErrChanged) {
+			// By the try before, whose answer was lost? Another writer's may have the same bytes.
+			if o, i, serr := b.stat(ctx, key); serr == nil && i.UserMetadata[nonceMetadata] == nonce {
 				info.ETag = o.Version
 				return nil
 			}
@@ -286,7 +316,12 @@ func (b *Bucket) complete(ctx context.Context, key, upload string, parts []minio
 		}
 		err = b.fail(ctx, "put", key, seen, err)
 		gone := errors.Is(err, source.ErrNoUpload) || errors.Is(err, source.ErrNotFound)
-		if tries > 1 && sums != nil && (gone || w.conditional() && errors.Is(err, source.ErrChanged)) {
+		if tries > 1 && !gone && w.conditional() && errors.Is(err, source.ErrChanged) {
+			// By the try before, which leaves no upload? One that another was before is still there.
+			_, _, perr := b.Parts(ctx, key, upload, 0, 1)
+			gone = errors.Is(perr, source.ErrNoUpload)
+		}
+		if tries > 1 && sums != nil && gone {
 			if o, serr := b.Stat(ctx, key); serr == nil && o.Version == want && (total < 0 || o.Size == total) {
 				etag = want
 				return nil

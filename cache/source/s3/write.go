@@ -64,7 +64,9 @@ func (b *Bucket) Describe(ctx context.Context, key string) (source.Object, sourc
 		}
 	}
 	for k, v := range info.UserMetadata {
-		a.Metadata[strings.ToLower(k)] = v
+		if k = strings.ToLower(k); k != strings.ToLower(nonceMetadata) {
+			a.Metadata[k] = v
+		}
 	}
 	return o, a, nil
 }

@@ -1,8 +1,16 @@
 package s3_test
 
 import (
+	"bytes"
+	"errors"
+	"fmt"
+	"maps"
+	"net/http"
+	"strings"
+	"sync/atomic"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/s3"
 	"github.com/stepcache/stepcache/cache/source/sourcetest"
 	"github.com/stepcache/stepcache/test/bucket"
@@ -15,4 +23,83 @@ func TestWriter(t *testing.T) {
 		t.Fatal(err)
 	}
 	sourcetest.Writer(t, b, true)
+}
+
+// A conditional put whose answer is lost is tried again, and meets an object with its very bytes: its own, and
+// so it succeeded, or another writer's, and so it did not. Two writers are never told both that they were first.
+func TestOfTwoConditionalPutsOfTheSameBytesOneIsTold(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	config := fixture(t, s)
+	other, err := s3.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	f := bucket.Faults(t, s)
+	config.Endpoint = f.Endpoint()
+	b, err := s3.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	full := map[string]string{"k": strings.Repeat("v", 2040)}
+	for _, c := range []struct {
+		what     string
+		size     int
+		mine     bool
+		metadata map[string]string
+		want     error
+	}{
+		{"whole, mine", 10, true, map[string]string{"k": "v"}, nil},
+		{"whole, another's", 10, false, map[string]string{"k": "v"}, source.ErrChanged},
+		{"empty, mine", 0, true, nil, nil},
+		{"empty, another's", 0, false, nil, source.ErrChanged},
+		{"in parts, mine", 20 << 20, true, map[string]string{"k": "v"}, nil},
+		{"in parts, another's", 20 << 20, false, map[string]string{"k": "v"}, source.ErrChanged},
+		// No room for what would tell: the cautious answer.
+		{"whole, mine, with all the metadata there may be", 10, true, full, source.ErrChanged},
+	} {
+		for _, replaces := range []bool{false, true} {
+			key := fmt.Sprintf("%s/%v", c.what, replaces)
+			put := func(w source.Writer) (source.Object, error) {
+				return w.PutObject(t.Context(), key, bytes.NewReader(make([]byte, c.size)), int64(c.size), source.WriteOptions{
+					Attributes: source.Attributes{Metadata: c.metadata}, IfAbsent: true})
+			}
+			if replaces {
+				before, err := other.PutObject(t.Context(), key, strings.NewReader("before"), 6, source.WriteOptions{})
+				if err != nil {
+					t.Fatal(err)
+				}
+				put = func(w source.Writer) (source.Object, error) {
+					return w.PutObject(t.Context(), key, bytes.NewReader(make([]byte, c.size)), int64(c.size), source.WriteOptions{
+						Attributes: source.Attributes{Metadata: c.metadata}, IfMatch: before.Version})
+				}
+			}
+			var lost atomic.Bool
+			f.Set(func(r *http.Request) bucket.Fault {
+				q := r.URL.Query()
+				commits := r.Method == http.MethodPut && !q.Has("uploadId") || r.Method == http.MethodPost && q.Has("uploadId")
+				if !commits || lost.Swap(true) {
+					return bucket.Fault{}
+				}
+				if c.mine {
+					return bucket.Fault{Header: func(http.Header) { panic(http.ErrAbortHandler) }} // done, and not told
+				}
+				if _, err := put(other); err != nil {
+					t.Errorf("%s: another's put: %v", key, err)
+				}
+				return bucket.Fault{Reset: true}
+			})
+			o, err := put(b)
+			f.Set(nil)
+			if !lost.Load() || !errors.Is(err, c.want) || (err == nil) != (c.want == nil) {
+				t.Errorf("%s: %v, want %v", key, err, c.want)
+			}
+			at, attributes, derr := b.Describe(t.Context(), key)
+			if derr != nil || err == nil && at.Version != o.Version || at.Size != int64(c.size) || !maps.Equal(attributes.Metadata, c.metadata) {
+				t.Errorf("%s: described as %+v with %d metadata, %v; put as %+v", key, at, len(attributes.Metadata), derr, o)
+			}
+			if left, err := other.Uploads(t.Context(), "", 10); err != nil || len(left) > 0 {
+				t.Errorf("%s: uploads are left: %v, %v", key, left, err)
+			}
+		}
+	}
 }
