@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/md5"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/xml"
 	"errors"
@@ -59,6 +60,9 @@ func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int6
 		return source.Object{}, err
 	}
 	p := &put{Bucket: b, key: key, in: r, size: size, part: partOf(size, b.deps.part), options: o}
+	if o.IfAbsent {
+		p.nonce = rand.Text()
+	}
 	if size >= 0 && size <= int64(p.part) {
 		p.part = int(size) + 1 // so that the end shows within the first
 	}
@@ -92,12 +96,20 @@ type put struct {
 	ended bool // in is at its end
 
 	options source.WriteOptions
+	nonce   string // in the object's metadata; empty without a condition
 }
+
+// nonceMetadata tells the object of one conditional put from that of another with the same bytes, when the
+// answer to it was lost: of those who put a lock, one must be told that it has it. Readers do not see it.
+const nonceMetadata = "Stepcache-Put"
 
 // header is that of a request that makes the object, or begins it.
 func (p *put) header() map[string]string {
 	h := attributes(p.options.Attributes)
 	_ = p.condition(p.key, p.options, h) // checked before
+	if p.nonce != "" {
+		h[metaPrefix+nonceMetadata] = p.nonce
+	}
 	return h
 }
 
@@ -339,7 +351,7 @@ func (p *put) done(ctx context.Context, etag string, h http.Header) (source.Obje
 }
 
 // settle finds out whether a put whose answer did not come succeeded all the same: when the object that
-// is there now has the very bytes. It returns the put's error otherwise.
+// is there now has the very bytes, and is this put's where that matters. It returns the put's error otherwise.
 func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
 	var o source.Object
 	if !source.Temporary(failed) && !errors.Is(failed, source.ErrNotFound) && !errors.Is(failed, source.ErrNoUpload) && !errors.Is(failed, source.ErrChanged) {
@@ -347,10 +359,14 @@ func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
 	}
 	ctx, cancel := context.WithTimeout(ctx, cleanTimeout)
 	defer cancel()
+	var h http.Header
 	err := source.Try(ctx, source.RetryOptions{Elapsed: cleanTimeout}, func(ctx context.Context) (err error) {
-		o, err = p.Stat(ctx, p.key)
+		o, h, err = p.stat(ctx, p.key)
 		return err
 	})
+	if err == nil && p.nonce != "" && h.Get(metaPrefix+nonceMetadata) != p.nonce {
+		return source.Object{}, failed
+	}
 	if err == nil && o.Size == p.read && o.Digest.Algorithm == source.CRC64ECMA && bytes.Equal(o.Digest.Sum, crcDigest(p.crc).Sum) {
 		return o, nil
 	}

@@ -72,7 +72,7 @@ func (b *Bucket) Describe(ctx context.Context, key string) (source.Object, sourc
 		}
 	}
 	for k, v := range h {
-		if name, ok := strings.CutPrefix(k, metaPrefix); ok {
+		if name, ok := strings.CutPrefix(k, metaPrefix); ok && name != nonceMetadata {
 			a.Metadata[strings.ToLower(name)] = strings.Join(v, ",")
 		}
 	}

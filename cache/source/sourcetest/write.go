@@ -72,7 +72,7 @@ func writeConditions(t *testing.T, _ source.Source, w source.Writer, conditions 
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, size := range []int{11, 20 << 20} {
+	for _, size := range []int{10, 11, 20 << 20} { // also the very bytes that are there
 		if _, err := put(size, source.WriteOptions{IfAbsent: true}); !errors.Is(err, source.ErrChanged) {
 			t.Errorf("%d bytes put over what must be absent: %v", size, err)
 		}
