@@ -7,8 +7,10 @@ import (
 	"crypto/x509"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
+	"maps"
 	"net"
 	"os"
 	"path/filepath"
@@ -492,6 +494,37 @@ func TestAgainstAPIServer(t *testing.T) {
 			t.Errorf("warned of %q", w)
 		}
 	})
+	t.Run("artifacts through the tier, and no claim", func(t *testing.T) {
+		m := members("n1", "n2")
+		list, err := json.Marshal(m)
+		if err != nil {
+			t.Fatal(err)
+		}
+		a.create(
+			dataset("argo", "results", func(d *v1alpha1.Dataset) { d.Spec.Access = v1alpha1.ReadWrite }),
+			&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.TierName("results"), Labels: map[string]string{v1alpha1.LabelDataset: "results"}}, Data: map[string]string{v1alpha1.KeyMembership: string(list)}},
+		)
+		want := map[string]int32{"host1": 50, "host2": 50}
+		want[strings.Replace(m.NameOwners("argo/results", "w/p/out", 1)[0].Node, "n", "host", 1)] = 100
+		a.await("drawn to the artifact's owner", func() error {
+			u, err := a.pod("argo", stepPod(t, "results-s3.argo.svc:9000", "results", "w/p/out"))
+			if err != nil {
+				return err
+			}
+			if got := preferred(a.typed(u)); !maps.Equal(got, want) {
+				return fmt.Errorf("drawn to %v", got)
+			}
+			return nil
+		})
+		// Of others nobody asks.
+		u, err := a.pod("argo", stepPod(t, "minio.argo.svc:9000", "results", "w/p/out"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if pod := a.typed(u); pod.Spec.Affinity != nil {
+			t.Errorf("affinity %+v", pod.Spec.Affinity)
+		}
+	})
 	t.Run("nobody answers", func(t *testing.T) {
 		stop()
 		_, err := a.pod("argo", readPod(t, "plain"))
@@ -507,6 +540,9 @@ func TestAgainstAPIServer(t *testing.T) {
 		}
 		if _, err := a.pod("argo", readPod(t, "plain", inject(""))); err != nil {
 			t.Errorf("a pod that does not ask: %v", err)
+		}
+		if _, err := a.pod("argo", stepPod(t, "results-s3.argo.svc:9000", "results", "w/p/out")); err != nil {
+			t.Errorf("a workflow's pod that loads artifacts: %v", err)
 		}
 	})
 	t.Run("certificates", a.certificates)

@@ -1,11 +1,16 @@
 package webhook
 
 import (
+	"context"
 	"encoding/json"
+	"net"
 	"path"
+	"slices"
+	"strconv"
 	"strings"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
@@ -107,6 +112,46 @@ func stepOf(pod *corev1.Pod) (step, bool) {
 		}
 	}
 	return step{}, false
+}
+
+// tier is the Dataset whose S3 endpoint the object is loaded from, by the endpoint's name in the cluster.
+func (o object) tier() (types.NamespacedName, bool) {
+	name, port, err := net.SplitHostPort(host(o.endpoint))
+	if o.scheme != v1alpha1.SchemeS3 || err != nil || port != strconv.Itoa(v1alpha1.PortGateway) {
+		return types.NamespacedName{}, false
+	}
+	labels := strings.Split(name, ".")
+	if len(labels) < 3 || labels[2] != "svc" {
+		return types.NamespacedName{}, false
+	}
+	d := types.NamespacedName{Namespace: labels[1], Name: o.bucket}
+	return d, labels[0] == v1alpha1.S3Name(o.bucket)
+}
+
+// loads adds to what a pod reads the input artifacts that it loads from the S3 endpoints of Datasets that it may
+// read. What is not known of them is left out: only placement rests on it.
+func (j *Injector) loads(ctx context.Context, namespace string, pod *corev1.Pod, needs []*need) []*need {
+	s, _ := stepOf(pod)
+	for _, o := range s.objects[:min(len(s.objects), maxPaths)] {
+		name, ok := o.tier()
+		if !ok {
+			continue
+		}
+		all, err := j.Cluster.Datasets(ctx, name.Namespace)
+		if err != nil {
+			return needs
+		}
+		k := slices.IndexFunc(all, func(d *v1alpha1.Dataset) bool { return d.Name == name.Name })
+		if k < 0 || all[k].Spec.Access != v1alpha1.ReadWrite || !all[k].SharesWith(namespace) {
+			continue
+		}
+		i := slices.IndexFunc(needs, func(n *need) bool { return n.String() == name.String() })
+		if i < 0 {
+			i, needs = len(needs), append(needs, &need{dataset: all[k]})
+		}
+		needs[i].keys = append(needs[i].keys, o.key)
+	}
+	return needs
 }
 
 // in returns where the object would be in the Dataset: no path if it is not of its buckets; two where only

@@ -44,7 +44,7 @@ func (h *Inject) Handle(ctx context.Context, r admission.Request) admission.Resp
 		return refused(err)
 	}
 	if !serverless(p.pod, nil) { // such a node holds nothing
-		h.Place(ctx, r.Namespace, p, needs)
+		h.Place(ctx, r.Namespace, p, h.loads(ctx, r.Namespace, p.pod, needs))
 	}
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)
 }
@@ -81,7 +81,7 @@ func (h *Locality) Handle(ctx context.Context, r admission.Request) admission.Re
 	}
 	needs, err := h.needs(ctx, r.Namespace, p.pod)
 	if err == nil {
-		h.Place(ctx, r.Namespace, p, needs)
+		h.Place(ctx, r.Namespace, p, h.loads(ctx, r.Namespace, p.pod, needs))
 	}
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)
 }

@@ -234,6 +234,31 @@ func (h *Holdings) Share(d *v1alpha1.Dataset, patterns []string) (share map[stri
 	return share, total
 }
 
+// artifactBytes is what an artifact counts beside files, whose sizes are known: as little as a pod is worth
+// moving for.
+const artifactBytes = float64(ring.BlockSize)
+
+// Names is Share for keys of a Dataset that takes puts: all of a key at the node of its owner, which knows its
+// version and was the last to write it, and half as much at the nodes of the other workers.
+func (h *Holdings) Names(d *v1alpha1.Dataset, keys []string) (share map[string]float64, total float64) {
+	name := types.NamespacedName{Namespace: d.Namespace, Name: d.Name}
+	k, _ := h.get(name)
+	total = artifactBytes * float64(len(keys))
+	share = make(map[string]float64)
+	for _, m := range k.members.Members {
+		if m.State == ring.Ready {
+			share[m.Node] = total / 2
+		}
+	}
+	for _, key := range keys {
+		for _, m := range k.members.NameOwners(name.String(), key, 1) {
+			share[m.Node] += artifactBytes / 2
+		}
+	}
+	delete(share, "")
+	return share, total
+}
+
 func weight(m ring.Member) float64 { return float64(max(m.Weight, 1)) }
 
 // filesOf are the files of a snapshot that match any of the patterns, as in a DataLoad: one that matches a

@@ -54,6 +54,8 @@ type need struct {
 	volumes []int
 	// at is where AnnotationMounts wants it, in every container.
 	at []string
+	// keys are the artifacts that it loads from the Dataset's S3 endpoint.
+	keys []string
 }
 
 func (n *need) String() string { return n.dataset.Namespace + "/" + n.dataset.Name }

@@ -68,6 +68,9 @@ func (l *Placer) Place(ctx context.Context, namespace string, p *patch, needs []
 func (l *Placer) share(ctx context.Context, n *need, patterns []string) (byHost map[string]float64, total float64) {
 	byHost = make(map[string]float64)
 	byNode, total := l.Holdings.Share(n.dataset, patterns)
+	if len(n.keys) > 0 { // told for certain, while of a mount of such a Dataset no file is known
+		byNode, total = l.Holdings.Names(n.dataset, n.keys)
+	}
 	for node, bytes := range byNode {
 		if host, ok := l.Nodes.Hostname(ctx, node); ok && bytes > 0 {
 			byHost[host] += bytes

@@ -2,11 +2,16 @@ package webhook
 
 import (
 	"context"
+	"encoding/json"
+	"errors"
 	"fmt"
+	"maps"
 	"math"
+	"strings"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -163,6 +168,114 @@ func TestPlace(t *testing.T) {
 	}
 	if named != maxNodes {
 		t.Errorf("%d nodes named", named)
+	}
+}
+
+// stepPod is a pod of a workflow whose inputs are artifacts, as Argo writes it.
+func stepPod(t testing.TB, endpoint, bucket string, keys ...string) []byte {
+	t.Helper()
+	location := func(key string) map[string]any {
+		return map[string]any{"name": "in", "path": "/in", "s3": map[string]any{"endpoint": endpoint, "bucket": bucket, "key": key, "insecure": true}}
+	}
+	var artifacts []any
+	for _, k := range keys {
+		artifacts = append(artifacts, location(k))
+	}
+	template, err := json.Marshal(map[string]any{"name": "one", "inputs": map[string]any{"artifacts": artifacts}, "outputs": map[string]any{}})
+	if err != nil {
+		t.Fatal(err)
+	}
+	env := []corev1.EnvVar{{Name: argoTemplate, Value: string(template)}}
+	raw, err := json.Marshal(&corev1.Pod{
+		TypeMeta:   metav1.TypeMeta{APIVersion: "v1", Kind: "Pod"},
+		ObjectMeta: metav1.ObjectMeta{GenerateName: "one-", Labels: map[string]string{argoWorkflow: "one"}},
+		Spec: corev1.PodSpec{
+			InitContainers: []corev1.Container{{Name: "init", Image: "argoexec", Env: env}},
+			Containers:     []corev1.Container{{Name: "main", Image: "busybox", Env: env}},
+		},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return raw
+}
+
+func preferred(pod *corev1.Pod) map[string]int32 {
+	weights := map[string]int32{}
+	if pod.Spec.Affinity != nil {
+		for _, term := range pod.Spec.Affinity.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution {
+			for _, h := range term.Preference.MatchExpressions[0].Values {
+				weights[h] = term.Weight
+			}
+		}
+	}
+	return weights
+}
+
+func TestStepThatLoadsArtifactsFromTheTierIsDrawnToTheirOwners(t *testing.T) {
+	h := holdings(t)
+	m := members("n1", "n2", "n3")
+	m.Members = append(m.Members, ring.Member{ID: "nowhere", Addr: "127.0.0.1:1", State: ring.Leaving})
+	h.set(types.NamespacedName{Namespace: "argo", Name: "results"}, &holding{members: m})
+	h.set(types.NamespacedName{Namespace: "ref", Name: "shared"}, &holding{members: m})
+	owner := func(dataset, key string) string {
+		return strings.Replace(m.NameOwners(dataset, key, 1)[0].Node, "n", "host", 1)
+	}
+	// Keys of two owners.
+	one, two := "w/p/0", ""
+	for i := 1; two == ""; i++ {
+		if k := fmt.Sprintf("w/p/%d", i); owner("argo/results", k) != owner("argo/results", one) {
+			two = k
+		}
+	}
+	const endpoint = "results-s3.argo.svc:9000"
+	for _, c := range []struct {
+		name   string
+		change func(*world)
+		raw    []byte
+		want   map[string]int32 // by host; others have 50
+		placed string
+	}{
+		{"one", nil, stepPod(t, endpoint, "results", one), map[string]int32{owner("argo/results", one): 100}, "argo/results"},
+		{"whole name and scheme", nil, stepPod(t, "http://results-s3.argo.svc.cluster.local:9000/", "results", one), map[string]int32{owner("argo/results", one): 100}, "argo/results"},
+		{"two owners", nil, stepPod(t, endpoint, "results", one, two), map[string]int32{owner("argo/results", one): 75, owner("argo/results", two): 75}, "argo/results"},
+		{"shared", nil, stepPod(t, "shared-s3.ref.svc:9000", "shared", one), map[string]int32{owner("ref/shared", one): 100}, "ref/shared"},
+		{"not shared", func(w *world) { w.datasets[3].Spec.ShareWith = nil }, stepPod(t, "shared-s3.ref.svc:9000", "shared", one), nil, ""},
+		{"locality None", func(w *world) { w.datasets[2].Spec.Locality = v1alpha1.LocalityNone }, stepPod(t, endpoint, "results", one), nil, ""},
+		{"a Dataset that only reads", func(w *world) { w.datasets[2].Spec.Access = v1alpha1.ReadOnly }, stepPod(t, endpoint, "results", one), nil, ""},
+		{"nodes that take no pods", func(w *world) { w.nodes = nil }, stepPod(t, endpoint, "results", one), nil, ""},
+		{"the cluster is not known", func(w *world) { w.fails = errors.New("not yet") }, stepPod(t, endpoint, "results", one), nil, ""},
+		{"no such Dataset", nil, stepPod(t, "other-s3.argo.svc:9000", "other", one), nil, ""},
+		{"another bucket", nil, stepPod(t, endpoint, "other", one), nil, ""},
+		{"another port", nil, stepPod(t, "results-s3.argo.svc:80", "results", one), nil, ""},
+		{"no port", nil, stepPod(t, "results-s3.argo.svc", "results", one), nil, ""},
+		{"outside the cluster", nil, stepPod(t, "results-s3.argo.example.com:9000", "results", one), nil, ""},
+		{"no artifacts", nil, stepPod(t, endpoint, "results"), nil, ""},
+	} {
+		w := newWorld()
+		w.datasets = append(w.datasets,
+			dataset("argo", "results", func(d *v1alpha1.Dataset) { d.Spec.Access = v1alpha1.ReadWrite }),
+			dataset("ref", "shared", func(d *v1alpha1.Dataset) {
+				d.Spec.Access, d.Spec.ShareWith = v1alpha1.ReadWrite, []v1alpha1.Namespace{"argo"}
+			}))
+		if c.change != nil {
+			c.change(w)
+		}
+		l := localityHandler(t, w)
+		l.Placer.Holdings = h
+		after := apply(t, c.raw, l.Handle(t.Context(), request("argo", c.raw)))
+		pod := decodePod(t, after)
+		want := map[string]int32{}
+		if c.want != nil {
+			want = map[string]int32{"host1": 50, "host2": 50, "host3": 50}
+			maps.Copy(want, c.want)
+		}
+		if got := preferred(pod); !maps.Equal(got, want) || pod.Annotations[AnnotationPlaced] != c.placed {
+			t.Errorf("%s: drawn to %v and placed by %q, want %v by %q", c.name, got, pod.Annotations[AnnotationPlaced], want, c.placed)
+		}
+		if again := l.Handle(t.Context(), request("argo", after)); len(again.Patches) > 0 {
+			t.Errorf("%s: patched again: %v", c.name, again.Patches)
+		}
 	}
 }
 
