@@ -133,7 +133,9 @@ func (l *Limiter) pass(client io.Writer, p []byte, asked *atomic.Bool) error {
 			return errors.New("closed")
 		}
 	}
+	// Counted before, since a client that has the bytes may ask at once; what did not pass is taken off again.
+	l.sent.Add(int64(len(p)))
 	n, err := client.Write(p)
-	l.sent.Add(int64(n))
+	l.sent.Add(int64(n - len(p)))
 	return err
 }
