@@ -145,9 +145,11 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 				Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: resource.MustParse("100m")},
 				Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},
 			},
+			// On a node where many pods start at once a worker that is well may not answer for a minute, and a
+			// restart then costs its readers more than waiting does: they go round one that hangs by themselves.
 			// A worker that verifies what it finds in its memory after a restart takes a while to listen.
 			StartupProbe:   probe("/healthz", 2, 300),
-			LivenessProbe:  probe("/healthz", 10, 6),
+			LivenessProbe:  probe("/healthz", 10, 30),
 			ReadinessProbe: probe("/readyz", 3, 2),
 			VolumeMounts:   mounts,
 			SecurityContext: &corev1.SecurityContext{
