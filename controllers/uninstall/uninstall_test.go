@@ -325,7 +325,12 @@ func (w *world) uninstall(ctx context.Context, change func(*uninstall.Options)) 
 		change(&o)
 	}
 	done := make(chan error, 1)
-	go func() { done <- uninstall.Run(ctx, w.Client, o) }()
+	go func() {
+		// Its error names what it waits for, which a test that hangs does not.
+		ctx, cancel := context.WithTimeout(ctx, 2*time.Minute)
+		defer cancel()
+		done <- uninstall.Run(ctx, w.Client, o)
+	}()
 	return out, done
 }
 
