@@ -109,7 +109,7 @@ func getAll(ctx context.Context, c *client.Client, i catalog.Index, dest string,
 	return g.Wait()
 }
 
-func getFile(ctx context.Context, c *client.Client, i catalog.Index, dest string, force bool, p *progress) (err error) {
+func getFile(ctx context.Context, c files, i catalog.Index, dest string, force bool, p *progress) (err error) {
 	if _, err := os.Lstat(dest); err == nil && !force {
 		return fmt.Errorf("%s exists: remove it, or use --force", dest)
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -144,7 +144,7 @@ func getFile(ctx context.Context, c *client.Client, i catalog.Index, dest string
 }
 
 // copyOut writes a file's content.
-func copyOut(ctx context.Context, c *client.Client, i catalog.Index, w io.Writer, p *progress) error {
+func copyOut(ctx context.Context, c files, i catalog.Index, w io.Writer, p *progress) error {
 	n, _ := c.Snapshot().Node(i)
 	defer c.Forget(i)
 	buf := make([]byte, min(copyBuffer, max(n.Size, 1)))

@@ -23,12 +23,15 @@ import (
 // stageBuffer is the memory for what is read; the container's limit is a few times that.
 const stageBuffer = 128 << 20
 
+// waitLineEvery is how often what is waited for is said.
+const waitLineEvery = 15 * time.Second
+
 // stageFlags are what `stepcache stage` takes.
 type stageFlags struct {
 	tier                   string
 	copies, paths, present []string
 	limit                  int64
-	wait                   time.Duration
+	wait, stall            time.Duration
 	parallel               int
 }
 
@@ -74,6 +77,7 @@ It ends with status 1 when it could not copy everything: the pod's step then doe
 	f.StringArrayVar(&o.present, "if-present", nil, "NAMESPACE/NAME=PATTERN: files to copy if there are any")
 	f.Int64Var(&o.limit, "limit", 10<<30, "bytes up to which a Dataset is copied whole; 0 for no limit")
 	f.DurationVar(&o.wait, "wait", 30*time.Minute, "how long to wait for the workers to have listed the bucket")
+	f.DurationVar(&o.stall, "stall", 10*time.Minute, "how long not one byte may come before it gives up")
 	f.IntVar(&o.parallel, "parallel", 8, "files copied at once")
 	return cmd
 }
@@ -82,8 +86,8 @@ func (o *stageFlags) parse() ([]*staged, error) {
 	if o.tier == "" || len(o.copies) == 0 {
 		return nil, errors.New("--tier or --copy is missing: say what to copy")
 	}
-	if o.parallel < 1 || o.limit < 0 || o.wait <= 0 {
-		return nil, errors.New("--parallel and --wait must be positive, and --limit not negative")
+	if o.parallel < 1 || o.limit < 0 || o.wait <= 0 || o.stall < 0 {
+		return nil, errors.New("--parallel and --wait must be positive, and --limit and --stall not negative")
 	}
 	var all []*staged
 	of := func(dataset string) *staged {
@@ -146,6 +150,16 @@ func (o *stageFlags) stage(ctx context.Context, s *staged) error {
 		return err
 	}
 	config.BufferBytes = stageBuffer
+	say := func(format string, a ...any) {
+		fmt.Fprintf(os.Stderr, "stage: %s: %s\n", s.dataset, fmt.Sprintf(format, a...))
+	}
+	var said time.Time
+	config.Progress = func(p client.Progress) {
+		if now := time.Now(); p.Waiting != "" && now.Sub(said) >= waitLineEvery {
+			say("waits for the workers: %s", p.Waiting)
+			said = now
+		}
+	}
 	c, err := client.Dial(dial, config)
 	if err != nil {
 		if cause := context.Cause(dial); cause != nil {
@@ -154,7 +168,7 @@ func (o *stageFlags) stage(ctx context.Context, s *staged) error {
 		return err
 	}
 	defer c.Close()
-	files, bytes, err := s.choose(c.Snapshot(), o.limit)
+	chosen, bytes, err := s.choose(c.Snapshot(), o.limit)
 	if err != nil {
 		return err
 	}
@@ -163,11 +177,10 @@ func (o *stageFlags) stage(ctx context.Context, s *staged) error {
 			return err
 		}
 		start := time.Now()
-		if err := copyFiles(ctx, c, files, dir, bytes, o.parallel); err != nil {
+		if err := copyFiles(ctx, newPatient(c, o.stall, say), chosen, dir, bytes, o.parallel); err != nil {
 			return err
 		}
-		took := time.Since(start)
-		fmt.Fprintf(os.Stderr, "stage: %s: %d files, %s to %s in %s\n", s.dataset, len(files), size(bytes), dir, took.Round(time.Millisecond))
+		say("%d files, %s to %s in %s", len(chosen), size(bytes), dir, time.Since(start).Round(time.Millisecond))
 	}
 	return nil
 }
@@ -220,12 +233,12 @@ func room(dir string, bytes int64) error {
 	return nil
 }
 
-func copyFiles(ctx context.Context, c *client.Client, files []catalog.Index, dir string, bytes int64, parallel int) error {
+func copyFiles(ctx context.Context, c files, chosen []catalog.Index, dir string, bytes int64, parallel int) error {
 	p := newProgress("stage", bytes)
 	defer p.finish()
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(parallel)
-	for _, i := range files {
+	for _, i := range chosen {
 		if ctx.Err() != nil {
 			break
 		}
