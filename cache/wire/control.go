@@ -60,6 +60,20 @@ type WorkerStatus struct {
 	Cached int64 `json:"cached"`
 	// HandOver is how far a member that is Leaving is with giving its blocks to their new owners.
 	HandOver *HandOver `json:"handOver,omitempty"`
+	// Unflushed is what this worker has acknowledged, or holds for one that did and is not there, and the
+	// bucket does not have yet. The sum over the workers may count an object twice, and is never zero while
+	// anything is pending.
+	Unflushed Unflushed `json:"unflushed,omitzero"`
+}
+
+// Unflushed is what was acknowledged and is not in the bucket yet (write policy Back).
+type Unflushed struct {
+	Objects int64 `json:"objects,omitempty"`
+	Bytes   int64 `json:"bytes,omitempty"`
+	// Oldest is when the first of them was put.
+	Oldest time.Time `json:"oldest,omitzero"`
+	// Problem is why the bucket does not take them, for people; empty while it does.
+	Problem string `json:"problem,omitempty"`
 }
 
 // ListingProblem ends the Problem of a worker that cannot serve yet because the bucket is being listed, and

@@ -48,6 +48,15 @@ type WriteConfig struct {
 	Policy string `json:"policy,omitempty"`
 	// Copies is how many workers hold what the bucket does not have yet.
 	Copies int `json:"copies,omitempty"`
+	// MaxUnflushed bounds the bytes that this worker holds for the bucket, a part of Memory that the cache
+	// does not get; zero means a quarter of it.
+	MaxUnflushed int64 `json:"maxUnflushed,omitempty"`
+	// MaxAge is how long the bucket may lag behind. Beyond either bound writes wait for the bucket; zero means
+	// a minute.
+	MaxAge Duration `json:"maxAge,omitempty"`
+	// FlushWithin bounds how long a worker that is stopped goes on to bring to the bucket what it holds; zero
+	// means nine and a half minutes. The pod's grace period must be longer.
+	FlushWithin Duration `json:"flushWithin,omitempty"`
 	// Exclusive promises that nobody else writes below the mounts.
 	Exclusive bool `json:"exclusive,omitempty"`
 }
@@ -87,6 +96,7 @@ type gatewayServer struct {
 	listener net.Listener
 	names    *objects.Names
 	handler  http.Handler
+	metrics  *gateway.Metrics
 
 	// inside is held by each request, and taken whole when none may begin any more.
 	inside sync.RWMutex
@@ -96,7 +106,7 @@ type gatewayServer struct {
 // newGateway opens the listener.
 func newGateway(w *Worker) (_ *gatewayServer, err error) {
 	c := w.config.Gateway
-	g := &gatewayServer{w: w}
+	g := &gatewayServer{w: w, metrics: gateway.NewMetrics()}
 	g.names, err = objects.New(objects.Config{
 		Dataset: w.config.Dataset, Self: w.config.ID, Mounts: w.writableMounts, Store: w.store, Quota: w.config.Memory,
 		Dir: w.config.Dir, Exclusive: w.config.Write.Exclusive, Members: (*memberList)(&w.members),
@@ -108,7 +118,7 @@ func newGateway(w *Worker) (_ *gatewayServer, err error) {
 	keys := &gatewayKeys{dir: c.Credentials, now: w.clock.Now, note: func(err error) { w.problems.set(problemGateway, err) }}
 	keys.get()
 	g.handler, err = gateway.New(gateway.Config{
-		Buckets: map[string]gateway.Objects{c.Bucket: g.names}, Region: c.Region, Keys: keys.get, Logger: w.log, Clock: w.clock.Now,
+		Buckets: map[string]gateway.Objects{c.Bucket: g.names}, Region: c.Region, Keys: keys.get, Logger: w.log, Metrics: g.metrics, Clock: w.clock.Now,
 	})
 	if err == nil {
 		g.listener, err = net.Listen("tcp", c.Listen)
