@@ -88,11 +88,12 @@ func (q *request) slowly(work func() (any, error)) error {
 		f := failureOf(err)
 		q.report(err, f)
 		v = q.errorBody(f)
+		q.w.status = f.Status // it was said to be 200, and is counted as what it is
 	}
 	text, err := document(v)
 	if err != nil {
 		q.report(err, internal)
-		panic(http.ErrAbortHandler)
+		q.hangUp(codeCut)
 	}
 	q.w.Write(text[len(xml.Header):])
 	return nil
@@ -141,17 +142,13 @@ func (o *outlet) ReadFrom(r io.Reader) (written int64, err error) {
 	if !limited {
 		from = &io.LimitedReader{R: r, N: 1<<63 - 1}
 	}
-	to, ok := o.q.w.(io.ReaderFrom)
-	if !ok {
-		to = writerOnly{o.q.w}
-	}
 	for from.N > 0 {
 		part := &io.LimitedReader{R: from.R, N: min(from.N, slice)}
 		want := part.N
 		if err := o.begin(); err != nil {
 			return written, err
 		}
-		n, err := to.ReadFrom(part)
+		n, err := o.q.w.ReadFrom(part)
 		written += n
 		o.left = o.left || gone(err)
 		from.N -= n
@@ -170,11 +167,4 @@ func gone(err error) bool {
 		}
 	}
 	return false
-}
-
-// writerOnly copies to a response that has no ReadFrom (HTTP/2).
-type writerOnly struct{ w io.Writer }
-
-func (w writerOnly) ReadFrom(r io.Reader) (int64, error) {
-	return io.Copy(struct{ io.Writer }{w.w}, r)
 }

@@ -14,6 +14,8 @@ import (
 	"strconv"
 	"strings"
 	"time"
+
+	"github.com/prometheus/client_golang/prometheus"
 )
 
 // maxObject is S3's own largest object, of one put too: what a Dataset takes is the Objects' affair.
@@ -214,6 +216,7 @@ const progress = 64 << 10
 type stall struct {
 	io.Reader
 	control *http.ResponseController
+	counted prometheus.Counter
 	limit   time.Duration
 	spent   time.Duration
 	moved   int
@@ -225,7 +228,7 @@ func (q *request) watch() error {
 	if q.r.ContentLength == 0 {
 		return nil
 	}
-	s := &stall{Reader: q.r.Body, control: http.NewResponseController(q.w), limit: q.bodyStall}
+	s := &stall{Reader: q.r.Body, control: http.NewResponseController(q.w), counted: q.Metrics.in, limit: q.bodyStall}
 	q.in = s // and not q.r.Body: by its type net/http knows that a client waits for 100 Continue
 	return s.control.SetReadDeadline(time.Now().Add(s.limit))
 }
@@ -237,6 +240,7 @@ func (s *stall) Read(p []byte) (int, error) {
 	}
 	n, err := s.Reader.Read(p)
 	s.spent += time.Since(begun)
+	s.counted.Add(float64(n))
 	if s.moved += n; s.moved >= progress {
 		s.moved, s.spent = 0, 0
 	}

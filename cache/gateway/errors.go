@@ -86,7 +86,7 @@ type errorBody struct {
 func (q *request) fail(err error) {
 	f := failureOf(err)
 	if (q.r.Context().Err() != nil || errors.Is(err, ErrLeft)) && !errors.As(err, new(*Failure)) {
-		panic(http.ErrAbortHandler) // the client is gone, and that is what err is about
+		q.hangUp(codeLeft) // the client is gone, and that is what err is about
 	}
 	q.report(err, f)
 	q.drain()
@@ -107,8 +107,12 @@ func (q *request) errorBody(f *Failure) errorBody {
 	return errorBody{Code: f.Code, Message: f.Message, Bucket: q.bucket, Key: xmlText(q.key), Resource: xmlText(q.r.URL.Path), RequestID: q.id, HostID: q.id}
 }
 
-// report logs what is not the client's doing. Reads and writes that the client broke off are its own.
+// report counts an error, and logs it if it is not the client's doing. Reads and writes that the client broke
+// off are its own.
 func (q *request) report(err error, f *Failure) {
+	if f.Status >= http.StatusBadRequest {
+		q.Metrics.errors.WithLabelValues(f.Code).Inc()
+	}
 	if f.Status < http.StatusInternalServerError || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil || errors.Is(err, ErrLeft) {
 		return
 	}

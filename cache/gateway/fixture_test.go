@@ -30,6 +30,7 @@ type fixture struct {
 	server *httptest.Server
 	url    string
 	logged *bytes.Buffer
+	counts *gateway.Metrics
 }
 
 type server = httptest.Server
@@ -39,14 +40,14 @@ type option func(*gateway.Config, *server)
 func overTLS(_ *gateway.Config, s *httptest.Server) { s.EnableHTTP2 = true }
 
 func serve(t *testing.T, options ...option) *fixture {
-	f := &fixture{T: t, m: newMemory(), other: newMemory(), logged: new(bytes.Buffer)}
+	f := &fixture{T: t, m: newMemory(), other: newMemory(), logged: new(bytes.Buffer), counts: gateway.NewMetrics()}
 	config := gateway.Config{
 		Buckets: map[string]gateway.Objects{bucket: f.m, "other": f.other, "frozen": readOnly{f.m}},
 		Keys: func() []gateway.Credential {
 			return []gateway.Credential{{AccessKey: accessKey, SecretKey: secretKey, Write: true}, {AccessKey: readKey, SecretKey: readSecret}}
 		},
 		Domain: "s3.test",
-		Logger: textLogger(f.logged),
+		Logger: textLogger(f.logged), Metrics: f.counts,
 	}
 	f.server = httptest.NewUnstartedServer(nil)
 	for _, o := range options {

@@ -55,6 +55,8 @@ type Config struct {
 	Stall time.Duration
 	// Logger is told of failures that are not the client's. nil: slog.Default().
 	Logger *slog.Logger
+	// Metrics counts requests. nil: nobody looks at the counts.
+	Metrics *Metrics
 	// Clock tells the time that signatures are compared with. nil: time.Now.
 	Clock func() time.Time
 
@@ -85,6 +87,9 @@ func New(c Config) (http.Handler, error) {
 	if c.Logger == nil {
 		c.Logger = slog.Default()
 	}
+	if c.Metrics == nil {
+		c.Metrics = NewMetrics()
+	}
 	if c.Clock == nil {
 		c.Clock = time.Now
 	}
@@ -107,10 +112,12 @@ type gateway struct {
 // request is one request whose sender is known.
 type request struct {
 	*gateway
-	w  http.ResponseWriter
+	w  *counted
 	r  *http.Request
 	in io.Reader // the body, watched
 	id string
+	// operation is S3's name of what is asked for. code is how the request ended, where no status says it.
+	operation, code string
 	// bucket and key are what the address names; either may be empty.
 	bucket, key string
 	objects     Objects // of bucket; nil without one
@@ -119,19 +126,25 @@ type request struct {
 }
 
 func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
-	q := &request{gateway: g, w: w, r: r, in: r.Body, id: newID()}
+	q := &request{
+		gateway: g, w: &counted{ResponseWriter: w, sent: g.Metrics.out}, r: r, in: r.Body, id: newID(),
+		operation: operationOther, code: codeCut,
+	}
+	g.Metrics.inFlight.Inc()
+	begun := time.Now()
+	defer func() { g.Metrics.ended(q.operation, q.code, time.Since(begun)) }()
 	q.name()
 	// A connection keeps the deadline of the answer before; and what net/http sends after this function
 	// has time of its own.
 	defer q.extend()
 	err := errors.Join(q.extend(), q.watch())
 	if err != nil && !errors.Is(err, http.ErrNotSupported) {
-		panic(http.ErrAbortHandler) // the connection is closed already
+		q.hangUp(codeLeft) // the connection is closed already
 	}
 	if r.ContentLength == 0 && r.ProtoMajor == 1 && strings.EqualFold(r.Header.Get("Expect"), "100-continue") {
 		// S3 says so of an empty body too, net/http does not. botocore takes an answer without it for a refusal,
 		// and the next one on the same connection for two.
-		w.WriteHeader(http.StatusContinue)
+		q.w.WriteHeader(http.StatusContinue)
 	}
 	if err == nil {
 		err = q.serve()
@@ -139,6 +152,13 @@ func (g *gateway) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	if err != nil {
 		q.fail(err)
 	}
+	q.code = q.w.code()
+}
+
+// hangUp ends the request and its connection.
+func (q *request) hangUp(code string) {
+	q.code = code
+	panic(http.ErrAbortHandler)
 }
 
 func (q *request) serve() error {
@@ -146,15 +166,17 @@ func (q *request) serve() error {
 	if q.query, err = parseQuery(q.r.URL.RawQuery); err != nil {
 		return err
 	}
+	q.bucket, q.key = address(q.r, q.Domain)
+	var answer func() error
+	q.operation, answer = q.route()
 	if q.r.Method == http.MethodOptions {
 		return failure(http.StatusForbidden, "AccessForbidden", "CORS is not enabled for this bucket.")
 	}
 	if q.who, err = q.authenticate(); err != nil {
 		return err
 	}
-	q.bucket, q.key = address(q.r, q.Domain)
 	if q.bucket == "" {
-		return q.service()
+		return answer()
 	}
 	var known bool
 	if q.objects, known = q.Buckets[q.bucket]; !known {
@@ -163,13 +185,12 @@ func (q *request) serve() error {
 		}
 		return failure(http.StatusNotFound, "NoSuchBucket", "The specified bucket does not exist.")
 	}
-	if q.key == "" {
-		return q.onBucket()
+	if q.key != "" {
+		if err := ValidKey(q.key); err != nil {
+			return err
+		}
 	}
-	if err := ValidKey(q.key); err != nil {
-		return err
-	}
-	return q.onObject()
+	return answer()
 }
 
 // name says in the answer which request it is to.

@@ -76,10 +76,12 @@ func (q *request) send(object Object) (replaced bool, err error) {
 			q.name()
 			return errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound), err
 		}
-		if !out.left {
-			q.report(err, failureOf(err))
+		// Either way the connection is cut: no client may take a part for the whole.
+		if out.left || q.r.Context().Err() != nil || errors.Is(err, ErrLeft) {
+			q.hangUp(codeLeft)
 		}
-		panic(http.ErrAbortHandler) // cut the connection: no client may take a part for the whole
+		q.report(err, failureOf(err))
+		q.hangUp(codeCut)
 	}
 	return false, nil
 }

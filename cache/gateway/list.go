@@ -42,6 +42,9 @@ type listing struct {
 }
 
 func (q *request) list() error {
+	if err := q.ignore(); err != nil {
+		return err
+	}
 	prefix, delimiter := q.query.get("prefix"), q.query.get("delimiter")
 	most, err := q.most("max-keys", maxPage)
 	if err != nil {

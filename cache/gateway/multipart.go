@@ -209,6 +209,9 @@ type uploadEntry struct {
 
 // uploads lists uploads under way: in order of key, and of time within one.
 func (q *request) uploads() error {
+	if err := q.ignore(); err != nil {
+		return err
+	}
 	most, err := q.most("max-uploads", maxPage)
 	if err != nil {
 		return err

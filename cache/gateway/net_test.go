@@ -144,6 +144,9 @@ func TestDownloadsThatAreAborted(t *testing.T) {
 		if f.logged.Len() > 0 {
 			t.Errorf("sendfile %v: a client that leaves was logged: %s", sendfile, f.logged)
 		}
+		if n := f.count(t)["requests_total GetObject left"]; n != 1 {
+			t.Errorf("sendfile %v: %v clients left", sendfile, n)
+		}
 	}
 }
 
@@ -367,12 +370,12 @@ func (p *pipes) Addr() net.Addr { return &net.TCPAddr{} }
 func inBubble(t *testing.T, o gateway.Objects, test func(t *testing.T, f *fixture, dial func() net.Conn)) {
 	synctest.Test(t, func(t *testing.T) {
 		logged := new(bytes.Buffer)
-		f := &fixture{T: t, m: newMemory(), logged: logged, url: "http://gateway"}
+		f := &fixture{T: t, m: newMemory(), logged: logged, url: "http://gateway", counts: gateway.NewMetrics()}
 		config := gateway.Config{
 			Buckets: map[string]gateway.Objects{bucket: o}, Keys: func() []gateway.Credential {
 				return []gateway.Credential{{AccessKey: accessKey, SecretKey: secretKey, Write: true}}
 			},
-			Logger: textLogger(logged),
+			Logger: textLogger(logged), Metrics: f.counts,
 		}
 		h, err := gateway.New(config)
 		if err != nil {
@@ -532,6 +535,10 @@ func TestAClientThatTakesNothing(t *testing.T) {
 		if n, err := io.Copy(io.Discard, r); n > 64<<20 || err != nil && !errors.Is(err, io.ErrClosedPipe) && !errors.Is(err, io.EOF) {
 			t.Errorf("%d more bytes after ten minutes, %v", n, err)
 		}
+		synctest.Wait()
+		if n := f.count(t)["requests_total GetObject left"]; n != 1 {
+			t.Errorf("%v clients left", n)
+		}
 	})
 }
 
@@ -540,11 +547,12 @@ func TestLongAnswersAreKeptAlive(t *testing.T) {
 		wait time.Duration
 		err  error
 		want string
+		code string // that is counted
 	}{
-		{35 * time.Second, nil, "<CopyObjectResult"},
-		{35 * time.Second, gateway.ErrBusy, "<Code>SlowDown</Code>"},
-		{35 * time.Second, errDisk, "<Code>InternalError</Code>"},
-		{2 * time.Hour, nil, "<CopyObjectResult"},
+		{35 * time.Second, nil, "<CopyObjectResult", "200"},
+		{35 * time.Second, gateway.ErrBusy, "<Code>SlowDown</Code>", "503"},
+		{35 * time.Second, errDisk, "<Code>InternalError</Code>", "500"},
+		{2 * time.Hour, nil, "<CopyObjectResult", "200"},
 	} {
 		m := slow{newMemory(), c.wait, c.err}
 		inBubble(t, m, func(t *testing.T, f *fixture, dial func() net.Conn) {
@@ -572,6 +580,10 @@ func TestLongAnswersAreKeptAlive(t *testing.T) {
 			}
 			if logged := f.logged.Len() > 0; logged != (c.err != nil) {
 				t.Errorf("%v: logged %q", c.err, f.logged)
+			}
+			synctest.Wait()
+			if n := f.count(t)["requests_total CopyObject "+c.code]; n != 1 {
+				t.Errorf("%v: counted as %v", c.err, f.count(t))
 			}
 		})
 	}

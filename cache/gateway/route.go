@@ -50,81 +50,104 @@ func (q *request) service() error {
 
 var errMethod = failure(http.StatusMethodNotAllowed, "MethodNotAllowed", "The specified method is not allowed against this resource.")
 
-func (q *request) onBucket() error {
+// route is what a request asks for: S3's name of the operation, and what answers it once its sender is known.
+// It looks at the request alone, so that also one that is refused is counted as what it was.
+func (q *request) route() (operation string, answer func() error) {
+	switch {
+	case q.bucket == "":
+		return "ListBuckets", q.service
+	case q.key == "":
+		return q.onBucket()
+	}
+	return q.onObject()
+}
+
+func (q *request) onBucket() (operation string, answer func() error) {
 	if name := q.subresource(bucketOnly); name != "" {
-		return q.unset(name, bucketUnset)
+		return operationOther, func() error { return q.unset(name, bucketUnset) }
 	}
 	switch q.r.Method {
 	case http.MethodHead:
-		if err := q.ignore(); err != nil {
-			return err
-		}
-		q.w.Header().Set("X-Amz-Bucket-Region", q.Region)
-		q.w.WriteHeader(http.StatusOK)
-		return nil
+		return "HeadBucket", q.headBucket
 	case http.MethodGet:
-		if err := q.ignore(); err != nil {
-			return err
-		}
 		switch {
 		case q.query.has("location"):
-			return q.location()
+			return "GetBucketLocation", q.location
 		case q.query.has("uploads"):
-			return q.uploads()
+			return "ListMultipartUploads", q.uploads
+		case q.query.get("list-type") == "2":
+			return "ListObjectsV2", q.list
 		}
-		return q.list()
+		return "ListObjects", q.list
 	case http.MethodPost:
 		if q.query.has("delete") {
-			return q.deleteMany()
+			return "DeleteObjects", q.deleteMany
 		}
-		return notImplemented("POST of an object from a form")
+		return operationOther, refuse(notImplemented("POST of an object from a form"))
 	case http.MethodPut:
-		return failure(http.StatusConflict, "BucketAlreadyOwnedByYou", "The bucket exists: buckets are Datasets.")
+		return "CreateBucket", refuse(failure(http.StatusConflict, "BucketAlreadyOwnedByYou", "The bucket exists: buckets are Datasets."))
 	case http.MethodDelete:
-		return notImplemented("Deletion of a bucket, which is a Dataset,")
+		return "DeleteBucket", refuse(notImplemented("Deletion of a bucket, which is a Dataset,"))
 	}
-	return errMethod
+	return operationOther, refuse(errMethod)
 }
 
-func (q *request) onObject() error {
+func (q *request) onObject() (operation string, answer func() error) {
 	if name := q.subresource(objectOnly); name != "" {
-		return q.unset(name, objectUnset)
+		return operationOther, func() error { return q.unset(name, objectUnset) }
 	}
 	upload := q.query.get("uploadId")
 	switch q.r.Method {
 	case http.MethodGet:
 		if upload != "" {
-			return q.parts(upload)
+			return "ListParts", func() error { return q.parts(upload) }
 		}
-		return q.get()
+		return "GetObject", q.get
 	case http.MethodHead:
-		return q.get()
+		return "HeadObject", q.get
 	case http.MethodPut:
+		copied := q.r.Header.Get("X-Amz-Copy-Source") != ""
 		switch {
 		case q.query.has("uploadId") || q.query.has("partNumber"):
-			return q.putPart(upload)
-		case q.r.Header.Get("X-Amz-Copy-Source") != "":
-			return q.copy()
+			if copied {
+				return "UploadPartCopy", func() error { return q.putPart(upload) }
+			}
+			return "UploadPart", func() error { return q.putPart(upload) }
+		case copied:
+			return "CopyObject", q.copy
 		}
-		return q.put()
+		return "PutObject", q.put
 	case http.MethodPost:
 		switch {
 		case q.query.has("uploads"):
-			return q.create()
+			return "CreateMultipartUpload", q.create
 		case upload != "":
-			return q.complete(upload)
+			return "CompleteMultipartUpload", func() error { return q.complete(upload) }
 		}
-		return errMethod
 	case http.MethodDelete:
 		if upload != "" {
-			return q.abort(upload)
+			return "AbortMultipartUpload", func() error { return q.abort(upload) }
 		}
-		return q.delete()
+		return "DeleteObject", q.delete
 	}
-	return errMethod
+	return operationOther, refuse(errMethod)
+}
+
+func refuse(f *Failure) func() error { return func() error { return f } }
+
+func (q *request) headBucket() error {
+	if err := q.ignore(); err != nil {
+		return err
+	}
+	q.w.Header().Set("X-Amz-Bucket-Region", q.Region)
+	q.w.WriteHeader(http.StatusOK)
+	return nil
 }
 
 func (q *request) location() error {
+	if err := q.ignore(); err != nil {
+		return err
+	}
 	answer := struct {
 		XMLName xml.Name `xml:"http://s3.amazonaws.com/doc/2006-03-01/ LocationConstraint"`
 		Region  string   `xml:",chardata"`

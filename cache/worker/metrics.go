@@ -28,6 +28,9 @@ func (c *counts) status(s wire.Status) {
 func newRegistry(w *Worker) *prometheus.Registry {
 	r := prometheus.NewRegistry()
 	r.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}), &collector{w: w})
+	if w.gateway != nil {
+		r.MustRegister(w.gateway.metrics)
+	}
 	return r
 }
 
