@@ -20,6 +20,8 @@ import (
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"github.com/go-logr/logr"
+	"github.com/minio/minio-go/v7"
+	"github.com/minio/minio-go/v7/pkg/credentials"
 	dto "github.com/prometheus/client_model/go"
 	"github.com/prometheus/common/expfmt"
 	"github.com/prometheus/common/model"
@@ -194,7 +196,8 @@ func lacks(a asked, component string, f *dto.MetricFamily) string {
 	}
 	if slices.ContainsFunc(f.Metric, func(s *dto.Metric) bool {
 		for _, m := range a.Matchers {
-			if v, own := value(s, m.Name); own && m.Type == "=" && v != m.Value {
+			v, own := value(s, m.Name)
+			if own && (m.Type == "=" && v != m.Value || m.Type == "=~" && !regexp.MustCompile("^(?:"+m.Value+")$").MatchString(v)) {
 				return false
 			}
 		}
@@ -206,8 +209,8 @@ func lacks(a asked, component string, f *dto.MetricFamily) string {
 }
 
 // Every metric, label and label value that the dashboard and the alerts ask for is exported by the programs:
-// controller and webhook over a real API server, a worker that served and refused reads, and the node service
-// with a mount in a pod.
+// controller and webhook over a real API server, a worker that served and refused reads, the node service with
+// a mount in a pod, and a worker with an S3 endpoint whose bucket does not answer.
 func TestMetricsExist(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root: the node service mounts")
@@ -220,6 +223,11 @@ func TestMetricsExist(t *testing.T) {
 	ask(t, &found, exprs, "selectors")
 	of := map[string]map[string]*dto.MetricFamily{}
 	of["worker"], of["node"] = workerAndNode(t)
+	for name, f := range writableWorker(t) {
+		if of["worker"][name] == nil {
+			of["worker"][name] = f
+		}
+	}
 	of["controllers"] = controlPlane(t, cluster(t))
 
 	seen := map[string]bool{}
@@ -243,6 +251,7 @@ func TestMetricsExist(t *testing.T) {
 		{Metric: "stepcache_worker_served_bytes_total", By: []string{"kind"}},
 		{Metric: "stepcache_node_keeper_connected", By: []string{"dataset"}}, // the node's pods have none
 		{Metric: "stepcache_source_requests_total", Matchers: []struct{ Name, Type, Value string }{{"op", "=", "read"}}},
+		{Metric: "stepcache_gateway_requests_total", Matchers: []struct{ Name, Type, Value string }{{"code", "=~", "5|03"}}},
 		{Metric: "up", By: []string{"kind"}},
 	} {
 		if missing(bad, of) == "" {
@@ -405,6 +414,52 @@ func workerAndNode(t *testing.T) (ofWorker, ofNode map[string]*dto.MetricFamily)
 		t.Fatalf("read %q of an object that changed", b)
 	}
 	return scrape(t, w.ControlAddr().String()), scrape(t, listen)
+}
+
+// writableWorker is a worker of a Dataset that takes puts, whose bucket nobody serves, after one request.
+func writableWorker(t *testing.T) map[string]*dto.MetricFamily {
+	t.Helper()
+	dir := t.TempDir()
+	for _, sub := range []string{"keys", "s3"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for name, text := range map[string]string{"accessKeyID": "KEY", "secretAccessKey": "secret"} {
+		if err := os.WriteFile(filepath.Join(dir, "s3", name), []byte(text), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := wire.WriteKeys(filepath.Join(dir, "keys"), wire.GenerateKeys()); err != nil {
+		t.Fatal(err)
+	}
+	w, err := worker.New(t.Context(), worker.Config{
+		Dataset: "argo/results", ID: "results-worker-0", Memory: 64 << 20, Dir: filepath.Join(dir, "store"), KeysDir: filepath.Join(dir, "keys"),
+		Listen: "127.0.0.1:0", Control: "127.0.0.1:0",
+		Mounts:  []worker.Mount{{Path: "/", Config: source.Config{URL: "s3://results/", Endpoint: "http://127.0.0.1:1", Region: "us-east-1", Anonymous: true}}},
+		Gateway: &worker.GatewayConfig{Listen: "127.0.0.1:0", Bucket: "results", Credentials: filepath.Join(dir, "s3")},
+	}, worker.Deps{Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { w.Close() })
+	start(t, "worker with an S3 endpoint", w.Serve)
+	s3, err := minio.New(w.GatewayAddr().String(), &minio.Options{Creds: credentials.NewStaticV4("KEY", "secret", ""), MaxRetries: 1})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := s3.StatObject(t.Context(), "results", "a", minio.StatObjectOptions{}); minio.ToErrorResponse(err).StatusCode != http.StatusServiceUnavailable {
+		t.Fatalf("without a bucket: %v", err)
+	}
+	var all map[string]*dto.MetricFamily
+	eventually(t, "the request is counted", func() error {
+		all = scrape(t, w.ControlAddr().String())
+		if all["stepcache_gateway_requests_total"] == nil {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	return all
 }
 
 // controlPlane are the metrics of controller and webhook, which share a registry in this process.
