@@ -116,7 +116,9 @@ func (j *Injector) viaStage(namespace string, p *patch, needs []*need) (warnings
 	}
 	c := j.container(stageName, args...)
 	c.VolumeMounts = mounts
-	c.Resources = resources("100m", "192Mi", "512Mi")
+	// Next to nothing of the CPU: a pod's share is what its hungriest container asks for, so a step that asks for
+	// more copies with that, and a hundred steps that do not cannot starve the worker that serves them all.
+	c.Resources = resources("10m", "192Mi", "512Mi")
 	c.TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError
 	user, yes, no := int64(65532), true, false
 	c.SecurityContext = &corev1.SecurityContext{
