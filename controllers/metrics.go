@@ -89,7 +89,7 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 		}
 		gauge(c.bytes, float64(d.Status.Bytes), name)
 		gauge(c.cached, float64(d.Status.Cached), name)
-		gauge(c.unflushed, float64(d.Status.Unflushed), name)
+		gauge(c.unflushed, float64(d.Status.Unflushed.Bytes), name)
 		gauge(c.workers, float64(d.Spec.Workers.Replicas), name, "wanted")
 		gauge(c.workers, float64(d.Status.Workers.Ready), name, "ready")
 	}

@@ -22,6 +22,7 @@ import (
 // +kubebuilder:printcolumn:name="Ready",type=integer,JSONPath=`.status.workers.ready`,description="Workers that serve"
 // +kubebuilder:printcolumn:name="Files",type=integer,JSONPath=`.status.files`,priority=1
 // +kubebuilder:printcolumn:name="Hit ratio",type=string,JSONPath=`.status.hitRatio`,priority=1
+// +kubebuilder:printcolumn:name="Unflushed",type=integer,JSONPath=`.status.unflushed.bytes`,priority=1,description="Bytes that the bucket does not have yet"
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
 // +kubebuilder:validation:XValidation:rule="self.metadata.name.matches('^[a-z]([-a-z0-9]*[a-z0-9])?$') && size(self.metadata.name) <= 40",fieldPath=".metadata",message="the name of a Dataset also names its workers, Service and claim: at most 40 lower-case letters, digits and '-', beginning with a letter and not ending with '-'"
 // +kubebuilder:validation:XValidation:rule="self.spec.access != 'ReadWrite' || (size(self.metadata.name) >= 3 && !self.metadata.name.matches('^(xn--|sthree-|amzn-s3-demo-)|(-s3alias|--[a-z]+-s3)$'))",fieldPath=".metadata",message="the name of a Dataset with access: ReadWrite is also the name of its bucket: at least 3 characters, not beginning with xn--, sthree- or amzn-s3-demo-, and not ending with -s3alias or one like --x-s3, which clients of S3 take for other things than buckets"
@@ -170,7 +171,15 @@ type Workers struct {
 	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('64Ti')) <= 0",message="memory of a worker must be at most 64Ti"
 	Memory resource.Quantity `json:"memory"`
 
-	// Copies is how many workers, on distinct nodes where there are enough, hold each block.
+	// CPU is what each worker asks of its node, 250m where it is absent; there is no limit. On a node whose CPUs
+	// are all busy it is what the worker gets, and a worker serves about 1 GB/s with one.
+	//
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('10m')) >= 0",message="cpu of a worker must be at least 10m"
+	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('1k')) <= 0",message="cpu of a worker must be at most 1k"
+	CPU *resource.Quantity `json:"cpu,omitempty"`
+
+	// Copies is how many workers hold each block, on distinct nodes where there are enough.
 	//
 	// +optional
 	// +default=1
@@ -259,7 +268,8 @@ type NodeCache struct {
 // Write says when a write counts as done.
 type Write struct {
 	// Policy is Through: the bucket has the bytes before the write is acknowledged; or Back: as many
-	// workers as workers.copies have them, on distinct nodes, and the bucket follows.
+	// workers as workers.copies, at least 2, have them, and the bucket follows. With Back every worker stands
+	// on a node of its own; deleting the Dataset, taking a worker away and replacing one wait for the bucket.
 	//
 	// +optional
 	// +default="Through"

@@ -51,6 +51,10 @@ const (
 	// AnnotationRollout is set by users on a Dataset. A new value moves its workers to the image of the
 	// installed version, one at a time; without it an upgrade leaves running workers and their memory alone.
 	AnnotationRollout = Group + "/rollout"
+	// AnnotationAcceptLoss is set by users on a Dataset with write policy Back whose change or deletion waits for
+	// the bucket. Its value is the metadata.generation at which writes that the bucket does not have may be lost;
+	// it means nothing after the next change.
+	AnnotationAcceptLoss = Group + "/accept-loss"
 )
 
 // Finalizer keeps a Dataset until no pod uses it, and a DataLoad until its pins are gone.

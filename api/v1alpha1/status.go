@@ -12,6 +12,9 @@ const (
 	ConditionVolumeReady = "VolumeReady"
 	// ConditionReady sums up the others.
 	ConditionReady = "Ready"
+	// ConditionFlushed: the bucket has all that was acknowledged. Only a Dataset with write policy Back has it,
+	// and Ready does not depend on it.
+	ConditionFlushed = "Flushed"
 	// ConditionShared: pods of every namespace in spec.shareWith can mount the Dataset. Only a Dataset that is
 	// shared has it, and Ready does not depend on it.
 	ConditionShared = "Shared"
@@ -50,7 +53,8 @@ type DatasetStatus struct {
 	ObservedGeneration int64 `json:"observedGeneration,omitempty"`
 	// +optional
 	Phase DatasetPhase `json:"phase,omitempty"`
-	// Conditions are Sourced, WorkersReady, VolumeReady, Ready and, with shareWith, Shared.
+	// Conditions are Sourced, WorkersReady, VolumeReady, Ready and, with shareWith, Shared, with write policy
+	// Back, Flushed.
 	//
 	// +optional
 	// +listType=map
@@ -99,10 +103,10 @@ type DatasetStatus struct {
 	//
 	// +optional
 	HitRatio string `json:"hitRatio,omitempty"`
-	// Unflushed is how many bytes are acknowledged but not yet in the bucket (write policy Back).
+	// Unflushed is what was acknowledged and is not in the bucket yet (write policy Back).
 	//
 	// +optional
-	Unflushed int64 `json:"unflushed,omitempty"`
+	Unflushed Unflushed `json:"unflushed,omitzero"`
 	// SharedWith are the other namespaces that have, or are about to have, a copy of the Secret with the read
 	// key, and with access ReadWrite one of the S3 endpoint's keys that only read.
 	//
@@ -118,6 +122,19 @@ type DatasetStatus struct {
 	//
 	// +optional
 	Workers WorkersStatus `json:"workers,omitzero"`
+}
+
+// Unflushed is what was acknowledged and is not in the bucket yet: the sum of the workers' own figures, which
+// may count an object twice and is never zero while anything is pending.
+type Unflushed struct {
+	// +optional
+	Objects int64 `json:"objects,omitempty"`
+	// +optional
+	Bytes int64 `json:"bytes,omitempty"`
+	// Oldest is when the first of them was put.
+	//
+	// +optional
+	Oldest *metav1.Time `json:"oldest,omitempty"`
 }
 
 // Skipped is one reason for which keys cannot be shown.

@@ -62,6 +62,17 @@ func memoryOf(d *v1alpha1.Dataset) (store, heap int64) {
 	return store, heap + upstreams(d)*(upstream.Buffers+store-quota)
 }
 
+// cpu is what a worker asks of its node, which is what it is left with when all CPUs are busy: a node's pods ask
+// for no more together than it has. A quarter of one serves some 250 MB/s then; where a node's network is faster
+// and its steps take every CPU, spec.workers.cpu asks for more. It is not limited: the CPUs that nobody takes
+// are the worker's.
+func cpu(d *v1alpha1.Dataset) resource.Quantity {
+	if q := d.Spec.Workers.CPU; q != nil {
+		return *q
+	}
+	return resource.MustParse("250m")
+}
+
 // podSpec is the workers' pod: admitted under the restricted level, without an API token.
 func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 	d := p.dataset
@@ -142,7 +153,7 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 			},
 			Ports: ports,
 			Resources: corev1.ResourceRequirements{
-				Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: resource.MustParse("100m")},
+				Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: cpu(d)},
 				Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},
 			},
 			// On a node where many pods start at once a worker that is well may not answer for a minute, and a

@@ -3,6 +3,10 @@ package dataset
 import (
 	"testing"
 
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
+	"k8s.io/utils/ptr"
+
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
 
@@ -36,6 +40,27 @@ func TestSizesAreInTheUnitsOfManifests(t *testing.T) {
 	for bytes, want := range map[int64]string{0: "0", 1023: "1023", 1024: "1Ki", 1536: "1.5Ki", 12 << 30: "12Gi", 1 << 62: "4Ei"} {
 		if got := size(bytes); got != want {
 			t.Errorf("%d: %s, want %s", bytes, got, want)
+		}
+	}
+}
+
+// On a node whose CPUs are all busy a worker has what it asks for, and nothing limits it on another.
+func TestWorkersAskForCPUAsTheDatasetSays(t *testing.T) {
+	r := &Reconciler{Options: Options{Store: StoreEmptyDir}}
+	d := &v1alpha1.Dataset{}
+	d.Namespace, d.Name = "argo", "genomes"
+	d.Spec.Workers = v1alpha1.Workers{Replicas: 1, Memory: resource.MustParse("64Mi")}
+	for _, c := range []struct {
+		asked *resource.Quantity
+		want  string
+	}{{nil, "250m"}, {ptr.To(resource.MustParse("10m")), "10m"}, {ptr.To(resource.MustParse("4")), "4"}} {
+		d.Spec.Workers.CPU = c.asked
+		all := r.podSpec(&pass{dataset: d}, "stepcache:v1").Containers[0].Resources
+		if got := all.Requests.Cpu().String(); got != c.want {
+			t.Errorf("%v: asks for %s, want %s", c.asked, got, c.want)
+		}
+		if _, limited := all.Limits[corev1.ResourceCPU]; limited {
+			t.Errorf("%v: is limited", c.asked)
 		}
 	}
 }

@@ -66,10 +66,14 @@ func (r *Reconciler) config(ctx context.Context, p *pass) error {
 	if err != nil {
 		return err
 	}
-	if p.wanted, err = hashOf([]any{
+	asked := []any{
 		string(b), p.dataset.Spec.Workers.MemoryBytes(), p.dataset.Spec.Workers.Template, r.Store,
 		p.dataset.Annotations[v1alpha1.AnnotationRollout],
-	}); err != nil {
+	}
+	if q := p.dataset.Spec.Workers.CPU; q != nil {
+		asked = append(asked, q.MilliValue()) // what is not asked for must not change the hash of pods from before
+	}
+	if p.wanted, err = hashOf(asked); err != nil {
 		return err
 	}
 	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{

@@ -270,8 +270,8 @@ func (u *uninstaller) dataset(ctx context.Context, d *v1alpha1.Dataset, alone bo
 		if err := u.c.Get(ctx, client.ObjectKeyFromObject(d), fresh); err != nil {
 			return "", client.IgnoreNotFound(err)
 		}
-		if fresh.Status.Unflushed > 0 {
-			return fmt.Sprintf("Dataset %s, of which %d bytes are not in the bucket yet and only a controller can see them flushed: start it again, or remove the Dataset's finalizer to lose them", name, fresh.Status.Unflushed), nil
+		if fresh.Status.Unflushed.Bytes > 0 {
+			return fmt.Sprintf("Dataset %s, of which %d bytes are not in the bucket yet and only a controller can see them flushed: start it again, or remove the Dataset's finalizer to lose them", name, fresh.Status.Unflushed.Bytes), nil
 		}
 		if _, err := dataset.Release(ctx, u.c, u.c, fresh); err != nil {
 			return "", fmt.Errorf("dataset %s: %w", name, err)
