@@ -43,13 +43,14 @@ func charts(rep *trial.Report, dir string) error {
 	return nil
 }
 
-// chart draws a section: a group of bars for each row, a bar for each contender, how high its figure is to the
-// native one, on a logarithmic scale. For times it is the native one to the contender's, so that higher is better
-// everywhere.
+// chart draws a section: a group of bars for each row, a bar for each contender, how high its figure is to that of
+// the contender with whom the row compares, on a logarithmic scale. For times it is the other way round, so that
+// higher is better everywhere.
 func chart(rep *trial.Report, section string, rows []*trial.Row, out io.Writer) error {
 	p := plot.New()
-	p.Title.Text = section + ": times native (1 = as fast; logarithmic)"
-	p.Y.Label.Text = "times native"
+	base := rows[0].Base() // of a section's rows it is the same
+	p.Title.Text = section + ": times " + base + " (1 = as fast; logarithmic)"
+	p.Y.Label.Text = "times " + base
 	p.Legend.Top = true
 	p.BackgroundColor = color.White
 	var names []string

@@ -30,12 +30,19 @@ type scale struct {
 	// bandwidth and firstByte are those of the limited bucket.
 	bandwidth int64
 	firstByte time.Duration
+	// artifacts are how many small ones there are of each size, artifact and shared the sizes of the large one and
+	// of that which many get.
+	artifacts        int
+	artifact, shared int64
 }
 
+// smallArtifacts are the sizes of small ones.
+var smallArtifacts = []int64{1 << 10, 32 << 10, 1 << 20}
+
 var scales = map[string]scale{
-	"small":  {4 << 20, 4 << 20, 256 << 10, 40, 300, 100 << 10, 1, 1, 300 * time.Millisecond, 200e6, 20 * time.Millisecond},
-	"medium": {512 << 20, 128 << 20, 32 << 20, 3_000, 20_000, 100 << 10, 2, 1, 1500 * time.Millisecond, 200e6, 20 * time.Millisecond},
-	"full":   {2 << 30, 512 << 20, 128 << 20, 10_000, 100_000, 100 << 10, 3, 1, 2500 * time.Millisecond, 200e6, 20 * time.Millisecond},
+	"small":  {4 << 20, 4 << 20, 256 << 10, 40, 300, 100 << 10, 1, 1, 300 * time.Millisecond, 200e6, 20 * time.Millisecond, 16, 20 << 20, 256 << 10},
+	"medium": {512 << 20, 128 << 20, 32 << 20, 3_000, 20_000, 100 << 10, 2, 1, 1500 * time.Millisecond, 200e6, 20 * time.Millisecond, 200, 128 << 20, 8 << 20},
+	"full":   {2 << 30, 512 << 20, 128 << 20, 10_000, 100_000, 100 << 10, 3, 1, 2500 * time.Millisecond, 200e6, 20 * time.Millisecond, 400, 256 << 20, 32 << 20},
 }
 
 // The buckets, each the data of a section.
@@ -45,6 +52,7 @@ const (
 	treeBucket    = "tree"
 	limitedBucket = "limited"
 	stepsBucket   = "steps"
+	putsBucket    = "artifacts"
 )
 
 // input starts the servers and fills them. What is in them is native files too, in the servers' own folders.
@@ -75,6 +83,10 @@ func input(ctx context.Context, o options, dir string) (in trial.Input, remove f
 	if err != nil {
 		return in, remove, err
 	}
+	in.Artifacts = artifacts(c, slow)
+	if err := slow.MakeBucket(ctx, putsBucket); err != nil {
+		return in, remove, err
+	}
 	type part struct {
 		data   **trial.Data
 		server *bucket.Server
@@ -91,8 +103,7 @@ func input(ctx context.Context, o options, dir string) (in trial.Input, remove f
 		{&in.Steps, slow, slowDir, stepsBucket, one(c.step)},
 	} {
 		d := &trial.Data{
-			Bucket: &trial.Bucket{Endpoint: p.server.Endpoint(), Region: p.server.Region, Name: p.name, PathStyle: true,
-				AccessKey: p.server.AccessKey, SecretKey: p.server.SecretKey, Sent: p.server.Sent, Requests: p.server.Requests},
+			Bucket: at(p.server, p.name),
 			Native: filepath.Join(p.dir, p.name), Files: p.files, Entries: access.Entries(len(p.files)),
 		}
 		for _, f := range p.files {
@@ -108,6 +119,24 @@ func input(ctx context.Context, o options, dir string) (in trial.Input, remove f
 		fmt.Fprintf(os.Stderr, "input: %s in %s\n", p.name, time.Since(began).Round(time.Millisecond))
 	}
 	return in, remove, nil
+}
+
+// at is a bucket of a server.
+func at(s *bucket.Server, name string) *trial.Bucket {
+	return &trial.Bucket{Endpoint: s.Endpoint(), Region: s.Region, Name: name, PathStyle: true,
+		AccessKey: s.AccessKey, SecretKey: s.SecretKey, Sent: s.Sent, Requests: s.Requests}
+}
+
+// artifacts are those that the trial puts itself.
+func artifacts(c scale, s *bucket.Server) *trial.Artifacts {
+	a := &trial.Artifacts{Small: smallArtifacts, Count: c.artifacts, Large: c.artifact, Shared: c.shared}
+	a.Bucket, a.Puts = at(s, putsBucket), true
+	a.Memory = 64<<20 + c.artifact + 3*c.shared
+	for _, size := range a.Small {
+		a.Memory += int64(a.Count) * (size + 8<<10)
+	}
+	a.Memory += a.Memory / 4
+	return a
 }
 
 // fill puts a bucket's objects.

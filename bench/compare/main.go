@@ -3,8 +3,8 @@
 //
 // It owns the input (two real S3 servers, one without limits and one with a bandwidth, and what is in them), the
 // sizes, and the charts; package trial owns what is measured and how. Concurrency: one goroutine measures.
-// Failure: the exit status is 1 where this project had no figure or anybody gave wrong bytes; what other projects
-// cannot do is told in the report.
+// Failure: the exit status is 1 where this project had no figure or anybody gave wrong bytes, and where it was
+// interrupted, after what there is; what other projects cannot do is told in the report.
 //
 // It may import bench/..., test/bucket and what those may.
 package main
@@ -65,7 +65,8 @@ func command() *cobra.Command {
 		Short: "What a step gets, beside what its user would take instead, in one run",
 		Long: `Reads the same data as native files, from the bucket by a parallel client, through this project cold and warm,
 and through whichever of rclone, s3fs, geesefs and mount-s3 are on the PATH: one large file, many small ones, a
-great many names, eight pods and a hundred steps. Prints a table and writes JSON and charts into --out.
+great many names, eight pods and a hundred steps; and puts and gets artifacts, through this project and at the bucket.
+Prints a table and writes JSON and charts into --out.
 bench/README.md says how to read it. Mounts need root.`,
 		Example: `  go run ./bench/compare --size small
   go run ./bench/compare --only 'small files' --contenders stepcache,rclone --rounds 5`,
@@ -162,11 +163,13 @@ func run(ctx context.Context, o options, dir string, mounts bool) error {
 		Program: o.stepcache, Reader: []string{self, "read"}, Only: o.match, Contenders: o.contenders,
 		Rounds: o.rounds, SlowRounds: o.slowRounds, Limit: o.limit, Patience: o.patience, Budget: o.budget, Mounts: mounts, Log: os.Stderr,
 	}, in)
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
 	if len(rep.Rows) == 0 {
 		return runErr
+	}
+	if ctx.Err() != nil {
+		// What there is, for people; the files keep the last whole run.
+		fmt.Println("Interrupted: these are not all rows and rounds.")
+		return errors.Join(rep.Print(os.Stdout), context.Cause(ctx))
 	}
 	err = errors.Join(rep.Print(os.Stdout), writeTo(filepath.Join(o.out, "compare.json"), rep.JSON), charts(rep, o.out))
 	if o.readme != "" {

@@ -30,6 +30,8 @@ type Data struct {
 	Entries int64
 	// Memory is what a cache of it needs, in bytes.
 	Memory int64
+	// Puts says that objects are put into the bucket, too.
+	Puts bool
 }
 
 // Input is what the sections read; a nil one is left out.
@@ -38,4 +40,6 @@ type Input struct {
 	Large, Small, Tree *Data
 	// Limited has one file behind a bucket with a bandwidth, which eight pods want; Steps one that a hundred do.
 	Limited, Steps *Data
+	// Artifacts are put and got.
+	Artifacts *Artifacts
 }

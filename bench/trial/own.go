@@ -55,6 +55,9 @@ func (o *own) fresh(ctx context.Context, d *Data) (s session, err error) {
 			return nil, err
 		}
 	}
+	if d.Puts {
+		return w.endpoint()
+	}
 	w.mounts.command = func(at string, _ int) *exec.Cmd {
 		return exec.Command(o.program, "mount", "--tier", dir, at)
 	}
@@ -73,6 +76,10 @@ func manifest(d *Data) string {
 	if b.Token != "" {
 		token = fmt.Sprintf(", sessionToken: %q", b.Token)
 	}
+	access := "ReadOnly"
+	if d.Puts {
+		access = "ReadWrite"
+	}
 	return fmt.Sprintf(`apiVersion: v1
 kind: Secret
 metadata: {name: access-key}
@@ -84,8 +91,9 @@ metadata: {name: bench}
 spec:
   mounts:
   - {path: /, source: "s3://%s/%s", endpoint: %q, region: %q, credentialsSecretRef: {name: access-key}}
+  access: %s
   workers: {replicas: 1, memory: %d}
-`, b.AccessKey, b.SecretKey, token, b.Name, b.Prefix, b.Endpoint, b.Region, d.Memory)
+`, b.AccessKey, b.SecretKey, token, b.Name, b.Prefix, b.Endpoint, b.Region, access, d.Memory)
 }
 
 // start brings up a tier of the dataset and returns its folder.

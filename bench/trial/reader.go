@@ -30,6 +30,9 @@ const (
 	opWalk       = "walk"
 	opHash       = "hash"   // by the machine's own tool, a process for each reader
 	opDigest     = "digest" // of all files, to compare them with the originals; not timed
+	opPut        = "put"    // objects, of which the job's reader knows the content
+	opGet        = "get"    // what was put, comparing it
+	opShare      = "share"  // one is put, then got by all readers at once
 )
 
 // Job is what one reader's process is to do.
@@ -55,6 +58,9 @@ type Done struct {
 	access.Amount
 	// Digests are those found, each once.
 	Digests []string `json:"digests,omitempty"`
+	// Compared says that the reader itself knew what it had to get; Wrong is what it got wrong.
+	Compared bool   `json:"compared,omitempty"`
+	Wrong    string `json:"wrong,omitempty"`
 }
 
 // Read does a job that comes as JSON, and tells what was done as JSON. A program that runs trials has a way to be
@@ -70,7 +76,9 @@ func Read(ctx context.Context, in io.Reader, out io.Writer) error {
 	j.Readers = max(j.Readers, 1)
 	var d Done
 	var err error
-	if len(j.Dirs) > 0 {
+	if j.Bucket != nil && (j.Op == opPut || j.Op == opGet || j.Op == opShare) {
+		d, err = j.artifacts(ctx)
+	} else if len(j.Dirs) > 0 {
 		d, err = j.files(ctx)
 	} else if j.Bucket != nil {
 		d, err = j.objects(ctx)

@@ -83,6 +83,8 @@ type Row struct {
 	Kind    Kind   `json:"kind"`
 	// Of names the row whose native figure is N here; empty: this one.
 	Of string `json:"of,omitempty"`
+	// To is the contender whose figure is N in place of the native one; it and this project are all that are measured.
+	To string `json:"to,omitempty"`
 	// Reach is the figure that this project wants, as a ratio to N where nothing else is said.
 	Reach string `json:"reach,omitempty"`
 	// Without names a contender that is not measured here.
@@ -92,15 +94,25 @@ type Row struct {
 
 // wants says whether a contender has a figure here.
 func (r *Row) wants(contender string) bool {
-	switch contender {
-	case r.Without:
+	switch {
+	case contender == r.Without:
 		return false
-	case Native:
+	case r.To != "":
+		return contender == r.To || contender == Own
+	case contender == Native:
 		return r.Kind != Cold
-	case Direct: // what caches nothing is never warm
+	case contender == Direct: // what caches nothing is never warm
 		return r.Kind != Warm
 	}
 	return true
+}
+
+// Base is the contender to whom a row's ratios are.
+func (r *Row) Base() string {
+	if r.To != "" {
+		return r.To
+	}
+	return Native
 }
 
 func (r *Row) of(contender string) *Figure {
@@ -143,9 +155,9 @@ func (f *Figure) add(v float64, c CPU) {
 
 // left notes what left the bucket for a reading.
 func (f *Figure) left(bytes, requests int64, op string, got result) {
-	if got.Bytes > 0 {
+	if got.Bytes > 0 && op != opPut {
 		f.LeftBucket = float64(bytes) / float64(got.Bytes)
-		if op == opSequential || op == opHash {
+		if op == opSequential || op == opHash || op == opShare {
 			f.LeftBucket *= float64(got.Count) // each reader read all of it
 		}
 	}
@@ -165,7 +177,7 @@ func SpreadOf(samples []float64) Spread {
 
 // Ratio is a contender's figure to the native one, by rounds where both have all of them.
 func (rep *Report) Ratio(r *Row, contender string) (s Spread, ok bool) {
-	f, native := r.Figures[contender], rep.native(r)
+	f, native := r.Figures[contender], rep.base(r)
 	if f == nil || native == nil || len(f.Samples) == 0 || len(native.Samples) == 0 {
 		return s, false
 	}
@@ -181,14 +193,15 @@ func (rep *Report) Ratio(r *Row, contender string) (s Spread, ok bool) {
 	return SpreadOf(ratios), true
 }
 
-func (rep *Report) native(r *Row) *Figure {
+// base is the figure to which a row's ratios are.
+func (rep *Report) base(r *Row) *Figure {
 	of := r.Of
 	if of == "" {
 		of = r.Name
 	}
 	for _, other := range rep.Rows {
 		if other.Section == r.Section && other.Name == of {
-			return other.Figures[Native]
+			return other.Figures[r.Base()]
 		}
 	}
 	return nil
@@ -306,7 +319,7 @@ func (rep *Report) cell(r *Row, name string) string {
 		return "none (see below)"
 	}
 	text := r.Unit.Format(SpreadOf(f.Samples).Median)
-	if s, ok := rep.Ratio(r, name); ok && (name != Native || r.Of != "") {
+	if s, ok := rep.Ratio(r, name); ok && (name != r.Base() || r.Of != "") {
 		text += fmt.Sprintf(", %.2f", s.Median)
 		if s.Min != s.Max {
 			text += fmt.Sprintf(" (%.2f..%.2f)", s.Min, s.Max)

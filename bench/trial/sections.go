@@ -13,7 +13,7 @@ const (
 
 // sections are all, in the order of the report.
 func (t *trial) sections() []*section {
-	return []*section{t.largeSection(), t.smallSection(), t.treeSection(), t.podsSection(), t.stepsSection()}
+	return []*section{t.largeSection(), t.smallSection(), t.treeSection(), t.podsSection(), t.stepsSection(), t.artifactsSection()}
 }
 
 // hashTool is what hashes as steps do; empty: there is none.
@@ -199,19 +199,21 @@ func (d *doing) warm(j Job) {
 }
 
 // here measures a row in the mount that there is; without a row's name it only reads.
-func (d *doing) here(row string, j Job) {
-	switch {
-	case d.err != nil:
-	case row == "":
-		_, d.err = d.v.untimed(d.ctx, j)
-	case d.v.takes(row):
-		if d.v.at == nil {
-			d.err = d.v.fresh(d.ctx, 1)
-		}
-		if d.err == nil {
-			_, d.err = d.v.measure(d.ctx, row, j)
+func (d *doing) here(row string, j Job) (r result) {
+	if d.err != nil || row != "" && !d.v.takes(row) {
+		return r
+	}
+	if d.v.at == nil {
+		if d.err = d.v.fresh(d.ctx, 1); d.err != nil {
+			return r
 		}
 	}
+	if row == "" {
+		r, d.err = d.v.untimed(d.ctx, j)
+	} else {
+		r, d.err = d.v.measure(d.ctx, row, j)
+	}
+	return r
 }
 
 // anew measures a row in a mount of which the kernel knows nothing.

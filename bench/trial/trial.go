@@ -2,6 +2,7 @@ package trial
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"io"
 	"os/exec"
@@ -52,6 +53,9 @@ type trial struct {
 	// contenders that were compared with them.
 	originals map[string]string
 	checked   map[string]bool
+
+	began    time.Time
+	progress progress
 }
 
 // Run measures all rows and returns what there is also where it ends early.
@@ -68,20 +72,48 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 	for _, c := range all {
 		t.report.Contenders = append(t.report.Contenders, Contender{c.name(), c.version(ctx)})
 	}
-	began := time.Now()
-	sections := t.sections()
+	t.began = time.Now()
+	defer func() {
+		t.report.Machine.Finish()
+		t.report.Seconds = time.Since(t.began).Seconds()
+	}()
+	sections := t.chosen()
+	if len(sections) == 0 {
+		return t.report, fmt.Errorf("--only %q matches no row", o.Only)
+	}
+	for _, s := range sections {
+		visits := 0
+		for _, c := range all {
+			if s.wants(c.name()) && t.cannot(c, s) == "" {
+				visits += s.rounds
+			}
+		}
+		t.progress.sections = append(t.progress.sections, sectionProgress{planned: visits})
+	}
 	for k, s := range sections {
-		share := (o.Budget - time.Since(began)) / time.Duration(len(sections)-k)
-		if err := t.section(ctx, s, all, share); err != nil {
+		share := (o.Budget - time.Since(t.began)) / time.Duration(len(sections)-k)
+		if err := t.section(ctx, k, s, all, share); err != nil {
 			return t.report, err
 		}
 	}
-	t.report.Machine.Finish()
-	t.report.Seconds = time.Since(t.report.Date).Seconds()
-	if len(t.report.Rows) == 0 {
-		return t.report, fmt.Errorf("--only %q matches no row", o.Only)
-	}
 	return t.report, t.report.wrong()
+}
+
+// chosen are the sections that have rows to be measured, with no others.
+func (t *trial) chosen() (chosen []*section) {
+	for _, s := range t.sections() {
+		if s.data == nil {
+			continue
+		}
+		s.rows = slices.DeleteFunc(s.rows, func(r *Row) bool { return !t.o.Only.MatchString(s.name + ": " + r.Name) })
+		for _, r := range s.rows {
+			r.Section = s.name
+		}
+		if len(s.rows) > 0 {
+			chosen = append(chosen, s)
+		}
+	}
+	return chosen
 }
 
 // contenders are those that can be measured here, and the reasons of those that cannot.
@@ -105,6 +137,10 @@ type section struct {
 	run func(ctx context.Context, v *visit) error
 }
 
+func (s *section) wants(contender string) bool {
+	return slices.ContainsFunc(s.rows, func(r *Row) bool { return r.wants(contender) })
+}
+
 // visit is one contender's turn in one round of a section.
 type visit struct {
 	t  *trial
@@ -113,34 +149,29 @@ type visit struct {
 	at session
 }
 
-// section measures a section's rows.
-func (t *trial) section(ctx context.Context, s *section, all []contender, share time.Duration) error {
-	if s.data == nil {
-		return nil
-	}
-	s.rows = slices.DeleteFunc(s.rows, func(r *Row) bool { return !t.o.Only.MatchString(s.name + ": " + r.Name) })
-	if len(s.rows) == 0 {
-		return nil
-	}
-	for _, r := range s.rows {
-		r.Section = s.name
-		t.report.Rows = append(t.report.Rows, r)
-	}
+// section measures the rows of the k-th section.
+func (t *trial) section(ctx context.Context, k int, s *section, all []contender, share time.Duration) error {
+	t.report.Rows = append(t.report.Rows, s.rows...)
+	p := &t.progress.sections[k]
 	began := time.Now()
 	for round := range s.rounds {
 		if spent := time.Since(began); round > 0 && t.o.Budget > 0 && spent+spent/time.Duration(round) > share {
 			fmt.Fprintf(t.o.Log, "%s: no more rounds, %d took %s\n", s.name, round, spent.Round(time.Second))
 			break
 		}
-		for k := range all {
-			c := all[(k+round)%len(all)]
+		for i := range all {
+			c := all[(i+round)%len(all)]
+			if !s.wants(c.name()) {
+				continue
+			}
 			if why := t.cannot(c, s); why != "" {
 				for _, r := range s.rows {
 					r.of(c.name()).Reason = why
 				}
 				continue
 			}
-			fmt.Fprintf(t.o.Log, "%s, round %d of %d: %s\n", s.name, round+1, s.rounds, c.name())
+			t.log("%s, round %d of %d: %s", s.name, round+1, s.rounds, c.name())
+			start := time.Now()
 			err := t.visit(ctx, s, c)
 			if ctx.Err() != nil {
 				return context.Cause(ctx)
@@ -148,9 +179,25 @@ func (t *trial) section(ctx context.Context, s *section, all []contender, share 
 			if err != nil {
 				fmt.Fprintf(t.o.Log, "%s: %s: %v\n", s.name, c.name(), err)
 			}
+			p.made++
+			p.took += time.Since(start)
 		}
 	}
+	p.planned = p.made // what was left out for the budget, or since somebody hung
 	return nil
+}
+
+// log says what is measured now, and how long all of it may still take.
+func (t *trial) log(format string, a ...any) {
+	line := fmt.Sprintf(format, a...)
+	if left, ok := t.progress.left(); ok {
+		spent := time.Since(t.began)
+		if t.o.Budget > 0 {
+			left = min(left, max(t.o.Budget-spent, 0)) // more rounds are not begun
+		}
+		line += fmt.Sprintf(" (%s, about %s left)", spent.Round(time.Second), left.Round(time.Second))
+	}
+	fmt.Fprintln(t.o.Log, line)
 }
 
 // cannot is why a contender has no figures in a section.
@@ -165,7 +212,7 @@ func (t *trial) cannot(c contender, s *section) string {
 			return "the bucket's credentials are not here"
 		}
 	case *own:
-		if !t.o.Mounts {
+		if !t.o.Mounts && !s.data.Puts {
 			return "needs root (CAP_SYS_ADMIN) to mount"
 		}
 		if s.data.Bucket == nil && t.o.Tier == "" && len(t.o.Manifests) == 0 {
@@ -295,12 +342,26 @@ func (v *visit) measure(ctx context.Context, name string, j Job) (result, error)
 	if b != nil && b.Sent != nil {
 		m.left(b.Sent()-sent, b.Requests()-requests, j.Op, got)
 	}
-	if len(got.Digests) > 0 {
-		if err := v.same(ctx, j, got.Digests); err != nil {
-			return got, err
-		}
+	switch {
+	case got.Wrong != "":
+		return got, v.wrong(got.Wrong)
+	case got.Compared:
+		v.t.report.Digests++
+	case len(got.Digests) > 0:
+		return got, v.same(ctx, j, got.Digests)
 	}
 	return got, nil
+}
+
+// wrong takes the contender's figures away.
+func (v *visit) wrong(what string) error {
+	for _, r := range v.s.rows {
+		if r.wants(v.c.name()) {
+			m := r.of(v.c.name())
+			m.Samples, m.Reason, m.Failed, m.Wrong = nil, what, true, true
+		}
+	}
+	return errors.New(what)
 }
 
 // same compares digests with those of the native files, read by the same job.
@@ -321,12 +382,7 @@ func (v *visit) same(ctx context.Context, j Job, got []string) error {
 	}
 	for _, d := range got {
 		if d != want {
-			err := fmt.Errorf("WRONG BYTES: digest %s instead of %s", d, want)
-			for _, r := range v.s.rows {
-				m := r.of(v.c.name())
-				m.Samples, m.Reason, m.Failed, m.Wrong = nil, err.Error(), true, true
-			}
-			return err
+			return v.wrong(fmt.Sprintf("WRONG BYTES: digest %s instead of %s", d, want))
 		}
 	}
 	v.t.report.Digests++

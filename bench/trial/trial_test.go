@@ -281,6 +281,27 @@ func TestRatios(t *testing.T) {
 	}
 }
 
+// What is left takes as long as what was measured: of the same section, or where nothing was, of all.
+func TestTimeLeft(t *testing.T) {
+	p := progress{sections: []sectionProgress{{planned: 6}, {planned: 2}}}
+	if _, ok := p.left(); ok {
+		t.Error("it knows before anything was measured")
+	}
+	p.sections[0].made, p.sections[0].took = 3, 30*time.Second
+	if left, ok := p.left(); !ok || left != 50*time.Second {
+		t.Errorf("half of one section, nothing of the other: %s", left)
+	}
+	p.sections[0].planned = 3
+	p.sections[1].made, p.sections[1].took = 1, time.Minute
+	if left, _ := p.left(); left != time.Minute {
+		t.Errorf("one visit left: %s", left)
+	}
+	p.sections[1].made, p.sections[1].took = 2, 2*time.Minute
+	if left, _ := p.left(); left != 0 {
+		t.Errorf("none left: %s", left)
+	}
+}
+
 // With its share of the budget spent, a section is measured once and not again.
 func TestBudget(t *testing.T) {
 	d := data(t)
@@ -294,7 +315,8 @@ func TestBudget(t *testing.T) {
 			do.fresh("read", 1, Job{Op: opSmall, Files: d.Files, Readers: 1, Whole: true})
 			return do.err
 		}
-		if err := tr.section(t.Context(), s, []contender{nativeFiles{}}, share); err != nil {
+		tr.progress.sections = make([]sectionProgress, 1)
+		if err := tr.section(t.Context(), 0, s, []contender{nativeFiles{}}, share); err != nil {
 			t.Fatal(err)
 		}
 		if n := len(row.of(Native).Samples); n != want {
