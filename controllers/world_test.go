@@ -100,9 +100,6 @@ func TestMain(m *testing.M) {
 	os.Exit(code)
 }
 
-// patience is how long a test waits for what normally takes a moment.
-const patience = 90 * time.Second
-
 // clock is the controllers' time: the real one, and what a test adds to it.
 type clock struct{ ahead atomic.Int64 }
 
@@ -166,6 +163,7 @@ func newWorld(t *testing.T) *world {
 	if err != nil {
 		t.Fatal(err)
 	}
+	t.Cleanup(func() { os.RemoveAll(dir) }) // after what is registered below has ended the workers
 	w := &world{
 		T: t, Client: c, clock: &clock{}, image: "stepcache:v1", dir: dir, workers: make(map[string]*running),
 		// Every pod has an address of its own on the loopback device, since workers' ports are fixed.
@@ -201,7 +199,6 @@ func newWorld(t *testing.T) *world {
 			r.stop()
 		}
 		w.mu.Unlock()
-		os.RemoveAll(dir)
 	})
 	return w
 }
@@ -280,17 +277,7 @@ func (w *world) must(err error) {
 // eventually waits until f has nothing to complain of.
 func (w *world) eventually(what string, f func() error) {
 	w.Helper()
-	deadline := time.Now().Add(patience)
-	for {
-		err := f()
-		if err == nil {
-			return
-		}
-		if time.Now().After(deadline) {
-			w.Fatalf("%s: %v", what, err)
-		}
-		time.Sleep(30 * time.Millisecond)
-	}
+	envtest.Eventually(w, what, f)
 }
 
 func (w *world) nodeName(i int) string { return fmt.Sprintf("%s-node-%d", w.ns, i) }
@@ -310,6 +297,7 @@ func (w *world) node(i int, ready corev1.ConditionStatus) {
 
 // play does once what the rest of a cluster does. What fails is tried again.
 func (w *world) play(ctx context.Context) {
+	envtest.CollectPods(ctx, w, client.InNamespace(w.ns))
 	claims := &corev1.PersistentVolumeClaimList{}
 	_ = w.List(ctx, claims, client.InNamespace(w.ns))
 	for i := range claims.Items {

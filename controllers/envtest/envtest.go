@@ -1,9 +1,10 @@
 // Package envtest runs a real API server and its store for tests: kube-apiserver and etcd, built once from
 // the Go modules that tools/envtest pins, with the CustomResourceDefinitions of config/crd.
 //
-// It owns the build and the processes. Concurrency: test binaries of several packages may call Start at
-// once; one builds, the others wait. Failure: Start says what is missing; the processes end with the stop
-// function, and by themselves within seconds of this process's death. Nothing that a user runs imports it.
+// It owns the build and the processes, and plays what tests need of a cluster beside them. Concurrency: test
+// binaries of several packages may call Start at once; one builds, the others wait. Failure: Start says what is
+// missing; the processes end with the stop function, and by themselves within seconds of this process's death.
+// Nothing that a user runs imports it.
 package envtest
 
 import (
