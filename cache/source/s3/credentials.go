@@ -4,6 +4,7 @@ import (
 	"context"
 	"net/http"
 	"sync"
+	"time"
 
 	miniocreds "github.com/minio/minio-go/v7/pkg/credentials"
 
@@ -18,12 +19,18 @@ type signer struct {
 	// platform keeps the credentials of an instance or pod identity until they expire.
 	platform *miniocreds.Credentials
 
-	mu   sync.Mutex
-	last credentials.Value
+	mu     sync.Mutex
+	last   credentials.Value
+	looked time.Time // when last was found to be still right
+	now    func() time.Time
 }
 
+// lookEvery is how often the files or the environment are looked at. minio-go asks twice for each request, which
+// for requests of small objects would be a sixth of the worker's system calls.
+const lookEvery = 100 * time.Millisecond
+
 func newSigner(c source.Config) (*signer, error) {
-	s := &signer{platform: miniocreds.NewIAM("")}
+	s := &signer{platform: miniocreds.NewIAM(""), now: time.Now}
 	var err error
 	s.reader, err = credentials.Open(c, credentials.Options{Env: credentials.S3Env, Ambient: s.ambient})
 	return s, err
@@ -39,10 +46,28 @@ func (s *signer) IsExpired() bool {
 	if s.reader.FromPlatform() {
 		return s.platform.IsExpired()
 	}
+	now := s.now()
+	s.mu.Lock()
+	looked := s.looked
+	s.mu.Unlock()
+	if !looked.IsZero() && now.Sub(looked) < lookEvery {
+		return false
+	}
 	v, err := s.reader.Get(context.Background()) // files or the environment: nothing to wait for
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return err != nil || v != s.last
+	if err != nil || v != s.last {
+		return true
+	}
+	s.looked = now
+	return false
+}
+
+// refused says that the store does not take the credentials: they are looked at again before the next request.
+func (s *signer) refused() {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.looked = time.Time{}
 }
 
 // RetrieveWithCredContext implements credentials.Provider of minio-go.
@@ -56,7 +81,7 @@ func (s *signer) RetrieveWithCredContext(cc *miniocreds.CredContext) (miniocreds
 		return miniocreds.Value{}, err
 	}
 	s.mu.Lock()
-	s.last = v
+	s.last, s.looked = v, time.Time{}
 	s.mu.Unlock()
 	kind := miniocreds.SignatureV4
 	if v == (credentials.Value{}) {

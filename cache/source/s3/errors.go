@@ -75,7 +75,9 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 		}
 		return e
 	}
-	e.Hint, e.Kind = b.kind(r)
+	if e.Hint, e.Kind = b.kind(r); e.Kind == source.ErrDenied {
+		b.signer.refused()
+	}
 	e.Err = fmt.Errorf("%s: %w", r.Code, err)
 	return e
 }

@@ -30,6 +30,7 @@ const awsEndpoint = "s3.amazonaws.com"
 // Bucket is one S3 bucket.
 type Bucket struct {
 	core        minio.Core
+	signer      *signer
 	name        string
 	url         string
 	config      source.Config
@@ -78,7 +79,7 @@ func Open(_ context.Context, c source.Config) (*Bucket, error) {
 	if err != nil {
 		return invalid(err, "check the endpoint")
 	}
-	b := &Bucket{core: *core, name: name, config: c, unversioned: c.AllowUnversioned, url: "s3://" + name}
+	b := &Bucket{core: *core, signer: signer, name: name, config: c, unversioned: c.AllowUnversioned, url: "s3://" + name}
 	if !s3utils.IsAmazonEndpoint(*core.EndpointURL()) {
 		b.url = "s3://" + host + "/" + name
 	}
