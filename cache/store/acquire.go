@@ -37,7 +37,8 @@ type flight struct {
 	left    bool // the last waiter left: nobody may join any more
 	ended   bool
 	err     error
-	heap    *buffer // the result, when it is not resident
+	heap    *buffer  // the result, when it is not resident
+	file    *os.File // and when it is: each waiter has a use of it
 	sums    []uint32
 }
 
@@ -115,13 +116,7 @@ func (s *Store) AcquireSummed(ctx context.Context, o ring.Object, n int64, fill 
 		if fl.err != nil {
 			return nil, fl.err
 		}
-		if fl.heap != nil {
-			return &Block{s: s, b: b, sums: fl.sums, heap: fl.heap}, nil
-		}
-		h, err := s.handle(b, fl.sums)
-		if err == nil || !s.vanished(ob, err, &missing) {
-			return h, wrap(b, err)
-		}
+		return &Block{s: s, b: b, sums: fl.sums, heap: fl.heap, file: fl.file}, nil
 	}
 }
 
@@ -230,7 +225,7 @@ func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill Fi
 	fl := &flight{b: b, done: make(chan struct{}), cancel: cancel}
 	b.flight = fl
 	s.stats.Misses++
-	s.wg.Go(func() {
+	s.hands.run(&s.wg, func() {
 		defer stop()
 		defer cancel()
 		s.run(fctx, fl, fill)
@@ -257,7 +252,7 @@ func (s *Store) leave(fl *flight) {
 	case fl.heap != nil:
 		fl.heap.release()
 	default:
-		s.unuse(fl.b, false)
+		s.unuse(fl.b, true)
 	}
 }
 
@@ -292,12 +287,17 @@ func (s *Store) run(ctx context.Context, fl *flight, fill FillSummed) {
 // end publishes a flight's result: an error, a buffer, or a block that was written.
 func (s *Store) end(fl *flight, heap *buffer, sums []uint32, err error) {
 	b, o := fl.b, fl.b.obj
+	var unused *os.File
 	s.mu.Lock()
 	fl.ended, fl.err, fl.heap, fl.sums = true, err, heap, sums
 	b.flight = nil
 	switch {
 	case err == nil && heap == nil:
 		b.sums = sums
+		// The waiters take the file over from write: small blocks feel one more open and close.
+		fl.file = o.file
+		o.fileRefs += fl.waiters
+		unused = s.unuseFile(o)
 		if o.gone {
 			s.setState(b, corrupt) // those who waited get it, nobody else finds it
 		} else {
@@ -324,6 +324,7 @@ func (s *Store) end(fl *flight, heap *buffer, sums []uint32, err error) {
 	}
 	gone := o.gone
 	s.mu.Unlock()
+	s.shut(o, unused)
 	if heap != nil {
 		heap.release()
 	}
@@ -333,14 +334,15 @@ func (s *Store) end(fl *flight, heap *buffer, sums []uint32, err error) {
 	}
 }
 
-// write puts a reserved block's bytes into the file. When the file system refuses, the reservation is given
-// back with whatever was written, and it returns false.
+// write puts a reserved block's bytes into the file, and leaves it in use for end. When the file system refuses, the
+// reservation is given back with whatever was written, and it returns false.
 func (s *Store) write(b *block, p []byte) bool {
 	o := b.obj
 	f, err := s.openFile(o, true)
 	if err == nil {
-		_, err = f.WriteAt(p, b.off())
-		s.closeFile(o)
+		if _, err = f.WriteAt(p, b.off()); err != nil {
+			s.closeFile(o)
+		}
 	}
 	s.mu.Lock()
 	defer s.mu.Unlock()
