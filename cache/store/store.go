@@ -74,9 +74,9 @@ type Options struct {
 // of its own.
 type Fill func(ctx context.Context, p []byte) error
 
-// FillSummed is a Fill that also gives the CRC32C of each SumSize bytes of the block, with which it has just compared
-// what is in p: the sums then go with the bytes from where the block was first received, and are not taken anew. The
-// store keeps the slice. Nil: there are none, and the store takes them.
+// FillSummed is a Fill that also gives the CRC32C of each SumSize bytes of the block, which it has just compared with
+// what is in p, or taken of it as it came: the sums then go with the bytes from where the block was first received,
+// and are not taken anew. The store keeps the slice. Nil: there are none, and the store takes them.
 type FillSummed func(ctx context.Context, p []byte) (sums []uint32, err error)
 
 // Residency is how much of an object the store holds.
@@ -129,7 +129,8 @@ type Store struct {
 
 	ctx    context.Context // of all fills
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // fills
+	wg     sync.WaitGroup // fills, and hands without one
+	hands  hands
 
 	mu      sync.Mutex
 	idle    sync.Cond // an eviction or a write ended
@@ -226,6 +227,7 @@ func (s *Store) Close() error {
 	s.idle.Broadcast()
 	s.mu.Unlock()
 	s.cancel()
+	s.hands.close()
 	s.wg.Wait()
 	err := s.closeJournal()
 

@@ -43,7 +43,11 @@ func Sums(p []byte) []uint32 {
 	if len(p) == 0 {
 		return nil
 	}
-	sums := make([]uint32, 0, SumCount(len(p)))
+	return AppendSums(make([]uint32, 0, SumCount(len(p))), p)
+}
+
+// AppendSums appends the Sums of p to sums.
+func AppendSums(sums []uint32, p []byte) []uint32 {
 	for len(p) > 0 {
 		n := min(len(p), SumSize)
 		sums = append(sums, crc32.Checksum(p[:n], castagnoli))

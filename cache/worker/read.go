@@ -146,19 +146,19 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		w.asking.add(key)
 		defer w.asking.remove(key)
 	}
-	b, err = w.store.Acquire(ctx, f.ring, block, func(ctx context.Context, p []byte) error {
-		err := errNoPeer
+	b, err = w.store.AcquireSummed(ctx, f.ring, block, func(ctx context.Context, p []byte) (sums []uint32, err error) {
+		err = errNoPeer
 		if len(earlier) > 0 {
 			err = w.readPeers(ctx, earlier, holders, f, block, p)
 		}
 		if errors.Is(err, errNoPeer) {
 			release() // from here on it waits for the bucket
-			err = w.readSource(ctx, f, block, p)
+			sums, err = w.readSource(ctx, f, block, p)
 		}
 		if err == nil {
 			w.digests.dirty(f.ring.ID)
 		}
-		return err
+		return sums, err
 	})
 	if err != nil {
 		done()

@@ -104,10 +104,11 @@ func (w *Worker) sleep(ctx context.Context, d time.Duration) error {
 }
 
 // readSource reads one block of a file from the bucket into p: one ranged request, which the source
-// itself resumes and retries for as long as the deadline lets it.
-func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) error {
+// itself resumes and retries for as long as the deadline lets it. It returns the block's sums.
+func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) ([]uint32, error) {
 	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
 	defer cancel()
+	sums := make([]uint32, 0, wire.SumCount(len(p)))
 	err := func() error {
 		if f.source == nil {
 			return fmt.Errorf("%w: %s: its mount is no longer part of dataset %s", source.ErrInvalid, f.object.Key, w.config.Dataset)
@@ -117,11 +118,18 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) 
 			return err
 		}
 		defer body.Close()
-		if _, err := io.ReadFull(body, p); err != nil {
-			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-				err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
+		// Each piece is summed when it has just come, while the processor still has it at hand: a whole block is
+		// larger than that, and would be fetched from memory once more.
+		for rest := p; len(rest) > 0; {
+			piece := rest[:min(len(rest), sumPiece)]
+			if _, err := io.ReadFull(body, piece); err != nil {
+				if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+					err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
+				}
+				return err
 			}
-			return err
+			sums = wire.AppendSums(sums, piece)
+			rest = rest[len(piece):]
 		}
 		w.digests.published(f.ring.ID, body.Digest)
 		return nil
@@ -131,8 +139,11 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) 
 		err = fmt.Errorf("%w: %s: the bucket did not send it within %v: %w", source.ErrUnavailable, f.object.Key, wire.SourceTimeout, err)
 	}
 	w.noteBucket(f, err)
-	return err
+	return sums, err
 }
+
+// sumPiece is how much is received at a time, in whole sums.
+const sumPiece = 4 * wire.SumSize
 
 // noteBucket notes a read that the bucket refused, for keepBucket to look into, and that it lets us in again.
 func (w *Worker) noteBucket(f file, err error) {
