@@ -66,6 +66,26 @@ spec:
   templates:
 `
 
+// makesAndUses ends where the artifacts that its last template takes in begin.
+const makesAndUses = head + `  - name: main
+    steps:
+    - - {name: make, template: make}
+    - - name: use
+        template: use
+        arguments:
+          artifacts:
+          - {name: made, from: "{{steps.make.outputs.artifacts.dir}}"}
+          - {name: file, from: "{{steps.make.outputs.artifacts.file}}"}
+          - {name: parts, s3: {key: "{{workflow.name}}/parts/"}}
+  - name: make
+    script: {image: x, source: "mkdir -p /work/dir && touch /work/dir/a", volumeMounts: [{name: w, mountPath: /work}]}
+    outputs: {artifacts: [{name: dir, path: /work/dir, archive: {none: {}}}, {name: file, path: /work/file, archive: {none: {}}}]}
+  - name: use
+    container: {image: x}
+    inputs:
+      artifacts:
+`
+
 func TestFix(t *testing.T) {
 	for name, c := range map[string]struct {
 		in, out string
@@ -151,47 +171,13 @@ func TestFix(t *testing.T) {
 `, []string{"11 gzip+", "13 gzip+"},
 		},
 		"directories without a mode": {
-			head + `  - name: main
-    steps:
-    - - {name: make, template: make}
-    - - name: use
-        template: use
-        arguments:
-          artifacts:
-          - {name: made, from: "{{steps.make.outputs.artifacts.dir}}"}
-          - {name: file, from: "{{steps.make.outputs.artifacts.file}}"}
-          - {name: parts, s3: {key: "{{workflow.name}}/parts/"}}
-  - name: make
-    script: {image: x, source: "mkdir -p /work/dir && touch /work/dir/a", volumeMounts: [{name: w, mountPath: /work}]}
-    outputs: {artifacts: [{name: dir, path: /work/dir, archive: {none: {}}}, {name: file, path: /work/file, archive: {none: {}}}]}
-  - name: use
-    container: {image: x}
-    inputs:
-      artifacts:
-      - {name: made, path: /in/made}
+			makesAndUses + `      - {name: made, path: /in/made}
       - {name: file, path: /in/file}
       - {name: parts, path: /in/parts}
       - name: slash
         path: /in/slash/
       - {name: has, path: /in/has/, mode: 0700}
-`, head + `  - name: main
-    steps:
-    - - {name: make, template: make}
-    - - name: use
-        template: use
-        arguments:
-          artifacts:
-          - {name: made, from: "{{steps.make.outputs.artifacts.dir}}"}
-          - {name: file, from: "{{steps.make.outputs.artifacts.file}}"}
-          - {name: parts, s3: {key: "{{workflow.name}}/parts/"}}
-  - name: make
-    script: {image: x, source: "mkdir -p /work/dir && touch /work/dir/a", volumeMounts: [{name: w, mountPath: /work}]}
-    outputs: {artifacts: [{name: dir, path: /work/dir, archive: {none: {}}}, {name: file, path: /work/file, archive: {none: {}}}]}
-  - name: use
-    container: {image: x}
-    inputs:
-      artifacts:
-      - {name: made, path: /in/made, mode: 0755}
+`, makesAndUses + `      - {name: made, path: /in/made, mode: 0755}
       - {name: file, path: /in/file}
       - {name: parts, path: /in/parts, mode: 0755}
       - name: slash
