@@ -84,6 +84,9 @@ func (b *bench) storeGroup() group {
 				var s scope
 				defer s.close()
 				st, _, err := b.openStore(ctx, &s, huge, size+size/8+64<<20)
+				if err == nil {
+					err = b.backed(size + size/8)
+				}
 				if err != nil {
 					return 0, err
 				}
