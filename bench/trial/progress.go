@@ -8,13 +8,15 @@ type progress struct {
 }
 
 type sectionProgress struct {
-	planned, made int
-	took          time.Duration
+	// planned are the visits of all rounds, first those of the first one, which is made whatever the budget.
+	planned, first, made int
+	took                 time.Duration
 }
 
 // left is about what the visits take that were not made yet: each as others of its section did, and where there were
-// none, as the mean of all. It says no where nothing is known yet.
-func (p *progress) left() (left time.Duration, ok bool) {
+// none, as the mean of all. Rounds after the first are made only within what is left of the budget. It says no where
+// nothing is known yet.
+func (p *progress) left(budget time.Duration) (left time.Duration, ok bool) {
 	var all sectionProgress
 	for _, s := range p.sections {
 		all.made += s.made
@@ -23,12 +25,15 @@ func (p *progress) left() (left time.Duration, ok bool) {
 	if all.made == 0 {
 		return 0, false
 	}
+	least := time.Duration(0)
 	for _, s := range p.sections {
 		of := s
 		if s.made == 0 {
 			of = all
 		}
-		left += of.took / time.Duration(of.made) * time.Duration(s.planned-s.made)
+		each := of.took / time.Duration(of.made)
+		left += each * time.Duration(s.planned-s.made)
+		least += each * time.Duration(max(s.first-s.made, 0))
 	}
-	return left, true
+	return min(left, max(least, budget)), true
 }

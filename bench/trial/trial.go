@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"math"
 	"os/exec"
 	"regexp"
 	"slices"
@@ -82,13 +83,14 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 		return t.report, fmt.Errorf("--only %q matches no row", o.Only)
 	}
 	for _, s := range sections {
-		visits := 0
+		p := sectionProgress{}
 		for _, c := range all {
 			if s.wants(c.name()) && t.cannot(c, s) == "" {
-				visits += s.rounds
+				p.first++
 			}
 		}
-		t.progress.sections = append(t.progress.sections, sectionProgress{planned: visits})
+		p.planned = p.first * s.rounds
+		t.progress.sections = append(t.progress.sections, p)
 	}
 	for k, s := range sections {
 		share := (o.Budget - time.Since(t.began)) / time.Duration(len(sections)-k)
@@ -190,11 +192,12 @@ func (t *trial) section(ctx context.Context, k int, s *section, all []contender,
 // log says what is measured now, and how long all of it may still take.
 func (t *trial) log(format string, a ...any) {
 	line := fmt.Sprintf(format, a...)
-	if left, ok := t.progress.left(); ok {
-		spent := time.Since(t.began)
-		if t.o.Budget > 0 {
-			left = min(left, max(t.o.Budget-spent, 0)) // more rounds are not begun
-		}
+	spent := time.Since(t.began)
+	budget := t.o.Budget - spent
+	if t.o.Budget == 0 {
+		budget = math.MaxInt64
+	}
+	if left, ok := t.progress.left(budget); ok {
 		line += fmt.Sprintf(" (%s, about %s left)", spent.Round(time.Second), left.Round(time.Second))
 	}
 	fmt.Fprintln(t.o.Log, line)

@@ -283,21 +283,27 @@ func TestRatios(t *testing.T) {
 
 // What is left takes as long as what was measured: of the same section, or where nothing was, of all.
 func TestTimeLeft(t *testing.T) {
-	p := progress{sections: []sectionProgress{{planned: 6}, {planned: 2}}}
-	if _, ok := p.left(); ok {
+	p := progress{sections: []sectionProgress{{planned: 6, first: 2}, {planned: 2, first: 1}}}
+	if _, ok := p.left(time.Hour); ok {
 		t.Error("it knows before anything was measured")
 	}
 	p.sections[0].made, p.sections[0].took = 3, 30*time.Second
-	if left, ok := p.left(); !ok || left != 50*time.Second {
-		t.Errorf("half of one section, nothing of the other: %s", left)
+	for budget, want := range map[time.Duration]time.Duration{
+		time.Hour:        50 * time.Second, // all of both sections
+		20 * time.Second: 20 * time.Second, // more is not begun
+		-time.Second:     10 * time.Second, // but each section once
+	} {
+		if left, ok := p.left(budget); !ok || left != want {
+			t.Errorf("half of one section, nothing of the other, %s of the budget: %s, want %s", budget, left, want)
+		}
 	}
 	p.sections[0].planned = 3
 	p.sections[1].made, p.sections[1].took = 1, time.Minute
-	if left, _ := p.left(); left != time.Minute {
+	if left, _ := p.left(time.Hour); left != time.Minute {
 		t.Errorf("one visit left: %s", left)
 	}
 	p.sections[1].made, p.sections[1].took = 2, 2*time.Minute
-	if left, _ := p.left(); left != 0 {
+	if left, _ := p.left(time.Hour); left != 0 {
 		t.Errorf("none left: %s", left)
 	}
 }
