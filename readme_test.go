@@ -10,7 +10,7 @@ import (
 )
 
 // healthy are reasons for which nothing has to be done.
-var healthy = []string{"AllReady", "Bound", "Listed", "Loaded", "Loading", "Reachable", "Shared"}
+var healthy = []string{"AllReady", "Bound", "Flushed", "Listed", "Loaded", "Loading", "Reachable", "Shared"}
 
 // The README's table for troubleshooting has every reason that a condition can have, and no other.
 func TestReadmeNamesEveryReason(t *testing.T) {

@@ -64,7 +64,8 @@ func TestWritableDatasetIsAnArtifactRepository(t *testing.T) {
 
 	svc := &corev1.Service{}
 	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "artifacts-s3"}, svc))
-	if svc.Spec.ClusterIP == "" || svc.Spec.ClusterIP == corev1.ClusterIPNone || svc.Spec.Ports[0].Port != 9000 || svc.Spec.PublishNotReadyAddresses {
+	if svc.Spec.ClusterIP == "" || svc.Spec.ClusterIP == corev1.ClusterIPNone || svc.Spec.Ports[0].Port != 9000 || svc.Spec.PublishNotReadyAddresses ||
+		svc.Spec.TrafficDistribution == nil || *svc.Spec.TrafficDistribution != "PreferSameNode" {
 		t.Errorf("service %s", asJSON(svc.Spec))
 	}
 	set := &appsv1.StatefulSet{}
@@ -200,4 +201,35 @@ func TestWritableDatasetWhoseNameIsNoBucketsIsRefused(t *testing.T) {
 	}
 	// A Dataset that only reads has no bucket of its name.
 	w.must(w.Create(t.Context(), w.dataset("ab", 1), client.DryRunAll))
+}
+
+// Before Kubernetes 1.34 a Service cannot prefer the client's node; it is one like any other then, and is not tried
+// again in every pass.
+func TestAnOlderAPIServerGetsAServiceThatItKnows(t *testing.T) {
+	w := newWorld(t)
+	w.requests.mu.Lock()
+	w.requests.refuse = "PreferSameNode"
+	w.requests.mu.Unlock()
+	w.bucket.PutT(t, "data", "old", []byte("old"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	d := w.dataset("artifacts", 1)
+	d.Spec.Access = v1alpha1.ReadWrite
+	w.must(w.Create(t.Context(), d))
+	w.waitReady(d)
+	svc := &corev1.Service{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "artifacts-s3"}, svc))
+	if svc.Spec.TrafficDistribution != nil {
+		t.Errorf("traffic distribution %s", *svc.Spec.TrafficDistribution)
+	}
+	w.passes(d, 5)
+	tried := 0
+	all, _ := w.requests.since(0)
+	for _, q := range all {
+		if q == "POST /api/v1/namespaces/"+w.ns+"/services" {
+			tried++
+		}
+	}
+	if tried != 3 { // the workers' own, and this one twice
+		t.Errorf("%d Services were made: %q", tried, all)
+	}
 }

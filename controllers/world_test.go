@@ -1,10 +1,12 @@
 package controllers_test
 
 import (
+	"bytes"
 	"context"
 	"crypto/rand"
 	"encoding/json"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"net/http"
@@ -133,6 +135,9 @@ type world struct {
 	pending bool
 	// deaf keeps killed pods' workers from starting again.
 	deaf bool
+	// lags is what workers say that the bucket does not have, by pod name, once teller is there.
+	lags   map[string]wire.Unflushed
+	teller string
 }
 
 type running struct {
@@ -211,7 +216,7 @@ func (w *world) start() {
 	counted.Wrap(w.requests.count)
 	m, err := controllers.New(counted, controllers.Options{
 		Dataset: dataset.Options{
-			Namespace: "stepcache-system", Image: w.image, Store: dataset.StoreCSI, Poll: time.Second, Clock: w.clock, Only: w.ns,
+			Namespace: "stepcache-system", Image: w.image, Store: dataset.StoreCSI, Poll: time.Second, Clock: w.clock, Only: w.ns, Dial: w.control,
 		},
 		LoadPoll: 100 * time.Millisecond, Metrics: "0", Probes: "0", Logger: log,
 	})
@@ -236,6 +241,8 @@ func (w *world) start() {
 type requests struct {
 	mu  sync.Mutex
 	all []string
+	// refuse is what an older API server takes for invalid.
+	refuse string
 }
 
 type roundTrip func(*http.Request) (*http.Response, error)
@@ -246,7 +253,21 @@ func (q *requests) count(next http.RoundTripper) http.RoundTripper {
 	return roundTrip(func(r *http.Request) (*http.Response, error) {
 		q.mu.Lock()
 		q.all = append(q.all, r.Method+" "+r.URL.Path)
+		refuse := q.refuse
 		q.mu.Unlock()
+		if refuse != "" && r.Body != nil {
+			b, err := io.ReadAll(r.Body)
+			r.Body.Close()
+			if err != nil {
+				return nil, err
+			}
+			if bytes.Contains(b, []byte(refuse)) {
+				status, _ := json.Marshal(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: metav1.StatusReasonInvalid, Code: http.StatusUnprocessableEntity, Message: refuse + " is not supported"})
+				return &http.Response{StatusCode: http.StatusUnprocessableEntity, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(status)), Request: r}, nil
+			}
+			r = r.Clone(r.Context())
+			r.Body = io.NopCloser(bytes.NewReader(b))
+		}
 		return next.RoundTrip(r)
 	})
 }

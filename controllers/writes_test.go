@@ -36,22 +36,6 @@ func TestNothingIsWrittenWhenNothingChanged(t *testing.T) {
 	w.load(d, "pinned", func(l *v1alpha1.DataLoad) { l.Spec.Pin, l.Spec.TTLSecondsAfterFinished = true, ptr.To[int32](3600) })
 	// What the load has changed is in the status once a pass asked the workers after it; that pass and the next
 	// may still write.
-	passes := func(from, n int) (all []string, to int) {
-		w.eventually(fmt.Sprintf("%d passes", n), func() error {
-			all, to = w.requests.since(from)
-			seen := 0
-			for _, q := range all {
-				if q == "GET /api/v1/namespaces/"+w.ns+"/secrets/genomes-keys" {
-					seen++
-				}
-			}
-			if seen < n {
-				return fmt.Errorf("%d", seen)
-			}
-			return nil
-		})
-		return all, to
-	}
 	w.eventually("the status counts what is held", func() error {
 		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
 		if d.Status.CachedPercentage != 100 {
@@ -60,11 +44,31 @@ func TestNothingIsWrittenWhenNothingChanged(t *testing.T) {
 		return nil
 	})
 	_, from := w.requests.since(0)
-	_, from = passes(from, 3)
+	_, from = w.passesSince(d, from, 3)
 	w.clock.advance(2 * time.Minute) // copies are looked at again, and pins
-	all, _ := passes(from, 8)
+	all, _ := w.passesSince(d, from, 8)
 	writes := slices.DeleteFunc(all, func(q string) bool { return strings.HasPrefix(q, "GET ") })
 	if len(writes) > 0 {
 		t.Errorf("%d writes in 8 passes: %q", len(writes), writes)
 	}
+}
+
+// passesSince waits until the controllers have looked at a Dataset so many times since a number of requests, and
+// returns the requests since then and how many there are in all.
+func (w *world) passesSince(d *v1alpha1.Dataset, from, n int) (all []string, to int) {
+	w.Helper()
+	w.eventually(fmt.Sprintf("%d passes", n), func() error {
+		all, to = w.requests.since(from)
+		seen := 0
+		for _, q := range all {
+			if q == "GET /api/v1/namespaces/"+w.ns+"/secrets/"+d.Name+"-keys" {
+				seen++
+			}
+		}
+		if seen < n {
+			return fmt.Errorf("%d", seen)
+		}
+		return nil
+	})
+	return all, to
 }

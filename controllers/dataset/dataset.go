@@ -9,9 +9,12 @@
 // Buckets and the Secrets of their credentials are read by the workers only: what the controller says of
 // them it was told by a worker over the control endpoint, for which it uses the Dataset's control key.
 //
+// What the bucket does not have yet (write policy Back) is never thrown away unasked: deletion, scaling in,
+// a rollout and the replacement of a worker wait for it, say so, and name the annotation that ends the wait.
+//
 // Concurrency: passes of different Datasets run at once, of one Dataset never; what is remembered between
 // passes (memory) can be lost at any time at the cost of a later answer. Failure: workers that do not
-// answer are reported and never waited for; deletion finishes without them.
+// answer are reported and never waited for, deletion finishes without them, but for those that may hold writes.
 //
 // It may import api, cache and tier; the load controller imports it to reach a Dataset's workers.
 package dataset
@@ -23,6 +26,7 @@ import (
 	"math/rand/v2"
 	"net"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	appsv1 "k8s.io/api/apps/v1"
@@ -109,6 +113,8 @@ type Reconciler struct {
 	// live reads past the cache: Secrets, and the pods of a Dataset that is being deleted.
 	live   client.Reader
 	events events.EventRecorder
+	// noSameNode: the API server is too old for Services that prefer the client's own node.
+	noSameNode atomic.Bool
 
 	mu     sync.Mutex
 	memory map[types.UID]*memory
@@ -122,6 +128,10 @@ type memory struct {
 	epoch uint64
 	// leaving is since when a member hands over.
 	leaving map[string]time.Time
+	// scaleIn is since when there are workers too many; zero while there are not.
+	scaleIn time.Time
+	// looks are what the pass before and this one learned of the writes that the bucket does not have.
+	looks [2]*looked
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
 	// copies are those of Secrets in other namespaces, by namespace and name.
@@ -206,7 +216,7 @@ type pass struct {
 	members ring.Membership
 	status  map[string]wire.WorkerStatus // by member id
 	missing map[string]error             // members that did not answer
-	again   time.Duration                // when to come again; 0: the usual interval
+	again   time.Duration                // when to come again, if that is before the usual interval; 0: then
 	notices []notice
 }
 
@@ -224,10 +234,10 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
 	phases := []phase{
 		r.finalizer, r.validate, r.namespace, r.makeKeys, r.observe, r.gateway, r.config, r.membership, r.network,
-		r.ask, r.tell, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
+		r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}
 	if !have.DeletionTimestamp.IsZero() {
-		phases = []phase{r.deletion}
+		phases = []phase{r.observe, r.settle, r.deletion}
 	}
 	var failed []error
 	for _, do := range phases {
@@ -254,12 +264,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if len(failed) > 0 {
 		return reconcile.Result{}, fmt.Errorf("dataset %s: %w", req, errors.Join(failed...))
 	}
-	if p.again == 0 {
-		p.again = r.Poll
-		if p.dataset.Status.Phase != v1alpha1.DatasetReady {
-			p.again /= 5
-		}
+	usual := r.Poll
+	if p.dataset.Status.Phase != v1alpha1.DatasetReady {
+		usual /= 5
 	}
+	p.soon(usual)
 	return reconcile.Result{RequeueAfter: p.again + rand.N(p.again/10+1)}, nil
 }
 

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -17,17 +18,29 @@ import (
 // maxNamed is how many of the pods in the way are named.
 const maxNamed = 10
 
-// deletion waits for the pods that use the Dataset, then lets it go. It never asks the workers, which may be
-// gone.
+// deletion waits for the pods that use the Dataset, and for the bucket to have what was written, then lets the
+// Dataset go.
 func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 	if !controllerutil.ContainsFinalizer(p.dataset, v1alpha1.Finalizer) {
 		r.forget(p.dataset.UID)
 		return nil
 	}
 	p.dataset.Status.ObservedGeneration = p.dataset.Generation
-	pods, err := Release(ctx, r.client, r.live, p.dataset)
-	if err != nil {
-		return err
+	var pods []string
+	var err error
+	if p.back() {
+		if pods, err = Users(ctx, r.live, p.dataset); err != nil {
+			return err
+		}
+		if len(pods) == 0 && !r.mayStop(p, "deletion", time.Time{}) {
+			p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, ReasonUnflushed, "deletion waits for the bucket (see condition %s); %s", v1alpha1.ConditionFlushed, WayOut(p.dataset))
+			return nil
+		}
+	}
+	if len(pods) == 0 {
+		if pods, err = Release(ctx, r.client, r.live, p.dataset); err != nil {
+			return err
+		}
 	}
 	if len(pods) > 0 {
 		text := "waits for " + Named(pods) + " that use it"

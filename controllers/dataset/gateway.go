@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/util/intstr"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
@@ -61,10 +62,7 @@ func (r *Reconciler) gateway(ctx context.Context, p *pass) error {
 		return err
 	}
 	name := v1alpha1.S3Name(d.Name)
-	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.Service{ObjectMeta: p.object(name, v1alpha1.ComponentWorker), Spec: corev1.ServiceSpec{
-		Type: corev1.ServiceTypeClusterIP, Selector: selector(d),
-		Ports: []corev1.ServicePort{{Name: "s3", Port: v1alpha1.PortGateway, TargetPort: intstr.FromString("s3")}},
-	}}); err != nil {
+	if err := r.endpoint(ctx, p); err != nil {
 		return err
 	}
 	entry, err := yaml.Marshal(map[string]any{"s3": map[string]any{
@@ -81,6 +79,31 @@ func (r *Reconciler) gateway(ctx context.Context, p *pass) error {
 	repository := &corev1.ConfigMap{ObjectMeta: p.object(name, v1alpha1.ComponentWorker), Data: map[string]string{d.Name: string(entry)}}
 	repository.Annotations = map[string]string{annotationRepository: d.Name}
 	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, repository)
+}
+
+// endpoint keeps the Service. A client is sent to the worker of its own node where there is one: what that one
+// holds does not cross the network, and what it gets from the owner crosses it once, where by way of a third
+// worker it would twice.
+func (r *Reconciler) endpoint(ctx context.Context, p *pass) error {
+	apply := func(traffic *string) (*string, error) {
+		s := &corev1.Service{ObjectMeta: p.object(v1alpha1.S3Name(p.dataset.Name), v1alpha1.ComponentWorker), Spec: corev1.ServiceSpec{
+			Type: corev1.ServiceTypeClusterIP, Selector: selector(p.dataset), TrafficDistribution: traffic,
+			Ports: []corev1.ServicePort{{Name: "s3", Port: v1alpha1.PortGateway, TargetPort: intstr.FromString("s3")}},
+		}}
+		err := r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, s)
+		return s.Spec.TrafficDistribution, err
+	}
+	if !r.noSameNode.Load() {
+		took, err := apply(ptr.To(corev1.ServiceTrafficDistributionPreferSameNode))
+		// Before Kubernetes 1.34 the value is refused, and before 1.30 the field is passed over.
+		old := apierrors.IsInvalid(err) || err == nil && took == nil
+		if !old {
+			return err
+		}
+		r.noSameNode.Store(true)
+	}
+	_, err := apply(nil)
+	return err
 }
 
 // accessKeys keeps the Secret with the endpoint's access keys. A key that is there stays, whoever made it, so

@@ -73,6 +73,20 @@ func cpu(d *v1alpha1.Dataset) resource.Quantity {
 	return resource.MustParse("250m")
 }
 
+// apart adds that no two pods with the labels stand on one node: two copies there are one.
+func apart(a *corev1.Affinity, labels map[string]string) *corev1.Affinity {
+	a = a.DeepCopy()
+	if a == nil {
+		a = &corev1.Affinity{}
+	}
+	if a.PodAntiAffinity == nil {
+		a.PodAntiAffinity = &corev1.PodAntiAffinity{}
+	}
+	a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution = append(a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution,
+		corev1.PodAffinityTerm{TopologyKey: corev1.LabelHostname, LabelSelector: &metav1.LabelSelector{MatchLabels: labels}})
+	return a
+}
+
 // podSpec is the workers' pod: admitted under the restricted level, without an API token.
 func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 	d := p.dataset
@@ -177,6 +191,10 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 		spec.PriorityClassName = t.Spec.PriorityClassName
 		spec.ServiceAccountName = t.Spec.ServiceAccountName
 		spec.ImagePullSecrets = t.Spec.ImagePullSecrets
+	}
+	if d.Spec.Write.Policy == v1alpha1.WriteBack {
+		spec.TerminationGracePeriodSeconds = ptr.To[int64](flushGrace)
+		spec.Affinity = apart(spec.Affinity, selector(d))
 	}
 	return spec
 }

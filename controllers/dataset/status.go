@@ -282,8 +282,12 @@ func (r *Reconciler) wrong(p *pass, pod *corev1.Pod) (reason, text string) {
 	for _, c := range pod.Status.Conditions {
 		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
 			store, heap := memoryOf(p.dataset)
-			return ReasonUnschedulable, fmt.Sprintf("%s: %s; a worker needs %s of memory (its cache of %s and what serves it): lower spec.workers.memory or replicas, or add nodes",
-				pod.Name, c.Message, size(store+heap), size(p.dataset.Spec.Workers.MemoryBytes()))
+			alone := ""
+			if p.dataset.Spec.Write.Policy == v1alpha1.WriteBack {
+				alone = " and, with write policy Back, a node of its own"
+			}
+			return ReasonUnschedulable, fmt.Sprintf("%s: %s; a worker needs %s of memory (its cache of %s and what serves it)%s: lower spec.workers.memory or replicas, or add nodes",
+				pod.Name, c.Message, size(store+heap), size(p.dataset.Spec.Workers.MemoryBytes()), alone)
 		}
 	}
 	if c := unreachable(p.nodes[pod.Spec.NodeName]); c != nil {

@@ -85,6 +85,9 @@ func (r *Reconciler) config(ctx context.Context, p *pass) error {
 // rolling is the member that leaves for a new template: one at a time, and only while all others serve. A
 // pod that is not ready is replaced without leaving, since nobody reads from it.
 func (p *pass) rolling(had map[string]ring.Member) string {
+	if !p.dataset.DeletionTimestamp.IsZero() {
+		return "" // its pods go soon enough
+	}
 	replicas := int(p.dataset.Spec.Workers.Replicas)
 	ready, last := 0, ""
 	for i := range p.pods {
@@ -121,9 +124,17 @@ func (r *Reconciler) workers(ctx context.Context, p *pass) error {
 			// An upgrade of the controller leaves workers alone until the user asks.
 			image = p.set.Spec.Template.Spec.Containers[0].Image
 		}
-		if have := ptr.Deref(p.set.Spec.Replicas, 1); have > replicas && !p.handedOver(replicas) {
-			replicas = have
-			p.again = r.Poll / 5
+		switch have := ptr.Deref(p.set.Spec.Replicas, 1); {
+		case have <= replicas:
+			p.scaleIn = time.Time{}
+		case p.scaleIn.IsZero():
+			p.scaleIn = p.now
+			fallthrough
+		default:
+			if !r.surplusMayStop(p) || !p.handedOver(replicas) {
+				replicas = have
+				p.again = r.Poll / 5
+			}
 		}
 	}
 	labels := selector(d)
@@ -141,6 +152,9 @@ func (r *Reconciler) workers(ctx context.Context, p *pass) error {
 		template.Labels[v1alpha1.LabelReader] = "true" // for the policies of those
 	}
 	template.Annotations[annotationWorker] = p.wanted
+	if d.Spec.Write.Policy == v1alpha1.WriteBack {
+		template.Annotations[annotationWrite] = string(v1alpha1.WriteBack)
+	}
 	meta.Annotations = map[string]string{v1alpha1.AnnotationRollout: d.Annotations[v1alpha1.AnnotationRollout]}
 	set := &appsv1.StatefulSet{ObjectMeta: meta, Spec: appsv1.StatefulSetSpec{
 		ServiceName: v1alpha1.WorkersName(d.Name), Replicas: &replicas, Template: template,
@@ -218,6 +232,9 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 			p.again = r.Poll / 5
 			continue
 		}
+		if mayHold(pod) && !r.mayStop(p, "a restart of workers", p.leaving[pod.Name]) {
+			continue
+		}
 		if err := client.IgnoreNotFound(r.client.Delete(ctx, pod, client.Preconditions{UID: &pod.UID})); err != nil {
 			return err
 		}
@@ -227,13 +244,16 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 		}
 		p.note("WorkerUpdated", "Rollout", "worker %s is restarted with a new configuration%s", pod.Name, lost)
 		p.again = r.Poll / 5
+		if p.back() {
+			return nil // the others are looked at again without it
+		}
 	}
 	return nil
 }
 
 // replace removes worker pods whose node does not answer, so that the set makes them elsewhere: a write-
-// through worker holds nothing that the bucket does not. The kubelet, which would confirm the end of the
-// pod, is the one that does not answer.
+// through worker holds nothing that the bucket does not, and of a write-back worker others hold it too until
+// the bucket does. The kubelet, which would confirm the end of the pod, is the one that does not answer.
 func (r *Reconciler) replace(ctx context.Context, p *pass) error {
 	for i := range p.pods {
 		pod := &p.pods[i]
@@ -241,14 +261,15 @@ func (r *Reconciler) replace(ctx context.Context, p *pass) error {
 		if c == nil {
 			continue
 		}
-		if p.dataset.Spec.Write.Policy == v1alpha1.WriteBack {
-			p.warn("WorkerUnreachable", "Replace", "node %s of worker %s does not answer; it may hold bytes that the bucket does not, so it is not replaced: bring the node back or delete the pod", pod.Spec.NodeName, pod.Name)
-			continue
-		}
 		if left := c.LastTransitionTime.Add(unreachableAfter).Sub(p.now); left > 0 {
 			if p.again == 0 || p.again > left {
 				p.again = left
 			}
+			continue
+		}
+		if !p.replaceable(pod, c.LastTransitionTime.Time) {
+			p.soon(r.Poll / 5)
+			p.warn("WorkerUnreachable", "Replace", "node %s of worker %s does not answer; it may hold writes that the bucket does not have, so it is not replaced yet: bring the node back; %s", pod.Spec.NodeName, pod.Name, WayOut(p.dataset))
 			continue
 		}
 		err := r.client.Delete(ctx, pod, client.GracePeriodSeconds(0), client.Preconditions{UID: &pod.UID})

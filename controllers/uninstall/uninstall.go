@@ -270,8 +270,8 @@ func (u *uninstaller) dataset(ctx context.Context, d *v1alpha1.Dataset, alone bo
 		if err := u.c.Get(ctx, client.ObjectKeyFromObject(d), fresh); err != nil {
 			return "", client.IgnoreNotFound(err)
 		}
-		if fresh.Status.Unflushed.Bytes > 0 {
-			return fmt.Sprintf("Dataset %s, of which %d bytes are not in the bucket yet and only a controller can see them flushed: start it again, or remove the Dataset's finalizer to lose them", name, fresh.Status.Unflushed.Bytes), nil
+		if dataset.HoldsWrites(fresh) && !dataset.AcceptsLoss(fresh) {
+			return fmt.Sprintf("Dataset %s, whose workers may hold what the bucket does not have, which only a controller sees: start it again; %s", name, dataset.WayOut(fresh)), nil
 		}
 		if _, err := dataset.Release(ctx, u.c, u.c, fresh); err != nil {
 			return "", fmt.Errorf("dataset %s: %w", name, err)
@@ -279,6 +279,9 @@ func (u *uninstaller) dataset(ctx context.Context, d *v1alpha1.Dataset, alone bo
 	}
 	if f := slices.DeleteFunc(slices.Clone(d.Finalizers), func(f string) bool { return f == v1alpha1.Finalizer }); len(f) > 0 {
 		return fmt.Sprintf("Dataset %s, on which others have the finalizers %s", name, strings.Join(f, ", ")), nil
+	}
+	if c := meta.FindStatusCondition(d.Status.Conditions, v1alpha1.ConditionFlushed); c != nil && c.Status != metav1.ConditionTrue && !d.DeletionTimestamp.IsZero() {
+		return fmt.Sprintf("the end of Dataset %s: %s; %s", name, c.Message, dataset.WayOut(d)), nil
 	}
 	return "the end of Dataset " + name, nil
 }

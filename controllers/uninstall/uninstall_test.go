@@ -451,6 +451,31 @@ func TestUninstallWithADeadControllerAndPodsThatItDeletes(t *testing.T) {
 	w.clean()
 }
 
+// What workers acknowledged and the bucket does not have is not lost by the way.
+func TestUninstallWithADeadControllerAsksBeforeItLosesWrites(t *testing.T) {
+	w := newWorld(t)
+	w.stop()
+	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "artifacts", Finalizers: []string{v1alpha1.Finalizer}}, Spec: v1alpha1.DatasetSpec{
+		Mounts:  []v1alpha1.Mount{{Source: "s3://data/", Path: "/", Endpoint: "http://127.0.0.1:1", Region: "r", Anonymous: true}},
+		Workers: v1alpha1.Workers{Replicas: 2, Copies: 2, Memory: resource.MustParse("16Mi")},
+		Access:  v1alpha1.ReadWrite, Write: v1alpha1.Write{Policy: v1alpha1.WriteBack},
+	}}
+	w.must(w.Create(t.Context(), d))
+	w.controllerRuns(0)
+	out, done := w.uninstall(t.Context(), nil)
+	w.says(out, "may hold what the bucket does not have")
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+	way := fmt.Sprintf("kubectl annotate dataset -n %s artifacts --overwrite data.stepcache.dev/accept-loss=%d", w.ns, d.Generation)
+	w.says(out, way)
+	w.eventually("the annotation", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationAcceptLoss, fmt.Sprint(d.Generation))
+		return w.Update(t.Context(), d)
+	})
+	w.must(<-done)
+	w.clean()
+}
+
 func TestUninstallKeepsANamespaceThatOthersUse(t *testing.T) {
 	w := newWorld(t)
 	p := w.pod("theirs", nil, corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}})
