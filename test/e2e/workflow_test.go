@@ -66,6 +66,7 @@ func labelled(labels string) []string {
 type step struct {
 	ID, DisplayName, Type, Phase, Message string
 	Node                                  string `json:"hostNodeName"`
+	StartedAt, FinishedAt                 time.Time
 }
 
 // stepsOf are a workflow's phase and the steps that are pods.
