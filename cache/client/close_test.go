@@ -11,8 +11,6 @@ import (
 	"testing"
 	"time"
 
-	"github.com/stepcache/stepcache/cache/ring"
-	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -90,82 +88,35 @@ func TestCloseWaitsForAFillThatTheStoreRunsOn(t *testing.T) {
 	}
 }
 
-// What is kept in the node's store is copied out of a buffer that is somebody else's once keep has returned,
-// though others may have the store run the fill on.
-func TestKeepCopiesNothingOutOfABufferThatIsAnothers(t *testing.T) {
-	k := newTier(t, map[string][]byte{"f": content(1, 1<<20), "g": content(2, ring.BlockSize)})
-	k.start("a")
-	st, err := store.Open(testContext(t), store.Options{Dir: t.TempDir(), Quota: 64 << 20, BufferBytes: ring.BlockSize, Logger: quiet()})
-	if err != nil {
+// slowWriter is where a fill writes to, and hangs.
+type slowWriter struct{ begun, free chan struct{} }
+
+func (w slowWriter) WriteAt(p []byte, _ int64) (int, error) {
+	close(w.begun)
+	<-w.free
+	return len(p), nil
+}
+
+// The store runs a fill on, or begins it, when keep has given up. A buffer goes on to its next block only when
+// nobody writes from it, and nobody will.
+func TestABufferIsNotGivenOnWhileTheStoreWritesFromIt(t *testing.T) {
+	l := loan{p: make([]byte, 10)}
+	w := slowWriter{begun: make(chan struct{}), free: make(chan struct{})}
+	written := make(chan error, 1)
+	go func() { written <- l.write(w) }()
+	wait(t, "the write", w.begun)
+	if l.mu.TryLock() {
+		t.Fatal("the buffer can be taken back while it is written from")
+	}
+	ended := make(chan struct{})
+	go func() { l.end(); close(ended) }()
+	close(w.free)
+	if err := wait(t, "the end of the write", written); err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() { st.Close() })
-	c := k.dial(func(c *Config) { c.Store = st })
-	f, _ := k.snap.Ring(k.index("f"))
-	g, _ := k.snap.Ring(k.index("g"))
-
-	// The store's only buffer is taken.
-	var wg sync.WaitGroup
-	taken, free := make(chan struct{}), make(chan struct{})
-	release := sync.OnceFunc(func() { close(free) })
-	t.Cleanup(func() { release(); wg.Wait() })
-	wg.Go(func() {
-		b, err := st.Acquire(context.Background(), g, 0, func(_ context.Context, p []byte) error {
-			close(taken)
-			<-free
-			copy(p, k.data["g"])
-			return nil
-		})
-		if err != nil {
-			t.Error(err)
-			return
-		}
-		b.Release()
-	})
-	wait(t, "the first fill", taken)
-
-	buf := bytes.Clone(k.data["f"])
-	kept := make(chan struct{})
-	go func() {
-		defer close(kept)
-		c.keep(piece{index: k.index("f"), object: f, n: len(buf)}, buf, nil)
-	}()
-	eventually(t, "the fill of keep", func() bool { return st.Stats().Misses == 2 })
-	// Another reader of the node's store waits for it too, so that it goes on without keep.
-	got := make(chan []byte, 1)
-	go func() {
-		for {
-			b, err := st.Acquire(context.Background(), f, 0, func(_ context.Context, p []byte) error {
-				copy(p, k.data["f"])
-				return nil
-			})
-			if errors.Is(err, errClosed) {
-				continue // who would have filled it left
-			}
-			if err != nil {
-				t.Error(err)
-				got <- nil
-				return
-			}
-			p := make([]byte, b.Len())
-			_, err = b.ReadAt(p, 0)
-			b.Release()
-			if err != nil {
-				t.Error(err)
-			}
-			got <- p
-			return
-		}
-	}()
-	eventually(t, "the other reader", func() bool { return st.Stats().Shared == 1 })
-	c.Close()
-	wait(t, "the end of keep", kept)
-	for i := range buf {
-		buf[i] = 0xee // as its next user does
-	}
-	release()
-	if p := wait(t, "the other reader's block", got); !bytes.Equal(p, k.data["f"]) {
-		t.Error("the node's store holds another block's bytes as this one's")
+	wait(t, "the end of the loan", ended)
+	if err := l.write(slowWriter{}); !errors.Is(err, errClosed) {
+		t.Fatalf("a fill that begins late: %v", err)
 	}
 }
 

@@ -28,12 +28,24 @@ type call struct {
 	req wire.Request
 	// dst receives the payload of an OK reply, which has exactly its length; nil takes any
 	// length (the decoder bounds it) into body.
-	dst  []byte
+	dst []byte
+	// to, instead of dst, gets the payload of an OK reply piece by piece, each once it has been compared with its
+	// sums: so not all of it, or parts of it again, unless the call ends well.
+	to   io.WriterAt
 	done chan struct{}
 
 	reply wire.Reply
 	body  []byte
 	err   error
+	bad   error // the body failed its sums, or to did not take it
+}
+
+// length is that of the payload of an OK reply; any if it is not known.
+func (k *call) length() (n int, known bool) {
+	if k.dst == nil && k.to == nil {
+		return 0, false
+	}
+	return int(k.req.Length), true
 }
 
 // wait is for calls whose buffer is not shared with anyone: it gives up with ctx.
@@ -68,8 +80,9 @@ type conn struct {
 
 	mu      sync.Mutex
 	pending map[uint32]*call
-	current *call // whose payload is being received
-	bytes   int64 // asked for and not answered
+	current *call  // whose payload is being received
+	piece   []byte // what calls that have a writer are received through; the reader's
+	bytes   int64  // asked for and not answered
 	nextID  uint32
 	err     error
 }
@@ -87,8 +100,8 @@ func newConn(nc net.Conn, wg *sync.WaitGroup, t timing, epoch func(uint64), corr
 }
 
 // start sends a request. The call is done when its done channel is closed.
-func (c *conn) start(req wire.Request, dst []byte) (*call, error) {
-	k := &call{req: req, dst: dst, done: make(chan struct{})}
+func (c *conn) start(req wire.Request, dst []byte, to io.WriterAt) (*call, error) {
+	k := &call{req: req, dst: dst, to: to, done: make(chan struct{})}
 	c.mu.Lock()
 	if c.err != nil {
 		c.mu.Unlock()
@@ -102,7 +115,8 @@ func (c *conn) start(req wire.Request, dst []byte) (*call, error) {
 	}
 	k.req.ID = c.nextID
 	c.pending[k.req.ID] = k
-	c.bytes += int64(len(dst))
+	n, _ := k.length()
+	c.bytes += int64(n)
 	c.mu.Unlock()
 	select {
 	case c.sends <- k:
@@ -144,7 +158,8 @@ func (c *conn) takeBack(k *call) bool {
 // forget takes a call out of the pending ones. c.mu is held.
 func (c *conn) forget(k *call) {
 	delete(c.pending, k.req.ID)
-	c.bytes -= int64(len(k.dst))
+	n, _ := k.length()
+	c.bytes -= int64(n)
 }
 
 // load is how much the connection has under way.
@@ -300,7 +315,7 @@ func (c *conn) receive(br *bufio.Reader) error {
 		_, err := br.Discard(int(reply.Length))
 		return err
 	}
-	err = k.receive(br, reply)
+	err = c.payload(br, k, reply)
 	c.mu.Lock()
 	c.current = nil
 	if err != nil {
@@ -313,22 +328,60 @@ func (c *conn) receive(br *bufio.Reader) error {
 	return err
 }
 
-func (k *call) receive(br *bufio.Reader, reply wire.Reply) error {
+// stride is how much of a payload is received before it is compared with its sums and passed on: the processor
+// has it at hand still.
+const stride = 4 * wire.SumSize
+
+// errSink: the bytes were right, and whoever they were for did not take them.
+var errSink = errors.New("not taken")
+
+// payload receives the payload of k's reply.
+func (c *conn) payload(br *bufio.Reader, k *call, reply wire.Reply) error {
 	k.reply = reply
-	p := k.dst
+	n, known := k.length()
 	switch {
 	case reply.Status != wire.OK:
 		if reply.Length > wire.MaxMessage {
 			return fmt.Errorf("%w: message of %d bytes", errWrong, reply.Length)
 		}
-		p = make([]byte, reply.Length)
-	case k.dst == nil:
-		p = make([]byte, reply.Length) // bounded by the decoder
-	case reply.Index != k.req.Index || reply.Off != k.req.Off || int(reply.Length) != len(k.dst):
+		k.body = make([]byte, reply.Length)
+	case !known:
+		k.body = make([]byte, reply.Length) // bounded by the decoder
+	case reply.Index != k.req.Index || reply.Off != k.req.Off || int(reply.Length) != n:
 		return fmt.Errorf("%w: %d bytes at %d of file %d instead of %d at %d of %d", errWrong,
-			reply.Length, reply.Off, reply.Index, len(k.dst), k.req.Off, k.req.Index)
+			reply.Length, reply.Off, reply.Index, n, k.req.Off, k.req.Index)
+	default:
+		k.body = k.dst // nil with a writer
+		if k.to != nil && c.piece == nil {
+			c.piece = make([]byte, stride)
+		}
 	}
-	k.body = p
-	_, err := io.ReadFull(br, p)
-	return err
+	for off := 0; off < int(reply.Length); off += stride {
+		part := min(stride, int(reply.Length)-off)
+		var p []byte
+		if k.body != nil {
+			p = k.body[off : off+part]
+		} else {
+			p = c.piece[:part]
+		}
+		have := 0
+		if br.Buffered() > 0 { // what came with the header
+			have, _ = br.Read(p[:min(br.Buffered(), part)])
+		}
+		if _, err := io.ReadFull(c, p[have:]); err != nil {
+			return err
+		}
+		if k.bad != nil {
+			continue // the rest must be received all the same
+		}
+		first := off / wire.SumSize
+		if err := wire.CheckSums(p, reply.Sums[first:first+wire.SumCount(part)]); err != nil {
+			k.bad = fmt.Errorf("from byte %d: %w", off, err)
+		} else if k.body == nil {
+			if _, err := k.to.WriteAt(p, int64(off)); err != nil {
+				k.bad = fmt.Errorf("%w: %w", errSink, err)
+			}
+		}
+	}
+	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"math/rand/v2"
 	"time"
 
@@ -25,6 +26,19 @@ type piece struct {
 	n      int
 	urgent <-chan struct{} // closed when somebody waits for it
 	sums   *[]uint32       // gets the sums that the bytes came with and were compared with; nil: nobody wants them
+	to     io.WriterAt     // gets the bytes, at offsets from off, instead of a buffer; nil: there is one
+}
+
+// give passes on what came from a second copy; nobody else writes any more.
+func (w *piece) give(dst, p []byte) error {
+	if w.to == nil {
+		copy(dst, p)
+		return nil
+	}
+	if _, err := w.to.WriteAt(p, 0); err != nil {
+		return fmt.Errorf("%w: %w", errSink, err)
+	}
+	return nil
 }
 
 // took notes the answer that was taken.
@@ -51,9 +65,9 @@ const (
 	busyTries = 6
 )
 
-// fetch receives the bytes of w into dst, whose length is w.n, from whichever worker has them. It returns
+// fetch receives the bytes of w into dst, whose length is w.n, or into w.to, from whichever worker has them. It returns
 // with an error only when the object is gone or changed, when every worker that answers refuses, or when
-// ClientTimeout or ctx ends. dst is not touched after it has returned.
+// ClientTimeout or ctx ends. Neither is touched after it has returned.
 func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 	ctx, cancel := context.WithTimeoutCause(ctx, c.timing.client, errDeadline)
 	defer cancel()
@@ -179,7 +193,7 @@ type outcome struct {
 // add takes in the failure of one step.
 func (o *outcome) add(err error) {
 	switch {
-	case errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrNotFound):
+	case errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrNotFound), errors.Is(err, errSink):
 		o.final, o.err = true, err
 		return
 	case errors.Is(err, source.ErrDenied), errors.Is(err, source.ErrNoBucket),
@@ -356,7 +370,7 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 		req.WaitMillis = uint32(max(1, min(time.Until(end), wire.WorkerTimeout).Milliseconds()))
 	}
 	begun := time.Now()
-	first, err := conn.start(req, dst)
+	first, err := conn.start(req, dst, w.to)
 	if err != nil {
 		return err
 	}
@@ -399,7 +413,9 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 				select {
 				case <-second.call.done:
 					if check(second.call) == nil {
-						copy(dst, second.buf)
+						if err := w.give(dst, second.buf); err != nil {
+							return err
+						}
 						w.took(second.call)
 						c.count.hedgeWins.Add(1)
 						c.count.workerBytes.Add(int64(w.n))
@@ -429,7 +445,9 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 					return nil
 				}
 			}
-			copy(dst, second.buf)
+			if err := w.give(dst, second.buf); err != nil {
+				return err
+			}
 			w.took(second.call)
 			c.latency.observe(w.n, time.Since(begun))
 			c.count.hedgeWins.Add(1)
@@ -459,8 +477,8 @@ func check(k *call) error {
 	if k.err != nil {
 		return k.err
 	}
-	if err := wire.CheckSums(k.body, k.reply.Sums); err != nil {
-		return err
+	if k.bad != nil {
+		return k.bad
 	}
 	if k.reply.Status != wire.OK { // only then is the payload a text
 		return k.reply.Status.Err(string(k.body))
@@ -494,7 +512,7 @@ func (c *Client) hedge(p *peer, req wire.Request) *hedged {
 		return nil
 	}
 	req.Flags |= wire.FlagResidentOnly
-	call, err := conn.start(req, buf)
+	call, err := conn.start(req, buf, nil)
 	if err != nil {
 		slot.release()
 		c.cache.giveBack(buf, size)

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"os"
 	"sync"
@@ -132,9 +133,9 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 			key := blockKey{i, block}
 			defer c.fills.begin(key)()
 			for {
-				// Its buffers are the store's own, which are as few as fillers make them.
-				b, err := c.config.Store.AcquireSummed(ctx, o, block, func(ctx context.Context, p []byte) ([]uint32, error) {
-					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: len(p), urgent: now}, p)
+				b, err := c.config.Store.Place(ctx, o, block, func(ctx context.Context, to io.WriterAt) ([]uint32, error) {
+					n := int(min(ring.BlockSize, o.Size-block*ring.BlockSize))
+					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: n, urgent: now, to: to})
 				})
 				if errors.Is(err, errClosed) && ctx.Err() == nil && c.ctx.Err() == nil {
 					continue // another client of the store was to fill it, and was closed
@@ -142,10 +143,7 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 				if err != nil {
 					return err
 				}
-				defer b.Release()
-				if !b.Resident() {
-					return errors.New("the node's store has no room for it")
-				}
+				b.Release()
 				return nil
 			}
 		})
@@ -155,7 +153,7 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 
 // fillBlock gets a whole block for the node's store. The store may run it on after who began it has given up,
 // because others wait for the block, so Close must know of it; they are told that it was closed.
-func (c *Client) fillBlock(ctx context.Context, w piece, p []byte) (sums []uint32, err error) {
+func (c *Client) fillBlock(ctx context.Context, w piece) (sums []uint32, err error) {
 	if !c.begin() {
 		return nil, errClosed
 	}
@@ -163,36 +161,38 @@ func (c *Client) fillBlock(ctx context.Context, w piece, p []byte) (sums []uint3
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
 	defer context.AfterFunc(c.ctx, cancel)()
-	if c.copyBuffered(ctx, blockKey{w.index, w.block}, p) {
-		return nil, nil
+	if sums, err = c.copyBuffered(ctx, w); sums != nil || err != nil {
+		return sums, err
 	}
 	w.sums = &sums
-	err = c.fetch(ctx, w, p)
+	err = c.fetch(ctx, w, nil)
 	if err != nil && c.ctx.Err() != nil {
 		err = fmt.Errorf("%w: %w", errClosed, err)
 	}
 	return sums, err
 }
 
-// copyBuffered copies a whole block that is in the client's buffers or on its way there.
-func (c *Client) copyBuffered(ctx context.Context, key blockKey, p []byte) bool {
-	_, hi := span(0, len(p))
-	e := c.cache.find(key, 0, hi)
+// copyBuffered copies a whole block that is in the client's buffers or on its way there; no sums: it is not.
+func (c *Client) copyBuffered(ctx context.Context, w piece) ([]uint32, error) {
+	_, hi := span(0, w.n)
+	e := c.cache.find(blockKey{w.index, w.block}, 0, hi)
 	if e == nil {
-		return false
+		return nil, nil
 	}
 	defer c.cache.release(e)
 	select {
 	case <-e.done:
 	case <-ctx.Done():
-		return false
+		return nil, nil
 	}
 	if e.err != nil {
-		return false
+		return nil, nil
 	}
-	copy(p, e.buf)
+	if _, err := w.to.WriteAt(e.buf, 0); err != nil {
+		return nil, err
+	}
 	c.count.joins.Add(1)
-	return true
+	return wire.Sums(e.buf), nil
 }
 
 // fills are the blocks that are being fetched into the node's store for leases, so that reads wait for them

@@ -244,7 +244,7 @@ func (p *peer) small(ctx context.Context, req wire.Request) (wire.Reply, []byte,
 	if err != nil {
 		return wire.Reply{}, nil, err
 	}
-	k, err := conn.start(req, nil)
+	k, err := conn.start(req, nil, nil)
 	if err != nil {
 		return wire.Reply{}, nil, err
 	}
@@ -254,9 +254,9 @@ func (p *peer) small(ctx context.Context, req wire.Request) (wire.Reply, []byte,
 		}
 		return wire.Reply{}, nil, err
 	}
-	if err := wire.CheckSums(k.body, k.reply.Sums); err != nil {
+	if k.bad != nil {
 		p.c.count.corrupt.Add(1)
-		return wire.Reply{}, nil, err
+		return wire.Reply{}, nil, k.bad
 	}
 	if k.reply.Status != wire.OK {
 		return k.reply, nil, k.reply.Status.Err(string(k.body))

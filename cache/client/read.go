@@ -290,26 +290,39 @@ func (c *Client) keep(w piece, buf []byte, sums []uint32) {
 	if c.config.Store == nil {
 		return
 	}
-	// The store may run the fill on after Acquire has given up, when buf is another block's already.
-	var mu sync.Mutex
-	left := false
-	b, err := c.config.Store.AcquireSummed(c.ctx, w.object, w.block, func(_ context.Context, p []byte) ([]uint32, error) {
-		mu.Lock()
-		defer mu.Unlock()
-		if left {
-			return nil, errClosed
-		}
-		copy(p, buf)
-		return sums, nil
+	l := loan{p: buf}
+	b, err := c.config.Store.Place(c.ctx, w.object, w.block, func(_ context.Context, to io.WriterAt) ([]uint32, error) {
+		return sums, l.write(to)
 	})
-	mu.Lock()
-	left = true
-	mu.Unlock()
+	l.end()
 	if err != nil { // the reader has its bytes all the same
 		c.log.Debug("node store did not take a block", "file", w.index, "block", w.block, "error", err)
 		return
 	}
 	b.Release()
+}
+
+// loan is a buffer that another goroutine may write from until end returns: the store may run a fill on, or begin
+// it, after who asked for it has given up, when the buffer is another block's already.
+type loan struct {
+	mu sync.Mutex // keeps who gave up waiting, and nobody else
+	p  []byte
+}
+
+func (l *loan) write(to io.WriterAt) error {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	if l.p == nil {
+		return errClosed
+	}
+	_, err := to.WriteAt(l.p, 0)
+	return err
+}
+
+func (l *loan) end() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.p = nil
 }
 
 // finish waits for a part's bytes and copies them out.

@@ -52,6 +52,11 @@ func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) 
 
 // AcquireSummed is Acquire for who receives a block together with its sums.
 func (s *Store) AcquireSummed(ctx context.Context, o ring.Object, n int64, fill FillSummed) (*Block, error) {
+	return s.acquire(ctx, o, n, func(ctx context.Context, fl *flight) { s.run(ctx, fl, fill) })
+}
+
+// acquire returns the block in use; fly makes the flight of one that is absent.
+func (s *Store) acquire(ctx context.Context, o ring.Object, n int64, fly func(context.Context, *flight)) (*Block, error) {
 	if err := checkBlock(o, n); err != nil {
 		return nil, err
 	}
@@ -99,11 +104,12 @@ func (s *Store) AcquireSummed(ctx context.Context, o ring.Object, n int64, fill 
 			continue
 		}
 		if b == nil || b.flight == nil {
-			b = s.start(ctx, ob, n, b, fill)
+			b = s.start(ctx, ob, n, b, fly)
 		} else {
 			s.stats.Shared++
 		}
 		fl := b.flight
+		joined := fl.waiters > 0
 		fl.waiters++
 		s.mu.Unlock()
 
@@ -112,6 +118,9 @@ func (s *Store) AcquireSummed(ctx context.Context, o ring.Object, n int64, fill 
 		case <-ctx.Done():
 			s.leave(fl)
 			return nil, wrap(b, ctx.Err())
+		}
+		if joined && errors.Is(fl.err, ErrNoRoom) {
+			continue // another one's Place; this one may do without room
 		}
 		if fl.err != nil {
 			return nil, fl.err
@@ -214,7 +223,7 @@ func (s *Store) unuse(b *block, opened bool) {
 }
 
 // start begins the flight of a block that is absent (b is nil) or corrupt.
-func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill FillSummed) *block {
+func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fly func(context.Context, *flight)) *block {
 	if b == nil {
 		b = &block{obj: o, n: n, size: int32(blockLen(o.size, n)), state: filling}
 		o.blocks[n] = b
@@ -228,7 +237,7 @@ func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fill Fi
 	s.hands.run(&s.wg, func() {
 		defer stop()
 		defer cancel()
-		s.run(fctx, fl, fill)
+		fly(fctx, fl)
 	})
 	return b
 }
@@ -337,23 +346,31 @@ func (s *Store) end(fl *flight, heap *buffer, sums []uint32, err error) {
 // write puts a reserved block's bytes into the file, and leaves it in use for end. When the file system refuses, the
 // reservation is given back with whatever was written, and it returns false.
 func (s *Store) write(b *block, p []byte) bool {
-	o := b.obj
-	f, err := s.openFile(o, true)
+	f, err := s.openFile(b.obj, true)
 	if err == nil {
 		if _, err = f.WriteAt(p, b.off()); err != nil {
-			s.closeFile(o)
+			s.closeFile(b.obj)
 		}
 	}
+	return s.wrote(b, err == nil, err)
+}
+
+// wrote ends what reserve began. Unless it went well, the reservation is given back with whatever was written;
+// refused is what the file system said.
+func (s *Store) wrote(b *block, well bool, refused error) bool {
+	o := b.obj
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	o.writers--
 	s.writing--
 	s.changes++
 	defer s.idle.Broadcast()
-	if err == nil {
+	if well {
 		return true
 	}
-	s.noSpace(o, err)
+	if refused != nil {
+		s.noSpace(o, refused)
+	}
 	if b.state == corrupt {
 		return false // still reserved, still corrupt
 	}
