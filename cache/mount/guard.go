@@ -15,6 +15,9 @@ import (
 
 // holdGuard takes the name; nil when that is not possible (a predecessor still has it).
 func holdGuard(d device) *os.File {
+	if d == (device{}) {
+		return nil // somebody else's mount, who looks after it
+	}
 	fd, err := bindGuard(d)
 	if err != nil {
 		return nil

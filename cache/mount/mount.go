@@ -127,6 +127,8 @@ type Options struct {
 	// costs nothing. Zero means 64 and 5 s; negative IdleLeases none.
 	IdleLeases int
 	IdleTime   time.Duration
+	// Registrar registers files for passthrough where this process may not; nil means that it does so itself.
+	Registrar Registrar
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
 
@@ -281,8 +283,10 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 		m.fs.pass.run()
 	}
 	if s == nil {
-		if at, err := mountinfo.At(dir); err == nil && len(at) > 0 && at[0].Type == FSType {
-			m.settings.Major, m.settings.Minor = at[0].Major, at[0].Minor
+		if dir != "" {
+			if at, err := mountinfo.At(dir); err == nil && len(at) > 0 && at[0].Type == FSType {
+				m.settings.Major, m.settings.Minor = at[0].Major, at[0].Minor
+			}
 		}
 		table.succeed()
 		m.dev = device{m.settings.Major, m.settings.Minor}
@@ -308,7 +312,7 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 		release()
 		close(m.done)
 	}()
-	if s == nil {
+	if s == nil && dir != "" {
 		m.settle()
 	}
 	return m, nil
@@ -362,7 +366,8 @@ func (m *Server) settle() {
 	}
 }
 
-// Dir is where the file system is mounted, absolute and without symbolic links.
+// Dir is where the file system is mounted, absolute and without symbolic links; empty when somebody else mounted
+// it (Serve).
 func (m *Server) Dir() string { return m.dir }
 
 // Device is the file system's number in mountinfo; zeros when it was not found there.

@@ -69,6 +69,9 @@ func (p *passthrough) init(f *fileSystem) {
 // negotiate takes the connection, and notes when it cannot pass through.
 func (p *passthrough) negotiate(k registrar, flags uint64) {
 	p.kernel = k
+	if p.f.opt.Registrar != nil {
+		p.kernel = lentRegistrar{p.f.opt.Registrar}
+	}
 	if p.f.opt.wrap != nil {
 		p.kernel = p.f.opt.wrap(k)
 	}
@@ -77,7 +80,7 @@ func (p *passthrough) negotiate(k registrar, flags uint64) {
 			p.f.log.Info("files are read through this process: the kernel has no FUSE passthrough (Linux 6.9 or later has)")
 		}
 		p.off.Store(true)
-	} else if p.leaser != nil && !hasCap(unix.CAP_SYS_ADMIN) {
+	} else if p.leaser != nil && p.f.opt.Registrar == nil && !hasCap(unix.CAP_SYS_ADMIN) {
 		p.f.log.Info("files are read through this process: FUSE passthrough needs CAP_SYS_ADMIN")
 		p.off.Store(true)
 	}
@@ -369,6 +372,10 @@ func (p *passthrough) register(ctx context.Context, i catalog.Index, size int64,
 		return nil
 	}
 	id, errno := p.kernel.RegisterBackingFd(&fuse.BackingMap{Fd: int32(lease.File().Fd())})
+	if errno == unix.EAGAIN {
+		p.f.count.leaseMisses.Add(1)
+		return errno // the Registrar: not this one, or not now
+	}
 	if errno != 0 {
 		if p.off.CompareAndSwap(false, true) && p.f.ctx.Err() == nil {
 			p.f.log.Warn("files are read through this process from now on: the kernel refused passthrough", "error", explain(errno))

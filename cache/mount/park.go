@@ -89,12 +89,8 @@ func Resume(ctx context.Context, p *Parked, snap *catalog.Snapshot, r Reader, o 
 	if p.Conn == nil || p.Table == nil {
 		return fail(errors.New("a descriptor is missing"))
 	}
-	var st unix.Stat_t
-	if err := unix.Fstat(int(p.Conn.Fd()), &st); err != nil {
-		return fail(err)
-	}
-	if st.Mode&unix.S_IFMT != unix.S_IFCHR || unix.Major(st.Rdev) != 10 || unix.Minor(st.Rdev) != 229 {
-		return fail(errors.New("the parked descriptor is not one of /dev/fuse"))
+	if err := checkDevice(p.Conn); err != nil {
+		return fail(fmt.Errorf("parked: %w", err))
 	}
 	table, err := openTable(p.Table, snap.Len())
 	p.Table = nil
