@@ -23,8 +23,38 @@
 //
 // # Other volumes
 //
-// Inline volumes give a worker its store (a tmpfs of huge pages, charged to the pod) and the folder of its
+// Other inline volumes give a worker its store (a tmpfs of huge pages, charged to the pod) and the folder of its
 // socket, through which this process gets descriptors of files that the worker holds (passthrough).
+//
+// # Mounts that pods serve
+//
+// A pod may serve its mounts by itself (package sidecar), with its own memory and CPU, and needs no right for it:
+// the lender lends them. An inline volume is the place of a mount, another is a folder with a socket (package
+// broker). Until the pod's server claims the mount, its place is a dead file system, so that whoever comes too
+// early gets an error and the kubelet never waits. The claim mounts a connection on top of it and passes its
+// descriptor. Of the connection, and of what a successor of the server needs, there are copies here and at the
+// keeper; what mountinfo says is all that is needed to know the volumes again. A server that is killed goes on
+// when it is started again; one that says that it leaves, one that is missed for a minute, and one whose volume
+// is unpublished has its connection aborted, so that no process waits for it and no pod stays Terminating.
+//
+// What a hostile pod gains by this. It can speak to the lender, and be the server of a mount, by volumes that it
+// writes itself.
+//
+//   - It sees no mount but its own, since the socket is in its own volume, and what the kubelet says of the pod
+//     cannot be forged. It gets no bytes of a Dataset: its server reads from the workers with the read key of its
+//     own namespace, also over a worker's socket that it is connected to here.
+//   - Its answers to the kernel reach whoever looks at its mount: its own containers, and the kubelet, which looks
+//     only when it was restarted or has a subPath to bind. It can have those wait until the pod is deleted, as by
+//     a file system of its own making it always can; the abort at unpublish, and after a minute, ends that. The
+//     superblock is read-only, nosuid and nodev, whatever the server says.
+//   - A file that is registered for passthrough is opened again by the kernel with this process's rights. So only
+//     what the sender has open for reading, a regular file of the memory that the driver mounted for a worker, is
+//     registered: no O_PATH, nothing of the node, of other pods' volumes, of its own image. The content is what it
+//     has read or could. It can keep a worker's file from being freed as long as its mount lives, as it can by
+//     keeping the descriptor that the worker gave it.
+//   - A descriptor that it sends can be of a file whose server it is. It is looked at without asking the file
+//     system, is never polled, and before it is closed, which would wait for that server, its mount is aborted.
+//   - Its requests cost this process time, one of them for each of at most 16 connections.
 //
 // # Rules
 //

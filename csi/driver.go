@@ -140,6 +140,7 @@ type service struct {
 	dialer    net.Dialer
 	budget    *budget
 	keeping   *keeping
+	lender    *lender
 	metrics   *metrics
 	// left is closed when this process leaves its mounts to whoever comes.
 	left chan struct{}
@@ -184,6 +185,7 @@ func newService(c Config) *service {
 		sets: map[string]*dataset{}, busy: map[string]bool{},
 	}
 	s.keeping = &keeping{s: s}
+	s.lender = newLender(s)
 	s.metrics = newMetrics(s)
 	return s
 }
@@ -254,6 +256,11 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 		s.log.Warn("workers' sockets of former pods are left", "error", err)
 	}
 
+	// What pods serve by themselves they serve on; they connect again now.
+	if err := s.lender.look(); err != nil {
+		s.log.Warn("mounts that pods serve are not looked after", "error", err)
+	}
+
 	for _, e := range []struct {
 		path     string
 		register func(*grpc.Server)
@@ -303,6 +310,7 @@ func (s *service) leave(servers []*grpc.Server) error {
 		err = errors.Join(err, s.reap(-1))
 	}
 	close(s.left)
+	s.lender.close()
 	s.work.Wait()
 	return err
 }
@@ -383,6 +391,10 @@ func (s *service) housekeep(ctx context.Context) {
 		if err := s.reap(s.config.Linger); err != nil {
 			s.log.Warn("idle mounts stay", "error", err)
 		}
+		if err := s.lender.look(); err != nil {
+			s.log.Warn("mounts that pods serve are not looked after", "error", err)
+		}
+		s.lender.watch()
 		s.keeping.adopt(ctx)
 		if s.takeRenewed() {
 			s.keeping.parkAll()

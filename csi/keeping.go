@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -158,6 +159,7 @@ func (k *keeping) parkAll() {
 			k.s.log.Error("mount is not parked: it will not outlive this process", "dir", m.dir, "error", err)
 		}
 	}
+	k.s.lender.parkAll()
 }
 
 // adopt resumes what is parked and not served here: what a former node service left, or made while this one
@@ -175,6 +177,14 @@ func (k *keeping) adopt(ctx context.Context) {
 	var g errgroup.Group
 	g.SetLimit(resumes)
 	for _, e := range entries {
+		if strings.HasPrefix(e.Name, lentPrefix) {
+			if k.s.lender.known(e.Name) {
+				e.Close()
+			} else if err := k.s.lender.adopt(conn, e); err != nil {
+				k.s.log.Warn("a pod's own mount is not taken over", "name", e.Name, "error", err)
+			}
+			continue
+		}
 		if !k.begin(e.Name) {
 			e.Close()
 			continue

@@ -22,6 +22,7 @@ import (
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/csi/keeper"
+	"github.com/stepcache/stepcache/sidecar"
 )
 
 // Everything here mounts. So the tests run in a mount namespace of their own, as a child of what `go test` started:
@@ -129,6 +130,9 @@ type order struct {
 	Seeds                                     []string
 	// Events is the file for what it tells the node's object.
 	Events string
+	// Of a sidecar.
+	Socket, Tier string
+	Datasets     []string
 }
 
 // child is a node service or a keeper, until SIGTERM.
@@ -148,6 +152,10 @@ func child(what string) int {
 			NodeName: o.NodeName, KubeletDir: o.KubeletDir, SocketDir: o.SocketDir, CacheDir: o.CacheDir,
 			Seeds: func(string, string) []string { return o.Seeds }, Logger: log, Node: fileNode{o.Events},
 			KeeperWait: 2 * time.Second, Linger: time.Hour,
+		})
+	case "sidecar":
+		err = sidecar.ServeLent(ctx, sidecar.LentOptions{
+			Socket: o.Socket, Tier: o.Tier, Datasets: o.Datasets, Node: o.NodeName, BufferBytes: 32 << 20, Logger: log,
 		})
 	case "keeper":
 		err = keeper.Run(ctx, o.Keeper, log)
@@ -205,7 +213,7 @@ func (o *output) String() string {
 	return o.buf.String()
 }
 
-func start(t *testing.T, what string, o order) *process {
+func start(t *testing.T, what string, o order, change ...func(*exec.Cmd)) *process {
 	t.Helper()
 	exe, err := os.Executable()
 	if err != nil {
@@ -219,6 +227,9 @@ func start(t *testing.T, what string, o order) *process {
 	p.cmd.Env = append(os.Environ(), envChild+"="+what, envChild+"_ORDER="+string(b))
 	p.cmd.Stdout, p.cmd.Stderr = p.out, p.out
 	p.cmd.SysProcAttr = &unix.SysProcAttr{Pdeathsig: unix.SIGKILL}
+	for _, c := range change {
+		c(p.cmd)
+	}
 	if err := p.cmd.Start(); err != nil {
 		t.Fatal(err)
 	}

@@ -111,6 +111,10 @@ func (s *service) NodePublishVolume(ctx context.Context, r *csi.NodePublishVolum
 		err = s.publish(target, "tmpfs", storeSource, func() error { return s.mountStore(target, v, group) })
 	case v1alpha1.VolumeSocket:
 		err = s.publish(target, "tmpfs", socketSource, func() error { return s.mountSocket(target, v, group) })
+	case v1alpha1.VolumeLent:
+		err = s.lender.publishMount(target, v)
+	case v1alpha1.VolumeLender:
+		err = s.lender.publishSocket(target, v)
 	default:
 		err = s.publishDataset(ctx, target, v)
 	}
@@ -191,7 +195,7 @@ func (s *service) serves(name string, d device) bool {
 }
 
 // NodeUnpublishVolume implements csi.NodeServer.
-func (s *service) NodeUnpublishVolume(_ context.Context, r *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
+func (s *service) NodeUnpublishVolume(ctx context.Context, r *csi.NodeUnpublishVolumeRequest) (*csi.NodeUnpublishVolumeResponse, error) {
 	switch {
 	case r.GetVolumeId() == "":
 		return nil, invalid("no volume id")
@@ -214,6 +218,11 @@ func (s *service) NodeUnpublishVolume(_ context.Context, r *csi.NodeUnpublishVol
 	if len(at) > 0 && at[0].Source == socketSource {
 		if err := s.hideSockets(func(m mountinfo.Mount, _ []mountinfo.Mount) bool { return deviceOf(m) == deviceOf(at[0]) }); err != nil {
 			s.log.Warn("a worker's socket is left", "error", err)
+		}
+	}
+	if lentAt(at) {
+		if err := s.lender.unpublish(ctx, target, at); err != nil {
+			s.log.Warn("a pod's own mount is taken away all the same", "target", target, "error", err)
 		}
 	}
 	// Lazily, whatever is there and in whatever state: a pod must never be left Terminating by it.
@@ -248,6 +257,8 @@ func (s *service) NodeGetVolumeStats(_ context.Context, r *csi.NodeGetVolumeStat
 		return nil, status.Errorf(codes.NotFound, "volume %s is not at %s", r.GetVolumeId(), path)
 	}
 	switch {
+	case at[0].Type == mount.FSType && lentAt(at):
+		return usage(0, 0, 0, 0, 0, 0), nil // only its server knows, which is the pod
 	case at[0].Type == mount.FSType:
 		d := deviceOf(at[0])
 		s.mu.Lock()
@@ -260,7 +271,7 @@ func (s *service) NodeGetVolumeStats(_ context.Context, r *csi.NodeGetVolumeStat
 			}
 		}
 		return nil, status.Errorf(codes.Unavailable, "volume %s: the mount at %s is dead; restart the pod", r.GetVolumeId(), path)
-	case at[0].Type == "tmpfs" && (at[0].Source == storeSource || at[0].Source == socketSource):
+	case at[0].Type == "tmpfs" && (at[0].Source == storeSource || at[0].Source == socketSource || lentAt(at)):
 		var st unix.Statfs_t
 		if err := unix.Statfs(path, &st); err != nil {
 			return nil, failed(err)

@@ -245,7 +245,7 @@ func TestBadVolumesAreRefusedWithAReason(t *testing.T) {
 		attributes map[string]string
 		secret     map[string]string
 	}{
-		{"not one of dataset, store and socket", map[string]string{"volume": "disk"}, nil},
+		{"not one of dataset, store, socket, lent and lender", map[string]string{"volume": "disk"}, nil},
 		{"only be an inline volume", map[string]string{"volume": "store", "size": "10000000"}, nil},
 		{"only be an inline volume", map[string]string{"volume": "socket", attributePodUID: "u"}, nil},
 		{"podInfoOnMount", map[string]string{"volume": "store", "size": "10000000", attributeEphemeral: "true"}, nil},

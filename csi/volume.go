@@ -62,6 +62,8 @@ func parseVolume(attributes, secret map[string]string) (volume, error) {
 	switch v.kind {
 	case v1alpha1.VolumeDataset:
 		return v, v.parseDataset(attributes, secret)
+	case v1alpha1.VolumeLent, v1alpha1.VolumeLender:
+		return v, v.parseLent(attributes)
 	case v1alpha1.VolumeStore, v1alpha1.VolumeSocket:
 		// They live and die with one pod.
 		if !v.inline {
@@ -77,8 +79,29 @@ func parseVolume(attributes, secret map[string]string) (volume, error) {
 		}
 		return v, nil
 	}
-	return v, invalid("volumeAttributes.%s: %q is not one of %s, %s and %s",
-		v1alpha1.AttributeVolume, v.kind, v1alpha1.VolumeDataset, v1alpha1.VolumeStore, v1alpha1.VolumeSocket)
+	return v, invalid("volumeAttributes.%s: %q is not one of %s, %s, %s, %s and %s",
+		v1alpha1.AttributeVolume, v.kind, v1alpha1.VolumeDataset, v1alpha1.VolumeStore, v1alpha1.VolumeSocket, v1alpha1.VolumeLent, v1alpha1.VolumeLender)
+}
+
+// parseLent reads a volume of a pod that serves its mounts by itself. Its Dataset's name is a name only: the bytes
+// come from the pod's own server, which has the key.
+func (v *volume) parseLent(attributes map[string]string) error {
+	if !v.inline {
+		return invalid("volumeAttributes.%s: %q can only be an inline volume of a pod", v1alpha1.AttributeVolume, v.kind)
+	}
+	if err := checkUID(v.pod.uid); err != nil {
+		return err
+	}
+	if v.kind == v1alpha1.VolumeLender {
+		return nil
+	}
+	v.namespace, v.dataset = v.pod.namespace, attributes[v1alpha1.AttributeDataset]
+	for _, name := range []string{v.namespace, v.dataset} {
+		if len(validation.IsDNS1123Label(name)) > 0 {
+			return invalid("volumeAttributes.%s: %.80q is not a name of a Dataset of namespace %.80q", v1alpha1.AttributeDataset, v.dataset, v.namespace)
+		}
+	}
+	return nil
 }
 
 // maxStore is more than a machine has.

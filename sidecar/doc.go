@@ -2,7 +2,13 @@
 //
 // # The model
 //
-// Two native sidecars of a pod share a folder of their node, which the webhook named so that no other pod
+// Where there is a node service, ServeLent serves what it lends (package broker) and has no right at all: one
+// native sidecar, which says by ReadyLent when everything is served. The node service mounts, keeps what a
+// successor needs when it is killed, and ends the mounts when it says that it leaves.
+//
+// Where there is none the sidecar mounts by itself, for which it must be privileged.
+//
+// Then two native sidecars of a pod share a folder of their node, which the webhook named so that no other pod
 // has it. Serve mounts each Dataset in a folder of its own in it and answers for it; Keep, which begins first
 // and is stopped last, holds the connections of the mounts (package keeper) and takes the mounts away at the
 // end. So:
@@ -16,9 +22,9 @@
 //
 // # Rules
 //
-// Concurrency: one Serve and one Keep a folder, each a process of its own; a lock tells whether there is a
+// Concurrency: one ServeLent a pod; one Serve and one Keep a folder, each a process of its own; a lock tells whether there is a
 // Keep. Failure: errors name the Dataset or the folder. Nothing here looks at a mount that may be unserved;
 // mountinfo tells.
 //
-// It may import cache/client, cache/mount, cache/wire, csi/keeper and tier.
+// It may import cache/client, cache/mount, cache/wire, csi/broker, csi/keeper and tier.
 package sidecar

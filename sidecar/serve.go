@@ -146,24 +146,9 @@ type server struct {
 // mount mounts a Dataset, or goes on with the mount that a predecessor parked.
 func (o *Options) mount(ctx context.Context, dataset string, entry keeper.Entry, had bool) (*mounted, error) {
 	defer entry.Close()
-	folder, err := tier.Open(filepath.Join(o.Tier, base(dataset)))
+	c, err := o.client(dataset)
 	if err != nil {
 		return nil, err
-	}
-	if folder.Dataset != dataset {
-		return nil, fmt.Errorf("%s is the folder of Dataset %s", folder.Dir, folder.Dataset)
-	}
-	c, err := folder.ClientConfig()
-	if err != nil {
-		return nil, err
-	}
-	watch, err := wire.WatchKeys(folder.KeysDir(), nil)
-	if err != nil {
-		return nil, err
-	}
-	c.KeySource, c.Logger, c.BufferBytes = watch.Keys, o.Logger, o.BufferBytes
-	if o.Node != "" {
-		c.Node = o.Node
 	}
 	at := filepath.Join(o.Dir, base(dataset))
 	if err := mkdirUnmounted(at); err != nil {
@@ -194,6 +179,30 @@ func (o *Options) mount(ctx context.Context, dataset string, entry keeper.Entry,
 		return nil, err
 	}
 	return &mounted{reader, m}, nil
+}
+
+// client is how a Dataset is read.
+func (o *Options) client(dataset string) (client.Config, error) {
+	folder, err := tier.Open(filepath.Join(o.Tier, base(dataset)))
+	if err != nil {
+		return client.Config{}, err
+	}
+	if folder.Dataset != dataset {
+		return client.Config{}, fmt.Errorf("%s is the folder of Dataset %s", folder.Dir, folder.Dataset)
+	}
+	c, err := folder.ClientConfig()
+	if err != nil {
+		return client.Config{}, err
+	}
+	watch, err := wire.WatchKeys(folder.KeysDir(), nil)
+	if err != nil {
+		return client.Config{}, err
+	}
+	c.KeySource, c.Logger, c.BufferBytes = watch.Keys, o.Logger, o.BufferBytes
+	if o.Node != "" {
+		c.Node = o.Node
+	}
+	return c, nil
 }
 
 func resume(ctx context.Context, c client.Config, entry keeper.Entry, o mount.Options) (*mounted, error) {

@@ -88,6 +88,10 @@ const (
 	// VolumeSocket is a folder that a worker and the node service of its node share, for the worker's
 	// socket; on the node it is NodeSocketDir of the pod.
 	VolumeSocket = "socket"
+	// VolumeLent shows the files of a Dataset that a container of the pod serves, and VolumeLender is the folder
+	// of the socket, LenderSocketName, over which it gets the mounts of its pod that it serves.
+	VolumeLent   = "lent"
+	VolumeLender = "lender"
 )
 
 // Ports of a worker.
@@ -162,3 +166,6 @@ func NodeSocketDir(podUID string) string { return "/run/stepcache/workers/" + po
 
 // SocketName is the worker's socket in its VolumeSocket.
 const SocketName = "worker.sock"
+
+// LenderSocketName is the node service's socket in a VolumeLender.
+const LenderSocketName = "node.sock"

@@ -16,23 +16,29 @@ import (
 func sidecarCommand() *cobra.Command {
 	var o sidecar.Options
 	var keep, check bool
-	var buffer string
+	var buffer, socket string
 	cmd := &cobra.Command{
-		Use:   "sidecar --dir DIR --tier DIR --dataset NAMESPACE/NAME ...",
+		Use:   "sidecar (--dir DIR | --node-socket PATH) --tier DIR --dataset NAMESPACE/NAME ...",
 		Short: "Mount Datasets for the other containers of a pod",
-		Long: `Mounts each Dataset at DIR/NAME until SIGTERM, and then ends at once. The webhook adds it to pods, twice: with
---keep it mounts nothing but holds the mounts, so that they outlive a server that is killed, and takes them
-away at the end. With --check it says by its exit status whether everything is mounted: the startup probe.`,
+		Long: `Serves each Dataset until SIGTERM, and then ends at once. The webhook adds it to pods.
+
+With --node-socket it has no right and mounts nothing: the node service, whose socket is in a volume of the pod,
+mounts and keeps, and lends it the mounts. With --dir, where there is no node service, it is privileged and mounts
+at DIR/NAME; a second container with --keep holds the mounts, so that they outlive a server that is killed, and
+takes them away at the end. With --check it says by its exit status whether everything is mounted: the startup
+probe.`,
 		Example: `  stepcache sidecar --keep --dir /run/stepcache/sidecars/0123
-  stepcache sidecar --dir /run/stepcache/sidecars/0123 --tier /stepcache/tier --dataset argo/genomes`,
+  stepcache sidecar --dir /run/stepcache/sidecars/0123 --tier /stepcache/tier --dataset argo/genomes
+  stepcache sidecar --node-socket /run/stepcache/node/node.sock --tier /stepcache/tier --dataset argo/genomes`,
 		Args: args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			if o.Dir == "" {
-				return usage{errors.New("sidecar: --dir is missing: name the folder of this pod's mounts")}
-			}
 			switch {
-			case check && keep:
-				return usage{errors.New("sidecar: --check and --keep do not go together")}
+			case (o.Dir == "") == (socket == ""):
+				return usage{errors.New("sidecar: want either --dir, the folder of this pod's mounts, or --node-socket, the node service's socket")}
+			case check && keep, keep && socket != "":
+				return usage{errors.New("sidecar: --keep goes with --dir alone, not with --check or --node-socket")}
+			case check && socket != "":
+				return sidecar.ReadyLent(cmd.Context(), socket)
 			case check:
 				return sidecar.Ready(o.Dir)
 			case keep:
@@ -54,11 +60,17 @@ away at the end. With --check it says by its exit status whether everything is m
 				return usage{errors.New("sidecar: --tier or --dataset is missing: say what to mount")}
 			}
 			o.BufferBytes, o.Logger = int64(n), logger()
+			if socket != "" {
+				return sidecar.ServeLent(cmd.Context(), sidecar.LentOptions{
+					Socket: socket, Tier: o.Tier, Datasets: o.Datasets, Node: o.Node, BufferBytes: o.BufferBytes, Logger: o.Logger,
+				})
+			}
 			return sidecar.Serve(cmd.Context(), o)
 		},
 	}
 	f := cmd.Flags()
 	f.StringVar(&o.Dir, "dir", "", "folder of this pod's mounts")
+	f.StringVar(&socket, "node-socket", "", "socket of the node service that lends this pod its mounts")
 	f.StringVar(&o.Tier, "tier", "", "folder with the folder of a tier for each Dataset")
 	f.StringArrayVar(&o.Datasets, "dataset", nil, "a Dataset to mount, as namespace/name")
 	f.StringVar(&o.Node, "node", os.Getenv("NODE_NAME"), "name of this node (default $NODE_NAME)")

@@ -139,12 +139,16 @@ func TestSidecarUsage(t *testing.T) {
 		status int
 		says   string
 	}{
-		{nil, 2, "--dir is missing"},
+		{nil, 2, "want either --dir"},
+		{[]string{"--dir", dir, "--node-socket", dir}, 2, "want either --dir"},
+		{[]string{"--node-socket", dir}, 2, "say what to mount"},
+		{[]string{"--node-socket", dir, "--keep"}, 2, "--keep goes with --dir alone"},
+		{[]string{"--node-socket", dir, "--check"}, 1, "node service"},
 		{[]string{"--dir", dir}, 2, "say what to mount"},
 		{[]string{"--dir", dir, "--tier", dir, "--dataset", "genomes"}, 2, "want NAMESPACE/NAME"},
 		{[]string{"--dir", dir, "--tier", dir, "--dataset", "a/genomes", "--dataset", "b/genomes"}, 2, "each name once"},
 		{[]string{"--dir", dir, "--tier", dir, "--dataset", "a/genomes", "--buffer", "much"}, 2, "--buffer"},
-		{[]string{"--dir", dir, "--check", "--keep"}, 2, "do not go together"},
+		{[]string{"--dir", dir, "--check", "--keep"}, 2, "--keep goes with --dir alone"},
 		{[]string{"--dir", dir, "--check"}, 1, "not everything is mounted yet"},
 	} {
 		_, stderr, status := run(t, dir, append([]string{"sidecar"}, c.args...)...)

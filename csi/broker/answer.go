@@ -1,0 +1,43 @@
+package broker
+
+import (
+	"errors"
+	"io"
+	"net"
+	"time"
+)
+
+// writeTimeout is how long a server may leave an answer unread.
+const writeTimeout = 10 * time.Second
+
+// Answer answers the requests of one connection until it ends or breaks the protocol. The connection is the
+// caller's to close, from another goroutine to end this.
+func Answer(c *net.UnixConn, handle func(*Request) Reply) error {
+	for {
+		var r Request
+		fds, err := receive(c, &r)
+		if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+		r.FDs = fds
+		reply := handle(&r)
+		closeAll(r.FDs)
+		files := make([]int, len(reply.Files))
+		for i, f := range reply.Files {
+			files[i] = int(f.Fd())
+		}
+		err = c.SetWriteDeadline(time.Now().Add(writeTimeout))
+		if err == nil {
+			err = send(c, reply, files)
+		}
+		for _, f := range reply.Files {
+			f.Close()
+		}
+		if err != nil {
+			return err
+		}
+	}
+}
