@@ -466,8 +466,17 @@ func TestAgainstAPIServer(t *testing.T) {
 			return err
 		}
 		a.await("the Dataset is known", func() error { return create("stage") })
-		if err := create("sidecar"); err == nil || !strings.Contains(err.Error(), "use csi or stage") {
+		// The API server enforces the level: it looks at the pod as it is with what was added.
+		if err := create("sidecar"); err != nil {
 			t.Errorf("sidecar: %v", err)
+		}
+		level := &corev1.Namespace{}
+		if err := a.c.Get(a.ctx, types.NamespacedName{Name: "strict"}, level); err != nil || level.Labels[labelEnforce] != "restricted" {
+			t.Fatal(err, level.Labels)
+		}
+		pod.Labels["alibabacloud.com/eci"] = "true" // where nothing lends it its mounts
+		if err := create("sidecar"); err == nil || !strings.Contains(err.Error(), "use stage") {
+			t.Errorf("privileged sidecar: %v", err)
 		}
 	})
 	t.Run("validation", func(t *testing.T) {

@@ -21,6 +21,7 @@ const (
 	sidecarName = "stepcache-sidecar"
 	stageName   = "stepcache-stage"
 	hostVolume  = "stepcache-host"
+	nodeVolume  = "stepcache-node"
 )
 
 // Places in the containers that are added.
@@ -30,9 +31,73 @@ const (
 	// hostDir is a folder of the node: the sidecar's mounts are below sidecars/ID, and below workers are the
 	// sockets at which workers of the node hand out descriptors, where the node service made them.
 	hostDir = "/run/stepcache"
+	// nodeDir has the node service's socket, in a sidecar that it lends its mounts.
+	nodeDir = "/run/stepcache/node"
 )
 
-// viaSidecar has a FUSE server in the pod mount the Datasets.
+// viaLent has a FUSE server in the pod serve mounts that the node service makes for it. It needs no right, and so
+// is let in at every pod security level. One container does: the node service keeps its mounts over a restart,
+// and takes them away with the pod whatever became of it.
+func (j *Injector) viaLent(p *patch, needs []*need) error {
+	if j.Image == "" {
+		return errNoImage
+	}
+	// The volumes would wait for ever on a node without.
+	p.require(corev1.NodeSelectorRequirement{Key: v1alpha1.LabelNodeReady, Operator: corev1.NodeSelectorOpIn, Values: []string{"true"}})
+	readOnly := true
+	source := func(n *need) corev1.VolumeSource {
+		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{
+			Driver: v1alpha1.DriverName, ReadOnly: &readOnly,
+			VolumeAttributes: map[string]string{v1alpha1.AttributeVolume: v1alpha1.VolumeLent, v1alpha1.AttributeDataset: n.dataset.Name},
+		}}
+	}
+	if err := j.give(p, needs, func(n *need, i int) { p.source(i, source(n)) }, source); err != nil {
+		return err
+	}
+	name := freeName(p.pod, nodeVolume)
+	p.volume(corev1.Volume{Name: name, VolumeSource: corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{
+		Driver: v1alpha1.DriverName, ReadOnly: &readOnly,
+		VolumeAttributes: map[string]string{v1alpha1.AttributeVolume: v1alpha1.VolumeLender},
+	}}})
+	socket := path.Join(nodeDir, v1alpha1.LenderSocketName)
+	mounts := []corev1.VolumeMount{{Name: name, MountPath: nodeDir, ReadOnly: true}}
+	server := j.server(p, needs, mounts, "--node-socket", socket)
+	server.SecurityContext = unprivileged()
+	p.first(server)
+	return nil
+}
+
+// server is the container that serves the Datasets; at says where, to it and to its probe.
+func (j *Injector) server(p *patch, needs []*need, mounts []corev1.VolumeMount, at ...string) corev1.Container {
+	args := append(append([]string{"sidecar"}, at...), "--tier", tierDir)
+	for _, n := range needs {
+		mounts = append(mounts, j.tier(p, n.dataset))
+		args = append(args, "--dataset", n.String())
+	}
+	always := corev1.ContainerRestartPolicyAlways
+	c := j.container(sidecarName, args...)
+	c.RestartPolicy = &always
+	c.VolumeMounts = mounts
+	c.Env = []corev1.EnvVar{{Name: "NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}}
+	c.Resources = resources("100m", "192Mi", "512Mi")
+	c.StartupProbe = &corev1.Probe{
+		ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: append([]string{"/stepcache", "sidecar", "--check"}, at...)}},
+		PeriodSeconds: 1, TimeoutSeconds: 10, FailureThreshold: 1800, // the bucket may have to be listed first
+	}
+	return c
+}
+
+// unprivileged is what the pod security level "restricted" asks of a container.
+func unprivileged() *corev1.SecurityContext {
+	user, yes, no := int64(65532), true, false
+	return &corev1.SecurityContext{
+		RunAsUser: &user, RunAsNonRoot: &yes, AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes,
+		Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
+		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
+	}
+}
+
+// viaSidecar has a FUSE server in the pod mount the Datasets, where no node service does it for one.
 //
 // The mounts are in a folder of the node (hostPath) and not in an emptyDir: the kubelet cannot take an
 // emptyDir away on which a FUSE server died, so that the pod would be Terminating for ever, and it counts
@@ -59,20 +124,7 @@ func (j *Injector) viaSidecar(p *patch, needs []*need) error {
 	keeper := j.container(keeperName, "sidecar", "--keep", "--dir", dir)
 	keeper.VolumeMounts = slices.Clone(mounts)
 	keeper.Resources = resources("10m", "32Mi", "128Mi")
-
-	args := []string{"sidecar", "--dir", dir, "--tier", tierDir}
-	for _, n := range needs {
-		mounts = append(mounts, j.tier(p, n.dataset))
-		args = append(args, "--dataset", n.String())
-	}
-	server := j.container(sidecarName, args...)
-	server.VolumeMounts = mounts
-	server.Env = []corev1.EnvVar{{Name: "NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}}
-	server.Resources = resources("100m", "192Mi", "512Mi")
-	server.StartupProbe = &corev1.Probe{
-		ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: []string{"/stepcache", "sidecar", "--check", "--dir", dir}}},
-		PeriodSeconds: 1, TimeoutSeconds: 10, FailureThreshold: 1800, // the bucket may have to be listed first
-	}
+	server := j.server(p, needs, mounts, "--dir", dir)
 	always := corev1.ContainerRestartPolicyAlways
 	root, yes, no := int64(0), true, false
 	for _, c := range []*corev1.Container{&keeper, &server} {
@@ -120,12 +172,7 @@ func (j *Injector) viaStage(namespace string, p *patch, needs []*need) (warnings
 	// more copies with that, and a hundred steps that do not cannot starve the worker that serves them all.
 	c.Resources = resources("10m", "192Mi", "512Mi")
 	c.TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError
-	user, yes, no := int64(65532), true, false
-	c.SecurityContext = &corev1.SecurityContext{
-		RunAsUser: &user, RunAsNonRoot: &yes, AllowPrivilegeEscalation: &no, ReadOnlyRootFilesystem: &yes,
-		Capabilities:   &corev1.Capabilities{Drop: []corev1.Capability{"ALL"}},
-		SeccompProfile: &corev1.SeccompProfile{Type: corev1.SeccompProfileTypeRuntimeDefault},
-	}
+	c.SecurityContext = unprivileged()
 	p.first(c)
 	return warnings, nil
 }

@@ -5,7 +5,8 @@
 //
 // A pod asks for data by a label (LabelInject, or one of Fluid's) and says which by the claims that it
 // mounts, the claims that a Dataset replaces, and the annotation AnnotationMounts. How it gets them is the
-// mode: csi (the claim as it is), sidecar (a FUSE server in the pod) or stage (an init container that
+// mode: csi (the claim as it is), sidecar (a FUSE server in the pod: without any right where a node service lends
+// it its mounts, privileged elsewhere) or stage (an init container that
 // copies). A mode only changes where a volume comes from: names and mounts stay, since Argo's wait
 // container repeats main's. Pods of workflows in watched namespaces get replaced claims and node affinity
 // with no label of ours; node affinity also for input artifacts that they load from a Dataset's S3 endpoint.

@@ -116,7 +116,11 @@ func (j *Injector) Inject(ctx context.Context, namespace string, p *patch) (need
 	case csi:
 		err = j.viaClaim(namespace, p, needs)
 	case sidecar:
-		err = j.viaSidecar(p, needs)
+		if lends(p.pod, labels, nodeService) {
+			err = j.viaLent(p, needs)
+		} else {
+			err = j.viaSidecar(p, needs)
+		}
 	case stage:
 		var more []string
 		more, err = j.viaStage(namespace, p, needs)

@@ -31,7 +31,8 @@ func TestPatches(t *testing.T) {
 		mode      string
 	}{
 		{"argo-csi", "argo-v3.7", []func(map[string]any){inject("auto")}, nil, "csi"},
-		{"argo-sidecar", "argo-v3.7", []func(map[string]any){inject("sidecar")}, nil, "sidecar"},
+		{"argo-sidecar", "argo-v3.7", []func(map[string]any){inject("sidecar")}, restricted, "sidecar"},
+		{"argo-sidecar-privileged", "argo-v3.7", []func(map[string]any){inject("sidecar")}, noService, "sidecar"},
 		{"argo-stage", "argo-v3.7", []func(map[string]any){inject("stage")}, restricted, "stage"},
 		{"argo-stage-artifacts", "argo-v3.7", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, "stage"},
 		{"argo-fluid-serverless", "argo-v3.7", []func(map[string]any){put("labels", labelFluidTarget, "eci")}, nil, "stage"},
@@ -79,43 +80,124 @@ func TestPatches(t *testing.T) {
 }
 
 // What the pod security level "restricted" asks of every container that is added.
-func TestStageIsRestricted(t *testing.T) {
-	h := injectHandler(t, newWorld())
-	raw := readPod(t, "plain", inject("stage"))
-	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
-	if len(pod.Spec.InitContainers) != 1 {
-		t.Fatalf("%d init containers", len(pod.Spec.InitContainers))
-	}
-	s := pod.Spec.InitContainers[0].SecurityContext
-	if s.Privileged != nil || *s.AllowPrivilegeEscalation || !*s.RunAsNonRoot || *s.RunAsUser == 0 ||
-		!slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || len(s.Capabilities.Add) > 0 || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
-		t.Errorf("not restricted: %+v", s)
-	}
-	for _, v := range pod.Spec.Volumes {
-		if v.HostPath != nil {
-			t.Errorf("volume %s is a folder of the node", v.Name)
+func TestWhatIsAddedIsRestricted(t *testing.T) {
+	for _, m := range []string{"stage", "sidecar"} {
+		h := injectHandler(t, newWorld())
+		raw := readPod(t, "plain", inject(m))
+		pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
+		if len(pod.Spec.InitContainers) != 1 {
+			t.Fatalf("%s: %d init containers", m, len(pod.Spec.InitContainers))
 		}
+		c := pod.Spec.InitContainers[0]
+		s := c.SecurityContext
+		if s.Privileged != nil || *s.AllowPrivilegeEscalation || !*s.RunAsNonRoot || *s.RunAsUser == 0 ||
+			!slices.Equal(s.Capabilities.Drop, []corev1.Capability{"ALL"}) || len(s.Capabilities.Add) > 0 || s.SeccompProfile.Type != corev1.SeccompProfileTypeRuntimeDefault {
+			t.Errorf("%s: not restricted: %+v", m, s)
+		}
+		for _, v := range pod.Spec.Volumes {
+			if v.HostPath != nil {
+				t.Errorf("%s: volume %s is a folder of the node", m, v.Name)
+			}
+		}
+		for _, v := range c.VolumeMounts {
+			if v.MountPropagation != nil {
+				t.Errorf("%s: mounts of %s propagate", m, v.Name)
+			}
+		}
+	}
+}
+
+// The server of lent mounts must not have them: it would be looked at before it serves, which hangs. And the pod
+// must come to a node with a node service, whatever else it wants of its node.
+func TestLentMountsAreTheOthers(t *testing.T) {
+	h := injectHandler(t, newWorld())
+	raw := readPod(t, "affinity", inject("sidecar"), mounts("genomes=/data"))
+	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
+	kinds := map[string]string{}
+	for _, v := range pod.Spec.Volumes {
+		if v.CSI != nil {
+			kinds[v.Name] = v.CSI.VolumeAttributes[v1alpha1.AttributeVolume]
+		}
+	}
+	if len(kinds) != 2 {
+		t.Fatalf("inline volumes %v", kinds)
+	}
+	for _, m := range pod.Spec.InitContainers[0].VolumeMounts {
+		if kinds[m.Name] == v1alpha1.VolumeLent {
+			t.Errorf("the server mounts %s", m.Name)
+		}
+	}
+	for _, c := range pod.Spec.Containers {
+		for _, m := range c.VolumeMounts {
+			if kinds[m.Name] == v1alpha1.VolumeLender {
+				t.Errorf("container %s gets the node service's socket", c.Name)
+			}
+		}
+	}
+	terms := pod.Spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+	for _, term := range terms {
+		if len(term.MatchExpressions)+len(term.MatchFields) == 0 {
+			continue // it matches no node
+		}
+		if !slices.ContainsFunc(term.MatchExpressions, func(r corev1.NodeSelectorRequirement) bool { return r.Key == v1alpha1.LabelNodeReady }) {
+			t.Errorf("it may come to a node without a node service: %+v", term)
+		}
+	}
+	if len(terms) == 0 {
+		t.Error("it may come to any node")
+	}
+}
+
+// A node that is made for one pod runs no DaemonSet, though other nodes of the cluster do.
+func TestServerlessPodsAreNotLentMounts(t *testing.T) {
+	w := newWorld()
+	w.namespaces["argo"][labelEnforce] = "privileged"
+	h := injectHandler(t, w)
+	for _, mode := range []string{"auto", "sidecar"} {
+		raw := readPod(t, "plain", inject(mode), put("labels", "alibabacloud.com/eci", "true"))
+		pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
+		if len(pod.Spec.InitContainers) != 2 || pod.Spec.InitContainers[0].Name != keeperName {
+			t.Errorf("%s: not the privileged form: %+v", mode, pod.Spec.InitContainers)
+		}
+	}
+	w.namespaces["argo"][labelEnforce] = "baseline"
+	raw := readPod(t, "plain", inject("sidecar"), put("labels", "alibabacloud.com/eci", "true"))
+	if got := denial(t, h.Handle(context.Background(), request("argo", raw))); !strings.Contains(got, "use stage") {
+		t.Error(got)
 	}
 }
 
 // Init containers of the pod read the Dataset too: what serves it comes before them.
 func TestSidecarIsFirstOfAll(t *testing.T) {
-	h := injectHandler(t, newWorld())
+	for _, lent := range []bool{true, false} {
+		w := newWorld()
+		w.service = lent
+		sidecarIsFirst(t, w, lent)
+	}
+}
+
+func sidecarIsFirst(t *testing.T, w *world, lent bool) {
+	h := injectHandler(t, w)
 	raw := readPod(t, "argo-v3.7", inject("sidecar"))
 	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
 	var names []string
 	for _, c := range pod.Spec.InitContainers {
 		names = append(names, c.Name)
 	}
-	if want := []string{keeperName, sidecarName, "init"}; !slices.Equal(names, want) {
+	want := []string{keeperName, sidecarName, "init"}
+	if lent {
+		want = want[1:]
+	}
+	if !slices.Equal(names, want) {
 		t.Fatalf("init containers %v, want %v", names, want)
 	}
-	for _, c := range pod.Spec.InitContainers[:2] {
+	ours := pod.Spec.InitContainers[:len(want)-1]
+	for _, c := range ours {
 		if c.RestartPolicy == nil || *c.RestartPolicy != corev1.ContainerRestartPolicyAlways {
 			t.Errorf("%s is no native sidecar", c.Name)
 		}
 	}
-	if pod.Spec.InitContainers[1].StartupProbe == nil {
+	if ours[len(ours)-1].StartupProbe == nil {
 		t.Error("nothing waits for the sidecar")
 	}
 	if pod.Labels[v1alpha1.LabelReader] != "true" {
@@ -169,7 +251,7 @@ func TestDenials(t *testing.T) {
 		{"above a mount", []func(map[string]any){volume, mounts("genomes=/in")}, nil, []string{"below it, at /in/deep", "read-only"}},
 		{"below a read-only mount", []func(map[string]any){volume, mounts("genomes=/ro/data")}, nil, []string{"read-only above it"}},
 		{"being deleted", nil, func(w *world) { w.datasets[0].DeletionTimestamp = &deleting }, []string{"is being deleted"}},
-		{"sidecar where it is not allowed", []func(map[string]any){inject("sidecar")}, func(w *world) { w.namespaces["argo"][labelEnforce] = "baseline" }, []string{"privileged", "baseline", "use csi or stage"}},
+		{"sidecar where it is not allowed", []func(map[string]any){inject("sidecar")}, func(w *world) { w.namespaces["argo"][labelEnforce], w.service = "baseline", false }, []string{"privileged", "baseline", "use stage"}},
 		{"sidecar of another namespace", []func(map[string]any){inject("sidecar"), mounts("ref/hg38=/ref")}, nil, []string{"ref/hg38 is of another namespace", "use the mode csi"}},
 		{"stage of another namespace", []func(map[string]any){inject("stage"), mounts("ref/hg38=/ref")}, nil, []string{"use the mode csi"}},
 		{"stage of a writable Dataset", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"ReadWrite", "use the mode csi"}},

@@ -81,12 +81,17 @@ func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[s
 		}
 		return stage, nil
 	case sidecar:
-		if may == limited {
-			return "", fmt.Errorf("the mode sidecar needs a privileged container, which namespace %s does not allow (label %s=%s): use csi or stage",
+		if may == limited && !lends(pod, namespaceLabels, nodeService) {
+			return "", fmt.Errorf("the mode sidecar needs a privileged container where no node service lends it its mounts, and namespace %s does not allow that (label %s=%s): use stage, or install the node service",
 				namespace, labelEnforce, namespaceLabels[labelEnforce])
 		}
 	}
 	return asked, nil
+}
+
+// lends says whether there is a node service that lends a pod's sidecar its mounts, so that it needs no right.
+func lends(pod *corev1.Pod, namespaceLabels map[string]string, nodeService bool) bool {
+	return nodeService && !serverless(pod, namespaceLabels)
 }
 
 // serverless says whether a pod runs on a node that is made for it: no DaemonSet is there.
