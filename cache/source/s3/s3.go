@@ -102,8 +102,9 @@ func newTransport(c source.Config) *http.Transport {
 		MaxIdleConnsPerHost:   n,
 		IdleConnTimeout:       60 * time.Second,
 		DisableCompression:    true,
-		ReadBufferSize:        64 << 10,
-		WriteBufferSize:       64 << 10,
+		// What comes with an answer's header is copied once more, out of this buffer; the rest is not.
+		ReadBufferSize:  4 << 10,
+		WriteBufferSize: 64 << 10,
 	}
 }
 
