@@ -55,8 +55,8 @@ func (e *extent) covers(lo, hi int) bool { return e.lo <= lo && hi <= e.hi }
 // buffers, so that readers who are stuck cannot stop the others.
 //
 // What a reader has read to its end it hardly reads again, and above it there is the kernel's page cache. So
-// that goes first, and once there is a quarter of the budget of it, it goes before new memory is taken: memory
-// that was touched already costs much less than memory that was not.
+// that goes first, and once there is maxSpent of it, or a quarter of the budget, it goes before new memory is taken:
+// memory that was touched already costs much less than memory that was not.
 type blocks struct {
 	budget int64
 
@@ -84,6 +84,9 @@ func class(n int) (k, size int) {
 func newBlocks(budget int64) *blocks {
 	return &blocks{budget: budget, extents: make(map[blockKey][]*extent)}
 }
+
+// maxSpent is how much is kept of what was read to its end while other memory can be had.
+const maxSpent = 4 * ring.BlockSize
 
 // find returns the extent that covers the chunks, with a reference, or nil.
 func (b *blocks) find(key blockKey, lo, hi int) *extent {
@@ -250,7 +253,7 @@ func (b *blocks) shrink(want int64) bool {
 func (b *blocks) take(n int) []byte {
 	k, size := class(n)
 	b.taken += int64(size)
-	for len(b.free[k]) == 0 && b.spentBy > b.budget/4 {
+	for len(b.free[k]) == 0 && b.spentBy > min(b.budget/4, maxSpent) {
 		b.evict(b.spent.Front().Value.(*extent))
 	}
 	if have := len(b.free[k]); have > 0 {
