@@ -108,10 +108,8 @@ ARGUMENTS
         seq 1000000 > /out/file
         : > /out/nothing
         head -c LARGE /dev/urandom > /out/large
-        for i in $(seq MANY); do
-          mkdir -p /out/many/$((i % 50))/sub
-          echo "this is $i" > /out/many/$((i % 50))/sub/$i
-        done
+        for d in $(seq 0 49); do mkdir -p /out/many/$d/sub; done
+        for i in $(seq MANY); do echo "this is $i" > /out/many/$((i % 50))/sub/$i; done
         SUM
         for x in file nothing many void large; do echo "made $x $(sum /out/$x)"; done
       volumeMounts: [{name: out, mountPath: /out}]

@@ -191,13 +191,25 @@ func stage(t *testing.T, in input) {
 	name := submit(t, "hashing/workflow.yaml", slices.Concat(hash("demo", n), unprivileged, labelled("data.stepcache.dev/inject: stage"))...)
 	oneDigest(t, in, waitWorkflow(t, name), n)
 	allEnd(t, name)
-	// The level holds: the privileged containers of the mode sidecar are refused.
-	if out, err := run(t.Context(), example(t, "sidecar/pod.yaml"), "create", "-n", namespace, "-f", "-"); err == nil {
+	// The level holds: where nobody lends a sidecar its mounts it must be privileged, and is refused.
+	alone := edit(t, example(t, "sidecar/pod.yaml"), "inject: sidecar}", "inject: sidecar, "+nobodyLends+"}")
+	if out, err := run(t.Context(), alone, "create", "-n", namespace, "-f", "-"); err == nil {
 		t.Errorf("a privileged pod was admitted: %s", out)
+	} else if !strings.Contains(err.Error(), "use stage") {
+		t.Errorf("a privileged pod was refused for another reason: %v", err)
 	}
+	// What has its mounts lent needs no right.
+	name = submit(t, "hashing/workflow.yaml", slices.Concat(hash("demo", n), unprivileged, labelled("data.stepcache.dev/inject: sidecar"))...)
+	oneDigest(t, in, waitWorkflow(t, name), n)
+	allEnd(t, name)
 }
 
-// sidecar reads through mounts of the pods' own, and leaves none on the nodes.
+// nobodyLends is a label of pods on nodes that are made for them, where no node service is: their sidecars mount by
+// themselves, on any node.
+const nobodyLends = `alibabacloud.com/eci: "true"`
+
+// sidecar reads through mounts of the pods' own, lent ones and such as they make themselves, and leaves none on the
+// nodes.
 func sidecar(t *testing.T, in input) {
 	apply(t, namespace, example(t, "sidecar/pod.yaml"))
 	if log := waitPod(t, namespace, "demo-sidecar"); !strings.Contains(log, in.largeSum) {
@@ -206,12 +218,14 @@ func sidecar(t *testing.T, in input) {
 	// A mount that is left would keep the pod Terminating.
 	kubectl(t, "delete", "pod", "-n", namespace, "demo-sidecar", "--timeout", patience.String())
 	n := some()
-	name := submit(t, "hashing/workflow.yaml", slices.Concat(hash("demo", n), labelled("data.stepcache.dev/inject: sidecar"),
-		[]string{"  entrypoint: main\n", "  entrypoint: main\n  parallelism: 12\n"})...)
-	oneDigest(t, in, waitWorkflow(t, name), n)
-	allEnd(t, name)
-	kubectl(t, "delete", "workflow", "-n", namespace, name)
-	noSidecarMounts(t)
+	for _, more := range []string{"", ", " + nobodyLends} {
+		name := submit(t, "hashing/workflow.yaml", slices.Concat(hash("demo", n), labelled("data.stepcache.dev/inject: sidecar"+more),
+			[]string{"  entrypoint: main\n", "  entrypoint: main\n  parallelism: 12\n"})...)
+		oneDigest(t, in, waitWorkflow(t, name), n)
+		allEnd(t, name)
+		kubectl(t, "delete", "workflow", "-n", namespace, name)
+		noSidecarMounts(t)
+	}
 }
 
 // replaces adopts a claim that workflows have always used.

@@ -212,7 +212,8 @@ func onlyDigests(lines []string) []string {
 }
 
 // killedSidecars kills the servers of mounts that pods have of their own: reads wait until they are started again.
-// Then it kills the keepers too, after which reads fail; but pods end, and no mount is left.
+// Of pods that mount by themselves it kills the keepers too, after which reads fail; but pods end, and no mount is
+// left.
 func killedSidecars(t *testing.T, in input) {
 	if !hasLab() {
 		t.Skip("it kills processes on nodes of test/cluster; this is another cluster")
@@ -244,10 +245,16 @@ func killedSidecars(t *testing.T, in input) {
 		restarted(t, "stepcache-sidecar")
 		return nil
 	}, label)
+	noSidecarMounts(t)
+	// Those that mount by themselves have another container that keeps the mounts meanwhile.
 	whileReading(t, in, "demo", func() []string {
+		if full() {
+			kill(false)
+			restarted(t, "stepcache-sidecar")
+		}
 		kill(true)
 		return nodes(t) // no reader can go on
-	}, label)
+	}, label+", "+nobodyLends)
 	noSidecarMounts(t)
 }
 
@@ -284,7 +291,7 @@ func noSidecarMounts(t *testing.T) {
 	}
 	for _, node := range nodes(t) {
 		eventually(t, "no mount of a sidecar is left on "+node, func(ctx context.Context) error {
-			out, err := labCommand(ctx, "exec-in-node", node, "sh", "-c", "grep /run/stepcache/sidecars/ /proc/self/mountinfo || true")
+			out, err := labCommand(ctx, "exec-in-node", node, "sh", "-c", "grep -E '/run/stepcache/sidecars/|/var/lib/kubelet/pods/.* fuse' /proc/self/mountinfo || true")
 			return want(out, "", err)
 		})
 	}
