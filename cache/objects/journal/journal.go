@@ -98,7 +98,14 @@ type Journal struct {
 	byKey  map[string][]Record // in order
 	bytes  int64               // content of entries
 	count  int                 // entries
+	// forgot is up to where the names were marked or forgotten lately, before the same of the time before: a copy
+	// that was on its way then must not come after. since is when forgot began.
+	forgot, before map[string]Seq
+	since          time.Time
 }
+
+// forgetAfter is longer than a copy can be on its way.
+const forgetAfter = 5 * time.Minute
 
 // Open opens the journal in dir, which it makes, and finds what a former process left. limit bounds its bytes.
 func Open(dir string, limit int64, log *slog.Logger) (*Journal, error) {
@@ -109,7 +116,7 @@ func Open(dir string, limit int64, log *slog.Logger) (*Journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
 	}
-	j := &Journal{dir: dir, limit: limit, log: log, byKey: make(map[string][]Record)}
+	j := &Journal{dir: dir, limit: limit, log: log, byKey: make(map[string][]Record), forgot: make(map[string]Seq)}
 	for _, f := range files {
 		path := filepath.Join(dir, f.Name())
 		var r Record
@@ -316,6 +323,14 @@ func (j *Journal) put(f *os.File, path string, r Record) error {
 	}
 	j.mu.Lock()
 	defer j.mu.Unlock()
+	for _, m := range []map[string]Seq{j.forgot, j.before} {
+		if f, ok := m[r.Key]; ok && !r.Mark && r.Seq.Compare(f) <= 0 {
+			return fmt.Errorf("journal: %q: %w: the bucket has it by now", r.Key, ErrGone)
+		}
+	}
+	if slices.ContainsFunc(j.byKey[r.Key], func(o Record) bool { return o.Mark && !r.Mark && r.Seq.Compare(o.Seq) <= 0 }) {
+		return fmt.Errorf("journal: %q: %w: the bucket has it by now", r.Key, ErrGone)
+	}
 	if err := os.Rename(path, filepath.Join(j.dir, name(r))); err != nil {
 		return fmt.Errorf("journal: %w", err)
 	}
@@ -331,6 +346,7 @@ func (j *Journal) put(f *os.File, path string, r Record) error {
 func (j *Journal) Mark(key string, seq Seq) error {
 	r := Record{Key: key, Seq: seq, Mark: true}
 	j.mu.Lock()
+	j.note(key, seq)
 	for _, o := range j.byKey[key] {
 		if o.Mark && o.Seq.Compare(seq) >= 0 {
 			j.mu.Unlock()
@@ -354,11 +370,24 @@ func (j *Journal) Mark(key string, seq Seq) error {
 
 // Forget drops everything of key up to seq, marks too.
 func (j *Journal) Forget(key string, seq Seq) error {
+	j.mu.Lock()
+	j.note(key, seq)
+	j.mu.Unlock()
 	// Entries first: a mark must not go before what it is about.
 	if err := j.drop(key, func(o Record) bool { return !o.Mark && o.Seq.Compare(seq) <= 0 }); err != nil {
 		return err
 	}
 	return j.drop(key, func(o Record) bool { return o.Seq.Compare(seq) <= 0 })
+}
+
+// note notes up to where a name is in the bucket. The caller holds the mutex.
+func (j *Journal) note(key string, seq Seq) {
+	if now := time.Now(); now.Sub(j.since) > forgetAfter {
+		j.before, j.forgot, j.since = j.forgot, make(map[string]Seq), now
+	}
+	if old, ok := j.forgot[key]; !ok || old.Compare(seq) < 0 {
+		j.forgot[key] = seq
+	}
 }
 
 func (j *Journal) drop(key string, which func(Record) bool) error {

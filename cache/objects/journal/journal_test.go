@@ -237,3 +237,41 @@ func TestCorruptContentIsFoundByItsReader(t *testing.T) {
 		t.Errorf("a good piece: %v", err)
 	}
 }
+
+// A copy that was on its way when its name was marked or forgotten does not come after, in this process or, after a
+// mark, the next.
+func TestACopyThatComesTooLateIsRefused(t *testing.T) {
+	dir := t.TempDir()
+	j := open(t, dir, 1<<20)
+	late := func(j *journal.Journal, key string, n uint64) error {
+		d, err := j.Begin(3)
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer d.Abort()
+		if _, err := d.Write([]byte("old")); err != nil {
+			t.Fatal(err)
+		}
+		return d.Commit(journal.Record{Key: key, Seq: journal.Seq{Epoch: 3, N: n}})
+	}
+	if err := j.Forget("forgotten", journal.Seq{Epoch: 3, N: 5}); err != nil {
+		t.Fatal(err)
+	}
+	if err := j.Mark("marked", journal.Seq{Epoch: 3, N: 5}); err != nil {
+		t.Fatal(err)
+	}
+	for _, key := range []string{"forgotten", "marked"} {
+		if err := late(j, key, 5); !errors.Is(err, journal.ErrGone) {
+			t.Errorf("%s, of that sequence: %v", key, err)
+		}
+		if err := late(j, key, 6); err != nil {
+			t.Errorf("%s, a newer one: %v", key, err)
+		}
+	}
+	if err := late(open(t, dir, 1<<20), "marked", 4); !errors.Is(err, journal.ErrGone) {
+		t.Errorf("marked, in the next process: %v", err)
+	}
+	if n, _ := open(t, dir, 1<<20).Entries(); n != 2 {
+		t.Errorf("%d entries", n)
+	}
+}
