@@ -24,8 +24,14 @@ const drainTimeout = 5 * time.Second
 
 // ServeConn answers the requests of another worker on a connection that has proved the write key, until
 // that closes it, valid says that its key is no longer one, or ctx ends; what is under way then is finished
-// for a bounded time.
+// for a bounded time. A deadline that nc was written to with before does not count any more.
 func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
+	// Other workers also keep connections that they made to spare: the first request may come long after the reply
+	// that opened nc to them, with its deadline. net/http writes with that until it has answered once, and drops
+	// the error when it says that it takes a body, which both ends would then wait for.
+	if err := nc.SetWriteDeadline(time.Time{}); err != nil {
+		return // closed
+	}
 	l := &oneConn{conn: nc, gone: make(chan struct{})}
 	var busy atomic.Bool
 	srv := &http.Server{
