@@ -10,6 +10,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
+	"os/signal"
 	"path/filepath"
 	"regexp"
 	"strings"
@@ -543,6 +544,11 @@ func TestLocalEndsInOrder(t *testing.T) {
 	needMount(t)
 	f := newFixture(t)
 	mnt := filepath.Join(f.dir, "mnt")
+	// Tests under nohup have SIGHUP ignored, which a program that they start inherits and leaves so; but not one
+	// whose parent handles it.
+	hup := make(chan os.Signal, 1)
+	signal.Notify(hup, syscall.SIGHUP)
+	defer signal.Stop(hup)
 	cmd, _, errs := background(t, f, "--mount", mnt)
 	if err := cmd.Process.Signal(syscall.SIGHUP); err != nil {
 		t.Fatal(err)
