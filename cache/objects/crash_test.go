@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"os"
+	"path/filepath"
 	"strconv"
 	"sync"
 	"sync/atomic"
@@ -13,6 +14,8 @@ import (
 	"time"
 
 	"github.com/minio/minio-go/v7"
+
+	"github.com/stepcache/stepcache/cache/worker"
 )
 
 // crashPuts is how many puts the crash test makes: 1,000 with STEPCACHE_CRASH_PUTS=1000, which takes about a
@@ -33,10 +36,17 @@ func crashPuts(t *testing.T) int {
 const hung = 2 * time.Minute
 
 // Workers are killed at random points of puts and start again in their folders. What was acknowledged is in
-// the bucket; nothing is torn; what was not acknowledged is absent or whole; no parts are left.
+// the bucket, or is recovered and then in the bucket; nothing is torn; what was not acknowledged is absent or whole; no parts are left.
 func TestWorkersAreKilledAtRandomPointsOfPuts(t *testing.T) {
+	for _, policy := range []string{worker.WriteThrough, worker.WriteBack} {
+		t.Run(policy, func(t *testing.T) { killAtRandomPoints(t, policy) })
+	}
+}
+
+func killAtRandomPoints(t *testing.T, policy string) {
 	total := crashPuts(t)
 	tr := newTier(t, "")
+	tr.write = worker.WriteConfig{Policy: policy, Copies: 2}
 	for range 3 {
 		tr.add()
 	}
@@ -106,6 +116,15 @@ func TestWorkersAreKilledAtRandomPointsOfPuts(t *testing.T) {
 	}
 	wg.Wait()
 	tr.ready()
+	if policy == worker.WriteBack {
+		eventually(t, "nobody holds anything for the bucket", func() error {
+			f, err := filepath.Glob(tr.path("w*/unflushed/*"))
+			if err == nil && len(f) > 0 {
+				err = fmt.Errorf("%d files, such as %s", len(f), f[0])
+			}
+			return err
+		})
+	}
 	acknowledged := 0
 	for _, p := range puts {
 		var n int

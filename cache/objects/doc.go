@@ -53,6 +53,54 @@
 // HandOverTime: a worker that can be reached by clients but by no other worker follows a membership that
 // is replaced no longer than that.
 //
+// # Writing back
+//
+// Workers refuse it as yet (write.policy in package worker): a history of clients while the membership changes still
+// finds, seldom, a read that no order of the writes explains, and it is to be shown what a worker does that goes on
+// trying to bring a version to the bucket after the name went to another. This is how it is meant to work.
+//
+// With Config.Back a put of up to MaxBack is acknowledged once Copies workers on distinct nodes hold it in their
+// journals (package journal), which outlive their processes: the owner and the next of the name's order. The owner
+// brings it to the bucket at once, one version of a name after the other and several names at a time, again and again
+// while that fails, and then has the copies dropped. A put has a sequence, which grows along the owners of a name.
+//
+// Everything else goes through: larger objects and uploads in parts, which are on their way to the bucket while they
+// come; deletes, copies and conditional puts, which the bucket decides. Such a write of a name waits until what is
+// pending of it is in the bucket and until no copy of that can come back over it. That is fewer kinds of entries, and
+// one place that decides conditions, for the price of the bucket's time. A put goes through as well while too few
+// workers can be reached, the journal is full, the bucket lags behind by more than MaxAge, or it is not known yet which
+// ETag the bucket will give (see tags). When that turns out only after a put was read, it is acknowledged when it is in
+// the bucket. So nothing is ever acknowledged with fewer copies, and what the bucket says is what a client is told.
+//
+// What is pending overrides the bucket: for its owner's reads, which are by its own state of the name, and for
+// listings, for which all members are asked what they hold, before the bucket is. What is missing with them by then is
+// in the bucket.
+//
+// Why nothing that was acknowledged is lost, and no name has two truths. A worker serves a name only while it is sure
+// (epochs.sure): it owns it under a settled list, or by every list since that, none of which it missed. To settle a
+// list, here, takes that every member of it, and of the lists before, tells after it follows it what it holds of this
+// worker's names (or stopped with nothing left). Up to Copies-1 of them need not: they refuse connections, or gave no
+// answer for HandOverTime. Since Copies hold what was acknowledged, one that was heard does. A worker that comes
+// without the memory of a former life is itself one of those that were not heard; with more missing, nobody serves the
+// names that moved until they are back, since to go on could lose them. An owner acknowledges a put only if it is still
+// sure, under the epoch by which the copies were taken, after they were: holders refuse another epoch's, so what they
+// told a new owner has all that an old one will acknowledge. Names that do not move are served all along; those of a
+// worker that hangs wait until the membership is without it, and are read meanwhile by asking the others and then the
+// bucket.
+//
+// Why no old copy comes back. A holder drops a copy when the owner says so, and one that cannot be told keeps it. Until
+// all are told, the owner and those that could be told keep a mark, that everything up to a sequence is in the bucket,
+// and a write goes through only when Copies workers, the owner included, have it: whoever settles later hears one of
+// them. A member that left the list and comes back (ring.Member.Joined) holds nothing that counts, nor does this worker
+// itself then. A copy that was on its way when it was to be dropped is refused. A worker that did not look at its
+// membership for hungAfter is not sure until it has asked everybody again. As with other writes, what a worker that
+// hung or was killed had already asked of the bucket may still happen after what others did since.
+//
+// An owner that starts anew asks the bucket first whether it has the newest version already. Where others write to the
+// bucket as well, the last to arrive there wins, as ever; that is when it is brought there, not when it was put. What
+// the bucket refuses for good stays pending, and the status says why. A worker that is stopped refuses writes and ends
+// once it holds nothing any more, for bounded time; past that, the others have it.
+//
 // # Rules
 //
 // Concurrency: Names is safe for concurrent use. Its goroutines belong to Run, which returns after the last
@@ -62,5 +110,5 @@
 // finds their names in a journal. Where the folder is lost too, the bucket's own rule for unfinished
 // uploads must remove them; in an exclusive dataset a worker aborts every upload older than UploadAge.
 //
-// It may import cache/gateway (the contract), cache/ring, cache/source, cache/store and cache/wire.
+// It may import cache/objects/journal, cache/gateway (the contract), cache/ring, cache/source, cache/store and cache/wire.
 package objects

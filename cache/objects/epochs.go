@@ -3,6 +3,8 @@ package objects
 import (
 	"context"
 	"errors"
+	"maps"
+	"slices"
 	"sync"
 	"syscall"
 	"time"
@@ -16,6 +18,7 @@ import (
 type epochs struct {
 	members Members
 	self    string
+	back    bool // a settled membership is one whose members have told what they hold, too
 
 	mu sync.Mutex
 	// turn grows whenever the membership stops being settled. What was begun at one turn and ends at the
@@ -31,6 +34,13 @@ type epochs struct {
 	ask     map[string]ring.Member
 	left    bool          // this worker stops: it is not settled any more
 	changed chan struct{} // closed and replaced with every change
+
+	// past are the list that was settled last and those that came after it, the one in force included; empty
+	// until one is settled. looked is when this worker looked at its membership last. missing are members that
+	// could not be asked what they hold when it was settled: they are asked when they are back.
+	past    []ring.Membership
+	looked  time.Time
+	missing map[string]ring.Member
 }
 
 // state is a membership as one operation sees it.
@@ -76,6 +86,65 @@ func (e *epochs) leave() {
 	e.left = true
 }
 
+// sure is the membership, and whether this worker knows all that is pending of a name that it owns by every one
+// of some lists: of the one that is settled, or of that and all that came after it, so that no other was its owner
+// in between. A worker that hung may have been replaced: it is not sure until it has looked again.
+func (e *epochs) sure(now time.Time, owns func(ring.Membership) bool) (state, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	s := state{e.list, e.settled, e.turn}
+	behind := e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
+	if e.left || behind || now.Sub(e.looked) > hungAfter {
+		return s, false
+	}
+	return s, e.kept(owns)
+}
+
+// kept says whether one owns by every list since the settled one. The caller holds the mutex.
+func (e *epochs) kept(owns func(ring.Membership) bool) bool {
+	for _, l := range e.past {
+		if !owns(l) {
+			return false
+		}
+	}
+	return len(e.past) > 0
+}
+
+// all is the membership, and the members of the lists before it that may hold something.
+func (e *epochs) all() (state, []ring.Member) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	var before []ring.Member
+	for _, l := range e.past {
+		before = append(before, l.Members...)
+	}
+	return state{e.list, e.settled, e.turn}, before
+}
+
+// watch is closed with the next change.
+func (e *epochs) watch() <-chan struct{} {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return e.changed
+}
+
+// look notes that this worker looks at its membership. One that did not for long has hung, and may have been
+// replaced: all are asked again.
+func (e *epochs) look(now time.Time) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if !e.looked.IsZero() && now.Sub(e.looked) > hungAfter {
+		e.unsettle()
+		e.past, e.since = nil, now
+		for _, m := range e.list.Members {
+			if m.ID != e.self {
+				e.ask[memberKey(m)] = m
+			}
+		}
+	}
+	e.looked = now
+}
+
 func (e *epochs) tell() {
 	close(e.changed)
 	e.changed = make(chan struct{})
@@ -99,8 +168,16 @@ func (e *epochs) follow(list ring.Membership, now time.Time) {
 			}
 		}
 	}
+	if len(e.past) > 0 {
+		if list.Epoch > e.list.Epoch+1 {
+			// Others may have owned its names under a list that this worker has not seen: as if under one by
+			// which it owns none.
+			e.past = append(e.past, ring.Membership{Epoch: e.list.Epoch + 1})
+		}
+		e.past = append(e.past, list)
+	}
 	e.list, e.since = list, now
-	e.settled = len(e.ask) == 0 && e.behind <= list.Epoch && !e.left
+	e.settled = len(e.ask) == 0 && e.behind <= list.Epoch && !e.left && !e.back
 	e.tell()
 }
 
@@ -156,6 +233,10 @@ func (n *Names) keepEpochs(ctx context.Context) {
 	for {
 		list, replaced := n.c.Members.List()
 		e.follow(list, n.c.Clock.Now())
+		if n.back != nil {
+			e.look(n.c.Clock.Now())
+			n.back.meet(ctx)
+		}
 		n.peers.keep(e.now().Members)
 		every := lookEvery
 		if !e.now().settled {
@@ -203,20 +284,35 @@ func (n *Names) settle(ctx context.Context) {
 	}
 	var wg sync.WaitGroup
 	places := make(chan struct{}, askAtOnce)
-	told := make([]bool, len(ask))
+	told, lost := make([]bool, len(ask)), make([]bool, len(ask))
 	for i, m := range ask {
 		places <- struct{}{}
 		wg.Go(func() {
 			defer func() { <-places }()
-			within, cancel := context.WithTimeout(ctx, askTimeout)
+			wait := askTimeout
+			if n.back != nil {
+				wait *= 2 // what it holds may be much
+			}
+			within, cancel := context.WithTimeout(ctx, wait)
 			defer cancel()
 			theirs, err := n.peers.epoch(within, m, epoch)
 			switch {
 			case err == nil:
 				e.heard(theirs, n.c.Clock.Now())
 				told[i] = theirs == epoch
+				if n.back != nil {
+					n.peers.isUp(m)
+				}
+				if told[i] && n.back != nil {
+					if err := n.back.gather(within, m, epoch); err != nil {
+						told[i] = false
+						n.log.Debug("a member does not tell what it holds", "member", m.ID, "error", err)
+					}
+				}
 			case errors.Is(err, syscall.ECONNREFUSED):
-				told[i] = true // nothing listens there any more
+				// Nothing listens there any more.
+				told[i] = n.back == nil || n.back.left(m)
+				lost[i] = true
 			default:
 				n.log.Debug("a member does not tell its epoch", "member", m.ID, "error", err)
 			}
@@ -229,20 +325,42 @@ func (n *Names) settle(ctx context.Context) {
 	now := n.c.Clock.Now()
 	gone := now.Sub(since) >= HandOverTime
 	e.mu.Lock()
-	defer e.mu.Unlock()
 	if e.list.Epoch != epoch {
+		e.mu.Unlock()
 		return // the questions were about another list
 	}
+	missing := make(map[string]ring.Member)
 	for i, m := range ask {
-		if told[i] || gone {
+		switch {
+		case told[i] || gone && n.back == nil:
 			delete(e.ask, memberKey(m))
+		case gone || lost[i]:
+			missing[memberKey(m)] = m
 		}
 	}
 	// A list that nobody shows for so long does not exist.
 	behind := e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
-	if len(e.ask) == 0 && !behind && !e.settled && !e.left {
-		e.settled = true
-		e.tell()
-		n.log.Debug("membership settled", "epoch", epoch)
+	settles := len(e.ask) == len(missing) && !behind && !e.settled && !e.left
+	list := e.list
+	e.mu.Unlock()
+	if !settles || n.back != nil && !n.back.maySettle(missing) {
+		return
 	}
+	if n.back != nil { // only this goroutine changes the list
+		n.back.adopt(list, func(key string) bool {
+			e.mu.Lock()
+			defer e.mu.Unlock()
+			return e.kept(func(l ring.Membership) bool { return n.back.owns(l, key) })
+		}, slices.Collect(maps.Values(missing)))
+		n.back.isSettled()
+	}
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	if e.left || e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime {
+		return
+	}
+	clear(e.ask)
+	e.settled, e.past, e.missing = true, []ring.Membership{list}, missing
+	e.tell()
+	n.log.Debug("membership settled", "epoch", epoch)
 }

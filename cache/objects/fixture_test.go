@@ -51,10 +51,16 @@ var (
 
 func TestMain(m *testing.M) {
 	if path := os.Getenv(workerEnv); path != "" {
-		c, err := worker.LoadConfig(path, nil)
+		c, err := worker.LoadConfig(path, func(c *worker.Config) { c.Write.Unproven = true })
 		if err == nil {
 			log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 			err = worker.Run(context.Background(), c, worker.Deps{Logger: log})
+			// Something else may have an address for a moment after its former process was killed.
+			for deadline := time.Now().Add(patience); errors.Is(err, syscall.EADDRINUSE) && time.Now().Before(deadline); {
+				fmt.Fprintln(os.Stderr, err)
+				time.Sleep(50 * time.Millisecond)
+				err = worker.Run(context.Background(), c, worker.Deps{Logger: log})
+			}
 		}
 		fmt.Fprintln(os.Stderr, err)
 		os.Exit(1)
@@ -184,12 +190,30 @@ func (tr *tier) files(dir string, files map[string]string) {
 	}
 }
 
-// freePorts are addresses that nobody listens at.
+// nextPort is the port that is tried next.
+var nextPort atomic.Int64
+
+// freePorts are addresses that nobody listens at. They are none of those that the kernel gives to whoever asks
+// for any: such a one may have become the near end of a connection by the time that a worker that was killed
+// starts again.
 func freePorts(t testing.TB, n int) []string {
 	t.Helper()
+	const first = 10000
+	low := 0
+	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
+		fmt.Sscan(string(b), &low)
+	}
+	nextPort.CompareAndSwap(0, int64(os.Getpid())*97)
 	var out []string
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
+	for tries := 0; len(out) < n; tries++ {
+		address := "127.0.0.1:0"
+		if low >= first+5000 && tries < low-first {
+			address = fmt.Sprintf("127.0.0.1:%d", first+nextPort.Add(1)%int64(low-first))
+		}
+		l, err := net.Listen("tcp", address)
+		if errors.Is(err, syscall.EADDRINUSE) {
+			continue
+		}
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -205,10 +229,12 @@ func (tr *tier) config(i int) worker.Config {
 	if tr.trusted != nil {
 		gateway.TLS = tr.path("tls")
 	}
+	write := tr.write
+	write.Unproven = true
 	return worker.Config{
 		Dataset: dataset, ID: w.m.ID, Mounts: tr.mounts, Memory: tr.memory, Dir: tr.path(w.m.ID), KeysDir: tr.path("keys"),
 		MembershipFile: tr.path("members.json"), Listen: w.m.Addr, Control: w.m.Control,
-		Gateway: gateway, Write: tr.write,
+		Gateway: gateway, Write: write,
 	}
 }
 

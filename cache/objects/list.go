@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"net/url"
 	"sort"
+	"strconv"
 	"strings"
 
 	"github.com/stepcache/stepcache/cache/gateway"
@@ -18,7 +20,8 @@ type entry struct {
 	prefix bool
 }
 
-// List implements gateway.Objects: the bucket's listing, which has every acknowledged write.
+// List implements gateway.Objects: the bucket's listing, which has every acknowledged write, or with those that
+// are not there yet. They are asked for first: what is brought to the bucket meanwhile is found there.
 func (n *Names) List(ctx context.Context, prefix, delimiter, after string, max int) (gateway.Page, error) {
 	n.counts.lists.Add(1)
 	if max < 1 {
@@ -29,12 +32,20 @@ func (n *Names) List(ctx context.Context, prefix, delimiter, after string, max i
 		return gateway.Page{}, err
 	}
 	l := &lister{prefix: prefix, delimiter: delimiter, after: after, max: max}
+	if n.back != nil {
+		if err := l.pending(ctx, n); err != nil {
+			return gateway.Page{}, fmt.Errorf("list %q: %w", prefix, err)
+		}
+	}
 	for _, m := range mounts {
 		if err := l.list(ctx, m); err != nil && !errors.Is(err, errFull) {
 			return gateway.Page{}, fmt.Errorf("list %q: %w", prefix, err)
 		} else if err != nil {
 			break
 		}
+	}
+	if l.upto != "" && !l.page.More {
+		l.more()
 	}
 	return l.page, nil
 }
@@ -48,6 +59,44 @@ type lister struct {
 	max                      int
 	page                     gateway.Page
 	last                     string // common prefix that was added last
+	// over are objects that the bucket does not have yet, in order. Where upto is not empty, that is the last
+	// name up to which they are known.
+	over []entry
+	upto string
+}
+
+// pending asks the members what the bucket does not have yet of the page.
+func (l *lister) pending(ctx context.Context, n *Names) error {
+	newest, _, upto, err := n.back.ask(ctx, url.Values{"prefix": {l.prefix}, "after": {l.after}, "limit": {strconv.Itoa(l.max + 1)}})
+	if err != nil {
+		return err
+	}
+	for key, r := range newest {
+		if p, err := n.locate(key); err == nil {
+			l.over = append(l.over, entry{name: key, object: versionOf(p, r).object})
+		}
+	}
+	sort.Slice(l.over, func(i, j int) bool { return l.over[i].name < l.over[j].name })
+	l.upto = upto
+	return nil
+}
+
+// more ends the page with the last name up to which it is known.
+func (l *lister) more() { l.page.More, l.page.Next = true, max(l.page.Next, l.upto) }
+
+// before adds the objects of the mount that the bucket does not have yet, up to a name.
+func (l *lister) before(m *mount, name string, all bool) error {
+	for len(l.over) > 0 && l.over[0].name < m.path {
+		l.over = l.over[1:] // of a mount that is skipped
+	}
+	for len(l.over) > 0 && strings.HasPrefix(l.over[0].name, m.path) && (all || l.over[0].name < name) {
+		e := l.over[0]
+		l.over = l.over[1:]
+		if err := l.add(e); err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // prefixOf is a prefix of the dataset's keys as one of the mount's bucket; false when no key of the mount
@@ -85,12 +134,18 @@ func (l *lister) list(ctx context.Context, m *mount) error {
 			return fmt.Errorf("%w: %s lists nothing and says that there is more", source.ErrUnavailable, m.URL())
 		}
 		for _, e := range entries {
+			if err := l.before(m, e.name, false); err != nil {
+				return err
+			}
+			if len(l.over) > 0 && l.over[0].name == e.name && !e.prefix {
+				e, l.over = l.over[0], l.over[1:] // it replaces what the bucket has
+			}
 			if err := l.add(e); err != nil {
 				return err
 			}
 		}
 		if !page.More {
-			return nil
+			return l.before(m, "", true)
 		}
 		after = m.prefix + entries[len(entries)-1].name[len(m.path):]
 	}
@@ -124,6 +179,10 @@ func merge(m *mount, page source.Page) []entry {
 func (l *lister) add(e entry) error {
 	if e.name == "" {
 		return nil // the mount's own marker
+	}
+	if l.upto != "" && e.name > l.upto {
+		l.more()
+		return errFull
 	}
 	if l.delimiter != "" && !e.prefix {
 		if i := strings.Index(e.name[len(l.prefix):], l.delimiter); i >= 0 {

@@ -67,7 +67,9 @@ type Config struct {
 	Dir string
 	// Exclusive: nobody else writes below the mounts.
 	Exclusive bool
-	Members   Members
+	// Back, when not nil, has writes acknowledged before the bucket has them.
+	Back    *Back
+	Members Members
 	// Dial connects to other workers, Keys are the dataset's.
 	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
 	Keys   func() wire.Keys
@@ -94,6 +96,7 @@ type Names struct {
 	opened         atomic.Pointer[[]*mount]
 	handler        http.Handler
 	warm           chan warming
+	back           *back // nil: writes are acknowledged once the bucket has them
 }
 
 // Counts are what was done since the start.
@@ -104,6 +107,8 @@ type Counts struct {
 	// Forwarded are operations passed on to another worker, Direct those executed here although another
 	// worker owns the name, which could not be reached; Waited those acknowledged only after Fresh.
 	Forwarded, Direct, Waited int64
+	// Back are puts that were acknowledged before the bucket had them, Flushed versions brought there since.
+	Back, Flushed int64
 	// Staged are puts whose bytes are in the tier since, Unstaged those that were too large or had no room.
 	Staged, Unstaged int64
 }
@@ -111,6 +116,7 @@ type Counts struct {
 type counts struct {
 	puts, deletes, copies, reads, lists, written, read atomic.Int64
 	forwarded, direct, waited, staged, unstaged        atomic.Int64
+	back, flushed                                      atomic.Int64
 }
 
 var (
@@ -156,6 +162,16 @@ func New(c Config) (*Names, error) {
 	}
 	n.stage = &stager{store: c.Store, quota: c.Quota}
 	n.peers = newPeers(n)
+	if c.Back != nil {
+		if c.Back.Copies < 2 || c.Back.MaxBytes <= 0 {
+			return nil, errors.New("objects: to acknowledge what the bucket does not have takes at least 2 copies, and memory for them")
+		}
+		if n.back, err = newBack(n, *c.Back); err != nil {
+			n.uploads.close()
+			return nil, err
+		}
+		n.epochs.back = true
+	}
 	n.handler = n.routes()
 	n.epochs.init(c.Members, c.Self, c.Clock.Now())
 	return n, nil
@@ -169,16 +185,21 @@ func (systemClock) After(d time.Duration) <-chan time.Time { return time.After(d
 // Run keeps what must be kept up to date until ctx ends: which members follow which epoch, uploads to be
 // given up, and what is to be made warm.
 func (n *Names) Run(ctx context.Context) error {
-	done := make(chan struct{}, 2)
-	for _, loop := range []func(context.Context){n.keepUploads, n.keepWarm} {
+	loops := []func(context.Context){n.keepUploads, n.keepWarm}
+	if n.back != nil {
+		loops = append(loops, n.back.keepFlushing)
+	}
+	done := make(chan struct{}, len(loops))
+	for _, loop := range loops {
 		go func() {
 			defer func() { done <- struct{}{} }()
 			loop(ctx)
 		}()
 	}
 	n.keepEpochs(ctx)
-	<-done
-	<-done
+	for range loops {
+		<-done
+	}
 	return nil
 }
 
@@ -199,6 +220,7 @@ func (n *Names) Counts() Counts {
 		Puts: c.puts.Load(), Deletes: c.deletes.Load(), Copies: c.copies.Load(), Reads: c.reads.Load(), Lists: c.lists.Load(),
 		Written: c.written.Load(), Read: c.read.Load(), Forwarded: c.forwarded.Load(), Direct: c.direct.Load(),
 		Waited: c.waited.Load(), Staged: c.staged.Load(), Unstaged: c.unstaged.Load(),
+		Back: c.back.Load(), Flushed: c.flushed.Load(),
 	}
 }
 
@@ -207,6 +229,9 @@ type place struct {
 	*mount
 	key string // in the bucket
 }
+
+// name is the key in the dataset.
+func (p place) name() string { return p.path + p.key[len(p.prefix):] }
 
 func (p place) String() string { return p.URL() + "/" + p.key }
 
@@ -217,6 +242,7 @@ type mount struct {
 	pager  source.Pager
 	path   string // as the start of keys of the dataset: "" or "a/b/"
 	prefix string // of keys of the bucket
+	tags   tags
 }
 
 // mounts are the opened mounts in the order of their paths. Once opened they stay.

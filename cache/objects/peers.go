@@ -195,6 +195,13 @@ func (p *peers) known(m ring.Member) error {
 	return nil
 }
 
+// isUp notes that m is there: it has just asked something.
+func (p *peers) isUp(m ring.Member) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	delete(p.down, m.Addr)
+}
+
 // errHung: the peer answers no pings.
 var errHung = fmt.Errorf("no answer to a ping within %v", wire.PongTimeout)
 
@@ -342,7 +349,7 @@ func (p *peers) judge(m ring.Member, resp *http.Response) error {
 
 // epoch asks which epoch m follows, and tells it ours.
 func (p *peers) epoch(ctx context.Context, m ring.Member, ours uint64) (theirs uint64, err error) {
-	req, err := p.request(ctx, http.MethodGet, m, "/epoch", nil, ours, nil)
+	req, err := p.request(ctx, http.MethodGet, m, "/epoch", url.Values{"from": {p.n.c.Self}}, ours, nil)
 	if err != nil {
 		return 0, err
 	}

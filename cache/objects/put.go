@@ -146,6 +146,14 @@ func (n *Names) hold(ctx context.Context, size int64) (release func(), err error
 
 // put executes a put on this worker.
 func (n *Names) put(ctx context.Context, key string, p place, s state, owned bool, size int64, r io.Reader, o optionsJSON) (version, error) {
+	if n.back != nil {
+		return n.back.put(ctx, key, p, s, size, r, o)
+	}
+	return n.putThrough(ctx, key, p, s, owned, size, r, o)
+}
+
+// putThrough is a put that is acknowledged once the bucket has it.
+func (n *Names) putThrough(ctx context.Context, key string, p place, s state, owned bool, size int64, r io.Reader, o optionsJSON) (version, error) {
 	n.counts.puts.Add(1)
 	release, err := n.hold(ctx, size)
 	if err != nil {
@@ -229,6 +237,16 @@ func (n *Names) remove(ctx context.Context, key string, p place, s state, owned 
 		return fmt.Errorf("delete %q: %w", key, err)
 	}
 	n.counts.deletes.Add(1)
+	if n.back != nil {
+		done, err := n.back.through(ctx, key, s)
+		if err != nil {
+			return fmt.Errorf("delete %q: %w", key, err)
+		}
+		defer done()
+		if err := waits(ctx); err != nil {
+			return fmt.Errorf("delete %q: %w", key, err)
+		}
+	}
 	w := n.begin(key, s, owned)
 	err := p.Delete(ctx, p.key)
 	w.end()
@@ -277,6 +295,11 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 		return version{}, err
 	}
 	n.counts.copies.Add(1)
+	if n.back != nil {
+		if err := n.toBucket(ctx, c.From); err != nil {
+			return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
+		}
+	}
 	o := c.Options.write()
 	object := source.Object{Key: from.key, Size: c.Size, Version: c.Version}
 	if from.URL() != p.URL() || c.Size > maxCopy || o.IfMatch != "" || o.IfAbsent {
@@ -286,6 +309,13 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 		}
 		defer body.Close()
 		return n.put(ctx, to, p, s, owned, c.Size, waited{ctx, body}, c.Options)
+	}
+	if n.back != nil {
+		done, err := n.back.through(ctx, to, s)
+		if err != nil {
+			return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
+		}
+		defer done()
 	}
 	if err := n.precheck(ctx, p, o); err != nil {
 		return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
@@ -303,4 +333,16 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 	v := version{became, stored(c.Options.Attrs)}
 	w.finish(&v, began)
 	return v, acknowledged(to, w.acknowledge(ctx))
+}
+
+// toBucket returns once nothing of a name is pending, whoever owns it.
+func (n *Names) toBucket(ctx context.Context, key string) error {
+	_, err := route(ctx, n, key,
+		func(ctx context.Context, p place, s state, owned bool) (struct{}, error) {
+			return struct{}{}, n.back.settled(ctx, key, s)
+		},
+		func(ctx context.Context, m ring.Member, s state) (struct{}, error) {
+			return struct{}{}, n.peers.ask(ctx, m, s.Epoch, "POST", "/settled", url.Values{"key": {key}}, nil, nil)
+		}, always)
+	return err
 }

@@ -32,6 +32,36 @@ func (n *Names) Stat(ctx context.Context, key string) (gateway.Info, error) {
 }
 
 func (n *Names) find(ctx context.Context, key string) (found, error) {
+	f, err := n.findAtOwner(ctx, key)
+	if n.back == nil || !errors.Is(err, gateway.ErrBusy) || ctx.Err() != nil {
+		return f, err
+	}
+	// Its owner cannot be reached, or does not know yet what the others hold: they are asked themselves, and then
+	// the bucket, which has what none of them does.
+	p, perr := n.locate(key)
+	if perr != nil {
+		return found{}, perr
+	}
+	newest, at, _, aerr := n.back.ask(ctx, url.Values{"key": {key}, "limit": {"1"}})
+	if aerr != nil {
+		return found{}, err
+	}
+	if r, ok := newest[key]; ok {
+		m := at[key]
+		f := found{version: versionOf(p, r), owner: &m}
+		if m.ID == n.c.Self {
+			f.owner = nil
+		}
+		return f, nil
+	}
+	v, err := n.ask(ctx, p)
+	if err != nil {
+		return found{}, fmt.Errorf("%q: %w", key, err)
+	}
+	return found{version: v}, nil
+}
+
+func (n *Names) findAtOwner(ctx context.Context, key string) (found, error) {
 	return route(ctx, n, key,
 		func(ctx context.Context, p place, s state, owned bool) (found, error) {
 			v, err := n.stat(ctx, key, p, s, owned)
@@ -45,6 +75,11 @@ func (n *Names) find(ctx context.Context, key string) (found, error) {
 }
 
 func (n *Names) stat(ctx context.Context, key string, p place, s state, owned bool) (version, error) {
+	if n.back != nil {
+		if v, ok, err := n.back.find(ctx, key, p, s); ok || err != nil {
+			return v, err
+		}
+	}
 	v, err := n.resolve(ctx, key, p, s, owned)
 	if err != nil {
 		return version{}, fmt.Errorf("%q: %w", key, err)
@@ -146,6 +181,14 @@ func (n *Names) acquire(ctx context.Context, key string, p place, f found, block
 
 // fetch reads bytes of a version from the bucket.
 func (n *Names) fetch(ctx context.Context, p place, o source.Object, off int64, into []byte) error {
+	if n.back != nil {
+		if c := n.back.local(p.name(), o); c != nil {
+			defer c.Close()
+			if _, err := c.ReadAt(into, off); err == nil {
+				return nil
+			}
+		}
+	}
 	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
 	defer cancel()
 	body, err := p.Get(ctx, o, off, int64(len(into)))
@@ -159,6 +202,12 @@ func (n *Names) fetch(ctx context.Context, p place, o source.Object, off int64, 
 
 // pass sends bytes from the bucket as they come, when there is no memory to keep them.
 func (o *object) pass(ctx context.Context, w io.Writer, off, length int64) error {
+	if b := o.n.back; b != nil {
+		if c := b.local(o.key, o.found.object); c != nil {
+			defer c.Close()
+			return all(io.Copy(w, io.NewSectionReader(c, off, length)))(length)
+		}
+	}
 	body, err := o.p.Get(ctx, o.found.object, off, length)
 	if err != nil {
 		return err

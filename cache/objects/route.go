@@ -46,7 +46,11 @@ func route[T any](ctx context.Context, n *Names, key string, here local[T], ther
 			return none, err
 		}
 		if m.ID == n.c.Self {
-			return here(ctx, p, s, true)
+			v, err := here(ctx, p, s, true)
+			if moved := (*errMoved)(nil); errors.As(err, &moved) && try < routeTries {
+				continue
+			}
+			return v, err
 		}
 		var v T
 		if err = n.peers.known(m); err == nil {
@@ -72,8 +76,8 @@ func route[T any](ctx context.Context, n *Names, key string, here local[T], ther
 		default:
 			return none, err
 		}
-		if !again() {
-			return none, err
+		if !again() || n.back != nil {
+			return none, err // what its owner has pending is not known here
 		}
 		n.log.Debug("executed here for an owner that cannot be reached", "key", key, "owner", m.ID, "error", err)
 		n.counts.direct.Add(1)

@@ -155,6 +155,9 @@ func (n *Names) routes() http.Handler {
 		}
 		return n.complete(r.Context(), key, p, s, true, c)
 	}))
+	if n.back != nil {
+		n.backRoutes(mux)
+	}
 	return mux
 }
 
@@ -213,6 +216,11 @@ func owned(n *Names, do func(w http.ResponseWriter, r *http.Request, key string,
 			}
 			v, err = do(w, r, key, p, s)
 		}
+		if moved := (*errMoved)(nil); errors.As(err, &moved) {
+			answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: moved.epoch})
+			drain(w, r)
+			return
+		}
 		if err != nil {
 			failed(w, err)
 			drain(w, r)
@@ -238,6 +246,9 @@ func drain(w http.ResponseWriter, r *http.Request) {
 func (n *Names) serveEpoch(w http.ResponseWriter, r *http.Request) {
 	if theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64); err == nil {
 		n.epochs.heard(theirs, n.c.Clock.Now())
+	}
+	if n.back != nil {
+		n.back.met(r.URL.Query().Get("from"))
 	}
 	fmt.Fprintf(w, "%d", n.epochs.now().Epoch)
 }

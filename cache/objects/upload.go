@@ -146,6 +146,16 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 		return version{}, fmt.Errorf("complete %q: %w", key, err)
 	}
 	n.counts.puts.Add(1)
+	if n.back != nil {
+		done, err := n.back.through(ctx, key, s)
+		if err != nil {
+			return version{}, fmt.Errorf("complete %q: %w", key, err)
+		}
+		defer done()
+		if err := waits(ctx); err != nil {
+			return version{}, fmt.Errorf("complete %q: %w", key, err)
+		}
+	}
 	o := c.Options.write()
 	w := n.begin(key, s, owned)
 	object, err := p.writer.CompleteUpload(ctx, p.key, c.Upload, c.Parts, o)

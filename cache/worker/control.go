@@ -154,6 +154,9 @@ func (w *Worker) Status() wire.WorkerStatus {
 	} else {
 		w.problems.set(problemKeys, nil)
 	}
+	if w.gateway != nil {
+		s.Unflushed = w.gateway.names.Unflushed()
+	}
 	s.Problem = w.problems.String()
 	if err := w.problems.ready(); err != nil {
 		s.Reason = wire.StatusOf(err).String()

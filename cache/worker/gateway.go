@@ -44,7 +44,7 @@ const (
 
 // WriteConfig says when a write is acknowledged.
 type WriteConfig struct {
-	// Policy is WriteThrough or WriteBack; empty means WriteThrough.
+	// Policy is WriteThrough; empty means the same. WriteBack is refused yet.
 	Policy string `json:"policy,omitempty"`
 	// Copies is how many workers hold what the bucket does not have yet.
 	Copies int `json:"copies,omitempty"`
@@ -59,7 +59,24 @@ type WriteConfig struct {
 	FlushWithin Duration `json:"flushWithin,omitempty"`
 	// Exclusive promises that nobody else writes below the mounts.
 	Exclusive bool `json:"exclusive,omitempty"`
+	// Unproven lets Policy be WriteBack, which is refused otherwise: not all of the tests that must hold of it
+	// have been made. Tests set it; no file can.
+	Unproven bool `json:"-"`
 }
+
+// maxUnflushed is the part of Memory that is for what the bucket does not have yet.
+func (c Config) maxUnflushed() int64 {
+	switch {
+	case c.Gateway == nil || c.Write.Policy != WriteBack:
+		return 0
+	case c.Write.MaxUnflushed != 0:
+		return c.Write.MaxUnflushed
+	}
+	return c.Memory / 4
+}
+
+// flushWithin is the default of WriteConfig.FlushWithin.
+const flushWithin = 9*time.Minute + 30*time.Second
 
 func (c Config) validateGateway() (errs []error) {
 	g := c.Gateway
@@ -78,7 +95,19 @@ func (c Config) validateGateway() (errs []error) {
 	switch c.Write.Policy {
 	case "", WriteThrough:
 	case WriteBack:
-		errs = append(errs, errors.New("write.policy Back is not served yet: set Through, which acknowledges a write once the bucket has it"))
+		if !c.Write.Unproven {
+			errs = append(errs, errors.New("write.policy Back is not served yet: set Through, which acknowledges a write once the bucket has it"))
+			break
+		}
+		if c.Write.Copies < 2 {
+			errs = append(errs, fmt.Errorf("write.copies is %d: policy Back acknowledges what the bucket does not have yet, and needs at least 2", c.Write.Copies))
+		}
+		if u := c.maxUnflushed(); u < objects.MaxBack/4 || u > c.Memory/2 {
+			errs = append(errs, fmt.Errorf("write.maxUnflushed is %d: policy Back needs at least %d and at most half of memory, which is %d", u, objects.MaxBack/4, c.Memory))
+		}
+		if c.Write.MaxAge < 0 || c.Write.FlushWithin < 0 {
+			errs = append(errs, errors.New("write.maxAge and write.flushWithin: set positive durations, or none for the defaults"))
+		}
 	default:
 		errs = append(errs, fmt.Errorf("write.policy %q: set Through", c.Write.Policy))
 	}
@@ -107,8 +136,13 @@ type gatewayServer struct {
 func newGateway(w *Worker) (_ *gatewayServer, err error) {
 	c := w.config.Gateway
 	g := &gatewayServer{w: w, metrics: gateway.NewMetrics()}
+	var back *objects.Back
+	if unflushed := w.config.maxUnflushed(); unflushed > 0 {
+		back = &objects.Back{Copies: w.config.Write.Copies, MaxBytes: unflushed, MaxAge: time.Duration(w.config.Write.MaxAge)}
+	}
 	g.names, err = objects.New(objects.Config{
-		Dataset: w.config.Dataset, Self: w.config.ID, Mounts: w.writableMounts, Store: w.store, Quota: w.config.Memory,
+		Dataset: w.config.Dataset, Self: w.config.ID, Mounts: w.writableMounts, Store: w.store,
+		Quota: w.config.Memory - w.config.maxUnflushed(), Back: back,
 		Dir: w.config.Dir, Exclusive: w.config.Write.Exclusive, Members: (*memberList)(&w.members),
 		Dial: w.deps.Dial, Keys: w.keys.Keys, Clock: w.clock, Logger: w.log,
 	})
@@ -141,6 +175,22 @@ func (g *gatewayServer) close() {
 		g.listener.Close()
 	}
 	g.names.Close()
+}
+
+// drain has what the bucket does not have yet brought there, for a bounded time, while the worker serves on; writes
+// are refused from here on, and probes are told that it is not ready.
+func (g *gatewayServer) drain(ctx context.Context) {
+	if g.w.config.maxUnflushed() == 0 {
+		return
+	}
+	g.w.problems.set(problemStopping, fmt.Errorf("worker %s is being stopped: it takes no writes, and brings to the bucket what that does not have yet", g.w.config.ID))
+	within := time.Duration(g.w.config.Write.FlushWithin)
+	if within == 0 {
+		within = flushWithin
+	}
+	ctx, cancel := context.WithTimeout(ctx, within)
+	defer cancel()
+	g.names.Drain(ctx)
 }
 
 // serve serves until ctx ends, then finishes what is under way for a bounded time. No request is under way

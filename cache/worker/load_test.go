@@ -436,6 +436,20 @@ func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
 	if err := write(`{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","refresh":"10m","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}]}`); err != nil {
 		t.Errorf("a good one: %v", err)
 	}
+	back := `{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}],
+		"gateway":{"listen":":0","bucket":"b","credentials":"/c"},"write":{"policy":"Back","copies":%s}}`
+	if err := write(fmt.Sprintf(back, "2")); err == nil || !strings.Contains(err.Error(), "set Through") {
+		t.Errorf("write.policy Back: %v", err)
+	}
+	for _, name := range []string{"Unproven", "unproven"} {
+		if err := write(fmt.Sprintf(back, `2,"`+name+`":true`)); err == nil || !strings.Contains(err.Error(), name) {
+			t.Errorf("write.policy Back in a file that claims it is proven: %v", err)
+		}
+	}
+	write(fmt.Sprintf(back, "1"))
+	if _, err := LoadConfig(path, func(c *Config) { c.Write.Unproven = true }); err == nil || !strings.Contains(err.Error(), "write.copies") {
+		t.Errorf("one copy: %v", err)
+	}
 	if _, err := LoadConfig(path+"x", nil); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("missing: %v", err)
 	}

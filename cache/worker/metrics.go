@@ -99,6 +99,8 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 			{"forwarded", "Operations passed on to the owner of a name.", n.Forwarded},
 			{"direct", "Operations executed for an owner that could not be reached.", n.Direct},
 			{"waited", "Writes acknowledged only after versions that others may remember had expired.", n.Waited},
+			{"acknowledged_back", "Puts acknowledged before the bucket had them.", n.Back},
+			{"flushed", "Versions brought to the bucket after they were acknowledged.", n.Flushed},
 			{"staged", "Puts whose bytes the tier holds since.", n.Staged},
 			{"unstaged", "Puts whose bytes the tier had no room for.", n.Unstaged},
 		} {

@@ -22,11 +22,12 @@ const (
 	problemBucket   problem = "bucket"   // the bucket refuses to be read
 	problemMembers  problem = "membership"
 	problemKeys     problem = "keys"
-	problemGateway  problem = "gateway" // the access keys of the S3 endpoint cannot be read
+	problemGateway  problem = "gateway"  // the access keys of the S3 endpoint cannot be read
+	problemStopping problem = "stopping" // it is being stopped, and has something left to do
 )
 
 // blocking are the problems with which a worker cannot serve.
-var blocking = []problem{problemSources, problemBucket, problemSnapshot}
+var blocking = []problem{problemStopping, problemSources, problemBucket, problemSnapshot}
 
 // problems are told in Status and by /readyz, and logged once each time they change.
 type problems struct {

@@ -167,7 +167,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	if err := os.MkdirAll(c.Dir, 0o750); err != nil {
 		return nil, fmt.Errorf("worker: %w", err)
 	}
-	w.store, err = store.Open(ctx, store.Options{Dir: c.Dir, Quota: c.Memory, BufferBytes: buffers, Logger: w.log})
+	w.store, err = store.Open(ctx, store.Options{Dir: c.Dir, Quota: c.Memory - c.maxUnflushed(), BufferBytes: buffers, Logger: w.log})
 	if err != nil {
 		return nil, err
 	}
@@ -231,15 +231,30 @@ func (w *Worker) Serve(ctx context.Context) error {
 		return errors.New("worker: Serve was called before, or the worker is closed")
 	}
 	w.state = serving
-	ctx, w.cancel = context.WithCancel(ctx)
+	asked, cancel := context.WithCancel(ctx)
+	w.cancel = cancel
 	w.mu.Unlock()
 	defer close(w.ended)
 	defer w.cancel()
+	// What runs ends only once the bucket has what this worker acknowledged.
+	ctx, end := context.WithCancel(context.WithoutCancel(ctx))
+	defer end()
 
 	hard, stopHard := context.WithCancel(context.WithoutCancel(ctx))
 	defer stopHard()
 	w.hard = hard
 	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() error {
+		select {
+		case <-asked.Done():
+			if w.gateway != nil {
+				w.gateway.drain(ctx)
+			}
+			end()
+		case <-ctx.Done():
+		}
+		return nil
+	})
 	g.Go(func() error {
 		<-ctx.Done()
 		close(w.stopping)

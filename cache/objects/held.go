@@ -1,0 +1,514 @@
+package objects
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"maps"
+	"net/http"
+	"net/url"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+
+	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/objects/journal"
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// What members tell each other about what they hold.
+
+// maxHeld bounds an answer about what a member holds.
+const maxHeld = 64 << 20
+
+// heldJSON is what a member holds.
+type heldJSON struct {
+	Records []journal.Record
+	// Upto, when not empty, is the last name told of, since there were too many.
+	Upto string
+}
+
+// held asks m what it holds.
+func (p *peers) held(ctx context.Context, m ring.Member, epoch uint64, query url.Values) (h heldJSON, err error) {
+	req, err := p.request(ctx, http.MethodGet, m, "/held", query, epoch, nil)
+	if err != nil {
+		return h, err
+	}
+	err = p.do(ctx, m, req, func(resp *http.Response) error {
+		return json.NewDecoder(io.LimitReader(resp.Body, maxHeld)).Decode(&h)
+	})
+	return h, err
+}
+
+// backRoutes are the requests of other workers about what is pending.
+func (n *Names) backRoutes(mux *http.ServeMux) {
+	b := n.back
+	mux.HandleFunc("PUT /hold", n.serveHold)
+	mux.HandleFunc("GET /held", b.serveHeld)
+	mux.HandleFunc("POST /mark", b.word(b.j.Mark))
+	mux.HandleFunc("POST /forget", b.word(b.j.Forget))
+	mux.HandleFunc("POST /bye", func(w http.ResponseWriter, r *http.Request) {
+		b.mu.Lock()
+		b.byes[r.URL.Query().Get("from")] = true
+		b.mu.Unlock()
+		answer(w, http.StatusOK, struct{}{})
+	})
+	// The owner of a name is asked to bring it to the bucket, from where it is copied to another.
+	mux.HandleFunc("POST /settled", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
+		return version{}, b.settled(r.Context(), key, s)
+	}))
+}
+
+// settled returns once nothing of a name is pending.
+func (b *back) settled(ctx context.Context, key string, s state) error {
+	done, err := b.through(ctx, key, s)
+	if err == nil {
+		done()
+	}
+	return err
+}
+
+func (b *back) word(do func(string, journal.Seq) error) http.HandlerFunc {
+	return func(w http.ResponseWriter, r *http.Request) {
+		q := r.URL.Query()
+		epoch, err1 := strconv.ParseUint(q.Get("epoch"), 10, 64)
+		n, err2 := strconv.ParseUint(q.Get("n"), 10, 64)
+		var err error
+		if err1 != nil || err2 != nil || checkKey(q.Get("key")) != nil {
+			err = fmt.Errorf("%w: a word of another worker about %q", source.ErrInvalid, q.Get("key"))
+		} else {
+			err = do(q.Get("key"), journal.Seq{Epoch: epoch, N: n})
+		}
+		if err != nil {
+			failed(w, err)
+			return
+		}
+		answer(w, http.StatusOK, struct{}{})
+	}
+}
+
+// serveHeld tells what this worker's journal has: of the names that the member owner owns, or from a prefix on.
+// It is told under one membership, that of who asks.
+func (b *back) serveHeld(w http.ResponseWriter, r *http.Request) {
+	q := r.URL.Query()
+	theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
+	limit, lerr := strconv.Atoi(q.Get("limit"))
+	if err != nil || lerr != nil || limit < 1 {
+		refuse(w, http.StatusBadRequest, "invalid", "no epoch or no limit")
+		return
+	}
+	b.n.epochs.heard(theirs, b.n.c.Clock.Now())
+	b.n.epochs.wait(r.Context(), theirs, catchUp)
+	s := b.n.epochs.now()
+	if s.Epoch != theirs {
+		answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: s.Epoch})
+		return
+	}
+	if owner := q.Get("owner"); owner != "" {
+		if err := b.sendsNothing(r.Context(), s, owner); err != nil {
+			return // the sender is gone
+		}
+	}
+	answer(w, http.StatusOK, b.holds(s, q))
+}
+
+// holds is what this worker's journal has, as a query asks for it.
+func (b *back) holds(s state, q url.Values) (h heldJSON) {
+	limit, _ := strconv.Atoi(q.Get("limit"))
+	owner, names := q.Get("owner"), 0
+	for _, key := range b.j.Keys() {
+		if q.Has("key") && key != q.Get("key") || !strings.HasPrefix(key, q.Get("prefix")) || key <= q.Get("after") {
+			continue
+		}
+		if owner != "" {
+			if o := s.NameOwners(b.n.c.Dataset, key, 1); len(o) == 0 || o[0].ID != owner {
+				continue
+			}
+		}
+		records := b.j.Of(key)
+		if len(records) == 0 {
+			continue
+		}
+		if names == limit {
+			h.Upto = h.Records[len(h.Records)-1].Key
+			break
+		}
+		names++
+		for _, r := range records {
+			r.Sums = nil
+			h.Records = append(h.Records, r)
+		}
+	}
+	return h
+}
+
+// allHeld is a limit that is none.
+const allHeld = 1 << 30
+
+// gather notes what m holds of this worker's names, under the list with that epoch.
+func (b *back) gather(ctx context.Context, m ring.Member, epoch uint64) error {
+	h, err := b.n.peers.held(ctx, m, epoch, url.Values{"owner": {b.n.c.Self}, "limit": {strconv.Itoa(allHeld)}})
+	if err != nil {
+		return err
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.gathered[m.ID] = gathered{m, h.Records}
+	return nil
+}
+
+// maySettle says whether this worker knows all that is pending of its names although that many members could not
+// be asked: what was acknowledged is held by as many as are wanted, and one that came without memory counts as one
+// that could not be asked.
+func (b *back) maySettle(missing map[string]ring.Member) bool {
+	count := len(missing)
+	if _, err := os.Stat(b.settledPath()); err != nil {
+		count++
+	}
+	if count <= b.copies-1 {
+		return true
+	}
+	var ids []string
+	for _, m := range missing {
+		ids = append(ids, m.ID)
+	}
+	slices.Sort(ids)
+	err := fmt.Errorf("worker %s does not serve the names that came to it, since too many workers may hold what was acknowledged of them and do not answer: %s; bring them back, or restart this worker to go on with the loss of what only they hold", b.n.c.Self, strings.Join(ids, ", "))
+	b.mu.Lock()
+	first := b.blocked == nil
+	b.blocked = err
+	b.mu.Unlock()
+	if first {
+		b.n.log.Info("waits for other workers", "reason", err)
+	}
+	return false
+}
+
+// settledPath is a file that says that what this worker's journal held, when it was settled last, is in it.
+func (b *back) settledPath() string { return filepath.Join(b.n.c.Dir, journalName+".settled") }
+
+// adopt takes what is pending of the names that this worker owns under a list that is settled now. kept says of
+// which names it was the owner all along, whose state it has. missing could not be asked, and may hold anything.
+func (b *back) adopt(list ring.Membership, kept func(key string) bool, missing []ring.Member) {
+	type held struct {
+		by ring.Member // with an empty id: this worker
+		journal.Record
+	}
+	// If this worker left the list and came back, others went on with its names: what it held counts as little as
+	// that of others that came back.
+	self := ring.Member{Joined: b.self(state{Membership: list}).Joined}
+	b.mu.Lock()
+	all := b.gathered
+	b.gathered = make(map[string]gathered)
+	known := slices.Collect(maps.Keys(b.names))
+	b.mu.Unlock()
+	byKey := make(map[string][]held)
+	for _, key := range append(b.j.Keys(), known...) {
+		if _, ok := byKey[key]; !ok {
+			byKey[key] = nil
+			for _, r := range b.j.Of(key) {
+				byKey[key] = append(byKey[key], held{self, r})
+			}
+		}
+	}
+	for _, g := range all {
+		for _, r := range g.records {
+			byKey[r.Key] = append(byKey[r.Key], held{g.member, r})
+		}
+	}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	found := 0
+	for key, records := range byKey {
+		st := b.names[key]
+		if !b.owns(list, key) {
+			if st != nil && st.through == 0 && st.committing == 0 {
+				delete(b.names, key)
+				st.gen++
+				st.tell()
+			}
+			continue
+		}
+		for _, r := range records {
+			b.last = max(b.last, r.Seq.N)
+		}
+		if kept(key) {
+			for _, r := range records {
+				if r.by.ID != "" {
+					b.heardOf(r.by, r.Record)
+				}
+			}
+			continue
+		}
+		if len(records) == 0 && st == nil {
+			continue
+		}
+		st = b.name(key)
+		st.gen++
+		stale := make(map[string]ring.Member)
+		for _, e := range st.entries { // copies may be on their way
+			maps.Copy(stale, e.tried)
+		}
+		st.entries, st.floor, st.kept, st.checks = nil, journal.Seq{}, false, true
+		st.stale, st.marks = stale, make(map[string]ring.Member)
+		st.tries, st.next = 0, b.n.c.Clock.Now()
+		var old journal.Seq // the newest of what does not count
+		for _, r := range records {
+			switch {
+			case r.by.Joined > r.Seq.Epoch: // it came back: what it held was settled without it
+				if r.by.ID != "" {
+					st.stale[r.by.ID] = r.by
+				}
+				if old.Compare(r.Seq) < 0 {
+					old = r.Seq
+				}
+			case r.Mark:
+				if st.floor.Compare(r.Seq) < 0 {
+					st.floor = r.Seq
+				}
+			}
+			if r.by.ID == "" {
+				st.kept = true
+			}
+		}
+		for _, r := range records {
+			switch {
+			case r.by.Joined > r.Seq.Epoch:
+			case r.Mark || r.Seq.Compare(st.floor) <= 0:
+				if r.by.ID != "" {
+					st.stale[r.by.ID] = r.by
+				}
+			default:
+				i, ok := slices.BinarySearchFunc(st.entries, r.Seq, func(e *unsent, s journal.Seq) int { return e.Seq.Compare(s) })
+				if !ok {
+					e := &unsent{Record: r.Record, acked: true, at: make(map[string]ring.Member), tried: make(map[string]ring.Member)}
+					st.entries = slices.Insert(st.entries, i, e)
+					found++
+				}
+				if r.by.ID != "" {
+					st.entries[i].at[r.by.ID] = r.by
+				} else {
+					st.entries[i].local = true
+					st.entries[i].Record = r.Record // with its sums
+				}
+			}
+		}
+		if len(st.entries) == 0 && st.floor.Compare(old) < 0 {
+			st.floor = old
+		}
+		if len(records) > 0 {
+			for _, m := range missing {
+				st.stale[m.ID] = m
+			}
+		}
+		st.tell()
+		b.enqueue(st)
+	}
+	if found > 0 {
+		b.n.log.Info("took over what is not in the bucket yet", "epoch", list.Epoch, "versions", found)
+	}
+}
+
+// left says whether a member that nobody listens for stopped with nothing left.
+func (b *back) left(m ring.Member) bool {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	return b.byes[m.ID]
+}
+
+// met notes that a member is there, whatever it said before.
+func (b *back) met(id string) {
+	b.mu.Lock()
+	delete(b.byes, id)
+	b.mu.Unlock()
+	for _, m := range b.n.epochs.now().Members {
+		if m.ID == id {
+			b.n.peers.isUp(m)
+		}
+	}
+}
+
+// meet asks members that could not be asked when the membership was settled, and are back.
+func (b *back) meet(ctx context.Context) {
+	e := &b.n.epochs
+	e.mu.Lock()
+	var back []ring.Member
+	if e.settled {
+		for _, m := range e.missing {
+			if slices.ContainsFunc(e.list.Members, func(o ring.Member) bool { return memberKey(o) == memberKey(m) }) {
+				back = append(back, m)
+			}
+		}
+	}
+	epoch := e.list.Epoch
+	e.mu.Unlock()
+	var wg sync.WaitGroup
+	for _, m := range back {
+		if b.n.peers.known(m) != nil {
+			continue
+		}
+		wg.Go(func() {
+			within, cancel := context.WithTimeout(ctx, askTimeout)
+			defer cancel()
+			h, err := b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}, "limit": {strconv.Itoa(allHeld)}})
+			if err != nil {
+				return // later
+			}
+			b.mu.Lock()
+			for _, r := range h.Records {
+				b.heardOf(m, r)
+			}
+			b.mu.Unlock()
+			e.mu.Lock()
+			if e.list.Epoch == epoch {
+				delete(e.missing, memberKey(m))
+			}
+			e.mu.Unlock()
+		})
+	}
+	wg.Wait()
+}
+
+// heardOf takes what a member holds of a name whose state this worker has: that is what counts. The caller holds
+// the mutex.
+func (b *back) heardOf(m ring.Member, r journal.Record) {
+	st := b.name(r.Key)
+	if len(st.entries) > 0 || st.committing > 0 {
+		for _, e := range st.entries {
+			if e.Seq == r.Seq && !r.Mark {
+				e.at[m.ID] = m
+				return
+			}
+		}
+		st.stale[m.ID] = m // told once the bucket has the newest
+		return
+	}
+	// In the bucket, or never acknowledged.
+	if st.floor.Compare(r.Seq) < 0 {
+		st.floor = r.Seq
+	}
+	st.stale[m.ID] = m
+	b.enqueue(st)
+}
+
+// isSettled notes that this worker's journal has all that it should.
+func (b *back) isSettled() {
+	b.mu.Lock()
+	b.blocked = nil
+	b.mu.Unlock()
+	if err := os.WriteFile(b.settledPath(), nil, 0o600); err != nil {
+		b.n.log.Warn("it cannot be noted that this worker knows what is pending", "error", err)
+	}
+}
+
+// ask asks every member what it holds, and gives the newest of each name that is not in the bucket, with who has
+// it. upto, when not empty, is the name after which there may be more. What was acknowledged before it is called
+// is among it, or in the bucket.
+func (b *back) ask(ctx context.Context, query url.Values) (newest map[string]journal.Record, at map[string]ring.Member, upto string, err error) {
+	for try := 1; ; try++ {
+		newest, at, upto, err = b.askOnce(ctx, query)
+		var stale *errStale
+		ok := errors.As(err, &stale)
+		if !ok || try == routeTries {
+			if ok {
+				err = fmt.Errorf("%w: the workers do not follow the same membership: %w", gateway.ErrBusy, err)
+			}
+			return newest, at, upto, err
+		}
+		b.n.epochs.heard(stale.epoch, b.n.c.Clock.Now())
+		b.n.epochs.wait(ctx, stale.epoch, catchUp)
+		if err := ctx.Err(); err != nil {
+			return nil, nil, "", err
+		}
+	}
+}
+
+// members are those that may hold what is not in the bucket: those of the list, and of the lists before it until it
+// is settled.
+func (b *back) members() (state, []ring.Member) {
+	s, past := b.n.epochs.all()
+	out := slices.Clone(s.Members)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for _, m := range past {
+		if !b.byes[m.ID] && !slices.ContainsFunc(out, func(o ring.Member) bool { return o.ID == m.ID }) {
+			out = append(out, m)
+		}
+	}
+	return s, out
+}
+
+func (b *back) askOnce(ctx context.Context, query url.Values) (map[string]journal.Record, map[string]ring.Member, string, error) {
+	s, members := b.members()
+	type answer struct {
+		h   heldJSON
+		err error
+	}
+	answers := make([]answer, len(members))
+	var wg sync.WaitGroup
+	places := make(chan struct{}, askAtOnce)
+	for i, m := range members {
+		if m.ID == b.n.c.Self {
+			answers[i].h = b.holds(s, query)
+			continue
+		}
+		places <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-places }()
+			within, cancel := context.WithTimeout(ctx, catchUp+askTimeout)
+			defer cancel()
+			if answers[i].err = b.n.peers.known(m); answers[i].err == nil {
+				answers[i].h, answers[i].err = b.n.peers.held(within, m, s.Epoch, query)
+			}
+		})
+	}
+	wg.Wait()
+	missing := 0
+	var why error
+	upto := ""
+	floors := make(map[string]journal.Seq)
+	newest, at := make(map[string]journal.Record), make(map[string]ring.Member)
+	for i, a := range answers {
+		if stale := (*errStale)(nil); errors.As(a.err, &stale) {
+			return nil, nil, "", stale
+		}
+		if a.err != nil {
+			missing, why = missing+1, a.err
+			continue
+		}
+		if a.h.Upto != "" && (upto == "" || a.h.Upto < upto) {
+			upto = a.h.Upto
+		}
+		for _, r := range a.h.Records {
+			switch {
+			case members[i].Joined > r.Seq.Epoch:
+			case r.Mark:
+				if floors[r.Key].Compare(r.Seq) < 0 {
+					floors[r.Key] = r.Seq
+				}
+			default:
+				if have, ok := newest[r.Key]; !ok || have.Seq.Compare(r.Seq) < 0 {
+					newest[r.Key], at[r.Key] = r, members[i]
+				}
+			}
+		}
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, nil, "", err
+	}
+	if missing > b.copies-1 {
+		return nil, nil, "", fmt.Errorf("%w: %d workers that may hold what is not in the bucket yet cannot be asked: %w", gateway.ErrBusy, missing, why)
+	}
+	for key, r := range newest {
+		if floors[key].Compare(r.Seq) >= 0 || upto != "" && key > upto {
+			delete(newest, key)
+		}
+	}
+	return newest, at, upto, nil
+}
