@@ -216,7 +216,7 @@ func (l *lender) look() error {
 
 // listen begins to answer a pod. The caller holds looking.
 func (l *lender) listen(target string, m mountinfo.Mount) {
-	listener, err := listenIn(target)
+	listener, err := listenIn(target, deviceOf(m))
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	if err != nil {
@@ -238,13 +238,21 @@ func (l *lender) listen(target string, m mountinfo.Mount) {
 }
 
 // listenIn makes the socket in a pod's folder, in place of a former one. What lies there may be the pod's doing:
-// no link is followed.
-func listenIn(target string) (*net.UnixListener, error) {
+// no link is followed. The folder must be on that device: when the pod has ended meanwhile, the mount is gone and
+// a socket in the folder below it would keep that from being removed, and the pod Terminating.
+func listenIn(target string, on device) (*net.UnixListener, error) {
 	dir, err := unix.Open(target, unix.O_PATH|unix.O_DIRECTORY|unix.O_NOFOLLOW|unix.O_CLOEXEC, 0)
 	if err != nil {
 		return nil, err
 	}
 	defer unix.Close(dir)
+	var folder unix.Stat_t
+	if err := unix.Fstat(dir, &folder); err != nil {
+		return nil, err
+	}
+	if (device{unix.Major(folder.Dev), unix.Minor(folder.Dev)}) != on {
+		return nil, fmt.Errorf("%w: its mount is gone", fs.ErrNotExist)
+	}
 	// Through the descriptor, since a socket's path has 107 bytes at most.
 	const tmp = ".new"
 	if err := unix.Unlinkat(dir, tmp, 0); err != nil && !errors.Is(err, fs.ErrNotExist) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"os/exec"
@@ -734,4 +735,29 @@ func TestSocketOfALenderFollowsNoLinks(t *testing.T) {
 		t.Errorf("%v %v", st.Mode(), err)
 	}
 	p.unpublish()
+}
+
+// A pod's folder may lose its mount between being seen and being listened in. Nothing is made in what is below then,
+// which could not be removed any more.
+func TestNothingIsMadeBelowAMountThatIsGone(t *testing.T) {
+	dir := t.TempDir()
+	var st unix.Stat_t
+	if err := unix.Stat(dir, &st); err != nil {
+		t.Fatal(err)
+	}
+	here := device{unix.Major(st.Dev), unix.Minor(st.Dev)}
+	if l, err := listenIn(dir, device{here.major, here.minor + 1}); !errors.Is(err, fs.ErrNotExist) {
+		if err == nil {
+			l.Close()
+		}
+		t.Errorf("listening below a mount that is gone: %v", err)
+	}
+	if left, err := os.ReadDir(dir); err != nil || len(left) > 0 {
+		t.Errorf("left in the folder: %v, %v", left, err)
+	}
+	l, err := listenIn(dir, here)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l.Close()
 }
