@@ -29,7 +29,7 @@ var mayImport = map[string][]string{
 	"tier":                    {"api", "cache"},
 	"local":                   {"api", "cache", "tier"},
 	"csi":                     {"api/v1alpha1", "cache"},
-	"sidecar":                 {"api", "cache", "csi/broker", "csi/keeper", "tier"},
+	"sidecar":                 {"api", "cache", "csi/broker", "csi/keeper", "csi/packets", "tier"},
 	"webhook":                 {"api/v1alpha1", "cache"},
 	"controllers":             {"api", "cache", "tier"},
 	"artifact":                {"cache/source"},

@@ -5,6 +5,8 @@ import (
 	"io"
 	"net"
 	"time"
+
+	"github.com/stepcache/stepcache/csi/packets"
 )
 
 // writeTimeout is how long a server may leave an answer unread.
@@ -24,7 +26,7 @@ func Answer(c *net.UnixConn, handle func(*Request) Reply) error {
 		}
 		r.FDs = fds
 		reply := handle(&r)
-		closeAll(r.FDs)
+		packets.CloseAll(r.FDs)
 		files := make([]int, len(reply.Files))
 		for i, f := range reply.Files {
 			files[i] = int(f.Fd())

@@ -6,11 +6,12 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"sync"
 	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/csi/packets"
 )
 
 // ErrGone: there is no node service at the other end any more.
@@ -25,15 +26,8 @@ const (
 	leaveTimeout = 1500 * time.Millisecond
 )
 
-// Conn is a server's connection to the node service.
-type Conn struct {
-	conn    *net.UnixConn
-	turn    chan struct{} // one request at a time
-	answers chan answer
-	done    chan struct{}
-	once    sync.Once
-	ended   chan struct{} // closed by read
-}
+// Conn is a server's connection to the node service. Close ends it, and what this process serves counts as unserved.
+type Conn struct{ *packets.Link[answer] }
 
 type answer struct {
 	reply Reply
@@ -42,48 +36,16 @@ type answer struct {
 
 // Dial connects to the node service at a socket.
 func Dial(ctx context.Context, path string) (*Conn, error) {
-	nc, err := new(net.Dialer).DialContext(ctx, "unixpacket", path)
+	l, err := packets.Dial(ctx, path,
+		func(c *net.UnixConn) (a answer, err error) {
+			a.fds, err = receive(c, &a.reply)
+			return a, err
+		},
+		func(a answer) { packets.CloseAll(a.fds) }, ErrGone)
 	if err != nil {
 		return nil, fmt.Errorf("node service: %w", err)
 	}
-	c := &Conn{conn: nc.(*net.UnixConn), turn: make(chan struct{}, 1), answers: make(chan answer), done: make(chan struct{}), ended: make(chan struct{})}
-	go c.read() // ends with the connection; Close waits for it
-	return c, nil
-}
-
-// read hands out what arrives; it also notices the node service's end while nobody asks for anything.
-func (c *Conn) read() {
-	defer close(c.ended)
-	defer c.end()
-	for {
-		var a answer
-		var err error
-		if a.fds, err = receive(c.conn, &a.reply); err != nil {
-			return
-		}
-		select {
-		case c.answers <- a:
-		case <-c.done:
-			closeAll(a.fds)
-			return
-		}
-	}
-}
-
-// Done is closed when the connection has ended.
-func (c *Conn) Done() <-chan struct{} { return c.done }
-
-// Close ends the connection, and what this process serves counts as unserved.
-func (c *Conn) Close() {
-	c.end()
-	<-c.ended
-}
-
-func (c *Conn) end() {
-	c.once.Do(func() {
-		close(c.done)
-		c.conn.Close()
-	})
+	return &Conn{l}, nil
 }
 
 // ask makes a request; the descriptors stay the caller's.
@@ -91,44 +53,29 @@ func (c *Conn) ask(r Request, timeout time.Duration, fds ...int) (Reply, []int, 
 	fail := func(err error) (Reply, []int, error) {
 		return Reply{}, nil, fmt.Errorf("node service: %s: %w", r.Op, err)
 	}
-	select {
-	case c.turn <- struct{}{}:
-	case <-c.done:
-		return fail(ErrGone)
-	}
-	defer func() { <-c.turn }()
-	err := c.conn.SetWriteDeadline(time.Now().Add(timeout))
-	if err == nil {
-		err = send(c.conn, r, fds)
-	}
+	next, err := c.Turn()
 	if err != nil {
-		c.end()
-		return fail(fmt.Errorf("%w: %w", ErrGone, err))
+		return fail(err)
 	}
-	t := time.NewTimer(timeout)
-	defer t.Stop()
-	select {
-	case a := <-c.answers:
-		if a.reply.Error == "" {
-			return a.reply, a.fds, nil
-		}
-		closeAll(a.fds)
-		if a.reply.Errno != 0 {
-			return fail(fmt.Errorf("%s: %w", a.reply.Error, syscall.Errno(a.reply.Errno)))
-		}
-		return fail(errors.New(a.reply.Error))
-	case <-c.done:
-		return fail(ErrGone)
-	case <-t.C: // a late answer would be taken for the next request's
-		c.end()
-		return fail(fmt.Errorf("%w: no answer within %v", ErrGone, timeout))
+	defer next()
+	a, err := c.Ask(timeout, func(nc *net.UnixConn) error { return send(nc, r, fds) })
+	switch {
+	case err != nil:
+		return fail(err)
+	case a.reply.Error == "":
+		return a.reply, a.fds, nil
 	}
+	packets.CloseAll(a.fds)
+	if a.reply.Errno != 0 {
+		return fail(fmt.Errorf("%s: %w", a.reply.Error, syscall.Errno(a.reply.Errno)))
+	}
+	return fail(errors.New(a.reply.Error))
 }
 
 // do makes a request whose answer has no descriptors.
 func (c *Conn) do(r Request, timeout time.Duration, fds ...int) (Reply, error) {
 	reply, got, err := c.ask(r, timeout, fds...)
-	closeAll(got)
+	packets.CloseAll(got)
 	return reply, err
 }
 
@@ -146,8 +93,8 @@ func (c *Conn) Claim(volume string, fresh bool) (conn, table, settings *os.File,
 		return nil, nil, nil, err
 	}
 	if len(fds) != 1 && len(fds) != 3 {
-		closeAll(fds)
-		c.end()
+		packets.CloseAll(fds)
+		c.End()
 		return nil, nil, nil, fmt.Errorf("node service: claim: %w: %d descriptors", errProtocol, len(fds))
 	}
 	conn = os.NewFile(uintptr(fds[0]), "/dev/fuse")
@@ -195,13 +142,13 @@ func DialWorker(ctx context.Context, path, addr string) (net.Conn, error) {
 		return nil, err
 	}
 	defer c.Close()
-	defer context.AfterFunc(ctx, c.end)()
+	defer context.AfterFunc(ctx, c.End)()
 	_, fds, err := c.ask(Request{Op: OpDial, Addr: addr}, registerTimeout)
 	if err != nil {
 		return nil, err
 	}
 	if len(fds) != 1 {
-		closeAll(fds)
+		packets.CloseAll(fds)
 		return nil, fmt.Errorf("node service: dial: %w: %d descriptors", errProtocol, len(fds))
 	}
 	unix.CloseOnExec(fds[0])

@@ -25,5 +25,5 @@
 //
 // Concurrency: everything is safe for concurrent use. Failure: a connection that breaks, and one whose answer is
 // late, is over (Conn.Done), and with it what it served; errors say what the node service said. It may import
-// golang.org/x/sys/unix and nothing of this module.
+// golang.org/x/sys/unix and csi/packets.
 package broker

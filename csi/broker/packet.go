@@ -8,6 +8,8 @@ import (
 	"os"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/csi/packets"
 )
 
 // Op is what a request asks for.
@@ -83,55 +85,21 @@ func send(c *net.UnixConn, v any, fds []int) error {
 	if len(b) > maxPacket {
 		return fmt.Errorf("%w: a packet of %d bytes", errProtocol, len(b))
 	}
-	var oob []byte
-	if len(fds) > 0 {
-		oob = unix.UnixRights(fds...)
-	}
-	_, _, err = c.WriteMsgUnix(b, oob, nil)
-	return err
+	return packets.Send(c, b, fds)
 }
 
 // receive reads one packet. Every descriptor that came is returned, or closed with an error.
-func receive(c *net.UnixConn, v any) (fds []int, err error) {
+func receive(c *net.UnixConn, v any) ([]int, error) {
 	b := make([]byte, maxPacket)
-	oob := make([]byte, unix.CmsgSpace(4*(MaxFiles+1)))
-	n, oobn, flags, _, err := c.ReadMsgUnix(b, oob)
-	if oobn > 0 {
-		msgs, perr := unix.ParseSocketControlMessage(oob[:oobn])
-		for i := range msgs {
-			got, rerr := unix.ParseUnixRights(&msgs[i])
-			if rerr != nil {
-				perr = errors.Join(perr, rerr)
-				continue
-			}
-			fds = append(fds, got...)
-		}
-		if err == nil && perr != nil {
-			err = fmt.Errorf("%w: %w", errProtocol, perr)
-		}
-	}
-	switch {
-	case err != nil:
-	case flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 || len(fds) > MaxFiles:
-		err = fmt.Errorf("%w: a packet that is too long", errProtocol)
-	default:
-		if jerr := json.Unmarshal(b[:n], v); jerr != nil {
-			err = fmt.Errorf("%w: %w", errProtocol, jerr)
-		}
-	}
+	n, fds, err := packets.Receive(c, b, MaxFiles, errProtocol)
 	if err != nil {
-		closeAll(fds)
 		return nil, err
 	}
-	return fds, nil
-}
-
-func closeAll(fds []int) {
-	for _, fd := range fds {
-		if fd >= 0 {
-			unix.Close(fd)
-		}
+	if err := json.Unmarshal(b[:n], v); err != nil {
+		packets.CloseAll(fds)
+		return nil, fmt.Errorf("%w: %w", errProtocol, err)
 	}
+	return fds, nil
 }
 
 // Identity is what the kernel knows of a descriptor without asking anybody.

@@ -6,8 +6,9 @@ import (
 	"fmt"
 	"net"
 	"os"
-	"sync"
 	"time"
+
+	"github.com/stepcache/stepcache/csi/packets"
 )
 
 // ErrGone: the keeper went away, and with it what was parked there.
@@ -29,59 +30,16 @@ func (e Entry) Close() {
 	}
 }
 
-// Conn is a connection to a keeper.
-type Conn struct {
-	conn    *net.UnixConn
-	turn    chan struct{} // one request at a time
-	answers chan packet
-	done    chan struct{}
-	once    sync.Once
-	ended   chan struct{} // closed by read
-}
+// Conn is a connection to a keeper. Close ends it; what is parked stays.
+type Conn struct{ *packets.Link[packet] }
 
 // Dial connects to the keeper at a path.
 func Dial(ctx context.Context, path string) (*Conn, error) {
-	nc, err := new(net.Dialer).DialContext(ctx, "unixpacket", path)
+	l, err := packets.Dial(ctx, path, receive, func(p packet) { p.close() }, ErrGone)
 	if err != nil {
 		return nil, fmt.Errorf("keeper: %w", err)
 	}
-	c := &Conn{conn: nc.(*net.UnixConn), turn: make(chan struct{}, 1), answers: make(chan packet), done: make(chan struct{}), ended: make(chan struct{})}
-	go c.read() // ends with the connection; Close waits for it
-	return c, nil
-}
-
-// read hands out what arrives; it also notices the keeper's end while nobody asks for anything.
-func (c *Conn) read() {
-	defer close(c.ended)
-	defer c.end()
-	for {
-		p, err := receive(c.conn)
-		if err != nil {
-			return
-		}
-		select {
-		case c.answers <- p:
-		case <-c.done:
-			p.close()
-			return
-		}
-	}
-}
-
-// Done is closed when the connection has ended: the keeper is gone, or Close was called.
-func (c *Conn) Done() <-chan struct{} { return c.done }
-
-// Close ends the connection; what is parked stays.
-func (c *Conn) Close() {
-	c.end()
-	<-c.ended
-}
-
-func (c *Conn) end() {
-	c.once.Do(func() {
-		close(c.done)
-		c.conn.Close()
-	})
+	return &Conn{l}, nil
 }
 
 // Park has the keeper hold copies of the files under a name, in place of what it held there. The files stay the
@@ -101,15 +59,18 @@ func (c *Conn) Drop(name string) error { return c.ask(kindDrop, name, nil) }
 
 // ask makes a request that is answered by an ok.
 func (c *Conn) ask(kind byte, name string, files []*os.File) error {
-	c.turn <- struct{}{}
-	defer func() { <-c.turn }()
+	next, err := c.Turn()
+	if err != nil {
+		return fmt.Errorf("keeper: %s: %w", name, err)
+	}
+	defer next()
 	p, err := c.exchange(kind, name, files)
 	if err != nil {
 		return fmt.Errorf("keeper: %s: %w", name, err)
 	}
 	p.close()
 	if p.kind != kindOK {
-		c.end()
+		c.End()
 		return fmt.Errorf("keeper: %s: %w: answer %q", name, errProtocol, p.kind)
 	}
 	return nil
@@ -117,8 +78,11 @@ func (c *Conn) ask(kind byte, name string, files []*os.File) error {
 
 // List returns what is parked.
 func (c *Conn) List() ([]Entry, error) {
-	c.turn <- struct{}{}
-	defer func() { <-c.turn }()
+	next, err := c.Turn()
+	if err != nil {
+		return nil, fmt.Errorf("keeper: list: %w", err)
+	}
+	defer next()
 	var all []Entry
 	fail := func(err error) ([]Entry, error) {
 		for _, e := range all {
@@ -139,40 +103,22 @@ func (c *Conn) List() ([]Entry, error) {
 			return all, nil
 		default:
 			p.close()
-			c.end()
+			c.End()
 			return fail(fmt.Errorf("%w: answer %q", errProtocol, p.kind))
 		}
-		p, err = c.answer()
+		p, err = said(c.Answer(answerTimeout))
 	}
 }
 
 func (c *Conn) exchange(kind byte, name string, files []*os.File) (packet, error) {
-	if err := c.conn.SetWriteDeadline(time.Now().Add(answerTimeout)); err != nil {
-		c.end()
-		return packet{}, fmt.Errorf("%w: %w", ErrGone, err)
-	}
-	if err := send(c.conn, kind, name, files); err != nil {
-		c.end()
-		return packet{}, fmt.Errorf("%w: %w", ErrGone, err)
-	}
-	return c.answer()
+	return said(c.Ask(answerTimeout, func(nc *net.UnixConn) error { return send(nc, kind, name, files) }))
 }
 
-// answer waits for one packet. A late one would be taken for the next request's, so the connection ends.
-func (c *Conn) answer() (packet, error) {
-	t := time.NewTimer(answerTimeout)
-	defer t.Stop()
-	select {
-	case p := <-c.answers:
-		if p.kind == kindErr {
-			p.close()
-			return packet{}, errors.New(p.text)
-		}
-		return p, nil
-	case <-c.done:
-		return packet{}, ErrGone
-	case <-t.C:
-		c.end()
-		return packet{}, fmt.Errorf("%w: no answer within %v", ErrGone, answerTimeout)
+// said makes an error of an answer that is one.
+func said(p packet, err error) (packet, error) {
+	if err == nil && p.kind == kindErr {
+		p.close()
+		return packet{}, errors.New(p.text)
 	}
+	return p, err
 }

@@ -20,5 +20,5 @@
 // Failure: a keeper that goes away ends the connections to it (Conn.Done); it keeps nothing on disk, and whoever
 // parked parks again at the next one. A client that breaks the protocol loses its connection and nothing else.
 //
-// It may import golang.org/x/sys/unix and nothing of this module.
+// It may import golang.org/x/sys/unix and csi/packets.
 package keeper
