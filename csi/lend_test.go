@@ -678,6 +678,15 @@ func TestFileOfAMountThatDoesNotAnswerHoldsNobodyUp(t *testing.T) {
 	if err := s.cmd.Process.Signal(unix.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
+	for { // it has not stopped yet when kill(2) returns
+		err := unix.Waitid(unix.P_PID, s.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WEXITED|unix.WNOWAIT, nil)
+		if err == nil {
+			break
+		}
+		if err != unix.EINTR {
+			t.Fatalf("the sidecar does not stop: %v", err)
+		}
+	}
 	var name string
 	func() {
 		c, err := broker.Dial(testContext(t), p.sock())

@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"github.com/minio/minio-go/v7"
+	"golang.org/x/sys/unix"
 )
 
 // hangs stops the process of worker i, and returns what has it go on.
@@ -23,8 +24,19 @@ func (tr *tier) hangs(i int) (goOn func()) {
 			tr.t.Fatal(err)
 		}
 	}
-	signal(syscall.SIGSTOP)
 	tr.t.Cleanup(func() { syscall.Kill(pid, syscall.SIGCONT) }) // it may be gone by then
+	signal(syscall.SIGSTOP)
+	// kill(2) returns before the process has stopped. On a busy machine it goes on for a while, and what comes
+	// to it in that time it may carry out, or pass on when it continues: it does not know that it hung.
+	for {
+		err := unix.Waitid(unix.P_PID, pid, nil, unix.WSTOPPED|unix.WEXITED|unix.WNOWAIT, nil)
+		if err == nil {
+			break
+		}
+		if err != unix.EINTR {
+			tr.t.Fatalf("worker %d does not stop: %v", i, err)
+		}
+	}
 	return func() { signal(syscall.SIGCONT) }
 }
 

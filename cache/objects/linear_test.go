@@ -9,7 +9,6 @@ import (
 	"strings"
 	"sync"
 	"sync/atomic"
-	"syscall"
 	"testing"
 	"time"
 
@@ -306,11 +305,7 @@ func TestReadsSeeEveryWriteWhileWorkersHang(t *testing.T) {
 		}
 	}
 	hung := tr.owner("key-0")
-	pid := tr.workers[hung].outside.Pid()
-	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	defer syscall.Kill(pid, syscall.SIGCONT)
+	goOn := tr.hangs(hung)
 	var wg sync.WaitGroup
 	h.clients(&wg, 4, 12, 3, func(r *rand.Rand) int {
 		for {
@@ -329,9 +324,7 @@ func TestReadsSeeEveryWriteWhileWorkersHang(t *testing.T) {
 	if !written {
 		t.Error("no write of a name whose owner hangs succeeded")
 	}
-	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
-		t.Fatal(err)
-	}
+	goOn()
 	h.clients(&wg, 4, 12, 3, func(r *rand.Rand) int { return r.IntN(3) })
 	wg.Wait()
 	h.check()
