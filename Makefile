@@ -46,9 +46,12 @@ generate: ## deepcopy, CustomResourceDefinitions, roles and the artifact wire, f
 	go generate ./api/... ./artifact/...
 	go tool -modfile=tools/generate/go.mod controller-gen rbac:roleName=stepcache-controller paths=./controllers/... output:rbac:dir=config/rbac
 
-bench: $(BIN)/stepcache $(BIN)/versitygw ## this project beside its peers and native files, then its layers: SIZE=small|medium|full (bench/README.md)
-	PATH="$(abspath $(BIN)):$$PATH" go run ./bench/compare --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw --size $(BENCH_SIZE) $(BENCH_FLAGS)
-	go run ./bench/layers --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw $(LAYERS_FLAGS_$(BENCH_SIZE)) $(LAYERS_FLAGS)
+bench: $(BIN)/stepcache $(BIN)/versitygw $(BIN)/compare $(BIN)/layers ## this project beside its peers and native files, then its layers: SIZE=small|medium|full (bench/README.md)
+	@status=0; \
+	PATH="$(abspath $(BIN)):$$PATH" $(BIN)/compare --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw --size $(BENCH_SIZE) $(BENCH_FLAGS) || status=$$?; \
+	if [ $$status = 130 ]; then exit $$status; fi; \
+	$(BIN)/layers --stepcache $(BIN)/stepcache --versitygw $(BIN)/versitygw $(LAYERS_FLAGS_$(BENCH_SIZE)) $(LAYERS_FLAGS) || status=$$?; \
+	exit $$status
 
 bench-peers: ## what `make bench` compares with and Go can build, in .bin (minutes); others are taken from the PATH
 	@CGO_ENABLED=0 go -C tools/peers build -trimpath -ldflags '-s -w' -o ../../$(BIN)/rclone github.com/rclone/rclone
@@ -79,11 +82,13 @@ clean: ## remove what was built
 	rm -rf $(BIN) bench/out
 
 # Programs. Go's build cache decides what is out of date, so these rules always run it.
-.PHONY: $(BIN)/stepcache $(BIN)/demo $(BIN)/cluster
+.PHONY: $(BIN)/stepcache $(BIN)/demo $(BIN)/cluster $(BIN)/compare $(BIN)/layers
 $(BIN)/stepcache:
 	@CGO_ENABLED=0 go build -trimpath -ldflags '$(LDFLAGS)' -o $@ ./cmd/stepcache
 $(BIN)/demo:
 	@CGO_ENABLED=0 go build -trimpath -o $@ ./bench/demo
+$(BIN)/compare $(BIN)/layers:
+	@CGO_ENABLED=0 go build -trimpath -o $@ ./bench/$(@F)
 $(BIN)/cluster:
 	@CGO_ENABLED=0 go -C test/cluster build -o ../../$@ .
 $(BIN)/versitygw: tools/bucket/go.mod

@@ -14,6 +14,7 @@ import (
 	"gonum.org/v1/plot/vg/draw"
 	"gonum.org/v1/plot/vg/vgsvg"
 
+	"github.com/stepcache/stepcache/bench/host"
 	"github.com/stepcache/stepcache/bench/trial"
 )
 
@@ -35,7 +36,7 @@ func charts(rep *trial.Report, dir string) error {
 	}
 	for _, section := range order {
 		path := filepath.Join(dir, strings.ReplaceAll(section, " ", "-")+".svg")
-		err := writeTo(path, func(out io.Writer) error { return chart(rep, section, rows[section], out) })
+		err := host.Replace(path, 0o644, func(out io.Writer) error { return chart(rep, section, rows[section], out) })
 		if err != nil {
 			return fmt.Errorf("chart of %s: %w", section, err)
 		}

@@ -2,7 +2,6 @@ package main
 
 import (
 	"bytes"
-	"context"
 	"encoding/json"
 	"encoding/xml"
 	"errors"
@@ -13,100 +12,34 @@ import (
 	"slices"
 	"strings"
 	"testing"
-	"time"
 
 	"github.com/stepcache/stepcache/bench/access"
+	"github.com/stepcache/stepcache/bench/host"
+	"github.com/stepcache/stepcache/bench/host/hosttest"
 	"github.com/stepcache/stepcache/bench/trial"
-	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/test/bucket"
 )
 
-// asProgram makes the test binary be the bench itself.
-const asProgram = "STEPCACHE_TEST_COMPARE"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(asProgram) != "" {
-		main()
-		return
-	}
-	os.Exit(m.Run())
-}
-
-// patience bounds what takes some ten seconds; two loaded cores and the race detector take longer.
-const patience = 4 * time.Minute
-
-// compare runs the bench as a process in a temporary folder of its own, which must be empty afterwards.
-func compare(t *testing.T, env []string, args ...string) (stdout, stderr string, err error) {
-	t.Helper()
-	return compareUntil(t, "", env, args...)
-}
-
-// compareUntil interrupts it when it has said something.
-func compareUntil(t *testing.T, said string, env []string, args ...string) (stdout, stderr string, err error) {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmp, err := os.MkdirTemp("", "c") // short: sockets are below it
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(tmp)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, self, args...)
-	cmd.Env = append(append(os.Environ(), asProgram+"=1", "TMPDIR="+tmp), env...)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = 30 * time.Second
-	var out bytes.Buffer
-	errs := &listener{word: said, heard: func() { _ = cmd.Process.Signal(os.Interrupt) }}
-	cmd.Stdout, cmd.Stderr = &out, errs
-	err = cmd.Run()
-	if left, readErr := os.ReadDir(tmp); readErr != nil || len(left) > 0 {
-		t.Errorf("the bench left %v in its temporary folder (%v)", left, readErr)
-	}
-	if below, e := mountinfo.Below(tmp); e != nil || len(below) > 0 {
-		t.Errorf("the bench left mounts: %v (%v)", below, e)
-	}
-	return out.String(), errs.text.String(), err
-}
-
-// listener keeps what is written and calls heard once it contains a word.
-type listener struct {
-	text  bytes.Buffer
-	word  string
-	heard func()
-}
-
-func (l *listener) Write(p []byte) (int, error) {
-	n, err := l.text.Write(p)
-	if l.word != "" && strings.Contains(l.text.String(), l.word) {
-		l.word = ""
-		l.heard()
-	}
-	return n, err
-}
+func TestMain(m *testing.M) { hosttest.Main(m, main) }
 
 // TestWhole runs all of the bench in small, beside a peer that cannot mount: every row has a figure or a reason,
 // all digests are equal, and table, JSON, charts and README are written.
 func TestWhole(t *testing.T) {
 	dir := t.TempDir()
-	program := filepath.Join(dir, "stepcache")
-	if out, err := exec.Command("go", "build", "-ldflags", "-s -w", "-o", program, "github.com/stepcache/stepcache/cmd/stepcache").CombinedOutput(); err != nil {
-		t.Fatalf("build stepcache: %v\n%s", err, out)
-	}
 	bad := filepath.Join(dir, "path")
 	readme := filepath.Join(dir, "README.md")
 	err := errors.Join(os.Mkdir(bad, 0o755),
 		os.WriteFile(filepath.Join(bad, "geesefs"), []byte("#!/bin/sh\necho no such luck\nexit 3\n"), 0o755),
-		os.WriteFile(readme, []byte("# A\n"+tableBegin+"stale\n"+tableEnd+"b\n"), 0o644))
+		os.WriteFile(readme, []byte("# A\n<!-- compare:begin -->\nstale\n<!-- compare:end -->b\n"), 0o644))
 	if err != nil {
 		t.Fatal(err)
 	}
 	out := filepath.Join(dir, "out")
-	stdout, stderr, err := compare(t, []string{"PATH=" + bad + ":" + os.Getenv("PATH")}, "--stepcache", program, "--size", "small",
-		"--contenders", "direct,stepcache,geesefs", "--out", out, "--readme", readme)
+	stdout, stderr, err := hosttest.Run{
+		Env: []string{"PATH=" + bad + ":" + os.Getenv("PATH")},
+		Args: []string{"--stepcache", hosttest.Stepcache(t), "--size", "small", "--budget", "0",
+			"--contenders", "direct,stepcache,geesefs", "--out", out, "--readme", readme},
+	}.Do(t)
 	if err != nil {
 		t.Fatalf("%v\n%s\n%s", err, stdout, stderr)
 	}
@@ -117,6 +50,9 @@ func TestWhole(t *testing.T) {
 	var rep trial.Report
 	if err := json.Unmarshal(text, &rep); err != nil {
 		t.Fatal(err)
+	}
+	if _, err := os.Stat(filepath.Join(out, "compare.partial.json")); !rep.Whole || !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("whole: %v, and a partial one: %v", rep.Whole, err)
 	}
 	root := os.Geteuid() == 0
 	sections := map[string]bool{}
@@ -192,37 +128,53 @@ func TestWhole(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	middle, ok := strings.CutPrefix(string(table), "# A\n"+tableBegin)
-	middle, ok2 := strings.CutSuffix(middle, tableEnd+"b\n")
+	middle, ok := strings.CutPrefix(string(table), "# A\n<!-- compare:begin -->\n")
+	middle, ok2 := strings.CutSuffix(middle, "<!-- compare:end -->b\n")
 	if !ok || !ok2 || strings.Contains(middle, "stale") || !strings.Contains(middle, "| large file: warm, 1 reader |") {
 		t.Errorf("README: %q", table)
 	}
-	if !strings.Contains(stdout, "large file: warm, 1 reader") {
+	if !strings.Contains(stdout, "large file: warm, 1 reader") || strings.Contains(stdout, "Interrupted") {
 		t.Errorf("table: %s", stdout)
 	}
 }
 
-// TestInterrupted ends the bench in its second round: what the first has found is told, all is removed (compare looks
-// after that), and the files keep what they had.
+// TestInterrupted ends the bench in its second round: what the first has found is told and kept, all is removed (Do
+// looks after that), and the files of the last whole run stay.
 func TestInterrupted(t *testing.T) {
 	self, err := os.Executable()
 	if err != nil {
 		t.Fatal(err)
 	}
 	out := t.TempDir()
-	stdout, stderr, err := compareUntil(t, "large file, round 2", nil, "--stepcache", self, "--size", "small", "--contenders", "direct",
-		"--only", "(large|small) file.*cold|warm, 1", "--rounds", "1000", "--budget", "0", "--out", out)
-	if err == nil || !strings.Contains(stderr, "interrupted; everything is stopped and removed") {
+	stdout, stderr, err := hosttest.Run{Interrupt: "large file, round 2", Args: []string{"--stepcache", self, "--size", "small",
+		"--contenders", "direct", "--only", "(large|small) file.*cold|warm, 1", "--rounds", "1000", "--budget", "0", "--out", out}}.Do(t)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != host.Interrupted || !strings.Contains(stderr, "interrupted; everything is stopped and removed") {
 		t.Errorf("%v, said %s", err, stderr)
 	}
 	if !strings.Contains(stderr, " left)") {
 		t.Errorf("nothing said of the time left: %s", stderr)
 	}
-	if !strings.Contains(stdout, "Interrupted") || !strings.Contains(stdout, "large file: warm, 1 reader ") || strings.Contains(stdout, "small files:") {
+	// Each row once before any row twice.
+	if !strings.Contains(stdout, "Interrupted") || !strings.Contains(stdout, "large file: warm, 1 reader ") || !strings.Contains(stdout, "small files: cold, 8 readers ") {
 		t.Errorf("table: %s", stdout)
 	}
-	if files, err := os.ReadDir(out); err != nil || len(files) > 0 {
-		t.Errorf("an interrupted run wrote %v (%v)", files, err)
+	files, err := os.ReadDir(out)
+	if err != nil || len(files) != 1 || files[0].Name() != "compare.partial.json" {
+		t.Fatalf("an interrupted run wrote %v (%v)", files, err)
+	}
+	text, err := os.ReadFile(filepath.Join(out, files[0].Name()))
+	var rep trial.Report
+	if err := errors.Join(err, json.Unmarshal(text, &rep)); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range rep.Rows {
+		if f := r.Figures[trial.Direct]; r.Kind == trial.Cold && (f == nil || len(f.Samples) == 0) {
+			t.Errorf("%s: %s is not kept: %+v", r.Section, r.Name, f)
+		}
+	}
+	if rep.Whole || len(rep.Rows) != 5 {
+		t.Errorf("what is kept: %d rows, whole: %v", len(rep.Rows), rep.Whole)
 	}
 }
 
@@ -288,7 +240,7 @@ func TestWrongUse(t *testing.T) {
 		{[]string{"--stepcache", self, "--readme", noMarkers + "x"}, "--readme"},
 		{[]string{"more"}, "unknown command"},
 	} {
-		stdout, stderr, err := compare(t, nil, c.args...)
+		stdout, stderr, err := hosttest.Run{Args: c.args}.Do(t)
 		if err == nil || !strings.Contains(stderr, c.says) || stdout != "" {
 			t.Errorf("%q: %v, said %q %q, want %q", c.args, err, stdout, stderr, c.says)
 		}

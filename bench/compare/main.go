@@ -3,26 +3,21 @@
 //
 // It owns the input (two real S3 servers, one without limits and one with a bandwidth, and what is in them), the
 // sizes, and the charts; package trial owns what is measured and how. Concurrency: one goroutine measures.
-// Failure: the exit status is 1 where this project had no figure or anybody gave wrong bytes, and where it was
+// Failure: the exit status is 1 where this project had no figure or anybody gave wrong bytes, and 130 where it was
 // interrupted, after what there is; what other projects cannot do is told in the report.
 //
 // It may import bench/..., test/bucket and what those may.
 package main
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"fmt"
-	"io"
-	"log/slog"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
-	"syscall"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -40,23 +35,13 @@ type options struct {
 	budget               time.Duration
 	readme               string
 
-	scale scale
-	match *regexp.Regexp
+	scale   scale
+	match   *regexp.Regexp
+	results *host.Results
+	table   *host.Place // nil: no README
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	// The packages under measurement speak through the report.
-	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
-	if err := command().ExecuteContext(ctx); err != nil {
-		if errors.Is(err, context.Canceled) {
-			err = errors.New("interrupted; everything is stopped and removed")
-		}
-		fmt.Fprintln(os.Stderr, "compare:", err)
-		os.Exit(1)
-	}
-}
+func main() { host.Main(command()) }
 
 func command() *cobra.Command {
 	var o options
@@ -66,11 +51,11 @@ func command() *cobra.Command {
 		Long: `Reads the same data as native files, from the bucket by a parallel client, through this project cold and warm,
 and through whichever of rclone, s3fs, geesefs and mount-s3 are on the PATH: one large file, many small ones, a
 great many names, eight pods and a hundred steps; and puts and gets artifacts, through this project and at the bucket.
-Prints a table and writes JSON and charts into --out.
+Prints a table and writes JSON and charts into --out; what there is so far is in compare.partial.json there.
 bench/README.md says how to read it. Mounts need root.`,
 		Example: `  go run ./bench/compare --size small
   go run ./bench/compare --only 'small files' --contenders stepcache,rclone --rounds 5`,
-		SilenceUsage: true, SilenceErrors: true, Args: cobra.NoArgs,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := o.check(); err != nil {
 				return err
@@ -89,9 +74,9 @@ bench/README.md says how to read it. Mounts need root.`,
 	f.IntVar(&o.rounds, "rounds", 0, "samples of each row, of which the median is told (default: by size)")
 	f.IntVar(&o.slowRounds, "slow-rounds", 0, "samples of rows that take long (default: by size)")
 	f.DurationVar(&o.limit, "limit", 0, "when a timed reading of many files ends at the latest (default: by size)")
-	f.DurationVar(&o.patience, "patience", 90*time.Second, "when a reading is given up as hanging")
-	f.DurationVar(&o.budget, "budget", 9*time.Minute, "about what all may take: rounds are left out for it (0: no matter)")
-	f.StringVar(&o.out, "out", "bench/out", "folder for compare.json and the charts")
+	f.DurationVar(&o.patience, "patience", time.Minute, "when a reading, or a mount that does not come, is given up as hanging")
+	f.DurationVar(&o.budget, "budget", 11*time.Minute, "about what all may take: rounds are left out for it, and then other projects (0: no matter)")
+	f.StringVar(&o.out, "out", "bench/out", "folder for the results and the charts")
 	f.StringVar(&o.readme, "readme", "", "also write the table into this file, between its markers")
 	cmd.AddCommand(&cobra.Command{Use: "read", Hidden: true, Args: cobra.NoArgs, SilenceUsage: true,
 		RunE: func(cmd *cobra.Command, _ []string) error { return trial.Read(cmd.Context(), os.Stdin, os.Stdout) }})
@@ -131,11 +116,12 @@ func (o *options) check() (err error) {
 		return fmt.Errorf("--stepcache: %w; `make build` makes it", err)
 	}
 	if o.readme != "" {
-		if _, _, _, err := split(o.readme); err != nil { // better now than after ten minutes
+		if o.table, err = host.PlaceIn(o.readme, "compare"); err != nil {
 			return err
 		}
 	}
-	return os.MkdirAll(o.out, 0o755)
+	o.results, err = host.ResultsIn(o.out, "compare")
+	return err
 }
 
 func pick(given, otherwise int) int {
@@ -162,62 +148,23 @@ func run(ctx context.Context, o options, dir string, mounts bool) error {
 	rep, runErr := trial.Run(ctx, trial.Options{
 		Program: o.stepcache, Reader: []string{self, "read"}, Only: o.match, Contenders: o.contenders,
 		Rounds: o.rounds, SlowRounds: o.slowRounds, Limit: o.limit, Patience: o.patience, Budget: o.budget, Mounts: mounts, Log: os.Stderr,
+		Each: func(rep *trial.Report) {
+			if err := o.results.Partial(rep.JSON); err != nil {
+				fmt.Fprintln(os.Stderr, "what there is so far is not kept:", err)
+			}
+		},
 	}, in)
 	if len(rep.Rows) == 0 {
 		return runErr
 	}
-	if ctx.Err() != nil {
-		// What there is, for people; the files keep the last whole run.
-		fmt.Println("Interrupted: these are not all rows and rounds.")
-		return errors.Join(rep.Print(os.Stdout), context.Cause(ctx))
+	err = rep.Print(os.Stdout)
+	if !rep.Whole {
+		// What there is, for people; but for the partial one the files keep the last whole run.
+		return errors.Join(err, runErr)
 	}
-	err = errors.Join(rep.Print(os.Stdout), writeTo(filepath.Join(o.out, "compare.json"), rep.JSON), charts(rep, o.out))
-	if o.readme != "" {
-		err = errors.Join(err, intoReadme(rep, o.readme))
+	err = errors.Join(err, o.results.Whole(rep.JSON), charts(rep, o.out))
+	if o.table != nil {
+		err = errors.Join(err, o.table.Write(rep.Markdown))
 	}
 	return errors.Join(err, runErr)
-}
-
-func writeTo(path string, write func(io.Writer) error) error {
-	var b bytes.Buffer
-	if err := write(&b); err != nil {
-		return err
-	}
-	return os.WriteFile(path, b.Bytes(), 0o644)
-}
-
-// The table's place in a README.
-const (
-	tableBegin = "<!-- compare:begin -->\n"
-	tableEnd   = "<!-- compare:end -->"
-)
-
-// split finds the table's place in a file.
-func split(path string) (before, after string, mode os.FileMode, err error) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return "", "", 0, fmt.Errorf("--readme: %w", err)
-	}
-	info, err := os.Stat(path)
-	if err != nil {
-		return "", "", 0, fmt.Errorf("--readme: %w", err)
-	}
-	before, rest, ok := strings.Cut(string(text), tableBegin)
-	_, after, ok2 := strings.Cut(rest, tableEnd)
-	if !ok || !ok2 {
-		return "", "", 0, fmt.Errorf("--readme %s: no lines %s and %s to write the table between", path, strings.TrimSpace(tableBegin), tableEnd)
-	}
-	return before + tableBegin, tableEnd + after, info.Mode().Perm(), nil
-}
-
-func intoReadme(rep *trial.Report, path string) error {
-	before, after, mode, err := split(path)
-	if err != nil {
-		return err
-	}
-	var b bytes.Buffer
-	b.WriteString(before)
-	rep.Markdown(&b)
-	b.WriteString(after)
-	return os.WriteFile(path, b.Bytes(), mode)
 }

@@ -1,12 +1,13 @@
-// Package host is the machine that a bench runs on: its description, and memory in a mount namespace of the
-// bench's own.
+// Package host is the machine that a bench runs on, and what all benches do there: begin, be interrupted, keep what
+// they have found, and leave nothing behind.
 //
-// It owns what a report says of machine and versions, and the isolation of what a bench mounts: as root a bench
-// runs in a child with a mount namespace of its own, so that nothing is left however it ends. Concurrency: a
-// Machine is for one goroutine. Failure: what cannot be read of the machine is told as unknown, and without the
-// right to mount a bench runs with what can be measured all the same.
+// It owns what a report says of machine and versions, the isolation of what a bench mounts (as root a bench runs in a
+// child with a mount namespace of its own, so that nothing is left however it ends), the exit status, and where
+// results go. Concurrency: a Machine is for one goroutine, the rest safe for concurrent use. Failure: what cannot be
+// read of the machine is told as unknown, and without the right to mount a bench runs with what can be measured all
+// the same.
 //
-// It may import the standard library, golang.org/x/sys and go-humanize.
+// It may import the standard library, cobra, golang.org/x/sys, go-humanize and cache/mount/mountinfo.
 package host
 
 import (
@@ -35,11 +36,13 @@ type Machine struct {
 	Load string `json:"loadBefore"`
 	// Huge is what /proc/vmstat says of huge pages of files during the run: taken, and refused.
 	Huge [2]int64 `json:"hugePagesTakenAndRefused"`
+
+	before [2]int64 // what it said when the run began
 }
 
 // Describe describes this machine before a run of the given stepcache program.
 func Describe(ctx context.Context, program string) Machine {
-	m := Machine{CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), Load: "unknown", Huge: hugePages()}
+	m := Machine{CPU: "unknown", Cores: runtime.NumCPU(), Go: runtime.Version(), Load: "unknown", before: hugePages()}
 	if text, err := os.ReadFile("/proc/cpuinfo"); err == nil {
 		for line := range strings.Lines(string(text)) {
 			if k, v, ok := strings.Cut(line, ":"); ok && strings.TrimSpace(k) == "model name" {
@@ -67,9 +70,8 @@ func Describe(ctx context.Context, program string) Machine {
 
 // Finish counts the huge pages since Describe.
 func (m *Machine) Finish() {
-	after := hugePages()
-	for i := range after {
-		m.Huge[i] = after[i] - m.Huge[i]
+	for i, now := range hugePages() {
+		m.Huge[i] = now - m.before[i]
 	}
 }
 

@@ -6,8 +6,10 @@ import (
 	"fmt"
 	"os"
 	"slices"
+	"time"
 
 	"github.com/stepcache/stepcache/bench/access"
+	"github.com/stepcache/stepcache/bench/host"
 )
 
 // bench is one run.
@@ -95,32 +97,35 @@ func measure(ctx context.Context, o options, dir string, mounts bool) error {
 		return fmt.Errorf("--only %q matches no row", o.only)
 	}
 	rep := newReport(ctx, b)
-	done := 0
 	for _, g := range groups {
 		b.group(ctx, g, func(r *row) {
-			done++
-			fmt.Fprintf(os.Stderr, "[%d/%d] %s: %s\n", done, total, r.title(), r.outcome())
 			rep.rows = append(rep.rows, r)
+			fmt.Fprintf(os.Stderr, "[%d/%d] %s: %s\n", len(rep.rows), total, r.title(), r.outcome())
+			rep.finish(false)
+			if err := o.results.Partial(rep.json); err != nil {
+				fmt.Fprintln(os.Stderr, "what there is so far is not kept:", err)
+			}
 		})
 		if ctx.Err() != nil {
-			return context.Cause(ctx)
+			break
 		}
 	}
-	rep.finish()
-	if o.readme != "" {
-		if err := rep.intoReadme(o.readme); err != nil {
-			return err
-		}
+	rep.finish(ctx.Err() == nil)
+	err := rep.print(os.Stdout)
+	if !rep.whole {
+		// What there is, for people; but for the partial one the files keep the last whole run.
+		return errors.Join(err, context.Cause(ctx))
 	}
-	if err := rep.print(os.Stdout); err != nil {
-		return err
+	err = errors.Join(err, o.results.Whole(rep.json))
+	if o.table != nil {
+		err = errors.Join(err, o.table.Write(rep.markdown))
 	}
 	for _, r := range rep.rows {
 		if r.failed {
-			return errors.New("some rows failed, see above")
+			return errors.Join(err, errors.New("some rows failed, see above"))
 		}
 	}
-	return nil
+	return err
 }
 
 // group measures one group's rows.
@@ -129,7 +134,7 @@ func (b *bench) group(ctx context.Context, g group, done func(*row)) {
 	defer s.close()
 	var err error
 	if g.setup != nil {
-		err = g.setup(ctx, &s)
+		err = b.within(ctx, &s, func(ctx context.Context) error { return g.setup(ctx, &s) })
 	}
 	for _, r := range g.rows {
 		rowErr := err
@@ -137,6 +142,9 @@ func (b *bench) group(ctx context.Context, g group, done func(*row)) {
 			rowErr = b.row(ctx, r)
 		}
 		if ctx.Err() != nil {
+			if len(r.samples) > 0 { // not of all rounds, but true
+				done(r)
+			}
 			return
 		}
 		if rowErr != nil {
@@ -151,33 +159,60 @@ func (b *bench) group(ctx context.Context, g group, done func(*row)) {
 // row takes the samples of one row: native, row, native, again and again.
 func (b *bench) row(ctx context.Context, r *row) error {
 	for range b.o.rounds {
-		if r.prepare != nil {
-			if err := r.prepare(ctx); err != nil {
-				return err
-			}
-		}
-		before, err := r.of.sample(ctx)
+		var s scope
+		err := b.within(ctx, &s, r.sample)
+		s.close()
 		if err != nil {
 			return err
-		}
-		v, err := r.run(ctx)
-		if err != nil {
-			return err
-		}
-		after, err := r.of.sample(ctx)
-		if err != nil {
-			return err
-		}
-		r.samples = append(r.samples, v)
-		if r.of == nil {
-			continue
-		}
-		r.bases = append(r.bases, (before+after)/2)
-		if !r.of.beside {
-			r.ratios = append(r.ratios, v/((before+after)/2))
 		}
 	}
 	return nil
+}
+
+// sample takes one sample of a row.
+func (r *row) sample(ctx context.Context) error {
+	if r.prepare != nil {
+		if err := r.prepare(ctx); err != nil {
+			return err
+		}
+	}
+	before, err := r.of.sample(ctx)
+	if err != nil {
+		return err
+	}
+	v, err := r.run(ctx)
+	if err != nil {
+		return err
+	}
+	after, err := r.of.sample(ctx)
+	if err != nil {
+		return err
+	}
+	r.samples = append(r.samples, v)
+	if r.of == nil {
+		return nil
+	}
+	r.bases = append(r.bases, (before+after)/2)
+	if !r.of.beside {
+		r.ratios = append(r.ratios, v/((before+after)/2))
+	}
+	return nil
+}
+
+// within runs f, and gives it up after the bench's patience, or when ctx ends: what it waits for then ends too, a read
+// of a mount that does not answer with the mount's connection. What f has started may live as long as s.
+func (b *bench) within(ctx context.Context, s *scope, f func(context.Context) error) error {
+	ctx, cancel := context.WithCancelCause(ctx)
+	s.add(func() { cancel(nil) })
+	limit := time.AfterFunc(b.o.patience, func() { cancel(fmt.Errorf("no end after %s", b.o.patience)) })
+	defer limit.Stop()
+	stop := context.AfterFunc(ctx, func() { host.Abort(b.dir) })
+	defer stop()
+	err := f(ctx)
+	if err != nil && ctx.Err() != nil {
+		err = fmt.Errorf("%w: %w", context.Cause(ctx), err)
+	}
+	return err
 }
 
 func (of *base) sample(ctx context.Context) (float64, error) {

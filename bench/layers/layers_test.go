@@ -1,108 +1,42 @@
 package main
 
 import (
-	"bufio"
 	"bytes"
 	"context"
 	"encoding/json"
-	"fmt"
+	"errors"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"testing"
 	"time"
 
 	"github.com/stepcache/stepcache/bench/host"
-	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+	"github.com/stepcache/stepcache/bench/host/hosttest"
 )
 
-// asProgram makes the test binary be the bench itself.
-const asProgram = "STEPCACHE_TEST_LAYERS"
-
-func TestMain(m *testing.M) {
-	if os.Getenv(asProgram) != "" {
-		main()
-		return
-	}
-	dir, err := os.MkdirTemp("", "layers-test-")
-	if err != nil {
-		fmt.Fprintln(os.Stderr, err)
-		os.Exit(1)
-	}
-	built = filepath.Join(dir, "stepcache")
-	status := m.Run()
-	os.RemoveAll(dir)
-	os.Exit(status)
-}
-
-// patience bounds what takes some ten seconds; two loaded cores and the race detector take longer.
-const patience = 4 * time.Minute
-
-// layers runs the bench as a process in a temporary folder of its own, which must be empty afterwards.
-func layers(t *testing.T, args ...string) (stdout, stderr string, err error) {
-	t.Helper()
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
-	tmp, err := os.MkdirTemp("", "l") // short: sockets are below it
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer os.RemoveAll(tmp)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, self, args...)
-	cmd.Env = append(os.Environ(), asProgram+"=1", "TMPDIR="+tmp)
-	cmd.Cancel = func() error { return cmd.Process.Signal(os.Interrupt) }
-	cmd.WaitDelay = 30 * time.Second
-	var out, errs bytes.Buffer
-	cmd.Stdout, cmd.Stderr = &out, &errs
-	err = cmd.Run()
-	left, readErr := os.ReadDir(tmp)
-	if readErr != nil || len(left) > 0 {
-		t.Errorf("the bench left %v in its temporary folder (%v)", left, readErr)
-	}
-	if below, e := mountinfo.Below(tmp); e != nil || len(below) > 0 {
-		t.Errorf("the bench left mounts: %v (%v)", below, e)
-	}
-	return out.String(), errs.String(), err
-}
-
-// built is where the program under measurement goes.
-var built string
-
-// build makes it, once for all tests.
-var build = sync.OnceValues(func() ([]byte, error) {
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	return exec.CommandContext(ctx, "go", "build", "-ldflags", "-s -w", "-o", built, "github.com/stepcache/stepcache/cmd/stepcache").CombinedOutput()
-})
-
-func stepcache(t *testing.T) string {
-	t.Helper()
-	if out, err := build(); err != nil {
-		t.Fatalf("build stepcache: %v\n%s", err, out)
-	}
-	return built
-}
+func TestMain(m *testing.M) { hosttest.Main(m, main) }
 
 type result struct {
 	Machine host.Machine
 	Root    bool
-	Native  *spread `json:"nativeBytesPerSecond"`
+	Native  *host.Spread `json:"nativeBytesPerSecond"`
 	Rows    []rowJSON
 }
 
 // TestEveryRow runs all of the bench in a tiny size: each row has a figure, or says why it has none.
 func TestEveryRow(t *testing.T) {
-	program := stepcache(t)
-	stdout, stderr, err := layers(t, "--stepcache", program, "--size", "2MiB", "--files", "20", "--rounds", "1", "-o", "json")
+	out := t.TempDir()
+	stdout, stderr, err := hosttest.Run{Args: []string{"--stepcache", hosttest.Stepcache(t), "--size", "2MiB", "--files", "20", "--rounds", "1",
+		"-o", "json", "--out", out}}.Do(t)
 	if err != nil {
 		t.Fatalf("%v\n%s\n%s", err, stdout, stderr)
+	}
+	kept, err := os.ReadFile(filepath.Join(out, "layers.json"))
+	if _, e := os.Stat(filepath.Join(out, "layers.partial.json")); err != nil || string(kept) != stdout || !errors.Is(e, os.ErrNotExist) {
+		t.Errorf("kept: %d bytes, %v; a partial one: %v", len(kept), err, e)
 	}
 	var r result
 	if err := json.Unmarshal([]byte(stdout), &r); err != nil {
@@ -154,13 +88,13 @@ func TestEveryRow(t *testing.T) {
 
 // TestReadme writes the table between the markers and nothing else.
 func TestReadme(t *testing.T) {
-	program := stepcache(t)
 	readme := filepath.Join(t.TempDir(), "README.md")
-	before, after := "# A\n"+tableBegin, tableEnd+"b\n"
+	before, after := "# A\n<!-- table:begin -->\n", "<!-- table:end -->b\n"
 	if err := os.WriteFile(readme, []byte(before+"old\n"+after), 0o644); err != nil {
 		t.Fatal(err)
 	}
-	stdout, stderr, err := layers(t, "--stepcache", program, "--size", "1MiB", "--rounds", "2", "--only", "^wire: ", "--readme", readme)
+	stdout, stderr, err := hosttest.Run{Args: []string{"--stepcache", hosttest.Stepcache(t), "--size", "1MiB", "--rounds", "2",
+		"--only", "^wire: ", "--out", t.TempDir(), "--readme", readme}}.Do(t)
 	if err != nil {
 		t.Fatalf("%v\n%s", err, stderr)
 	}
@@ -178,45 +112,27 @@ func TestReadme(t *testing.T) {
 	}
 }
 
-// TestInterrupted stops the bench while it measures: what it has started ends, and nothing is left.
+// TestInterrupted stops the bench while it measures: what it has started ends, nothing is left, and what it has found
+// so far is told and kept.
 func TestInterrupted(t *testing.T) {
-	program := stepcache(t)
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
+	out := t.TempDir()
+	// A tier runs then, and mounts are next.
+	stdout, stderr, err := hosttest.Run{Interrupt: "client: ", Args: []string{"--stepcache", hosttest.Stepcache(t), "--size", "1MiB",
+		"--only", "^(client|same node)", "--rounds", "50", "--out", out}}.Do(t)
+	var exit *exec.ExitError
+	if !errors.As(err, &exit) || exit.ExitCode() != host.Interrupted || !strings.Contains(stderr, "interrupted") {
+		t.Errorf("%v, said %q", err, stderr)
 	}
-	tmp, err := os.MkdirTemp("", "l")
-	if err != nil {
-		t.Fatal(err)
+	if !strings.Contains(stdout, "Interrupted") || !strings.Contains(stdout, "over loopback TCP") || strings.Contains(stdout, "without passthrough") {
+		t.Errorf("table: %s", stdout)
 	}
-	defer os.RemoveAll(tmp)
-	ctx, cancel := context.WithTimeout(context.Background(), patience)
-	defer cancel()
-	cmd := exec.CommandContext(ctx, self, "--stepcache", program, "--size", "1MiB", "--only", "^(client|same node)", "--rounds", "50")
-	cmd.Env = append(os.Environ(), asProgram+"=1", "TMPDIR="+tmp)
-	cmd.WaitDelay = 30 * time.Second
-	stderr, err := cmd.StderrPipe()
-	if err == nil {
-		err = cmd.Start()
+	files, err := os.ReadDir(out)
+	if err != nil || len(files) != 1 || files[0].Name() != "layers.partial.json" {
+		t.Fatalf("an interrupted run wrote %v (%v)", files, err)
 	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	var said strings.Builder
-	lines := bufio.NewScanner(stderr)
-	for lines.Scan() {
-		said.WriteString(lines.Text() + "\n")
-		if strings.Contains(lines.Text(), "client: ") { // a tier runs, and mounts are next
-			if err := cmd.Process.Signal(os.Interrupt); err != nil {
-				t.Fatal(err)
-			}
-		}
-	}
-	if err := cmd.Wait(); err == nil || !strings.Contains(said.String(), "interrupted") {
-		t.Errorf("interrupted: %v, said %q", err, said.String())
-	}
-	if left, err := os.ReadDir(tmp); err != nil || len(left) > 0 {
-		t.Errorf("the bench left %v (%v)", left, err)
+	text, err := os.ReadFile(filepath.Join(out, files[0].Name()))
+	if err != nil || !bytes.Contains(text, []byte("over loopback TCP")) {
+		t.Errorf("what is kept: %s, %v", text, err)
 	}
 }
 
@@ -239,13 +155,14 @@ func TestWrongUse(t *testing.T) {
 		{[]string{"--stepcache", self, "--rounds", "0"}, "--rounds"},
 		{[]string{"--stepcache", self, "--files", "1"}, "--files"},
 		{[]string{"--stepcache", self, "--only", "("}, "--only"},
-		{[]string{"--stepcache", self, "--only", "no such row"}, "matches no row"},
+		{[]string{"--stepcache", self, "--only", "no such row", "--out", t.TempDir()}, "matches no row"},
+		{[]string{"--stepcache", self, "--patience", "0s"}, "--patience"},
 		{[]string{"--stepcache", self, "-o", "yaml"}, "table or json"},
 		{[]string{"--stepcache", self, "--readme", noMarkers}, "table:begin"},
 		{[]string{"--stepcache", self, "--readme", noMarkers + "x"}, "--readme"},
 		{[]string{"more"}, "unknown command"},
 	} {
-		stdout, stderr, err := layers(t, c.args...)
+		stdout, stderr, err := hosttest.Run{Args: c.args}.Do(t)
 		if err == nil || !strings.Contains(stderr, c.says) || stdout != "" {
 			t.Errorf("%q: %v, said %q %q, want %q", c.args, err, stdout, stderr, c.says)
 		}
@@ -254,7 +171,7 @@ func TestWrongUse(t *testing.T) {
 
 // A row that fails says how, the others are measured, and the report tells one from the other.
 func TestOutcomes(t *testing.T) {
-	b := &bench{o: options{rounds: 3}}
+	b := &bench{o: options{rounds: 3, patience: time.Minute}}
 	v := 0.0
 	of := &base{name: "N", run: func(context.Context) (float64, error) { v++; return v, nil }}
 	good := &row{layer: "a", name: "good", unit: bytesPerSecond, of: of, run: func(context.Context) (float64, error) { return 3, nil }}
@@ -269,7 +186,7 @@ func TestOutcomes(t *testing.T) {
 		t.Error("what the group made was not undone")
 	}
 	// Native runs gave 1, 2 | 3, 4 | 5, 6 around the samples.
-	if got := spreadOf(good.ratios); got != (spread{3 / 3.5, 3 / 5.5, 3 / 1.5}) || good.reason != "" {
+	if got := host.SpreadOf(good.ratios); got != (host.Spread{Median: 3 / 3.5, Min: 3 / 5.5, Max: 3 / 1.5}) || good.reason != "" {
 		t.Errorf("good: %+v %q", got, good.reason)
 	}
 	if !bad.failed || bad.samples != nil || !strings.Contains(bad.outcome(), "FAILED") {
@@ -288,5 +205,24 @@ func TestLRU(t *testing.T) {
 	}
 	if got := lru(trace, 2); got != 0 {
 		t.Errorf("a loop that does not: %v %%", got)
+	}
+}
+
+// A row that hangs is given up, the others are measured.
+func TestPatience(t *testing.T) {
+	b := &bench{o: options{rounds: 2, patience: time.Millisecond}, dir: t.TempDir()}
+	stuck := &row{layer: "a", name: "stuck", unit: each, run: func(ctx context.Context) (float64, error) {
+		<-ctx.Done()
+		return 0, os.ErrDeadlineExceeded
+	}}
+	b.group(t.Context(), group{rows: []*row{stuck}}, func(*row) {})
+	if !stuck.failed || !strings.Contains(stuck.reason, "no end after 1ms") {
+		t.Errorf("stuck: %+v", stuck)
+	}
+	b.o.patience = time.Minute
+	good := &row{layer: "a", name: "good", unit: each, run: func(context.Context) (float64, error) { return 3, nil }}
+	b.group(t.Context(), group{rows: []*row{good}}, func(*row) {})
+	if good.reason != "" || len(good.samples) != 2 {
+		t.Errorf("good: %+v", good)
 	}
 }

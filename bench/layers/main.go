@@ -7,8 +7,8 @@
 // mounts are the real ones: processes of the stepcache program, brought up by package local.
 //
 // Concurrency: one goroutine measures; readers are started by a row and have ended when it has its
-// figure. Failure: a row that cannot be measured here says why; one that fails says how, the others still
-// run, and the exit status is 1. As root everything is mounted in a mount namespace of its own, so that
+// figure. Failure: a row that cannot be measured here says why; one that fails or hangs says how, the others still
+// run, and the exit status is 1; interrupted, it is 130, after what there is. As root everything is mounted in a mount namespace of its own, so that
 // nothing is left however the program ends.
 //
 // It may import bench/access, bench/host, cache/..., tier, local and test/bucket.
@@ -16,14 +16,11 @@ package main
 
 import (
 	"context"
-	"errors"
 	"fmt"
-	"log/slog"
 	"os"
-	"os/signal"
 	"path/filepath"
 	"regexp"
-	"syscall"
+	"time"
 
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
@@ -35,17 +32,18 @@ type options struct {
 	stepcache, versitygw string
 	only, size           string
 	rounds, files        int
-	output, readme       string
+	output, readme, out  string
+	patience             time.Duration
 
-	match *regexp.Regexp
-	bytes int64
+	match   *regexp.Regexp
+	bytes   int64
+	results *host.Results
+	table   *host.Place // nil: no README
 }
 
-func main() {
-	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
-	defer stop()
-	// The packages under measurement speak through the table.
-	slog.SetDefault(slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelWarn})))
+func main() { host.Main(command()) }
+
+func command() *cobra.Command {
 	var o options
 	cmd := &cobra.Command{
 		Use:   "layers",
@@ -55,7 +53,7 @@ the same run, and prints one table. bench/README.md says how to read it. Mounts 
 		Example: `  go run ./bench/layers --stepcache .bin/stepcache
   go run ./bench/layers --stepcache .bin/stepcache --only 'same node' --rounds 9
   go run ./bench/layers --stepcache .bin/stepcache -o json > layers.json`,
-		SilenceUsage: true, SilenceErrors: true, Args: cobra.NoArgs,
+		Args: cobra.NoArgs,
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			if err := o.check(); err != nil {
 				return err
@@ -73,17 +71,12 @@ the same run, and prints one table. bench/README.md says how to read it. Mounts 
 	f.IntVar(&o.files, "files", 10_000, "number of small files; trees have 10 and 100 times as many")
 	f.IntVar(&o.rounds, "rounds", 5, "samples of each row, of which the median is told")
 	f.StringVarP(&o.output, "output", "o", "table", "table or json")
+	f.DurationVar(&o.patience, "patience", 2*time.Minute, "when a sample is given up as hanging")
+	f.StringVar(&o.out, "out", "bench/out", "folder for layers.json; layers.partial.json there is what there is so far")
 	f.StringVar(&o.readme, "readme", "", "also write the table into this file, between its markers")
-	if err := cmd.ExecuteContext(ctx); err != nil {
-		if errors.Is(err, context.Canceled) {
-			err = errors.New("interrupted; everything is stopped and removed")
-		}
-		fmt.Fprintln(os.Stderr, "layers:", err)
-		os.Exit(1)
-	}
+	return cmd
 }
-
-func (o *options) check() error {
+func (o *options) check() (err error) {
 	size, err := humanize.ParseBytes(o.size)
 	if err != nil || size < 1<<20 || size > 1<<36 {
 		return fmt.Errorf("--size %q: want 1MiB to 64GiB", o.size)
@@ -107,14 +100,16 @@ func (o *options) check() error {
 	if _, err := os.Stat(o.stepcache); err != nil {
 		return fmt.Errorf("--stepcache: %w; `make build` makes it", err)
 	}
+	if o.patience <= 0 {
+		return fmt.Errorf("--patience %s: want a time such as 2m", o.patience)
+	}
 	if o.readme != "" {
-		text, err := os.ReadFile(o.readme)
-		if err != nil {
-			return fmt.Errorf("--readme: %w", err)
-		}
-		if _, _, err := markers(text); err != nil { // better now than after ten minutes
-			return fmt.Errorf("--readme %s: %w", o.readme, err)
+		if o.table, err = host.PlaceIn(o.readme, "table"); err != nil {
+			return err
 		}
 	}
-	return nil
+	if o.out, err = filepath.Abs(o.out); err == nil {
+		o.results, err = host.ResultsIn(o.out, "layers")
+	}
+	return err
 }

@@ -1,14 +1,10 @@
 package main
 
 import (
-	"bytes"
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
-	"os"
-	"slices"
 	"strings"
 	"text/tabwriter"
 	"time"
@@ -52,38 +48,22 @@ func (u unit) format(v float64) string {
 	return fmt.Sprint(v)
 }
 
-// spread is what is told of some samples.
-type spread struct {
-	Median float64 `json:"median"`
-	Min    float64 `json:"min"`
-	Max    float64 `json:"max"`
-}
-
-func spreadOf(samples []float64) (s spread) {
-	if len(samples) == 0 {
-		return s
-	}
-	v := slices.Sorted(slices.Values(samples))
-	s.Min, s.Max = v[0], v[len(v)-1]
-	s.Median = (v[(len(v)-1)/2] + v[len(v)/2]) / 2
-	return s
-}
-
 // report is what the run tells.
 type report struct {
 	b          *bench
 	machine    host.Machine
 	start, end time.Time
 	rows       []*row
+	whole      bool // false: it was interrupted
 }
 
 func newReport(ctx context.Context, b *bench) *report {
 	return &report{b: b, machine: host.Describe(ctx, b.o.stepcache), start: time.Now()}
 }
 
-// finish notes the end.
-func (rep *report) finish() {
-	rep.end = time.Now()
+// finish notes the end, of all rows or not.
+func (rep *report) finish(whole bool) {
+	rep.end, rep.whole = time.Now(), whole
 	rep.machine.Finish()
 }
 
@@ -105,7 +85,7 @@ func (r *row) ratio() string {
 	if len(r.ratios) == 0 {
 		return ""
 	}
-	s, of := spreadOf(r.ratios), "N"
+	s, of := host.SpreadOf(r.ratios), "N"
 	if r.of.name != "N" {
 		of = "×"
 	}
@@ -114,7 +94,7 @@ func (r *row) ratio() string {
 
 // absolute is the row's own figure; without a ratio it has the spread.
 func (r *row) absolute() string {
-	s := spreadOf(r.samples)
+	s := host.SpreadOf(r.samples)
 	if len(r.ratios) > 0 || s.Min == s.Max {
 		return r.unit.format(s.Median)
 	}
@@ -126,11 +106,11 @@ func (r *row) compared() string {
 	if r.of == nil || len(r.bases) == 0 {
 		return ""
 	}
-	return r.of.name + " " + r.unit.format(spreadOf(r.bases).Median)
+	return r.of.name + " " + r.unit.format(host.SpreadOf(r.bases).Median)
 }
 
 func (rep *report) heading() []string {
-	n := spreadOf(rep.b.native.samples)
+	n := host.SpreadOf(rep.b.native.samples)
 	lines := []string{
 		fmt.Sprintf("%s, %d rounds, files of %s, %d small files, in %s", rep.start.UTC().Format("2006-01-02 15:04 MST"),
 			rep.b.o.rounds, humanize.IBytes(uint64(rep.b.o.bytes)), rep.b.o.files, rep.end.Sub(rep.start).Round(time.Second)),
@@ -150,6 +130,9 @@ func (rep *report) print(out io.Writer) error {
 	if rep.b.o.output == "json" {
 		return rep.json(out)
 	}
+	if !rep.whole {
+		fmt.Fprintln(out, "Interrupted: these are not all rows.")
+	}
 	for _, line := range rep.heading() {
 		fmt.Fprintln(out, line)
 	}
@@ -161,7 +144,7 @@ func (rep *report) print(out io.Writer) error {
 			fmt.Fprintf(w, "%s\t%s\t-\t-\t-\t%s\n", r.layer, r.name, r.reference)
 			continue
 		}
-		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.layer, r.name, dash(r.ratio()), r.absolute(), dash(r.compared()), r.reference)
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\n", r.layer, r.name, host.Dash(r.ratio()), r.absolute(), host.Dash(r.compared()), r.reference)
 	}
 	if err := w.Flush(); err != nil {
 		return err
@@ -189,35 +172,28 @@ func (rep *report) reasons(out io.Writer) {
 	}
 }
 
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
-
 // rowJSON is a row as a program reads it.
 type rowJSON struct {
-	Layer     string    `json:"layer"`
-	Name      string    `json:"name"`
-	Unit      unit      `json:"unit"`
-	Reference string    `json:"reference"`
-	Figure    *spread   `json:"figure,omitempty"`
-	Of        string    `json:"of,omitempty"`
-	Base      *spread   `json:"base,omitempty"`
-	Ratio     *spread   `json:"ratio,omitempty"`
-	Samples   []float64 `json:"samples,omitempty"`
-	Bases     []float64 `json:"bases,omitempty"`
-	Reason    string    `json:"reason,omitempty"`
-	Failed    bool      `json:"failed,omitempty"`
+	Layer     string       `json:"layer"`
+	Name      string       `json:"name"`
+	Unit      unit         `json:"unit"`
+	Reference string       `json:"reference"`
+	Figure    *host.Spread `json:"figure,omitempty"`
+	Of        string       `json:"of,omitempty"`
+	Base      *host.Spread `json:"base,omitempty"`
+	Ratio     *host.Spread `json:"ratio,omitempty"`
+	Samples   []float64    `json:"samples,omitempty"`
+	Bases     []float64    `json:"bases,omitempty"`
+	Reason    string       `json:"reason,omitempty"`
+	Failed    bool         `json:"failed,omitempty"`
 }
 
 func (rep *report) json(out io.Writer) error {
-	some := func(v []float64) *spread {
+	some := func(v []float64) *host.Spread {
 		if len(v) == 0 {
 			return nil
 		}
-		s := spreadOf(v)
+		s := host.SpreadOf(v)
 		return &s
 	}
 	all := struct {
@@ -225,12 +201,13 @@ func (rep *report) json(out io.Writer) error {
 		Seconds float64      `json:"seconds"`
 		Machine host.Machine `json:"machine"`
 		Root    bool         `json:"root"`
+		Whole   bool         `json:"whole"`
 		Rounds  int          `json:"rounds"`
 		Size    int64        `json:"sizeBytes"`
 		Files   int          `json:"files"`
-		Native  *spread      `json:"nativeBytesPerSecond,omitempty"`
+		Native  *host.Spread `json:"nativeBytesPerSecond,omitempty"`
 		Rows    []rowJSON    `json:"rows"`
-	}{rep.start.UTC(), rep.end.Sub(rep.start).Seconds(), rep.machine, rep.b.mounts, rep.b.o.rounds, rep.b.o.bytes, rep.b.o.files, some(rep.b.native.samples), nil}
+	}{rep.start.UTC(), rep.end.Sub(rep.start).Seconds(), rep.machine, rep.b.mounts, rep.whole, rep.b.o.rounds, rep.b.o.bytes, rep.b.o.files, some(rep.b.native.samples), nil}
 	for _, r := range rep.rows {
 		j := rowJSON{Layer: r.layer, Name: r.name, Unit: r.unit, Reference: r.reference, Figure: some(r.samples), Base: some(r.bases),
 			Ratio: some(r.ratios), Samples: r.samples, Bases: r.bases, Reason: r.reason, Failed: r.failed}
@@ -239,59 +216,22 @@ func (rep *report) json(out io.Writer) error {
 		}
 		all.Rows = append(all.Rows, j)
 	}
-	text, err := jsonText(all)
-	if err != nil {
-		return err
-	}
-	_, err = fmt.Fprintf(out, "%s\n", text)
-	return err
+	e := json.NewEncoder(out)
+	e.SetIndent("", "  ")
+	return e.Encode(all)
 }
 
-func jsonText(v any) ([]byte, error) { return json.MarshalIndent(v, "", "  ") }
-
-// The table's place in a README.
-const (
-	tableBegin = "<!-- table:begin -->\n"
-	tableEnd   = "<!-- table:end -->"
-)
-
-// markers finds the table's place.
-func markers(text []byte) (from, to int, err error) {
-	from = bytes.Index(text, []byte(tableBegin))
-	to = bytes.Index(text, []byte(tableEnd))
-	if from < 0 || to < from {
-		return 0, 0, errors.New("no lines " + strings.TrimSpace(tableBegin) + " and " + tableEnd + " to write the table between")
-	}
-	return from + len(tableBegin), to, nil
-}
-
-// intoReadme writes the table between the markers of a file.
-func (rep *report) intoReadme(path string) error {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return err
-	}
-	from, to, err := markers(text)
-	if err != nil {
-		return fmt.Errorf("%s: %w", path, err)
-	}
-	var out bytes.Buffer
-	out.Write(text[:from])
+// markdown writes the table for a README.
+func (rep *report) markdown(out io.Writer) {
 	for _, line := range rep.heading() {
-		fmt.Fprintf(&out, "%s  \n", line)
+		fmt.Fprintf(out, "%s  \n", line)
 	}
-	fmt.Fprint(&out, "\n| layer | what | ratio (min..max) | figure | compared with | to reach |\n|---|---|---|---|---|---|\n")
+	fmt.Fprint(out, "\n| layer | what | ratio (min..max) | figure | compared with | to reach |\n|---|---|---|---|---|---|\n")
 	for _, r := range rep.rows {
 		figure := r.absolute()
 		if r.reason != "" {
 			figure = r.outcome()
 		}
-		fmt.Fprintf(&out, "| %s | %s | %s | %s | %s | %s |\n", r.layer, r.name, dash(r.ratio()), strings.ReplaceAll(figure, "\n", " "), dash(r.compared()), r.reference)
+		fmt.Fprintf(out, "| %s | %s | %s | %s | %s | %s |\n", r.layer, r.name, host.Dash(r.ratio()), strings.ReplaceAll(figure, "\n", " "), host.Dash(r.compared()), r.reference)
 	}
-	out.Write(text[to:])
-	info, err := os.Stat(path)
-	if err != nil {
-		return err
-	}
-	return os.WriteFile(path, out.Bytes(), info.Mode().Perm())
 }

@@ -3,6 +3,7 @@ package main
 import (
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"hash/crc32"
@@ -113,7 +114,7 @@ func (b *bench) elsewhere(ctx context.Context, d *dataset) (tier.Folder, error) 
 	for i := range m.Members {
 		m.Members[i].Socket = ""
 	}
-	if members, err = jsonText(m); err != nil {
+	if members, err = json.Marshal(m); err != nil {
 		return f, err
 	}
 	if f.Dir, err = os.MkdirTemp(b.dir, "t"); err != nil {
@@ -200,10 +201,14 @@ func (v *view) renew(ctx context.Context) error {
 	}
 }
 
-// need mounts where nothing is mounted.
+// need mounts where nothing is mounted, or nobody serves it any more.
 func (v *view) need(ctx context.Context) error {
 	if v.process != nil {
-		return nil
+		select {
+		case <-v.process.Done():
+		default:
+			return nil
+		}
 	}
 	return v.renew(ctx)
 }

@@ -76,13 +76,19 @@ func (t *trial) artifactsSection() *section {
 			return files
 		}
 		both := func(files []access.File, workers int) {
-			row := put(files[0].Size)
-			if !v.takes(row) {
-				row = "" // what is got must be there all the same
+			first, then := put(files[0].Size), get(files[0].Size)
+			job := Job{Op: opPut, Files: files, Readers: workers, Limit: t.o.Limit}
+			var n int64
+			if v.takes(first) {
+				n = do.here(first, job).Count
+			} else {
+				n = do.untimed(job).Count // what is got must be there all the same
 			}
-			n := do.here(row, Job{Op: opPut, Files: files, Readers: workers, Limit: t.o.Limit}).Count
-			if do.err == nil {
-				do.here(get(files[0].Size), Job{Op: opGet, Files: files[:n], Readers: workers, Limit: t.o.Limit})
+			if n > 0 {
+				do.here(then, Job{Op: opGet, Files: files[:n], Readers: workers, Limit: t.o.Limit})
+			} else if do.takes(then) {
+				f := v.row(then).of(v.c.name())
+				f.Reason, f.Failed = "nothing was put", true
 			}
 		}
 		for _, size := range a.Small {

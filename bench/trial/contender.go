@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/bench/host"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/local/process"
 )
@@ -173,7 +174,7 @@ func (m *mounts) unmount() {
 
 // force ends a mount that may hang: requests under way fail, so that whoever waits for them can be killed.
 func (m *mounts) force(k int) {
-	abort(m.dirs[k])
+	host.Abort(m.dirs[k])
 	_, _ = mountinfo.Detach(m.dirs[k], nil)
 	select {
 	case <-m.processes[k].Done():
@@ -186,23 +187,6 @@ func (m *mounts) force(k int) {
 	}
 	// What it has started and left.
 	_ = unix.Kill(-m.processes[k].Pid(), unix.SIGKILL)
-}
-
-// abort ends the FUSE connections at a folder.
-func abort(dir string) {
-	at, err := mountinfo.At(dir)
-	if err != nil {
-		return
-	}
-	const control = "/sys/fs/fuse/connections"
-	if entries, err := os.ReadDir(control); err == nil && len(entries) == 0 {
-		_ = unix.Mount("fusectl", control, "fusectl", 0, "")
-	}
-	for _, m := range at {
-		if strings.HasPrefix(m.Type, "fuse") {
-			_ = os.WriteFile(fmt.Sprintf("%s/%d/abort", control, m.Minor), []byte("1"), 0)
-		}
-	}
 }
 
 // hang says that somebody did not answer in time.

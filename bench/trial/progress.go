@@ -13,6 +13,11 @@ type sectionProgress struct {
 	took                 time.Duration
 }
 
+// round is about what one more round of all takes.
+func (p *sectionProgress) round() time.Duration {
+	return p.took / time.Duration(max(p.made, 1)) * time.Duration(p.first)
+}
+
 // left is about what the visits take that were not made yet: each as others of its section did, and where there were
 // none, as the mean of all. Rounds after the first are made only within what is left of the budget. It says no where
 // nothing is known yet.

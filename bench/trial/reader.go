@@ -19,6 +19,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/bench/access"
+	"github.com/stepcache/stepcache/bench/host"
 )
 
 // What a reader does.
@@ -224,7 +225,7 @@ func (t *trial) read(ctx context.Context, j *Job) (r result, err error) {
 	if err != nil {
 		// What it waits for is given up first: a read of a FUSE mount ends with its connection.
 		for _, dir := range j.Dirs {
-			abort(dir)
+			host.Abort(dir)
 		}
 		_ = unix.Kill(-p.Pid(), unix.SIGKILL)
 		select {

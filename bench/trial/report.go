@@ -59,12 +59,14 @@ const (
 
 // Report is what a run tells.
 type Report struct {
-	Date       time.Time    `json:"date"`
-	Seconds    float64      `json:"seconds"`
-	Machine    host.Machine `json:"machine"`
-	Rounds     int          `json:"rounds"` // at most: a figure has its samples
-	Contenders []Contender  `json:"contenders"`
-	Rows       []*Row       `json:"rows"`
+	Date    time.Time    `json:"date"`
+	Seconds float64      `json:"seconds"`
+	Machine host.Machine `json:"machine"`
+	Rounds  int          `json:"rounds"` // at most: a figure has its samples
+	// Whole is false of what an interrupted run has found.
+	Whole      bool        `json:"whole"`
+	Contenders []Contender `json:"contenders"`
+	Rows       []*Row      `json:"rows"`
 	// Digests is how many readings were compared with the originals, all equal but for figures that say Wrong.
 	Digests int `json:"digestsEqual"`
 }
@@ -166,31 +168,22 @@ func (f *Figure) left(bytes, requests int64, op string, got result) {
 	}
 }
 
-// Spread is what is told of some samples.
-type Spread struct{ Median, Min, Max float64 }
-
-// SpreadOf sums samples up; there must be one.
-func SpreadOf(samples []float64) Spread {
-	v := slices.Sorted(slices.Values(samples))
-	return Spread{(v[(len(v)-1)/2] + v[len(v)/2]) / 2, v[0], v[len(v)-1]}
-}
-
 // Ratio is a contender's figure to the native one, by rounds where both have all of them.
-func (rep *Report) Ratio(r *Row, contender string) (s Spread, ok bool) {
+func (rep *Report) Ratio(r *Row, contender string) (s host.Spread, ok bool) {
 	f, native := r.Figures[contender], rep.base(r)
 	if f == nil || native == nil || len(f.Samples) == 0 || len(native.Samples) == 0 {
 		return s, false
 	}
 	if len(f.Samples) != len(native.Samples) {
-		of := SpreadOf(native.Samples).Median
-		s = SpreadOf(f.Samples)
-		return Spread{s.Median / of, s.Min / of, s.Max / of}, true
+		of := host.SpreadOf(native.Samples).Median
+		s = host.SpreadOf(f.Samples)
+		return host.Spread{Median: s.Median / of, Min: s.Min / of, Max: s.Max / of}, true
 	}
 	ratios := make([]float64, len(f.Samples))
 	for k := range ratios {
 		ratios[k] = f.Samples[k] / native.Samples[k]
 	}
-	return SpreadOf(ratios), true
+	return host.SpreadOf(ratios), true
 }
 
 // base is the figure to which a row's ratios are.
@@ -213,13 +206,13 @@ func (rep *Report) BestPeer(r *Row) (times float64, peer string, ok bool) {
 	if own == nil || len(own.Samples) == 0 {
 		return 0, "", false
 	}
-	v := SpreadOf(own.Samples).Median
+	v := host.SpreadOf(own.Samples).Median
 	for _, c := range rep.Contenders {
 		f := r.Figures[c.Name]
 		if c.Name == Native || c.Name == Direct || c.Name == Own || f == nil || len(f.Samples) == 0 {
 			continue
 		}
-		x := v / SpreadOf(f.Samples).Median
+		x := v / host.SpreadOf(f.Samples).Median
 		if r.Unit == Seconds {
 			x = 1 / x
 		}
@@ -297,7 +290,7 @@ func (rep *Report) tables() [][][]string {
 		if times, peer, ok := rep.BestPeer(r); ok {
 			best = fmt.Sprintf("%.1f × %s", times, peer)
 		}
-		speed = append(speed, append(a, best, dash(r.Reach)))
+		speed = append(speed, append(a, best, host.Dash(r.Reach)))
 		cpu = append(cpu, b)
 		if counted {
 			left = append(left, c)
@@ -318,7 +311,7 @@ func (rep *Report) cell(r *Row, name string) string {
 	if len(f.Samples) == 0 {
 		return "none (see below)"
 	}
-	text := r.Unit.Format(SpreadOf(f.Samples).Median)
+	text := r.Unit.Format(host.SpreadOf(f.Samples).Median)
 	if s, ok := rep.Ratio(r, name); ok && (name != r.Base() || r.Of != "") {
 		text += fmt.Sprintf(", %.2f", s.Median)
 		if s.Min != s.Max {
@@ -337,7 +330,7 @@ func (f *Figure) cpu() string {
 		for _, c := range f.CPUs {
 			v = append(v, of(c))
 		}
-		return SpreadOf(v).Median
+		return host.SpreadOf(v).Median
 	}
 	return fmt.Sprintf("%.2f + %.2f + %.2f", median(func(c CPU) float64 { return c.Reader }),
 		median(func(c CPU) float64 { return c.Mount }), median(func(c CPU) float64 { return c.Worker }))
@@ -377,15 +370,11 @@ func (rep *Report) reasons() (lines []string) {
 	return lines
 }
 
-func dash(s string) string {
-	if s == "" {
-		return "-"
-	}
-	return s
-}
-
 // Print writes the report for people.
 func (rep *Report) Print(out io.Writer) error {
+	if !rep.Whole {
+		fmt.Fprintln(out, "Interrupted: these are not all rows and rounds.")
+	}
 	for _, line := range rep.Heading() {
 		fmt.Fprintln(out, line)
 	}

@@ -2,6 +2,8 @@ package trial
 
 import (
 	"context"
+	"errors"
+	"fmt"
 	"os/exec"
 )
 
@@ -92,10 +94,14 @@ func (t *trial) smallSection() *section {
 			n = all
 		}
 		// What the limit has left out is cold: only what was read is read again.
-		do.warm(read(n, 8, true))
+		fill := read(n, 8, true)
+		fill.Limit = 0
+		do.warm(fill)
 		do.anew("first open, 1 reader", read(n, 1, true))
-		do.here("", read(n, 8, true)) // what the limit left out
-		do.here("re-open", read(n, 1, false))
+		if do.takes("re-open") {
+			do.untimed(fill) // what the limit left out
+			do.here("re-open", read(n, 1, false))
+		}
 		do.anew("first open, 8 readers", read(n, 8, true))
 		do.check(n)
 		return do.err
@@ -117,6 +123,7 @@ func (t *trial) treeSection() *section {
 	s.run = func(ctx context.Context, v *visit) error {
 		do := &doing{ctx: ctx, v: v}
 		do.fresh("ls -lR, first", 1, walk)
+		do.warm(walk)
 		do.here("ls -lR, again", walk)
 		do.here("open and stat", Job{Op: opOpenStat, Files: s.data.Files, Limit: t.o.Limit})
 		return do.err
@@ -163,71 +170,126 @@ func (t *trial) stepsSection() *section {
 	return s
 }
 
-// doing is one contender's way through a section; after an error that leaves nothing to go on with it does nothing
-// more.
+// doing is one contender's way through a section. A reading that fails costs its own row: its cache and mounts are
+// taken away in whatever state they are, and the next reading has new ones, filled where it is of what is cached. After
+// a second reading that hangs, and where there is nothing to read from, it does nothing more.
 type doing struct {
 	ctx context.Context
 	v   *visit
 	err error
-	// filled says that what was read since the cache was empty is all that the next readings want.
+	// fill reads what the next readings want to be cached; filled says that it was read since the cache was empty.
+	fill   *Job
 	filled bool
+	hangs  int
+}
+
+// takes says whether a row is to be measured.
+func (d *doing) takes(row string) bool {
+	if d.err != nil || !d.v.takes(row) {
+		return false
+	}
+	if d.v.t.spent(d.v.c) {
+		d.err = d.v.t.noTime()
+	}
+	return d.err == nil
+}
+
+// begin empties the cache and mounts so often.
+func (d *doing) begin(mounts int) bool {
+	d.filled = false
+	d.stop(d.v.fresh(d.ctx, mounts))
+	return d.err == nil
+}
+
+// stop ends the way with an error.
+func (d *doing) stop(err error) {
+	d.err = err
+	if isHang(err) {
+		d.v.t.hung[d.v.s.name+d.v.c.name()] = true
+	}
+}
+
+// failed goes on after a reading that failed.
+func (d *doing) failed(err error) {
+	if isHang(err) {
+		d.hangs++
+	}
+	if d.ctx.Err() != nil || d.hangs > 1 || errors.As(err, new(errWrong)) {
+		d.stop(err)
+		return
+	}
+	d.v.close()
+	d.filled = false
+}
+
+// ready has something to read from, filled.
+func (d *doing) ready() bool {
+	if d.err != nil || d.v.at == nil && !d.begin(1) {
+		return false
+	}
+	if d.fill != nil && !d.filled {
+		if _, err := d.v.untimed(d.ctx, *d.fill); err != nil {
+			d.stop(fmt.Errorf("fill the cache: %w", err))
+			return false
+		}
+		d.filled = true
+	}
+	return true
 }
 
 // fresh measures a row with nothing cached, on so many mounts.
 func (d *doing) fresh(row string, mounts int, j Job) (r result) {
-	if d.err == nil && d.v.takes(row) {
-		if d.err = d.v.fresh(d.ctx, mounts); d.err == nil {
-			r, d.err = d.v.measure(d.ctx, row, j)
-			d.filled = d.err == nil
+	if d.takes(row) && d.begin(mounts) {
+		if r = d.measure(row, j); d.v.at != nil {
+			d.filled = true
 		}
 	}
 	return r
 }
 
-// warm reads, untimed, where no cold row has.
-func (d *doing) warm(j Job) {
-	if d.err != nil {
-		return
+// warm says what the next readings want to be cached.
+func (d *doing) warm(j Job) { d.fill = &j }
+
+// here measures a row in the mount that there is.
+func (d *doing) here(row string, j Job) (r result) {
+	if d.takes(row) && d.ready() {
+		r = d.measure(row, j)
 	}
-	if d.v.at == nil {
-		d.err = d.v.fresh(d.ctx, 1)
-	}
-	if d.err == nil && !d.filled {
-		j.Limit = 0
-		_, d.err = d.v.untimed(d.ctx, j)
-	}
+	return r
 }
 
-// here measures a row in the mount that there is; without a row's name it only reads.
-func (d *doing) here(row string, j Job) (r result) {
-	if d.err != nil || row != "" && !d.v.takes(row) {
-		return r
-	}
-	if d.v.at == nil {
-		if d.err = d.v.fresh(d.ctx, 1); d.err != nil {
-			return r
+// untimed reads in the mount that there is, without a figure.
+func (d *doing) untimed(j Job) (r result) {
+	if d.ready() {
+		var err error
+		if r, err = d.v.untimed(d.ctx, j); err != nil {
+			d.failed(err)
 		}
-	}
-	if row == "" {
-		r, d.err = d.v.untimed(d.ctx, j)
-	} else {
-		r, d.err = d.v.measure(d.ctx, row, j)
 	}
 	return r
 }
 
 // anew measures a row in a mount of which the kernel knows nothing.
 func (d *doing) anew(row string, j Job) {
-	if d.err == nil && d.v.takes(row) {
-		if d.err = d.v.anew(d.ctx); d.err == nil {
-			_, d.err = d.v.measure(d.ctx, row, j)
+	if d.takes(row) && d.ready() {
+		if d.stop(d.v.mount(d.ctx, 1)); d.err == nil {
+			d.measure(row, j)
 		}
 	}
+}
+
+// measure takes a sample; after one that failed there is no mount any more.
+func (d *doing) measure(row string, j Job) result {
+	r, err := d.v.measure(d.ctx, row, j)
+	if err != nil {
+		d.failed(err)
+	}
+	return r
 }
 
 // check compares the first n files with the originals.
 func (d *doing) check(n int) {
 	if d.err == nil && d.v.at != nil {
-		d.err = d.v.check(d.ctx, n)
+		d.stop(d.v.check(d.ctx, n))
 	}
 }

@@ -32,15 +32,18 @@ type Options struct {
 	Contenders []string
 	// Rounds is how often each row is measured, SlowRounds how often those that take long (eight pods).
 	Rounds, SlowRounds int
-	// Limit is when a timed reading ends at the latest; Patience when it is given up as hanging.
+	// Limit is when a timed reading ends at the latest; Patience when it is given up as hanging, and so is a tier or
+	// a mount that does not come.
 	Limit, Patience time.Duration
-	// Budget is about what all of it may take; zero: no matter. Every row is measured once; more rounds of a section
-	// are begun while its share of what is left of the budget lets them.
+	// Budget is about what all of it may take; zero: no matter. Every row is measured once, then again as often as
+	// there is time; other projects are asked no more once the budget is spent.
 	Budget time.Duration
 	// Mounts says that this process may mount.
 	Mounts bool
-	// Log gets a line for each thing measured.
+	// Log gets a line for each thing measured, and each figure as it comes.
 	Log io.Writer
+	// Each, where there is one, is called with what there is so far after every turn of a contender.
+	Each func(*Report)
 }
 
 // trial is a run.
@@ -74,14 +77,21 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 		t.report.Contenders = append(t.report.Contenders, Contender{c.name(), c.version(ctx)})
 	}
 	t.began = time.Now()
-	defer func() {
-		t.report.Machine.Finish()
-		t.report.Seconds = time.Since(t.began).Seconds()
-	}()
+	defer t.finish()
 	sections := t.chosen()
 	if len(sections) == 0 {
 		return t.report, fmt.Errorf("--only %q matches no row", o.Only)
 	}
+	if err := t.measure(ctx, sections, all); err != nil {
+		return t.report, err
+	}
+	t.report.Whole = true
+	return t.report, t.report.wrong()
+}
+
+// measure runs all rounds of all sections.
+func (t *trial) measure(ctx context.Context, sections []*section, all []contender) error {
+	rounds := 0
 	for _, s := range sections {
 		p := sectionProgress{}
 		for _, c := range all {
@@ -91,14 +101,23 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 		}
 		p.planned = p.first * s.rounds
 		t.progress.sections = append(t.progress.sections, p)
+		rounds = max(rounds, s.rounds)
 	}
-	for k, s := range sections {
-		share := (o.Budget - time.Since(t.began)) / time.Duration(len(sections)-k)
-		if err := t.section(ctx, k, s, all, share); err != nil {
-			return t.report, err
+	// Everything once before anything twice, so that what ends a run early costs rounds and not rows.
+	for round := range rounds {
+		for k, s := range sections {
+			if err := t.round(ctx, k, s, round, all); err != nil {
+				return err
+			}
 		}
 	}
-	return t.report, t.report.wrong()
+	return nil
+}
+
+// finish notes what the run has taken so far.
+func (t *trial) finish() {
+	t.report.Machine.Finish()
+	t.report.Seconds = time.Since(t.began).Seconds()
 }
 
 // chosen are the sections that have rows to be measured, with no others.
@@ -151,43 +170,71 @@ type visit struct {
 	at session
 }
 
-// section measures the rows of the k-th section.
-func (t *trial) section(ctx context.Context, k int, s *section, all []contender, share time.Duration) error {
-	t.report.Rows = append(t.report.Rows, s.rows...)
+// round measures the rows of the k-th section once, unless that is more often than it wants or there is time for.
+func (t *trial) round(ctx context.Context, k int, s *section, round int, all []contender) error {
 	p := &t.progress.sections[k]
-	began := time.Now()
-	for round := range s.rounds {
-		if spent := time.Since(began); round > 0 && t.o.Budget > 0 && spent+spent/time.Duration(round) > share {
-			fmt.Fprintf(t.o.Log, "%s: no more rounds, %d took %s\n", s.name, round, spent.Round(time.Second))
-			break
-		}
-		for i := range all {
-			c := all[(i+round)%len(all)]
-			if !s.wants(c.name()) {
-				continue
-			}
-			if why := t.cannot(c, s); why != "" {
-				for _, r := range s.rows {
-					r.of(c.name()).Reason = why
-				}
-				continue
-			}
-			t.log("%s, round %d of %d: %s", s.name, round+1, s.rounds, c.name())
-			start := time.Now()
-			err := t.visit(ctx, s, c)
-			if ctx.Err() != nil {
-				return context.Cause(ctx)
-			}
-			if err != nil {
-				fmt.Fprintf(t.o.Log, "%s: %s: %v\n", s.name, c.name(), err)
-			}
-			p.made++
-			p.took += time.Since(start)
-		}
+	switch {
+	case round >= s.rounds || round > 0 && p.made >= p.planned:
+		return nil
+	case round == 0:
+		t.report.Rows = append(t.report.Rows, s.rows...)
+	case t.o.Budget > 0 && time.Since(t.began)+p.round() > t.o.Budget:
+		p.planned = p.made
+		fmt.Fprintf(t.o.Log, "%s: no more rounds, one takes %s\n", s.name, p.round().Round(time.Second))
+		return nil
 	}
-	p.planned = p.made // what was left out for the budget, or since somebody hung
+	for i := range all {
+		c := all[(i+round)%len(all)]
+		if !s.wants(c.name()) {
+			continue
+		}
+		why := t.cannot(c, s)
+		if why == "" && t.spent(c) {
+			why = t.noTime().Error()
+		}
+		if why != "" {
+			for _, r := range s.rows {
+				if f := r.of(c.name()); len(f.Samples) == 0 && f.Reason == "" {
+					f.Reason = why
+				}
+			}
+			continue
+		}
+		t.log("%s, round %d of %d: %s", s.name, round+1, s.rounds, c.name())
+		start := time.Now()
+		err := t.visit(ctx, s, c)
+		if t.o.Each != nil {
+			t.finish()
+			t.o.Each(t.report)
+		}
+		if ctx.Err() != nil {
+			return context.Cause(ctx)
+		}
+		if err != nil {
+			fmt.Fprintf(t.o.Log, "  %s: %v\n", c.name(), err)
+		}
+		p.made++
+		p.took += time.Since(start)
+	}
+	if round == s.rounds-1 {
+		p.planned = p.made // what was left out since somebody hung
+	}
 	return nil
 }
+
+// spent says that there is no time left for a contender: for other projects once the budget is.
+func (t *trial) spent(c contender) bool {
+	if t.o.Budget == 0 || time.Since(t.began) < t.o.Budget {
+		return false
+	}
+	_, other := c.(*peer)
+	return other
+}
+
+// errSpent ends a turn for which no time is left.
+var errSpent = errors.New("no time was left")
+
+func (t *trial) noTime() error { return fmt.Errorf("%w of the %s of --budget", errSpent, t.o.Budget) }
 
 // log says what is measured now, and how long all of it may still take.
 func (t *trial) log(format string, a ...any) {
@@ -235,18 +282,17 @@ func (t *trial) cannot(c contender, s *section) string {
 	return ""
 }
 
+// visit is a contender's turn. The error, where there is one, is why it could not go on; readings that failed are told
+// where they were made.
 func (t *trial) visit(ctx context.Context, s *section, c contender) error {
 	v := &visit{t: t, s: s, c: c}
 	defer v.close()
 	err := s.run(ctx, v)
 	if err != nil && ctx.Err() == nil {
-		if isHang(err) {
-			t.hung[s.name+c.name()] = true
-		}
 		// Rows without a figure have this reason.
 		for _, r := range s.rows {
 			if m := r.of(c.name()); len(m.Samples) == 0 && m.Reason == "" && r.wants(c.name()) {
-				m.Reason, m.Failed = err.Error(), true
+				m.Reason, m.Failed = err.Error(), !errors.Is(err, errSpent)
 			}
 		}
 	}
@@ -263,9 +309,16 @@ func (v *visit) close() {
 // fresh begins with nothing cached and mounts n times.
 func (v *visit) fresh(ctx context.Context, n int) (err error) {
 	v.close()
-	if v.at, err = v.c.fresh(ctx, v.s.data); err != nil {
+	limited, cancel := context.WithTimeout(ctx, v.t.o.Patience)
+	defer cancel()
+	at, err := v.c.fresh(limited, v.s.data)
+	if err != nil {
+		if limited.Err() != nil && ctx.Err() == nil {
+			err = hang{fmt.Errorf("not ready after %s: %w", v.t.o.Patience, err)}
+		}
 		return err
 	}
+	v.at = at
 	return v.mount(ctx, n)
 }
 
@@ -278,14 +331,6 @@ func (v *visit) mount(ctx context.Context, n int) error {
 		err = hang{fmt.Errorf("no mount after %s: %w", v.t.o.Patience, err)}
 	}
 	return err
-}
-
-// anew mounts once more, so that the kernel and the mount's process know nothing; what is cached behind them stays.
-func (v *visit) anew(ctx context.Context) error {
-	if v.at == nil {
-		return v.fresh(ctx, 1)
-	}
-	return v.mount(ctx, 1)
 }
 
 // untimed reads without a figure.
@@ -330,14 +375,19 @@ func (v *visit) measure(ctx context.Context, name string, j Job) (result, error)
 	got, err := v.t.read(ctx, &j)
 	if err != nil {
 		err = fmt.Errorf("%s: %w", name, err)
-		m.Reason, m.Failed = err.Error(), true
+		if ctx.Err() == nil {
+			m.Reason, m.Failed = err.Error(), true
+			fmt.Fprintf(v.t.o.Log, "  %v\n", err)
+		}
 		return got, err
 	}
 	gb := float64(got.Bytes) / 1e9
 	if gb == 0 {
 		gb = float64(got.Count) / 1e6 // of names a million
 	}
-	m.add(r.Unit.of(got.Amount), CPU{
+	figure := r.Unit.of(got.Amount)
+	fmt.Fprintf(v.t.o.Log, "  %s: %s\n", name, r.Unit.Format(figure))
+	m.add(figure, CPU{
 		Reader: got.cpu.Seconds() / gb,
 		Mount:  (cpuOf(mountGroups) - mountCPU).Seconds() / gb,
 		Worker: (cpuOf(workerGroups) - workerCPU).Seconds() / gb,
@@ -364,8 +414,13 @@ func (v *visit) wrong(what string) error {
 			m.Samples, m.Reason, m.Failed, m.Wrong = nil, what, true, true
 		}
 	}
-	return errors.New(what)
+	return errWrong{what}
 }
+
+// errWrong ends a turn: whoever gives wrong bytes has no figures.
+type errWrong struct{ what string }
+
+func (e errWrong) Error() string { return e.what }
 
 // same compares digests with those of the native files, read by the same job.
 func (v *visit) same(ctx context.Context, j Job, got []string) error {
@@ -389,6 +444,9 @@ func (v *visit) same(ctx context.Context, j Job, got []string) error {
 		}
 	}
 	v.t.report.Digests++
+	if len(j.Files) == len(v.s.data.Files) {
+		v.t.checked[v.s.name+" "+v.c.name()] = true
+	}
 	return nil
 }
 
@@ -400,11 +458,20 @@ func (v *visit) check(ctx context.Context, files int) error {
 	}
 	j := Job{Op: opDigest, Files: v.s.data.Files[:min(files, len(v.s.data.Files))], Readers: 2}
 	r, err := v.untimed(ctx, j)
-	if err != nil {
-		return fmt.Errorf("check: %w", err)
+	if err == nil {
+		v.t.checked[key] = true
+		err = v.same(ctx, j, r.Digests)
 	}
-	v.t.checked[key] = true
-	return v.same(ctx, j, r.Digests)
+	if err != nil && ctx.Err() == nil && !errors.As(err, new(errWrong)) {
+		err = fmt.Errorf("compare all bytes: %w", err)
+		for _, r := range v.s.rows {
+			if r.wants(v.c.name()) {
+				f := r.of(v.c.name())
+				f.Reason, f.Failed = err.Error(), true
+			}
+		}
+	}
+	return err
 }
 
 // startReader starts a reader's process.

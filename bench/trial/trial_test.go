@@ -8,7 +8,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"regexp"
 	"slices"
 	"strings"
 	"testing"
@@ -17,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/bench/access"
+	"github.com/stepcache/stepcache/bench/host"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 )
 
@@ -72,7 +72,7 @@ func newTrial(t *testing.T, patience time.Duration) *trial {
 		t.Fatal(err)
 	}
 	t.Setenv("STEPCACHE_TEST_READER", "1")
-	return &trial{o: Options{Reader: []string{self}, Patience: patience}, hung: map[string]bool{}, originals: map[string]string{},
+	return &trial{o: Options{Reader: []string{self}, Patience: patience, Log: io.Discard}, began: time.Now(), hung: map[string]bool{}, originals: map[string]string{},
 		checked: map[string]bool{}, report: &Report{}}
 }
 
@@ -125,6 +125,9 @@ type stuck struct{ dir string }
 func (s *stuck) name() string                   { return "stuck" }
 func (s *stuck) version(context.Context) string { return "1" }
 func (s *stuck) fresh(context.Context, *Data) (session, error) {
+	if err := os.Mkdir(s.dir, 0o755); err != nil {
+		return nil, err
+	}
 	return &peerSession{&mounts{scratch: s.dir, command: func(dir string, _ int) *exec.Cmd {
 		self, _ := os.Executable()
 		cmd := exec.Command(self, dir)
@@ -148,17 +151,17 @@ func TestSilentMount(t *testing.T) {
 		t.Fatal(err)
 	}
 	d := data(t)
-	s := &section{name: "s", data: d, rounds: 1, rows: []*Row{{Section: "s", Name: "read", Unit: PerSecond, Kind: Any}}}
+	s := &section{name: "s", data: d, rounds: 1, rows: []*Row{{Section: "s", Name: "read", Unit: PerSecond, Kind: Any},
+		{Section: "s", Name: "again", Unit: PerSecond, Kind: Any}, {Section: "s", Name: "and again", Unit: PerSecond, Kind: Any}}}
 	s.run = func(ctx context.Context, v *visit) error {
 		do := &doing{ctx: ctx, v: v}
-		do.fresh("read", 2, Job{Op: opSmall, Files: d.Files, Readers: 2, Whole: true})
+		for _, r := range s.rows {
+			do.fresh(r.Name, 2, Job{Op: opSmall, Files: d.Files, Readers: 2, Whole: true})
+		}
 		return do.err
 	}
 	tr.o.Mounts = true
 	c := &stuck{filepath.Join(dir, "s")}
-	if err := os.Mkdir(c.dir, 0o755); err != nil {
-		t.Fatal(err)
-	}
 	err = tr.visit(t.Context(), s, c)
 	if !isHang(err) {
 		t.Errorf("a mount that never answers: %v", err)
@@ -170,8 +173,10 @@ func TestSilentMount(t *testing.T) {
 	if why := tr.cannot(c, s); !strings.Contains(why, "hung") {
 		t.Errorf("it is asked again: %q", why)
 	}
-	if f := s.rows[0].Figures["stuck"]; f == nil || !f.Failed {
-		t.Errorf("its figure: %+v", f)
+	for k, want := range []string{"read: no end", "again: no end", "again: no end"} { // the third was not asked for
+		if f := s.rows[k].Figures["stuck"]; f == nil || !f.Failed || !strings.HasPrefix(f.Reason, want) {
+			t.Errorf("its figure: %+v", f)
+		}
 	}
 }
 
@@ -256,10 +261,10 @@ func TestRatios(t *testing.T) {
 		{Section: "a", Name: "pods", Unit: Seconds, Kind: Any, Figures: map[string]*Figure{
 			Own: {Samples: []float64{2}}, "rclone": {Samples: []float64{30}}, "s3fs": {Samples: []float64{20}}}},
 	}}
-	if s, ok := rep.Ratio(rep.Rows[0], Own); !ok || s != (Spread{1, 0.5, 2}) {
+	if s, ok := rep.Ratio(rep.Rows[0], Own); !ok || s != (host.Spread{Median: 1, Min: 0.5, Max: 2}) {
 		t.Errorf("ratio by rounds: %+v", s)
 	}
-	if s, ok := rep.Ratio(rep.Rows[0], "rclone"); !ok || s != (Spread{4.5 / 20, 4.0 / 20, 5.0 / 20}) {
+	if s, ok := rep.Ratio(rep.Rows[0], "rclone"); !ok || s != (host.Spread{Median: 4.5 / 20, Min: 4.0 / 20, Max: 5.0 / 20}) {
 		t.Errorf("ratio of medians: %+v", s)
 	}
 	if x, peer, ok := rep.BestPeer(rep.Rows[1]); !ok || x != 10 || peer != "s3fs" {
@@ -308,25 +313,131 @@ func TestTimeLeft(t *testing.T) {
 	}
 }
 
-// With its share of the budget spent, a section is measured once and not again.
+// Every row is measured once, and again while the budget lasts; other projects are asked no more without it.
 func TestBudget(t *testing.T) {
 	d := data(t)
-	for share, want := range map[time.Duration]int{1: 1, time.Hour: 3} {
+	d.Bucket = &Bucket{}
+	for budget, want := range map[time.Duration]int{1: 1, time.Hour: 3} {
 		tr := newTrial(t, time.Minute)
-		tr.o.Only, tr.o.Log, tr.o.Budget = regexp.MustCompile(""), io.Discard, time.Hour
-		row := &Row{Name: "read", Unit: PerSecond, Kind: Any}
-		s := &section{name: "s", data: d, rounds: 3, rows: []*Row{row}}
-		s.run = func(ctx context.Context, v *visit) error {
-			do := &doing{ctx: ctx, v: v}
-			do.fresh("read", 1, Job{Op: opSmall, Files: d.Files, Readers: 1, Whole: true})
-			return do.err
+		tr.o.Budget, tr.o.Mounts = budget, true
+		var sections []*section
+		for _, name := range []string{"s", "t"} {
+			s := &section{name: name, data: d, rounds: 3, rows: []*Row{{Section: name, Name: "read", Unit: PerSecond, Kind: Any}}}
+			s.run = func(ctx context.Context, v *visit) error {
+				do := &doing{ctx: ctx, v: v}
+				do.fresh("read", 1, Job{Op: opSmall, Files: d.Files, Readers: 1, Whole: true})
+				return do.err
+			}
+			sections = append(sections, s)
 		}
-		tr.progress.sections = make([]sectionProgress, 1)
-		if err := tr.section(t.Context(), 0, s, []contender{nativeFiles{}}, share); err != nil {
+		told := 0
+		tr.o.Each = func(rep *Report) { told++ }
+		other := &peer{program: "other", path: "/nonexistent/other", command: rclone}
+		if err := tr.measure(t.Context(), sections, []contender{nativeFiles{}, other}); err != nil {
 			t.Fatal(err)
 		}
-		if n := len(row.of(Native).Samples); n != want {
-			t.Errorf("a share of %s: %d samples, want %d", share, n, want)
+		asked := 0
+		for _, s := range sections {
+			if n := len(s.rows[0].of(Native).Samples); n != want {
+				t.Errorf("a budget of %s: %d samples, want %d", budget, n, want)
+			}
+			f := s.rows[0].of("other")
+			if f.Failed {
+				asked += 3
+			} else if !strings.Contains(f.Reason, "no time was left of the 1ns") {
+				t.Errorf("a budget of %s: the other project: %+v", budget, f)
+			}
+		}
+		if asked += 2 * want; told != asked || budget == 1 && asked != 2 {
+			t.Errorf("a budget of %s: %d turns told, want %d", budget, told, asked)
 		}
 	}
+}
+
+// flaky is a contender that reads other files than those that are there, when told so.
+type flaky struct {
+	folder
+	made int
+}
+
+func (f *flaky) name() string                   { return "flaky" }
+func (f *flaky) version(context.Context) string { return "1" }
+func (f *flaky) fresh(context.Context, *Data) (session, error) {
+	f.made++
+	return f, nil
+}
+
+// A reading that fails costs its own row: the next begins with nothing cached, and fills the cache where it is of
+// what is cached.
+func TestFailedReading(t *testing.T) {
+	tr := newTrial(t, time.Minute)
+	d := data(t)
+	read := Job{Op: opSmall, Files: d.Files, Readers: 2, Whole: true}
+	bad := Job{Op: opSmall, Files: []access.File{{Path: "missing", Size: 1}}, Readers: 1, Whole: true}
+	for _, c := range []struct {
+		name       string
+		cold, warm Job
+		failed     string
+		made       int
+	}{
+		{"all is well", read, read, "", 1},
+		{"cold", bad, read, "cold", 2},
+		{"warm", read, bad, "warm", 2},
+	} {
+		f := &flaky{folder: folder{dir: d.Native}}
+		s := &section{name: c.name, data: d, rounds: 1}
+		for _, name := range []string{"cold", "warm", "again"} {
+			s.rows = append(s.rows, &Row{Section: c.name, Name: name, Unit: PerSecond, Kind: Any})
+		}
+		fill := read
+		s.run = func(ctx context.Context, v *visit) error {
+			do := &doing{ctx: ctx, v: v}
+			do.fresh("cold", 1, c.cold)
+			do.warm(fill)
+			do.anew("warm", c.warm)
+			do.here("again", read)
+			if !do.filled || do.v.at == nil {
+				t.Errorf("%s: the last reading was of an empty cache", c.name)
+			}
+			return do.err
+		}
+		if err := tr.visit(t.Context(), s, f); err != nil {
+			t.Errorf("%s: %v", c.name, err)
+		}
+		for _, r := range s.rows {
+			got := r.of("flaky")
+			if failed := r.Name == c.failed; got.Failed != failed || (len(got.Samples) == 1) == failed || strings.Contains(got.Reason, "missing") != failed {
+				t.Errorf("%s: %s: %+v", c.name, r.Name, got)
+			}
+		}
+		if f.made != c.made {
+			t.Errorf("%s: begun %d times, want %d", c.name, f.made, c.made)
+		}
+	}
+}
+
+// A tier that does not come is given up.
+func TestNotReady(t *testing.T) {
+	tr := newTrial(t, time.Millisecond)
+	s := &section{name: "s", data: data(t), rounds: 1, rows: []*Row{{Section: "s", Name: "read", Unit: PerSecond, Kind: Any}}}
+	s.run = func(ctx context.Context, v *visit) error {
+		do := &doing{ctx: ctx, v: v}
+		do.fresh("read", 1, Job{Op: opSmall, Files: s.data.Files})
+		return do.err
+	}
+	if err := tr.visit(t.Context(), s, late{}); !isHang(err) || !strings.Contains(err.Error(), "not ready after 1ms") {
+		t.Errorf("%v", err)
+	}
+	if f := s.rows[0].of("late"); !f.Failed || len(f.Samples) > 0 {
+		t.Errorf("its figure: %+v", f)
+	}
+}
+
+// late is a contender that is never ready.
+type late struct{ contender }
+
+func (late) name() string { return "late" }
+func (late) fresh(ctx context.Context, _ *Data) (session, error) {
+	<-ctx.Done()
+	return nil, context.Cause(ctx)
 }

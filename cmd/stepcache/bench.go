@@ -141,9 +141,6 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 		running.Close()
 	}
 	rep, runErr := trial.Run(ctx, o, in)
-	if ctx.Err() != nil {
-		return context.Cause(ctx)
-	}
 	if len(rep.Rows) == 0 {
 		return runErr
 	}
