@@ -96,6 +96,7 @@ type Names struct {
 	opened         atomic.Pointer[[]*mount]
 	handler        http.Handler
 	warm           chan warming
+	replaced       replaced
 	back           *back // nil: writes are acknowledged once the bucket has them
 }
 
@@ -161,6 +162,7 @@ func New(c Config) (*Names, error) {
 		return nil, err
 	}
 	n.stage = &stager{store: c.Store, quota: c.Quota}
+	n.replaced = replaced{store: c.Store, reading: make(map[ring.Object]int), dead: make(map[ring.Object]bool)}
 	n.peers = newPeers(n)
 	if c.Back != nil {
 		if c.Back.Copies < 2 || c.Back.MaxBytes <= 0 {

@@ -249,6 +249,9 @@ func (n *Names) remove(ctx context.Context, key string, p place, s state, owned 
 	}
 	w := n.begin(key, s, owned)
 	err := p.Delete(ctx, p.key)
+	if err == nil {
+		w.now = &source.Object{}
+	}
 	w.end()
 	if err != nil {
 		return fmt.Errorf("delete %q: %w", key, err)

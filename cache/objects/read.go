@@ -8,6 +8,7 @@ import (
 	"net/url"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/stepcache/stepcache/cache/gateway"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -70,6 +71,7 @@ func (n *Names) findAtOwner(ctx context.Context, key string) (found, error) {
 		func(ctx context.Context, m ring.Member, s state) (found, error) {
 			var v versionJSON
 			err := n.peers.ask(ctx, m, s.Epoch, "GET", "/object", url.Values{"key": {key}}, nil, &v)
+			n.told(key, v.version(), err)
 			return found{v.version(), &m}, err
 		}, always)
 }
@@ -100,7 +102,9 @@ func (n *Names) Open(ctx context.Context, key string) (gateway.Object, error) {
 		return nil, err
 	}
 	n.counts.reads.Add(1)
-	return &object{n: n, key: key, p: p, found: f, blocks: p.blocks(f.object)}, nil
+	o := &object{n: n, key: key, p: p, found: f, blocks: p.blocks(f.object)}
+	n.replaced.open(o.blocks)
+	return o, nil
 }
 
 // object is one version, open for reading.
@@ -110,11 +114,17 @@ type object struct {
 	p      place
 	found  found
 	blocks ring.Object
+	closed atomic.Bool
 }
 
 func (o *object) Info() gateway.Info { return o.found.info(o.key) }
 
-func (o *object) Close() error { return nil }
+func (o *object) Close() error {
+	if o.closed.CompareAndSwap(false, true) {
+		o.n.replaced.close(o.blocks)
+	}
+	return nil
+}
 
 // WriteRange implements gateway.Object.
 func (o *object) WriteRange(ctx context.Context, w io.Writer, off, length int64) error {
@@ -269,44 +279,47 @@ func all(n int64, err error) func(int64) error {
 	}
 }
 
-// warming is an object to be fetched because it is likely to be read soon.
+// warming is a version that is to be fetched because it is about to be read.
 type warming struct {
-	key    string
-	p      place
-	object source.Object
+	*expected
+	key   string
+	p     place
+	found found
 }
 
 // makeWarm has an object fetched in the background that was completed of parts, whose bytes this worker has
 // not seen: its readers join. It is a hint: where there are many, some are left to their readers.
 func (n *Names) makeWarm(key string, p place, o source.Object) {
-	if o.Size <= 0 || o.Size > n.c.Quota/stageShare {
+	e := n.stage.expect(p.blocks(o))
+	if e == nil {
 		return
 	}
 	select {
-	case n.warm <- warming{key, p, o}:
+	case n.warm <- warming{e, key, p, found{version: version{object: o}}}:
 	default:
+		e.end()
 	}
 }
 
 func (n *Names) keepWarm(ctx context.Context) {
 	for {
-		var w warming
 		select {
 		case <-ctx.Done():
 			return
-		case w = <-n.warm:
+		case w := <-n.warm:
+			n.fetchAll(ctx, w)
 		}
-		blocks := w.p.blocks(w.object)
-		for block := range ring.Blocks(w.object.Size) {
-			if !n.c.Store.Room(blocks, block, 0) {
-				break // not at the expense of what is read
-			}
-			b, err := n.acquire(ctx, w.key, w.p, found{version: version{object: w.object}}, blocks, block)
-			if err != nil {
-				n.log.Debug("not made warm", "key", w.key, "error", err)
-				break
-			}
-			b.Release()
+	}
+}
+
+func (n *Names) fetchAll(ctx context.Context, w warming) {
+	defer w.end()
+	for block := range ring.Blocks(w.object.Size) {
+		b, err := n.acquire(ctx, w.key, w.p, w.found, w.object, block)
+		if err != nil {
+			n.log.Debug("not made warm", "key", w.key, "error", err)
+			return
 		}
+		b.Release()
 	}
 }

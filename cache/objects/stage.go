@@ -34,13 +34,21 @@ type staged struct {
 	failed bool
 }
 
-// begin returns nil when the object is too large to be kept, or others take the room.
-func (s *stager) begin(size int64) *staged {
+// room takes room for an object; false when it is too large to be kept, or others take the room.
+func (s *stager) room(size int64) bool {
 	if size <= 0 || size > s.quota/stageShare {
-		return nil
+		return false
 	}
 	if s.bytes.Add(size) > s.quota/stageAll {
 		s.bytes.Add(-size)
+		return false
+	}
+	return true
+}
+
+// begin returns nil when there is no room for the object.
+func (s *stager) begin(size int64) *staged {
+	if !s.room(size) {
 		return nil
 	}
 	id := store.Staging()
@@ -92,6 +100,9 @@ func (t *staged) finish(as ring.Object) bool {
 		return false
 	}
 	kept := !t.failed && t.block == ring.Blocks(t.object.Size) && t.store.Rename(t.object, as)
+	if kept {
+		t.store.Keep(as) // it is about to be read
+	}
 	t.end()
 	return kept
 }
@@ -105,4 +116,33 @@ func (t *staged) end() {
 	t.store.Drop(t.object)
 	t.bytes.Add(-t.object.Size)
 	t.object.Size, t.buf = 0, nil
+}
+
+// expected is a version whose bytes are about to be read, and are not here yet: whoever fetches them first, they stay.
+type expected struct {
+	*stager
+	object ring.Object
+	owner  string
+}
+
+// expect returns nil when there is no room for the object.
+func (s *stager) expect(o ring.Object) *expected {
+	if !s.room(o.Size) {
+		return nil
+	}
+	e := &expected{stager: s, object: o, owner: "expect " + hex.EncodeToString(o.ID[:])}
+	for block := range ring.Blocks(o.Size) {
+		if s.store.Pin(o, block, e.owner) != nil {
+			e.end()
+			return nil
+		}
+	}
+	return e
+}
+
+// end leaves what is here to its readers, and to those who need room.
+func (e *expected) end() {
+	e.store.Keep(e.object)
+	e.store.Unpin(e.owner)
+	e.bytes.Add(-e.object.Size)
 }

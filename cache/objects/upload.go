@@ -165,6 +165,9 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 			object, err = now.object, nil
 		}
 	}
+	if err == nil {
+		w.now = &object
+	}
 	w.end() // its attributes were given to another request, so the bucket is asked
 	if err != nil {
 		return version{}, fmt.Errorf("complete %q: %w", key, refused(err, o))

@@ -47,6 +47,8 @@ type name struct {
 	at      time.Time
 	turn    uint64 // of the membership when it was remembered: another owner may have written in between
 	asking  *asking
+	// holds is the version of which the store may hold blocks; none where it has no ID. It outlives known.
+	holds ring.Object
 }
 
 // asking is a request to the bucket under way.
@@ -131,14 +133,17 @@ func (n *Names) lead(ctx context.Context, key string, p place, s state, a *askin
 	if e.asking == a {
 		e.asking = nil
 	}
+	var before, since ring.Object
 	if e.gen == a.gen && e.writers == 0 && n.epochs.same(s) {
 		e.known = nil
 		if a.err == nil {
 			found := a.found
 			e.known, e.at, e.turn = &found, a.at, s.turn
 		}
+		before, since = e.now(p, a.found, a.err)
 	}
 	v.mu.Unlock()
+	n.replaced.drop(before, since)
 	close(a.done)
 	return a.found, a.err
 }
@@ -168,6 +173,7 @@ type write struct {
 	owned bool
 	gen   uint64
 	e     *name
+	now   *source.Object // what the name is since, where that is known: without a version nothing
 }
 
 // begin begins a write: from here on nothing is remembered of the name.
@@ -187,10 +193,23 @@ func (w *write) end() { w.finish(nil, time.Time{}) }
 
 // finish ends a write. became, which may be nil, is what the name is now, as of at.
 func (w *write) finish(became *version, at time.Time) {
+	if became != nil {
+		w.now = &became.object
+	}
+	p, err := w.n.locate(w.key)
+	var before, since ring.Object
+	defer func() { w.n.replaced.drop(before, since) }()
 	v := &w.n.versions
 	v.mu.Lock()
 	defer v.mu.Unlock()
 	alone := w.e.gen == w.gen && w.e.writers == 1
+	if alone && w.now != nil && err == nil {
+		var none error
+		if w.now.Version == "" {
+			none = source.ErrNotFound
+		}
+		before, since = w.e.now(p, version{object: *w.now}, none)
+	}
 	w.e.writers--
 	w.e.gen++
 	w.e.known = nil

@@ -196,6 +196,17 @@ func checkBooks(t testing.TB, s *Store) {
 		}
 		used += charged
 	}
+	var fresh int64
+	for e := s.fresh.Front(); e != nil; e = e.Next() {
+		o := e.Value.(*object)
+		fresh += o.freshBytes
+		if o.fresh != e || o.gone || s.objects[o.id] != o {
+			t.Errorf("%s is kept beside the policy, and is gone", o)
+		}
+	}
+	if fresh != s.freshBytes {
+		t.Errorf("%d bytes are kept beside the policy, %d are counted", fresh, s.freshBytes)
+	}
 	for o := range s.zombies {
 		used += o.charged
 		for _, b := range o.blocks {

@@ -121,6 +121,7 @@ func (s *Store) drop(o *object) {
 	}
 	o.gone = true // from here nothing new is reserved in it
 	o.closing = make(chan struct{})
+	s.unfresh(o)
 	for _, b := range o.blocks {
 		s.policyRemove(b)
 	}

@@ -51,10 +51,3 @@ func (l *letGo) take(k key, after int64) bool {
 	}
 	return known && e.used >= after
 }
-
-// favour makes the policy take a block that is in it for hot. Its frequency counts to fifteen.
-func (s *Store) favour(b *block) {
-	for range 15 {
-		s.policy.GetIfPresent(b.key())
-	}
-}

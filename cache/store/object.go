@@ -1,6 +1,7 @@
 package store
 
 import (
+	"container/list"
 	"fmt"
 	"os"
 	"slices"
@@ -41,6 +42,7 @@ type block struct {
 	weightless bool
 	refs       int32
 	used       int64    // when last, by Store.read
+	uses       uint8    // while it was not in the policy, which is told when it is
 	sums       []uint32 // immutable once set
 	flight     *flight
 	done       chan struct{}
@@ -72,6 +74,10 @@ type object struct {
 	file     *os.File // open while fileRefs > 0
 	fileRefs int
 	shutting int // descriptors of ours that are being closed: they still look like somebody's
+
+	fresh      *list.Element // of Store.fresh; nil: the policy judges its blocks
+	freshAt    int64         // since when, by Store.missed
+	freshBytes int64
 
 	leases int
 	lent   bool // a descriptor of this very file left the store: it may only be unlinked
@@ -195,6 +201,7 @@ func (s *Store) object(o ring.Object) (*object, error) {
 // tidy forgets an object that nothing is left of.
 func (s *Store) tidy(o *object) {
 	if len(o.blocks) == 0 && len(o.pins) == 0 && o.leases == 0 && o.closing == nil && !o.exists && !o.gone {
+		s.unfresh(o)
 		delete(s.objects, o.id)
 	}
 }

@@ -60,19 +60,15 @@ func (s *Store) Pin(o ring.Object, n int64, owner string) error {
 func (s *Store) Unpin(owner string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	// The policy is given their room before the blocks, or it would weigh each against what it holds, and let
-	// go at once what was loaded and not read yet.
 	var back int64
 	for k := range s.owners[owner] {
-		if o := s.objects[k.id]; o != nil && len(o.pins[k.n]) == 1 {
+		if o := s.objects[k.id]; o != nil && o.fresh == nil && len(o.pins[k.n]) == 1 {
 			if b := o.blocks[k.n]; b != nil && b.reserved && !b.inPolicy {
 				back += s.weight(int(b.size))
 			}
 		}
 	}
-	if t := s.target(0) + back; back > 0 && t > s.max {
-		s.setMaximum(t)
-	}
+	s.giveBack(back)
 	for k := range s.owners[owner] {
 		o := s.objects[k.id]
 		if o == nil {

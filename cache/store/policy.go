@@ -59,11 +59,20 @@ func (s *Store) policyAdd(b *block) {
 	if b.reserved {
 		s.inPolicy += s.weight(int(b.size))
 	}
+	uses := b.uses
+	if b.flight != nil && b.flight.waiters > 1 { // wanted by so many at once
+		uses = uint8(min(b.flight.waiters, hot))
+	}
 	if !b.reserved && s.letGo.take(b.key(), s.read-s.quota/soon) {
+		uses = hot
+	}
+	if b.uses = 0; uses > 0 {
 		// Without a weight it is not judged yet.
 		b.weightless = true
 		s.policy.Set(b.key(), b)
-		s.favour(b)
+		for range uses {
+			s.policy.GetIfPresent(b.key())
+		}
 		b.weightless = false
 	}
 	s.policy.Set(b.key(), b)
@@ -80,8 +89,13 @@ func (s *Store) policyAccess(b *block) {
 	s.touch(b)
 	if b.inPolicy {
 		s.policy.GetIfPresent(b.key())
+	} else if b.uses < hot {
+		b.uses++
 	}
 }
+
+// hot is the most uses that the policy knows of.
+const hot = 15
 
 // touch notes a use.
 func (s *Store) touch(b *block) {
@@ -108,6 +122,8 @@ func (s *Store) reserve(b *block) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.touch(b)
+	s.missed += int64(b.size)
+	s.trimFresh()
 	if s.used+w > s.limit-s.limit/16 {
 		// Full: whatever came free outside counts from now on.
 		s.probeSpace()
@@ -154,6 +170,10 @@ func (s *Store) reserve(b *block) bool {
 		}
 		t := s.target(pinned)
 		if t >= s.max || s.max <= 0 {
+			if e := s.fresh.Front(); e != nil {
+				s.judge(e.Value.(*object))
+				continue
+			}
 			s.policyRemove(b)
 			return false
 		}
@@ -184,7 +204,7 @@ func (s *Store) evict(b *block) {
 	if !b.reserved || b.inPolicy || b.state == evicting || o.gone {
 		return
 	}
-	if b.refs > 0 || b.flight != nil || o.pinned(b.n) || o.leases > 0 || o.held || o.closing != nil {
+	if b.refs > 0 || b.flight != nil || o.pinned(b.n) || o.fresh != nil || o.leases > 0 || o.held || o.closing != nil {
 		s.setOut(b)
 		return
 	}
@@ -245,7 +265,7 @@ func (s *Store) settle(o *object) {
 		case !b.reserved || b.inPolicy:
 		case b.refs > 0 || b.flight != nil || b.state == evicting:
 			s.setOut(b)
-		case o.pinned(b.n):
+		case o.pinned(b.n) || o.fresh != nil:
 		case b.state == corrupt:
 			s.victims = append(s.victims, b) // the next one that needs room takes it
 		default:

@@ -7,7 +7,8 @@
 // Life of a block: a fill writes it into a pooled heap buffer, its sums are taken, the policy (otter,
 // W-TinyLFU) admits it or refuses it, its bytes are reserved under the quota, and only then is it written
 // to the object's file; so a failed fill leaves no trace and no page exists that the quota does not hold.
-// What is refused is served from the heap buffer and forgotten. A block is evicted by punching a hole, or
+// What is refused is served from the heap buffer and forgotten. What was just written is kept beside the policy
+// for a while (Keep). A block is evicted by punching a hole, or
 // by unlinking the file with its last block. A file whose descriptor ever left (Lease) is never punched
 // nor truncated: it is unlinked whole, and only once the kernel says that nobody else has it open.
 //
@@ -21,6 +22,7 @@
 package store
 
 import (
+	"container/list"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -159,6 +161,10 @@ type Store struct {
 	held     map[*object]struct{} // objects that somebody outside had open when they were to be evicted
 	leases   int64
 	stats    Stats // counters only
+
+	fresh      list.List // objects kept beside the policy, in the order in which they came
+	freshBytes int64     // their weight
+	missed     int64     // bytes of all blocks that were wanted and not here
 }
 
 // key names a block to the policy, also after the block is gone: its frequency outlives it.
