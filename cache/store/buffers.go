@@ -44,11 +44,24 @@ func class(n int) int { return max(bits.Len(uint(n-1)), minClass) - minClass }
 
 // get returns a buffer of n bytes, held once.
 func (p *buffers) get(ctx context.Context, n int) (*buffer, error) {
-	c := class(n)
-	size := int64(1) << (c + minClass)
-	if err := p.free.Acquire(ctx, size); err != nil {
+	if err := p.free.Acquire(ctx, 1<<(class(n)+minClass)); err != nil {
 		return nil, err
 	}
+	return p.take(n), nil
+}
+
+// try is get without waiting; nil: none is free.
+func (p *buffers) try(n int) *buffer {
+	if !p.free.TryAcquire(1 << (class(n) + minClass)) {
+		return nil
+	}
+	return p.take(n)
+}
+
+// take is get for whom room was made.
+func (p *buffers) take(n int) *buffer {
+	c := class(n)
+	size := int64(1) << (c + minClass)
 	b := &buffer{pool: p}
 	b.refs.Store(1)
 	p.mu.Lock()
@@ -68,7 +81,7 @@ func (p *buffers) get(ctx context.Context, n int) (*buffer, error) {
 	if b.p == nil {
 		b.p = make([]byte, n, size)
 	}
-	return b, nil
+	return b
 }
 
 // hold adds n holders.

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"sync"
 	"time"
 
@@ -146,20 +147,28 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		w.asking.add(key)
 		defer w.asking.remove(key)
 	}
-	b, err = w.store.AcquireSummed(ctx, f.ring, block, func(ctx context.Context, p []byte) (sums []uint32, err error) {
-		err = errNoPeer
-		if len(earlier) > 0 {
-			err = w.readPeers(ctx, earlier, holders, f, block, p)
-		}
-		if errors.Is(err, errNoPeer) {
-			release() // from here on it waits for the bucket
-			sums, err = w.readSource(ctx, f, block, p)
-		}
+	fromSource := func(ctx context.Context, to io.WriterAt) ([]uint32, error) {
+		sums, err := w.readSource(ctx, f, block, to)
 		if err == nil {
 			w.digests.dirty(f.ring.ID)
 		}
 		return sums, err
-	})
+	}
+	if len(earlier) == 0 {
+		b, err = w.store.AcquirePlaced(ctx, f.ring, block, fromSource)
+	} else {
+		b, err = w.store.AcquireSummed(ctx, f.ring, block, func(ctx context.Context, p []byte) ([]uint32, error) {
+			err := w.readPeers(ctx, earlier, holders, f, block, p)
+			if errors.Is(err, errNoPeer) {
+				release() // from here on it waits for the bucket
+				return fromSource(ctx, bytesAt(p))
+			}
+			if err == nil {
+				w.digests.dirty(f.ring.ID)
+			}
+			return nil, err
+		})
+	}
 	if err != nil {
 		done()
 		return nil, none, err
@@ -170,6 +179,17 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		w.checkWhole(f)
 	}
 	return b, done, nil
+}
+
+// bytesAt are bytes that can be written to.
+type bytesAt []byte
+
+func (m bytesAt) WriteAt(p []byte, off int64) (int, error) {
+	n := copy(m[off:], p)
+	if n < len(p) {
+		return n, io.ErrShortWrite
+	}
+	return n, nil
 }
 
 // errNoPeer: no earlier owner could give the block.

@@ -7,6 +7,7 @@ import (
 	"io"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -103,25 +104,29 @@ func (w *Worker) sleep(ctx context.Context, d time.Duration) error {
 	}
 }
 
-// readSource reads one block of a file from the bucket into p: one ranged request, which the source
-// itself resumes and retries for as long as the deadline lets it. It returns the block's sums.
-func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) ([]uint32, error) {
+// readSource reads one block of a file from the bucket and writes it piece by piece: one ranged request, which the
+// source itself resumes and retries for as long as the deadline lets it. It returns the block's sums.
+func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.WriterAt) ([]uint32, error) {
 	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
 	defer cancel()
-	sums := make([]uint32, 0, wire.SumCount(len(p)))
+	size := blockLen(f.ring.Size, block)
+	sums := make([]uint32, 0, wire.SumCount(int(size)))
 	err := func() error {
 		if f.source == nil {
 			return fmt.Errorf("%w: %s: its mount is no longer part of dataset %s", source.ErrInvalid, f.object.Key, w.config.Dataset)
 		}
-		body, err := f.source.Get(ctx, f.object, blockOff(block), int64(len(p)))
+		body, err := f.source.Get(ctx, f.object, blockOff(block), size)
 		if err != nil {
 			return err
 		}
 		defer body.Close()
-		// Each piece is summed when it has just come, while the processor still has it at hand: a whole block is
-		// larger than that, and would be fetched from memory once more.
-		for rest := p; len(rest) > 0; {
-			piece := rest[:min(len(rest), sumPiece)]
+		// Each piece is summed and written when it has just come, while the processor still has it at hand: a whole
+		// block is larger than that, and would be fetched from memory twice more. And what is received into was used
+		// before: 64 blocks under way, each in memory of its own, would be first touches of 256 MiB.
+		buf := pieces.Get().(*[sumPiece]byte)
+		defer pieces.Put(buf)
+		for off := int64(0); off < size; {
+			piece := buf[:min(size-off, sumPiece)]
 			if _, err := io.ReadFull(body, piece); err != nil {
 				if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 					err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
@@ -129,7 +134,10 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) 
 				return err
 			}
 			sums = wire.AppendSums(sums, piece)
-			rest = rest[len(piece):]
+			if _, err := to.WriteAt(piece, off); err != nil {
+				return err
+			}
+			off += int64(len(piece))
 		}
 		w.digests.published(f.ring.ID, body.Digest)
 		return nil
@@ -144,6 +152,8 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, p []byte) 
 
 // sumPiece is how much is received at a time, in whole sums.
 const sumPiece = 4 * wire.SumSize
+
+var pieces = sync.Pool{New: func() any { return new([sumPiece]byte) }}
 
 // noteBucket notes a read that the bucket refused, for keepBucket to look into, and that it lets us in again.
 func (w *Worker) noteBucket(f file, err error) {
