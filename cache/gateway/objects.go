@@ -76,7 +76,8 @@ type Object interface {
 type Page struct {
 	Objects  []Info
 	Prefixes []string
-	// More says that there are entries after this page.
+	// More says that there may be entries after this page: where the bucket does not tell without being asked
+	// for them, the next page may turn out to be empty.
 	More bool
 	// Next is the after of the next page: the last key or common prefix of this one.
 	Next string

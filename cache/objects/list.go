@@ -147,6 +147,11 @@ func (l *lister) list(ctx context.Context, m *mount) error {
 		if !page.More {
 			return l.before(m, "", true)
 		}
+		if l.full() {
+			// That there is more is the bucket's word: it is not asked what that is.
+			l.page.More = true
+			return errFull
+		}
 		after = m.prefix + entries[len(entries)-1].name[len(m.path):]
 	}
 }
@@ -175,6 +180,8 @@ func merge(m *mount, page source.Page) []entry {
 	return out
 }
 
+func (l *lister) full() bool { return len(l.page.Objects)+len(l.page.Prefixes) == l.max }
+
 // add adds an entry, or the common prefix that it is below.
 func (l *lister) add(e entry) error {
 	if e.name == "" {
@@ -192,7 +199,7 @@ func (l *lister) add(e entry) error {
 	if e.name <= l.after || l.skips(e.name) || e.prefix && e.name == l.last {
 		return nil
 	}
-	if len(l.page.Objects)+len(l.page.Prefixes) == l.max {
+	if l.full() {
 		l.page.More = true
 		return errFull
 	}

@@ -1,0 +1,102 @@
+package objects
+
+import (
+	"context"
+	"fmt"
+	"slices"
+	"strings"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/source"
+)
+
+// pages is a bucket's listing, in pages of a thousand, and counts how often it is asked.
+type pages struct {
+	source.Source
+	keys  []string // in order
+	asked int
+}
+
+func (p *pages) Page(_ context.Context, q source.PageRequest) (page source.Page, err error) {
+	p.asked++
+	for _, k := range p.keys {
+		if k <= q.After || !strings.HasPrefix(k, q.Prefix) {
+			continue
+		}
+		rest := k[len(q.Prefix):]
+		if i := strings.IndexByte(rest, '/'); q.Delimited && i >= 0 {
+			k = q.Prefix + rest[:i+1]
+			if k > q.After && !slices.Contains(page.Prefixes, k) {
+				page.Prefixes = append(page.Prefixes, k)
+			}
+		} else {
+			page.Objects = append(page.Objects, source.Object{Key: k, Version: "v"})
+		}
+		if len(page.Objects)+len(page.Prefixes) == 1000 {
+			page.More = true
+			break
+		}
+	}
+	return page, nil
+}
+
+// A page of a listing is one request to the bucket, also where it is as large as the bucket's own (it was two), and
+// none is left out or told twice.
+func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
+	for _, c := range []struct {
+		keys, folders, max int
+		delimiter          string
+		asked              int
+	}{
+		{keys: 2500, max: 1000, asked: 3},
+		{keys: 2000, max: 1000, asked: 3}, // the bucket does not tell that there is no third page
+		{keys: 1000, max: 1000, asked: 2},
+		{keys: 999, max: 1000, asked: 1},
+		{keys: 30, max: 10, asked: 3},
+		{keys: 2500, folders: 2500, max: 1000, delimiter: "/", asked: 3},
+		{keys: 2500, folders: 1500, max: 1000, delimiter: "/", asked: 3},
+	} {
+		p := &pages{}
+		for i := range c.keys {
+			if i < c.folders {
+				p.keys = append(p.keys, fmt.Sprintf("data/%05d/x", i))
+			} else {
+				p.keys = append(p.keys, fmt.Sprintf("data/%05d", i))
+			}
+		}
+		n := &Names{}
+		n.opened.Store(&[]*mount{{Source: p, pager: p, prefix: "data/"}})
+		var got []string
+		for after, more := "", true; more; {
+			page, err := n.List(t.Context(), "", c.delimiter, after, c.max)
+			if err != nil {
+				t.Fatal(err)
+			}
+			if len(page.Objects)+len(page.Prefixes) > c.max {
+				t.Fatalf("a page of %d and %d", len(page.Objects), len(page.Prefixes))
+			}
+			got = append(got, names(page)...)
+			if more = page.More; more && page.Next <= after {
+				t.Fatalf("after %q comes %q", after, page.Next)
+			}
+			after = page.Next
+		}
+		if len(got) != c.keys || !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != c.keys {
+			t.Errorf("%+v: %d names, %d different", c, len(got), len(slices.Compact(slices.Sorted(slices.Values(got)))))
+		}
+		if p.asked != c.asked {
+			t.Errorf("%+v: the bucket was asked %d times", c, p.asked)
+		}
+	}
+}
+
+// names are a page's, in order.
+func names(p gateway.Page) []string {
+	out := slices.Clone(p.Prefixes)
+	for _, o := range p.Objects {
+		out = append(out, o.Key)
+	}
+	slices.Sort(out)
+	return out
+}
