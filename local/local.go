@@ -47,6 +47,9 @@ type Options struct {
 	// of all Datasets hold together, in bytes; zero: half of what the machine has available.
 	Workers int
 	Memory  int64
+	// S3Domain, when not empty, is a host name that leads to this machine with all names below it: the S3
+	// endpoints are told to clients under it, and answer virtual-host style too.
+	S3Domain string
 	// Log gets a line for what a person should know: progress, restarts, what was scaled down.
 	Log io.Writer
 	// Problems is how long a worker may be unable to serve (wrong credentials, no bucket) before Start

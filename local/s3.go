@@ -18,6 +18,7 @@ type s3 struct {
 	bucket    string
 	dir       string   // of the access keys
 	addresses []string // of the workers
+	domain    string   // Options.S3Domain
 }
 
 // s3Region is what clients sign for.
@@ -31,7 +32,7 @@ func (d *dataset) makeWritable() error {
 			return nil
 		}
 	}
-	s := &s3{bucket: d.object.Name, dir: filepath.Join(d.folder.Dir, "s3")}
+	s := &s3{bucket: d.object.Name, dir: filepath.Join(d.folder.Dir, "s3"), domain: d.tier.options.S3Domain}
 	w := d.object.Spec.Write
 	if w.Policy == v1alpha1.WriteBack {
 		return fmt.Errorf("dataset %s: write.policy: Back is not served yet; set Through, which acknowledges a write once the bucket has it", name(d.object))
@@ -60,10 +61,20 @@ func (d *dataset) makeWritable() error {
 
 // config is worker i's part.
 func (s *s3) config(i int) *worker.GatewayConfig {
-	return &worker.GatewayConfig{Listen: s.addresses[i], Bucket: s.bucket, Region: s3Region, Credentials: s.dir}
+	c := &worker.GatewayConfig{Listen: s.addresses[i], Bucket: s.bucket, Region: s3Region, Credentials: s.dir}
+	if s.domain != "" {
+		c.Domains = []string{s.domain}
+	}
+	return c
 }
 
-func (s *s3) endpoint(i int) string { return "http://" + s.addresses[i] }
+// endpoint is worker i's, as clients are told.
+func (s *s3) endpoint(i int) string {
+	if _, port, err := net.SplitHostPort(s.addresses[i]); err == nil && s.domain != "" {
+		return "http://" + net.JoinHostPort(s.domain, port)
+	}
+	return "http://" + s.addresses[i]
+}
 
 func (s *s3) envFile() string { return filepath.Join(s.dir, "env") }
 

@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"fmt"
 	"net"
 	"net/http"
 	"net/url"
@@ -12,15 +13,35 @@ import (
 // MaxKey is the longest key, in bytes.
 const MaxKey = 1024
 
-// address splits a request's address into bucket and key: bucket.DOMAIN/key or host/bucket/key.
-func address(r *http.Request, domain string) (bucket, key string) {
+// ValidDomain says whether buckets can be addressed below a host name: one of letters, digits, hyphens and dots, that
+// is no address and has no port.
+func ValidDomain(domain string) error {
+	ok := len(domain) <= 253 && net.ParseIP(domain) == nil
+	for label := range strings.SplitSeq(domain, ".") {
+		ok = ok && label != "" && len(label) <= 63 && strings.Trim(label, "-") == label && !strings.ContainsFunc(label, func(c rune) bool {
+			return c != '-' && (c < '0' || c > '9') && (c < 'a' || c > 'z') && (c < 'A' || c > 'Z')
+		})
+	}
+	if !ok {
+		return fmt.Errorf("domain %q: want the host name below which buckets are addressed, such as s3.example.org, without scheme, port and wildcard", domain)
+	}
+	return nil
+}
+
+// address splits a request's address into bucket and key: bucket.DOMAIN/key, for the first of the domains that is
+// one, or host/bucket/key.
+func address(r *http.Request, domains []string) (bucket, key string) {
 	path := strings.TrimPrefix(r.URL.Path, "/")
-	if domain != "" {
-		host := r.Host
-		if h, _, err := net.SplitHostPort(host); err == nil {
-			host = h
+	host := r.Host
+	if h, _, err := net.SplitHostPort(host); err == nil {
+		host = h
+	}
+	host = strings.ToLower(strings.TrimSuffix(host, "."))
+	for _, domain := range domains {
+		if host == domain {
+			break // of a shorter domain it would be below
 		}
-		if name, below := strings.CutSuffix(strings.ToLower(strings.TrimSuffix(host, ".")), "."+strings.ToLower(domain)); below && name != "" {
+		if name, below := strings.CutSuffix(host, "."+domain); below && name != "" {
 			return name, path
 		}
 	}

@@ -46,8 +46,8 @@ func serve(t *testing.T, options ...option) *fixture {
 		Keys: func() []gateway.Credential {
 			return []gateway.Credential{{AccessKey: accessKey, SecretKey: secretKey, Write: true}, {AccessKey: readKey, SecretKey: readSecret}}
 		},
-		Domain: "s3.test",
-		Logger: textLogger(f.logged), Metrics: f.counts,
+		Domains: []string{"test", "S3.test"},
+		Logger:  textLogger(f.logged), Metrics: f.counts,
 	}
 	f.server = httptest.NewUnstartedServer(nil)
 	for _, o := range options {

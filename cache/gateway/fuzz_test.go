@@ -90,7 +90,7 @@ func FuzzUnsignedRequests(f *testing.F) {
 			return
 		}
 		m := newMemory()
-		h, err := gateway.New(gateway.Config{Buckets: map[string]gateway.Objects{bucket: m}, Keys: keys, Domain: "s3.test", Clock: func() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }})
+		h, err := gateway.New(gateway.Config{Buckets: map[string]gateway.Objects{bucket: m}, Keys: keys, Domains: []string{"s3.test"}, Clock: func() time.Time { return time.Date(2026, 1, 1, 0, 0, 0, 0, time.UTC) }})
 		if err != nil {
 			t.Fatal(err)
 		}

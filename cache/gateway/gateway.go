@@ -25,6 +25,7 @@
 package gateway
 
 import (
+	"cmp"
 	"crypto/rand"
 	"encoding/hex"
 	"errors"
@@ -32,6 +33,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -46,9 +48,9 @@ type Config struct {
 	// Keys returns the credentials that are valid now. It is called for every request and must be cheap;
 	// more than one pair of a kind lets old and new overlap in a rotation.
 	Keys func() []Credential
-	// Domain, when not empty, is the host name below which buckets are addressed virtual-host style
-	// (bucket.DOMAIN). Path style is always served.
-	Domain string
+	// Domains are the host names below which buckets are addressed virtual-host style (bucket.DOMAIN); the
+	// longest counts. Path style is always served.
+	Domains []string
 	// Stall is the time within which a client has to send the next 64 KiB of a body, and in which it has
 	// to take the next 4 MiB of an answer; only the time spent waiting for the client counts against a
 	// body. Zero means 60 s for a body and 5 minutes for an answer.
@@ -81,6 +83,14 @@ func New(c Config) (http.Handler, error) {
 			return nil, fmt.Errorf("gateway: bucket %q: a name without slashes and its objects are needed", name)
 		}
 	}
+	c.Domains = slices.Clone(c.Domains)
+	for i, d := range c.Domains {
+		if err := ValidDomain(d); err != nil {
+			return nil, fmt.Errorf("gateway: %w", err)
+		}
+		c.Domains[i] = strings.ToLower(d)
+	}
+	slices.SortFunc(c.Domains, func(a, b string) int { return cmp.Compare(len(b), len(a)) })
 	if c.Region == "" {
 		c.Region = "us-east-1"
 	}
@@ -166,7 +176,7 @@ func (q *request) serve() error {
 	if q.query, err = parseQuery(q.r.URL.RawQuery); err != nil {
 		return err
 	}
-	q.bucket, q.key = address(q.r, q.Domain)
+	q.bucket, q.key = address(q.r, q.Domains)
 	var answer func() error
 	q.operation, answer = q.route()
 	if q.r.Method == http.MethodOptions {

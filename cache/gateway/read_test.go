@@ -367,7 +367,7 @@ func TestAReadThatFailsOnTheWay(t *testing.T) {
 
 func TestVirtualHostStyle(t *testing.T) {
 	f := serve(t)
-	for _, host := range []string{bucket + ".s3.test", bucket + ".s3.test:9000", "RESULTS.S3.TEST"} {
+	for _, host := range []string{bucket + ".s3.test", bucket + ".s3.test:9000", "RESULTS.S3.TEST", bucket + ".test."} {
 		f.must(t, call{method: "PUT", path: "/a/b", host: host, body: []byte(host)})
 		if v, err := f.m.get("a/b"); err != nil || string(v.data) != host {
 			t.Errorf("%s: not stored: %v", host, err)
@@ -381,6 +381,26 @@ func TestVirtualHostStyle(t *testing.T) {
 	}
 	if a := f.must(t, call{method: "GET", path: object, host: "s3.test"}); len(a.body) == 0 {
 		t.Errorf("path style at the domain itself: %s", a)
+	}
+	// An endpoint by its address, or under another name, is path style whatever that looks like.
+	for _, host := range []string{"127.0.0.1:9000", "[::1]:9000", bucket + ".s3.test.example", "xs3.testing.", ".test", ""} {
+		if a := f.must(t, call{method: "GET", path: object, host: host}); len(a.body) == 0 {
+			t.Errorf("path style at %q: %s", host, a)
+		}
+	}
+}
+
+func TestDomainsThatAreNone(t *testing.T) {
+	keys := func() []gateway.Credential { return nil }
+	for _, d := range []string{"", ".", "*.s3.test", "http://s3.test", "s3.test:9000", "s3.test/", ".s3.test", "s3.test.", "127.0.0.1", "::1", "-s3.test", "s3 .test", strings.Repeat("a", 64), strings.Repeat("a.", 127)} {
+		if _, err := gateway.New(gateway.Config{Keys: keys, Domains: []string{"s3.test", d}}); err == nil || !strings.Contains(err.Error(), "without scheme") {
+			t.Errorf("domain %q: %v", d, err)
+		}
+	}
+	for _, d := range []string{"localhost", "S3.test", "data-s3.argo.svc.cluster.local"} {
+		if _, err := gateway.New(gateway.Config{Keys: keys, Domains: []string{d}}); err != nil {
+			t.Errorf("domain %q: %v", d, err)
+		}
 	}
 }
 

@@ -25,6 +25,9 @@ type GatewayConfig struct {
 	Listen string `json:"listen"`
 	// Bucket is the name under which the dataset is served.
 	Bucket string `json:"bucket"`
+	// Domains are host names below which the bucket is addressed virtual-host style too (BUCKET.DOMAIN): who
+	// sets them sees to it that such names lead here.
+	Domains []string `json:"domains,omitempty"`
 	// Region is what clients are told; empty: us-east-1.
 	Region string `json:"region,omitempty"`
 	// Credentials is a folder with the files accessKeyID and secretAccessKey (reads and writes) and
@@ -92,6 +95,11 @@ func (c Config) validateGateway() (errs []error) {
 			errs = append(errs, fmt.Errorf("%s is empty: %s", f.field, f.why))
 		}
 	}
+	for i, d := range g.Domains {
+		if err := gateway.ValidDomain(d); err != nil {
+			errs = append(errs, fmt.Errorf("gateway.domains[%d]: %w", i, err))
+		}
+	}
 	switch c.Write.Policy {
 	case "", WriteThrough:
 	case WriteBack:
@@ -152,7 +160,7 @@ func newGateway(w *Worker) (_ *gatewayServer, err error) {
 	keys := &gatewayKeys{dir: c.Credentials, now: w.clock.Now, note: func(err error) { w.problems.set(problemGateway, err) }}
 	keys.get()
 	g.handler, err = gateway.New(gateway.Config{
-		Buckets: map[string]gateway.Objects{c.Bucket: g.names}, Region: c.Region, Keys: keys.get, Logger: w.log, Metrics: g.metrics, Clock: w.clock.Now,
+		Buckets: map[string]gateway.Objects{c.Bucket: g.names}, Domains: c.Domains, Region: c.Region, Keys: keys.get, Logger: w.log, Metrics: g.metrics, Clock: w.clock.Now,
 	})
 	if err == nil {
 		g.listener, err = net.Listen("tcp", c.Listen)

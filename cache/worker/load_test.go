@@ -450,6 +450,14 @@ func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
 	if _, err := LoadConfig(path, func(c *Config) { c.Write.Unproven = true }); err == nil || !strings.Contains(err.Error(), "write.copies") {
 		t.Errorf("one copy: %v", err)
 	}
+	gateway := `{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}],
+		"gateway":{"listen":":0","bucket":"b","credentials":"/c","domains":["s3.example.org","%s"]}}`
+	if err := write(fmt.Sprintf(gateway, "localhost")); err != nil {
+		t.Errorf("domains: %v", err)
+	}
+	if err := write(fmt.Sprintf(gateway, "*.example.org")); err == nil || !strings.Contains(err.Error(), "gateway.domains[1]") {
+		t.Errorf("a domain with a wildcard: %v", err)
+	}
 	if _, err := LoadConfig(path+"x", nil); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("missing: %v", err)
 	}

@@ -18,6 +18,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/gateway"
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/local"
 )
@@ -66,6 +67,11 @@ The exit status is COMMAND's: 127 when there is no such command, 126 when it can
 			if o.Problems <= 0 {
 				return usage{fmt.Errorf("local: --give-up %v: want a time such as 30s", o.Problems)}
 			}
+			if o.S3Domain != "" {
+				if err := gateway.ValidDomain(o.S3Domain); err != nil {
+					return usage{fmt.Errorf("local: --s3-domain: %w", err)}
+				}
+			}
 			if len(command) > 0 {
 				// Before the tier comes up for nothing.
 				if _, err := exec.LookPath(command[0]); err != nil {
@@ -81,6 +87,7 @@ The exit status is COMMAND's: 127 when there is no such command, 126 when it can
 	f.StringVar(&o.Mount, "mount", "", "folder below which each Dataset is mounted")
 	f.IntVar(&o.Workers, "workers", 4, "the most workers a Dataset gets on this machine")
 	f.StringVar(&memory, "memory", "", "the most memory of all workers together (default: half of what is available)")
+	f.StringVar(&o.S3Domain, "s3-domain", "", "host name of the S3 endpoint, for clients that put the bucket in front of it; all names below it must lead to this machine (as those below localhost do)")
 	f.DurationVar(&o.Problems, "give-up", 10*time.Second, "how long a bucket may be out of reach at the start")
 	return cmd
 }

@@ -2,21 +2,29 @@ package main
 
 import (
 	"bytes"
+	"context"
+	"fmt"
 	"io"
+	"net"
+	"net/http"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"testing"
 
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
 )
 
-// A writable Dataset has an S3 endpoint on this machine: what is put there is in the bucket.
+// A writable Dataset has an S3 endpoint on this machine: what is put there is in the bucket, whether the client puts the
+// bucket's name in front of the host or into the path.
 func TestLocalServesAWritableDataset(t *testing.T) {
 	f := newFixture(t)
 	f.replace(t, "spec:\n  mounts:", "spec:\n  access: ReadWrite\n  mounts:")
-	cmd, env, stderr := background(t, f)
+	cmd, env, stderr := background(t, f, "--s3-domain", "s3.test")
+	var mu sync.Mutex
+	asked := map[string]bool{} // hosts
 	read := func(name string) string {
 		b, err := os.ReadFile(filepath.Join(env["STEPCACHE_S3_CREDENTIALS"], name))
 		if err != nil {
@@ -24,22 +32,40 @@ func TestLocalServesAWritableDataset(t *testing.T) {
 		}
 		return string(b)
 	}
-	client := func(id, secret string) *minio.Client {
+	// All names below the domain lead here, as a wildcard in a DNS does.
+	transport := &http.Transport{DialContext: func(ctx context.Context, network, addr string) (net.Conn, error) {
+		host, port, err := net.SplitHostPort(addr)
+		if err != nil || host != "s3.test" && !strings.HasSuffix(host, ".s3.test") {
+			return nil, fmt.Errorf("%s is not below the domain: %w", addr, err)
+		}
+		mu.Lock()
+		asked[host] = true
+		mu.Unlock()
+		return (&net.Dialer{}).DialContext(ctx, network, net.JoinHostPort("127.0.0.1", port))
+	}}
+	defer transport.CloseIdleConnections()
+	client := func(id, secret string, style minio.BucketLookupType) *minio.Client {
 		c, err := minio.New(strings.TrimPrefix(env["STEPCACHE_S3_ENDPOINT"], "http://"), &minio.Options{
-			Creds: credentials.NewStaticV4(id, secret, ""), Region: "us-east-1", BucketLookup: minio.BucketLookupPath,
+			Creds: credentials.NewStaticV4(id, secret, ""), Region: "us-east-1", BucketLookup: style, Transport: transport,
 		})
 		if err != nil {
 			t.Fatal(err)
 		}
 		return c
 	}
-	c := client(read("accessKeyID"), read("secretAccessKey"))
+	c := client(read("accessKeyID"), read("secretAccessKey"), minio.BucketLookupDNS)
 	want := bytes.Repeat([]byte("stepcache"), 1000)
 	bucket := env["STEPCACHE_S3_BUCKET"]
 	info, err := c.PutObject(t.Context(), bucket, "out/x", bytes.NewReader(want), int64(len(want)), minio.PutObjectOptions{})
 	if err != nil {
 		t.Fatalf("put: %v\n%s", err, stderr)
 	}
+	mu.Lock()
+	if len(asked) != 1 || !asked[bucket+".s3.test"] {
+		t.Errorf("the client asked %v", asked)
+	}
+	mu.Unlock()
+	c = client(read("accessKeyID"), read("secretAccessKey"), minio.BucketLookupPath)
 	r, err := c.GetObject(t.Context(), bucket, "out/x", minio.GetObjectOptions{})
 	if err != nil {
 		t.Fatal(err)
@@ -56,7 +82,7 @@ func TestLocalServesAWritableDataset(t *testing.T) {
 	if at, err := direct.StatObject(t.Context(), "fixture", "out/x", minio.StatObjectOptions{}); err != nil || at.ETag != info.ETag {
 		t.Errorf("in the bucket: %+v, %v", at, err)
 	}
-	reader := client(read("readOnlyAccessKeyID"), read("readOnlySecretAccessKey"))
+	reader := client(read("readOnlyAccessKeyID"), read("readOnlySecretAccessKey"), minio.BucketLookupPath)
 	if _, err := reader.PutObject(t.Context(), bucket, "no", bytes.NewReader(want), int64(len(want)), minio.PutObjectOptions{}); minio.ToErrorResponse(err).Code != "AccessDenied" {
 		t.Errorf("a put with the reader's key: %v", err)
 	}
