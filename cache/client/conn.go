@@ -80,9 +80,8 @@ type conn struct {
 
 	mu      sync.Mutex
 	pending map[uint32]*call
-	current *call  // whose payload is being received
-	piece   []byte // what calls that have a writer are received through; the reader's
-	bytes   int64  // asked for and not answered
+	current *call // whose payload is being received
+	bytes   int64 // asked for and not answered
 	nextID  uint32
 	err     error
 }
@@ -328,9 +327,13 @@ func (c *conn) receive(br *bufio.Reader) error {
 	return err
 }
 
-// stride is how much of a payload is received before it is compared with its sums and passed on: the processor
-// has it at hand still.
-const stride = 4 * wire.SumSize
+// stride is how much of a payload is received before it is compared with its sums and passed on: so much that what
+// arrives meanwhile comes with the same system call, so little that the processor has it at hand still.
+const stride = 16 * wire.SumSize
+
+// strides are what payloads of calls that have a writer are received through. There are as many as connections that
+// receive such a payload just now, however many workers there are.
+var strides = sync.Pool{New: func() any { return new([stride]byte) }}
 
 // errSink: the bytes were right, and whoever they were for did not take them.
 var errSink = errors.New("not taken")
@@ -352,9 +355,11 @@ func (c *conn) payload(br *bufio.Reader, k *call, reply wire.Reply) error {
 			reply.Length, reply.Off, reply.Index, n, k.req.Off, k.req.Index)
 	default:
 		k.body = k.dst // nil with a writer
-		if k.to != nil && c.piece == nil {
-			c.piece = make([]byte, stride)
-		}
+	}
+	var through *[stride]byte
+	if k.body == nil && k.to != nil {
+		through = strides.Get().(*[stride]byte)
+		defer strides.Put(through)
 	}
 	for off := 0; off < int(reply.Length); off += stride {
 		part := min(stride, int(reply.Length)-off)
@@ -362,7 +367,7 @@ func (c *conn) payload(br *bufio.Reader, k *call, reply wire.Reply) error {
 		if k.body != nil {
 			p = k.body[off : off+part]
 		} else {
-			p = c.piece[:part]
+			p = through[:part]
 		}
 		have := 0
 		if br.Buffered() > 0 { // what came with the header
