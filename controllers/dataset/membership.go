@@ -86,13 +86,7 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	if before.Epoch == 0 || before.Epoch < p.epoch || !reflect.DeepEqual(before.Members, next.Members) {
 		// The time keeps epochs growing even when the ConfigMap was deleted.
 		next.Epoch = max(before.Epoch+1, p.epoch+1, uint64(p.now.Unix()))
-		for i := range next.Members {
-			// One that comes to others that hold bytes asks them first. To one of a tier that is empty, such
-			// as a new Dataset's, it would only be a detour.
-			if _, was := had[next.Members[i].ID]; !was && p.dataset.Status.Cached > 0 {
-				next.Members[i].Joined = next.Epoch
-			}
-		}
+		markNew(before, next, p.dataset.Status.Cached > 0, p.back())
 	}
 	p.members = next
 	if err := r.putMembership(ctx, p); err != nil {
@@ -100,6 +94,24 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	}
 	p.epoch = next.Epoch
 	return nil
+}
+
+// markNew notes of the members of the next list which of them were not in the one before.
+//
+// One that comes to others that hold bytes asks them first; in a tier that is empty, such as a new Dataset's, that would
+// only be a detour. Where writes are acknowledged before the bucket has them, every one that comes back is marked: the
+// others went on without what it held, which must not count any more. Where it is not known who was there before, since
+// the list was deleted or made unreadable, nobody is: what all of them hold would not count, and be lost.
+func markNew(before, next ring.Membership, cached, back bool) {
+	if before.Epoch == 0 || !cached && !back {
+		return
+	}
+	for i := range next.Members {
+		m := &next.Members[i]
+		if !slices.ContainsFunc(before.Members, func(o ring.Member) bool { return o.ID == m.ID }) {
+			m.Joined = next.Epoch
+		}
+	}
 }
 
 // written is the list that was written last.
