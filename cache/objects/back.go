@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"path/filepath"
 	"slices"
 	"sync"
@@ -123,6 +124,26 @@ func (p *pending) tell() {
 	p.changed = make(chan struct{})
 }
 
+// marked is how many members have a mark. The caller holds the mutex of all names.
+func (p *pending) marked(list ring.Membership) (n int) {
+	for _, m := range list.Members {
+		if _, ok := p.marks[m.ID]; ok {
+			n++
+		}
+	}
+	return n
+}
+
+// acked is the newest entry that was acknowledged; nil when there is none.
+func (p *pending) acked() *unsent {
+	for _, e := range slices.Backward(p.entries) {
+		if e.acked {
+			return e
+		}
+	}
+	return nil
+}
+
 // newest is the newest entry; nil when there is none.
 func (p *pending) newest() *unsent {
 	if len(p.entries) == 0 {
@@ -205,19 +226,24 @@ func (e *errMoved) Unwrap() error { return gateway.ErrBusy }
 
 // find is the newest version of a name that was acknowledged and is pending; false when the bucket's is the one.
 func (b *back) find(ctx context.Context, key string, p place, s state) (version, bool, error) {
-	if _, err := b.waitSure(ctx, key, s); err != nil {
-		return version{}, false, err
-	}
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	if st := b.names[key]; st != nil {
-		for _, e := range slices.Backward(st.entries) {
-			if e.acked {
-				return versionOf(p, e.Record), true, nil
+	for {
+		if _, err := b.waitSure(ctx, key, s); err != nil {
+			return version{}, false, err
+		}
+		var v version
+		pending := false
+		b.mu.Lock()
+		if st := b.names[key]; st != nil {
+			if e := st.acked(); e != nil {
+				v, pending = versionOf(p, e.Record), true
 			}
 		}
+		b.mu.Unlock()
+		// Still: what is pending of a name that moves is forgotten here.
+		if now, ok := b.sure(key); ok && now.Epoch == s.Epoch {
+			return v, pending, nil
+		}
 	}
-	return version{}, false, nil
 }
 
 func versionOf(p place, r journal.Record) version {
@@ -291,10 +317,11 @@ func (b *back) through(ctx context.Context, key string, s state) (done func(), e
 	within := time.NewTimer(flushWait)
 	defer within.Stop()
 	for {
+		list := b.n.epochs.now().Membership
 		b.mu.Lock()
 		changed, failed := p.changed, p.err
 		pending := len(p.entries) > 0 || p.committing > 0
-		safe := !p.kept && (len(p.stale) == 0 || len(p.marks) >= b.copies-1)
+		safe := !p.kept && (len(p.stale) == 0 || p.marked(list) >= b.copies-1)
 		busy := p.flushing || p.kept
 		if !pending && !safe && p.kept && !p.flushing {
 			b.enqueue(p)
@@ -303,15 +330,17 @@ func (b *back) through(ctx context.Context, key string, s state) (done func(), e
 			b.enqueue(p)
 		}
 		b.mu.Unlock()
-		if _, ok := b.sure(key); !ok {
+		if now, ok := b.sure(key); !ok {
 			err = fmt.Errorf("%w: %q: the membership has changed", gateway.ErrBusy, key)
+		} else if now.Epoch != list.Epoch {
+			continue
 		} else if !pending && safe {
 			return done, nil
 		} else if !pending && !busy {
 			if err = b.secure(ctx, p, s); err == nil {
 				continue
 			}
-		} else if failed != nil && !source.Temporary(failed) && !canceled(failed) {
+		} else if lasting(failed) {
 			err = failed
 		}
 		if err == nil {
@@ -329,6 +358,11 @@ func (b *back) through(ctx context.Context, key string, s state) (done func(), e
 	}
 }
 
+// lasting says whether what went wrong with a try to bring something to the bucket will again.
+func lasting(err error) bool {
+	return err != nil && !source.Temporary(err) && !canceled(err) && !errors.Is(err, gateway.ErrBusy)
+}
+
 func errStopping(n *Names) error {
 	return fmt.Errorf("%w: worker %s is being stopped and takes no writes", gateway.ErrBusy, n.c.Self)
 }
@@ -343,6 +377,59 @@ func (b *back) local(key string, o source.Object) *journal.Content {
 		}
 	}
 	return nil
+}
+
+// read reads bytes of a block of a version that is pending: from this worker's journal, or from another's where this
+// worker owns the name and has no sound copy. false when it is not pending as far as this worker knows.
+func (b *back) read(ctx context.Context, key string, o source.Object, off int64, into []byte) (bool, error) {
+	var err error
+	if c := b.local(key, o); c != nil {
+		_, err = c.ReadAt(into, off)
+		c.Close()
+		if err == nil {
+			return true, nil
+		}
+		b.corrupt(key, o, err)
+	}
+	holders := b.elsewhere(key, o)
+	for _, m := range holders {
+		if err = b.n.peers.block(ctx, m, key, o, off/ring.BlockSize, into); err == nil {
+			return true, nil
+		}
+	}
+	return len(holders) > 0, err
+}
+
+// elsewhere are the members that hold a version which is pending, where this worker owns the name and does not.
+func (b *back) elsewhere(key string, o source.Object) (holders []ring.Member) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if p := b.names[key]; p != nil {
+		for _, e := range p.entries {
+			if !e.local && e.ETag == o.Version && e.Size == o.Size {
+				holders = slices.AppendSeq(holders, maps.Values(e.at))
+			}
+		}
+	}
+	return holders
+}
+
+// corrupt takes this worker's copy of a version for none when it could not be read since its bytes are not what they
+// were: where the name is its own, that is brought to the bucket from another.
+func (b *back) corrupt(key string, o source.Object, err error) {
+	if !errors.Is(err, journal.ErrCorrupt) {
+		return
+	}
+	b.n.log.Error("a copy of what the bucket does not have yet is corrupt in this worker's memory", "key", key, "error", err)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if p := b.names[key]; p != nil {
+		for _, e := range p.entries {
+			if e.ETag == o.Version && e.Size == o.Size {
+				e.local = false
+			}
+		}
+	}
 }
 
 // Unflushed is what is not in the bucket yet.

@@ -190,11 +190,7 @@ func (b *back) commit(ctx context.Context, st *pending, p place, s state, d *jou
 	if err := d.Commit(r); err != nil {
 		return version{}, err
 	}
-	for _, have := range b.j.Of(st.key) {
-		if have.Seq == r.Seq {
-			r = have // with its size and sums
-		}
-	}
+	r = b.entry(st.key, r)
 	e := &unsent{Record: r, local: true, at: make(map[string]ring.Member), tried: make(map[string]ring.Member)}
 	b.mu.Lock()
 	i, _ := slices.BinarySearchFunc(st.entries, e, func(a, o *unsent) int { return a.Seq.Compare(o.Seq) })
@@ -217,6 +213,16 @@ func (b *back) commit(ctx context.Context, st *pending, p place, s state, d *jou
 	return v, b.flushed(ctx, st, r.Seq)
 }
 
+// entry is a record as this worker's journal has it, with its size and sums.
+func (b *back) entry(key string, r journal.Record) journal.Record {
+	for _, have := range b.j.Of(key) {
+		if have.Seq == r.Seq && !have.Mark {
+			return have
+		}
+	}
+	return r
+}
+
 // flushed waits until the bucket has a name up to seq.
 func (b *back) flushed(ctx context.Context, st *pending, seq journal.Seq) error {
 	for {
@@ -226,7 +232,7 @@ func (b *back) flushed(ctx context.Context, st *pending, seq journal.Seq) error 
 		switch {
 		case done:
 			return nil
-		case failed != nil && !source.Temporary(failed) && !canceled(failed):
+		case lasting(failed):
 			return failed
 		}
 		select {
@@ -431,5 +437,9 @@ func (b *back) take(w http.ResponseWriter, r *http.Request) error {
 	if err := may(); err != nil { // others may have been told meanwhile what this worker holds
 		return err
 	}
-	return d.Commit(rec)
+	if err := d.Commit(rec); err != nil {
+		return err
+	}
+	// They may have been told right before it was there. Then it does not count, and its owner has to know.
+	return may()
 }

@@ -55,9 +55,7 @@
 //
 // # Writing back
 //
-// Workers refuse it as yet (write.policy in package worker): a history of clients while the membership changes still
-// finds, seldom, a read that no order of the writes explains, and it is to be shown what a worker does that goes on
-// trying to bring a version to the bucket after the name went to another. This is how it is meant to work.
+// Workers refuse it as yet (write.policy in package worker).
 //
 // With Config.Back a put of up to MaxBack is acknowledged once Copies workers on distinct nodes hold it in their
 // journals (package journal), which outlive their processes: the owner and the next of the name's order. The owner
@@ -73,8 +71,9 @@
 // the bucket. So nothing is ever acknowledged with fewer copies, and what the bucket says is what a client is told.
 //
 // What is pending overrides the bucket: for its owner's reads, which are by its own state of the name, and for
-// listings, for which all members are asked what they hold, before the bucket is. What is missing with them by then is
-// in the bucket.
+// listings. Those ask the members before the bucket, and go by what each one knows to be pending of its own names: what
+// it does not tell then is in the bucket, or somebody has put it since. Of the names of an owner that cannot be reached,
+// or does not know yet, what all the members hold is taken (see askOnce), by reads too.
 //
 // Why nothing that was acknowledged is lost, and no name has two truths. A worker serves a name only while it is sure
 // (epochs.sure): it owns it under a settled list, or by every list since that, none of which it missed. To settle a
@@ -83,23 +82,42 @@
 // answer for HandOverTime. Since Copies hold what was acknowledged, one that was heard does. A worker that comes
 // without the memory of a former life is itself one of those that were not heard; with more missing, nobody serves the
 // names that moved until they are back, since to go on could lose them. An owner acknowledges a put only if it is still
-// sure, under the epoch by which the copies were taken, after they were: holders refuse another epoch's, so what they
-// told a new owner has all that an old one will acknowledge. Names that do not move are served all along; those of a
-// worker that hangs wait until the membership is without it, and are read meanwhile by asking the others and then the
-// bucket.
+// sure, under the epoch by which the copies were taken, after they were: holders refuse another epoch's, and look again
+// after they took one, so what they told a new owner has all that an old one will acknowledge. Names that do not move
+// are served all along; those of a worker that hangs wait until the membership is without it, and are read meanwhile by
+// asking the others and then the bucket.
+//
+// Why an owner that is cut off does no harm. To be sure also takes that within hungAfter (15 s) this worker looked at its
+// membership, and Copies-1 others told that they follow no newer one (standing.confirm). A new owner has heard one of
+// those: it settled without at most Copies-1, this one among them. And it waits, where one does not answer, for
+// HandOverTime, and for hungAfter since the last of the others told it that they follow the new list. So by then an old
+// owner serves nothing, and begins to bring nothing to the bucket; what it is bringing there it gives up. That is looked
+// at right before the content is sent, and the bucket is told which version it is to take the place of, or that there
+// must be none: a request that comes after another owner's changes nothing. What remains possible: a request that the
+// old owner had begun, which it, the network or the bucket held up until a new owner had settled, and which comes to a
+// bucket that does not know the condition (OSS over what is there, stores that answer that it is not implemented), or
+// that has by then what it had before: the same bytes put again, or nothing, since it was deleted. The same holds of
+// writes that go through, whose requests have no condition unless the client gave one. Members that nothing listens for,
+// at the addresses they are known by, need not confirm: a worker whose every connection to its peers is refused, though
+// they are there, would go on. With two workers, one that hangs takes the other's names along until the list is without
+// it.
 //
 // Why no old copy comes back. A holder drops a copy when the owner says so, and one that cannot be told keeps it. Until
 // all are told, the owner and those that could be told keep a mark, that everything up to a sequence is in the bucket,
-// and a write goes through only when Copies workers, the owner included, have it: whoever settles later hears one of
-// them. A member that left the list and comes back (ring.Member.Joined) holds nothing that counts, nor does this worker
-// itself then. A copy that was on its way when it was to be dropped is refused. A worker that did not look at its
-// membership for hungAfter is not sure until it has asked everybody again. As with other writes, what a worker that
-// hung or was killed had already asked of the bucket may still happen after what others did since.
+// and a write goes through only when Copies workers, the owner included, have it: whoever asks later hears one of
+// them. So it is for a holder that left the list as well, which others, that are not settled without it, may still ask:
+// until the list is closed (standing). It is once every member of it is settled, holds what it knows to be pending or
+// knows a member that does, and has its marks where they should be; then nobody asks those that left before. An owner
+// counts on that when all have told that they know. A member that left the list and comes back (ring.Member.Joined)
+// holds nothing that counts, nor does this worker itself then. A copy that was on its way when it was to be dropped is
+// refused. A worker that did not look at its membership for hungAfter is not sure until it has asked everybody again.
 //
 // An owner that starts anew asks the bucket first whether it has the newest version already. Where others write to the
 // bucket as well, the last to arrive there wins, as ever; that is when it is brought there, not when it was put. What
-// the bucket refuses for good stays pending, and the status says why. A worker that is stopped refuses writes and ends
-// once it holds nothing any more, for bounded time; past that, the others have it.
+// the bucket refuses for good stays pending, and the status says why. A copy whose bytes have changed is found by its
+// sums and taken from another holder. A worker that is stopped refuses writes and ends once it holds nothing any more,
+// for bounded time; past that, the others have it. One that is out of the list holds nothing any more once the bucket
+// has what it held, or enough members do.
 //
 // # Rules
 //

@@ -19,6 +19,7 @@ type epochs struct {
 	members Members
 	self    string
 	back    bool // a settled membership is one whose members have told what they hold, too
+	copies  int  // how many hold what is acknowledged, where back is set
 
 	mu sync.Mutex
 	// turn grows whenever the membership stops being settled. What was begun at one turn and ends at the
@@ -41,6 +42,11 @@ type epochs struct {
 	past    []ring.Membership
 	looked  time.Time
 	missing map[string]ring.Member
+	// toldAt is when the last of ask told that it follows the list. learned are those of ask that this worker has
+	// never seen in a list: another one told of them.
+	toldAt  time.Time
+	learned map[string]bool
+	peers   standing
 }
 
 // state is a membership as one operation sees it.
@@ -53,6 +59,8 @@ type state struct {
 func (e *epochs) init(m Members, self string, now time.Time) {
 	e.members, e.self = m, self
 	e.ask = make(map[string]ring.Member)
+	e.learned = make(map[string]bool)
+	e.peers.init()
 	e.changed = make(chan struct{})
 	list, _ := m.List()
 	e.follow(list, now)
@@ -88,16 +96,26 @@ func (e *epochs) leave() {
 
 // sure is the membership, and whether this worker knows all that is pending of a name that it owns by every one
 // of some lists: of the one that is settled, or of that and all that came after it, so that no other was its owner
-// in between. A worker that hung may have been replaced: it is not sure until it has looked again.
+// in between. A worker that hung, or that the others cannot be reached from, may have been replaced: it is not sure
+// until it has looked, and has asked them, again.
 func (e *epochs) sure(now time.Time, owns func(ring.Membership) bool) (state, bool) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	s := state{e.list, e.settled, e.turn}
+	return state{e.list, e.settled, e.turn}, e.inForce(now) && e.kept(owns)
+}
+
+// knows is the membership, and whether this worker knows all that is pending of all the names that it owns.
+func (e *epochs) knows(now time.Time) (state, bool) {
+	e.mu.Lock()
+	defer e.mu.Unlock()
+	return state{e.list, e.settled, e.turn}, e.settled && e.inForce(now)
+}
+
+// inForce says whether no other list can have taken the place of the one that this worker follows, such that
+// somebody goes by it without this worker. The caller holds the mutex.
+func (e *epochs) inForce(now time.Time) bool {
 	behind := e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
-	if e.left || behind || now.Sub(e.looked) > hungAfter {
-		return s, false
-	}
-	return s, e.kept(owns)
+	return !e.left && !behind && now.Sub(e.looked) <= hungAfter && e.peers.confirm(e.list, e.self, e.copies, now)
 }
 
 // kept says whether one owns by every list since the settled one. The caller holds the mutex.
@@ -110,15 +128,11 @@ func (e *epochs) kept(owns func(ring.Membership) bool) bool {
 	return len(e.past) > 0
 }
 
-// all is the membership, and the members of the lists before it that may hold something.
+// all is the membership, and the members of lists before it that somebody may still ask what they hold.
 func (e *epochs) all() (state, []ring.Member) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	var before []ring.Member
-	for _, l := range e.past {
-		before = append(before, l.Members...)
-	}
-	return state{e.list, e.settled, e.turn}, before
+	return state{e.list, e.settled, e.turn}, slices.Collect(maps.Values(e.peers.departed))
 }
 
 // watch is closed with the next change.
@@ -137,6 +151,11 @@ func (e *epochs) look(now time.Time) {
 		e.unsettle()
 		e.past, e.since = nil, now
 		for _, m := range e.list.Members {
+			if m.ID != e.self {
+				e.ask[memberKey(m)] = m
+			}
+		}
+		for _, m := range e.peers.departed {
 			if m.ID != e.self {
 				e.ask[memberKey(m)] = m
 			}
@@ -176,7 +195,9 @@ func (e *epochs) follow(list ring.Membership, now time.Time) {
 		}
 		e.past = append(e.past, list)
 	}
-	e.list, e.since = list, now
+	e.peers.follow(e.list, list)
+	clear(e.learned)
+	e.list, e.since, e.toldAt = list, now, time.Time{}
 	e.settled = len(e.ask) == 0 && e.behind <= list.Epoch && !e.left && !e.back
 	e.tell()
 }
@@ -236,6 +257,7 @@ func (n *Names) keepEpochs(ctx context.Context) {
 		if n.back != nil {
 			e.look(n.c.Clock.Now())
 			n.back.meet(ctx)
+			n.back.release(ctx)
 		}
 		n.peers.keep(e.now().Members)
 		every := lookEvery
@@ -295,11 +317,13 @@ func (n *Names) settle(ctx context.Context) {
 			}
 			within, cancel := context.WithTimeout(ctx, wait)
 			defer cancel()
+			began := n.c.Clock.Now()
 			theirs, err := n.peers.epoch(within, m, epoch)
+			e.answered(m, epoch, theirs, err, began)
 			switch {
 			case err == nil:
-				e.heard(theirs, n.c.Clock.Now())
-				told[i] = theirs == epoch
+				e.heard(theirs.Epoch, n.c.Clock.Now())
+				told[i] = theirs.Epoch == epoch
 				if n.back != nil {
 					n.peers.isUp(m)
 				}
@@ -323,12 +347,16 @@ func (n *Names) settle(ctx context.Context) {
 		return
 	}
 	now := n.c.Clock.Now()
-	gone := now.Sub(since) >= HandOverTime
 	e.mu.Lock()
 	if e.list.Epoch != epoch {
 		e.mu.Unlock()
 		return // the questions were about another list
 	}
+	if slices.Contains(told, true) {
+		e.toldAt = now
+	}
+	// One that does not answer may have been confirmed by the last of those that do, right before.
+	gone := now.Sub(since) >= HandOverTime && (n.back == nil || now.Sub(e.toldAt) > hungAfter)
 	missing := make(map[string]ring.Member)
 	for i, m := range ask {
 		switch {
@@ -342,8 +370,14 @@ func (n *Names) settle(ctx context.Context) {
 	behind := e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
 	settles := len(e.ask) == len(missing) && !behind && !e.settled && !e.left
 	list := e.list
+	known := 0
+	for k := range missing {
+		if !e.learned[k] {
+			known++
+		}
+	}
 	e.mu.Unlock()
-	if !settles || n.back != nil && !n.back.maySettle(missing) {
+	if !settles || n.back != nil && !n.back.maySettle(missing, known) {
 		return
 	}
 	if n.back != nil { // only this goroutine changes the list

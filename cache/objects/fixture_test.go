@@ -416,15 +416,19 @@ func (tr *tier) ready() {
 	}
 }
 
-// owner is the number of the worker that owns a key.
-func (tr *tier) owner(key string) int {
-	m := ring.Membership{}
+// membership is the list of those that are members, without its epoch.
+func (tr *tier) membership() (m ring.Membership) {
 	for _, w := range tr.workers {
 		if w.state != "gone" {
 			m.Members = append(m.Members, w.m)
 		}
 	}
-	o := m.NameOwners(dataset, key, 1)[0]
+	return m
+}
+
+// owner is the number of the worker that owns a key.
+func (tr *tier) owner(key string) int {
+	o := tr.membership().NameOwners(dataset, key, 1)[0]
 	for i, w := range tr.workers {
 		if w.m.ID == o.ID {
 			return i

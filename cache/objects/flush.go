@@ -134,6 +134,9 @@ func (b *back) flushOnce(ctx context.Context, p *pending) error {
 		if !mine {
 			return nil
 		}
+		if b.n.epochs.cutOff(b.n.c.Clock.Now()) {
+			b.trouble(fmt.Errorf("worker %s cannot reach enough of the others to know that it is a worker still: it keeps what it holds, and serves no names, until it does", b.n.c.Self))
+		}
 		return fmt.Errorf("%w: the membership is not settled", gateway.ErrBusy)
 	}
 	b.mu.Lock()
@@ -182,30 +185,28 @@ func (b *back) send(ctx context.Context, p *pending, at place, s state, e *unsen
 		return err
 	}
 	defer release()
-	if checks {
-		// A former process or owner may have brought it there.
-		if now, err := b.n.ask(ctx, at); err == nil && now.object.Version == e.ETag && now.object.Size == e.Size && sameAttrs(now.attrs, stored(e.Attrs)) {
-			return nil
-		}
-	}
-	content, err := b.content(ctx, p, at, e)
-	if err != nil {
+	// The bucket is told what it has now, so that it takes this only in the place of that: a request that is still on its
+	// way when another owner's have come, from here or from a former owner, changes nothing any more.
+	now, err := b.n.ask(ctx, at)
+	switch {
+	case err == nil && checks && now.object.Version == e.ETag && now.object.Size == e.Size && sameAttrs(now.attrs, stored(e.Attrs)):
+		return nil // a former process or owner brought it there
+	case err != nil && !errors.Is(err, source.ErrNotFound):
 		return err
 	}
-	defer content.Close()
-	if _, ok := b.sure(p.key); !ok {
-		return fmt.Errorf("%w: the membership is not settled", gateway.ErrBusy)
+	content, cerr := b.content(ctx, p, at, e)
+	if cerr != nil {
+		return cerr
 	}
+	defer content.Close()
 	o := source.WriteOptions{
 		Attributes: e.Attrs,
 		Begun:      func(upload string) { b.n.uploads.begun(at, upload) },
 		Ended:      func(upload string) { b.n.uploads.ended(at, upload) },
 	}
-	got, err := at.writer.PutObject(ctx, at.key, io.NewSectionReader(content, 0, e.Size), e.Size, o)
+	got, err := b.putOver(ctx, p, at, content, now.object.Version, err == nil, o, e)
 	if err != nil {
-		if errors.Is(err, journal.ErrCorrupt) {
-			b.drop(p, e)
-		}
+		b.corrupt(p.key, source.Object{Size: e.Size, Version: e.ETag}, err)
 		return err
 	}
 	b.n.counts.written.Add(e.Size)
@@ -217,16 +218,60 @@ func (b *back) send(ctx context.Context, p *pending, at place, s state, e *unsen
 	return nil
 }
 
-// drop takes the copy of an entry that is here for none, since its bytes are not what they were.
-func (b *back) drop(p *pending, e *unsent) {
-	b.n.log.Error("a copy of what the bucket does not have yet is corrupt in this worker's memory", "key", p.key)
-	b.mu.Lock()
-	e.local = false
-	b.mu.Unlock()
+// putOver puts an entry in the place of the version that the bucket has, or of none; without that condition where the
+// store does not know it.
+func (b *back) putOver(ctx context.Context, p *pending, at place, content io.ReaderAt, has string, there bool, o source.WriteOptions, e *unsent) (got source.Object, err error) {
+	put := func(o source.WriteOptions) (source.Object, error) {
+		// Its last byte is read right before it is sent.
+		return at.writer.PutObject(ctx, at.key, fenced{b, p.key, io.NewSectionReader(content, 0, e.Size)}, e.Size, o)
+	}
+	conditional := o
+	if there {
+		conditional.IfMatch = has
+	} else {
+		conditional.IfAbsent = true
+	}
+	if there && at.noMatch.Load() || !there && at.noAbsent.Load() {
+		return put(o)
+	}
+	got, err = put(conditional)
+	switch {
+	case errors.Is(err, source.ErrChanged), there && errors.Is(err, source.ErrNotFound):
+		return got, fmt.Errorf("%w: another wrote it since it was asked what the bucket has: %w", gateway.ErrBusy, err)
+	case errors.Is(err, source.ErrInvalid):
+		plain, perr := put(o)
+		if perr == nil {
+			b.n.log.Info("the bucket puts objects without conditions only", "bucket", at.URL(), "over", there, "error", err)
+			if there {
+				at.noMatch.Store(true)
+			} else {
+				at.noAbsent.Store(true)
+			}
+		}
+		return plain, perr
+	}
+	return got, err
 }
 
-// whileOwner cancels when this worker follows a list by which the name is another's: what it would go on to send could
-// come after what that one sends. stop ends it.
+// fenced is the content of an entry. It ends well only while this worker is sure that the name is its own.
+type fenced struct {
+	b   *back
+	key string
+	r   io.Reader
+}
+
+func (f fenced) Read(p []byte) (int, error) {
+	n, err := f.r.Read(p)
+	if err == io.EOF {
+		if _, ok := f.b.sure(f.key); !ok {
+			err = fmt.Errorf("%w: %q: it is not known whether another worker owns it by now", gateway.ErrBusy, f.key)
+		}
+	}
+	return n, err
+}
+
+// whileOwner cancels when this worker follows a list by which the name is another's, or cannot tell whether there is
+// one: what it would go on to send could come after what that one sends. stop ends it.
 func (b *back) whileOwner(ctx context.Context, key string, cancel context.CancelFunc) (stop func()) {
 	ctx, end := context.WithCancel(ctx)
 	ended := make(chan struct{})
@@ -234,12 +279,13 @@ func (b *back) whileOwner(ctx context.Context, key string, cancel context.Cancel
 		defer close(ended)
 		for {
 			changed := b.n.epochs.watch()
-			if !b.owns(b.n.epochs.now().Membership, key) {
+			if !b.owns(b.n.epochs.now().Membership, key) || b.n.epochs.cutOff(b.n.c.Clock.Now()) {
 				cancel()
 				return
 			}
 			select {
 			case <-changed:
+			case <-b.n.c.Clock.After(lookEvery):
 			case <-ctx.Done():
 				return
 			}
@@ -306,8 +352,9 @@ func (b *back) content(ctx context.Context, p *pending, at place, e *unsent) (*j
 	if err != nil {
 		return nil, err
 	}
+	r := b.entry(p.key, e.Record)
 	b.mu.Lock()
-	e.local = true
+	e.local, e.Record = true, r
 	b.mu.Unlock()
 	return b.j.Content(p.key, e.Seq)
 }
@@ -346,7 +393,8 @@ func (b *back) trouble(err error) {
 	}
 }
 
-// repair has as many workers hold what is pending of a name as should, where some were lost.
+// repair has as many workers hold what is pending of a name as should, where some were lost. It is called while the name
+// is being flushed: no other owner is told what this one holds before it ends.
 func (b *back) repair(ctx context.Context, p *pending, s state) {
 	b.mu.Lock()
 	e := p.newest()
@@ -355,15 +403,101 @@ func (b *back) repair(ctx context.Context, p *pending, s state) {
 		return
 	}
 	for id, m := range e.at {
-		if !slices.ContainsFunc(s.Members, func(o ring.Member) bool { return memberKey(o) == memberKey(m) }) {
+		if !isMember(s, m) || m.Joined > e.Seq.Epoch {
 			delete(e.at, id)
+			e.tried[id] = m // it is told all the same once it may drop it
 		}
 	}
 	enough := len(e.at) >= b.copies-1
 	b.mu.Unlock()
 	if !enough {
-		b.spread(ctx, p, s, e)
+		if e.Seq.Epoch < s.Epoch {
+			var err error
+			if e, err = b.renew(p, e, s); err != nil {
+				b.n.log.Debug("what other workers held is not held by as many as should", "key", p.key, "error", err)
+				return
+			}
+		}
+		if !b.spread(ctx, p, s, e) {
+			return
+		}
 	}
+	b.excuse(ctx, p, s, e)
+}
+
+// renew gives an entry another sequence, of the list in force, in the place of its own: one of a former list does not
+// count with members that came after it.
+func (b *back) renew(p *pending, e *unsent, s state) (*unsent, error) {
+	content, err := b.j.Content(p.key, e.Seq)
+	if err != nil {
+		return nil, err
+	}
+	defer content.Close()
+	d, err := b.j.Begin(e.Size)
+	if err != nil {
+		return nil, err
+	}
+	defer d.Abort()
+	if err := copyAll(d, io.NewSectionReader(content, 0, e.Size), e.Size); err != nil {
+		return nil, err
+	}
+	r := b.entry(p.key, e.Record)
+	b.mu.Lock()
+	if p.newest() != e || p.committing > 0 {
+		b.mu.Unlock()
+		return nil, errors.New("it is being written over")
+	}
+	r.Seq = b.nextSeq(s.Epoch) // what is put from now on comes after it
+	b.mu.Unlock()
+	if err := d.Commit(r); err != nil {
+		return nil, err
+	}
+	n := &unsent{Record: r, acked: true, local: true, at: make(map[string]ring.Member), tried: make(map[string]ring.Member)}
+	b.mu.Lock()
+	maps.Copy(n.at, e.at) // they hold the same, which counts
+	maps.Copy(n.tried, e.tried)
+	p.entries = slices.DeleteFunc(p.entries, func(o *unsent) bool { return o.Seq == e.Seq })
+	i, _ := slices.BinarySearchFunc(p.entries, n, func(a, o *unsent) int { return a.Seq.Compare(o.Seq) })
+	p.entries = slices.Insert(p.entries, i, n)
+	b.mu.Unlock()
+	return n, b.j.Drop(p.key, e.Seq)
+}
+
+// excuse tells those that hold an entry, or what came before it, and are no members, that enough members do: they need
+// not, and end sooner where they are being stopped.
+func (b *back) excuse(ctx context.Context, p *pending, s state, e *unsent) {
+	b.mu.Lock()
+	former := make(map[string]ring.Member)
+	for _, o := range p.entries {
+		if o.Seq.Compare(e.Seq) <= 0 {
+			maps.Copy(former, o.at)
+			maps.Copy(former, o.tried)
+		}
+	}
+	maps.DeleteFunc(former, func(_ string, m ring.Member) bool { return isMember(s, m) })
+	gen := p.gen
+	b.mu.Unlock()
+	if len(former) == 0 {
+		return
+	}
+	left := b.tellAll(ctx, former, "/forget", p.key, e.Seq)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if p.gen != gen {
+		return
+	}
+	for _, o := range p.entries {
+		for id := range former {
+			if left[id].ID == "" && o.Seq.Compare(e.Seq) <= 0 {
+				delete(o.at, id)
+				delete(o.tried, id)
+			}
+		}
+	}
+}
+
+func isMember(s state, m ring.Member) bool {
+	return slices.ContainsFunc(s.Members, func(o ring.Member) bool { return memberKey(o) == memberKey(m) })
 }
 
 // settleCopies tells the members that hold something of a name that the bucket has it. As long as one of them
@@ -378,30 +512,48 @@ func (b *back) settleCopies(ctx context.Context, p *pending, s state) error {
 	if wait {
 		return nil
 	}
-	// One that is not a member any more comes back with nothing that counts (see adopt).
-	gone := make(map[string]bool)
-	for _, l := range []map[string]ring.Member{stale, marks} {
-		maps.DeleteFunc(l, func(id string, _ ring.Member) bool {
-			if !slices.ContainsFunc(s.Members, func(o ring.Member) bool { return o.ID == id }) {
-				gone[id] = true
-			}
-			return gone[id]
-		})
+	// One that is not a member any more comes back with nothing that counts (see adopt). Until all are settled without
+	// it, it may be asked what it holds all the same; from then on it is told if it can be. With a mark it does no harm.
+	is := make(map[string]ring.Member)
+	for _, m := range s.Members {
+		is[m.ID] = m
+	}
+	over := b.n.epochs.over(s.Epoch)
+	loose := make(map[string]bool)
+	for id, m := range marks {
+		if now, ok := is[id]; ok {
+			marks[id] = now // it may have another address by now
+		} else {
+			delete(marks, id)
+			stale[id], loose[id] = m, true
+		}
+	}
+	for id := range stale {
+		if now, ok := is[id]; ok {
+			stale[id] = now
+		} else if over {
+			loose[id] = true
+		}
+	}
+	tell := func(to map[string]ring.Member, word string) map[string]ring.Member {
+		left := b.tellAll(ctx, to, word, p.key, floor)
+		maps.DeleteFunc(left, func(id string, _ ring.Member) bool { return loose[id] })
+		return left
 	}
 	all := maps.Clone(marks)
 	maps.Copy(all, stale)
 	left := map[string]ring.Member{}
 	if len(all) == 1 && len(marks) == 0 {
-		left = b.tellAll(ctx, all, "/forget", p.key, floor)
+		left = tell(all, "/forget")
 		stale, marks = left, map[string]ring.Member{}
 	} else if len(all) > 0 {
 		// Marks first: who is told to forget must not be the last that knew.
-		if left = b.tellAll(ctx, all, "/mark", p.key, floor); len(left) == 0 {
-			left = b.tellAll(ctx, all, "/forget", p.key, floor)
+		if left = tell(all, "/mark"); len(left) == 0 {
+			left = tell(all, "/forget")
 			stale, marks = map[string]ring.Member{}, left
 		} else {
-			stale, marks = left, all
-			maps.DeleteFunc(marks, func(id string, _ ring.Member) bool { return left[id].ID != "" })
+			stale, marks = left, maps.Clone(all)
+			maps.DeleteFunc(marks, func(id string, _ ring.Member) bool { return left[id].ID != "" || is[id].ID == "" })
 		}
 	}
 	// This worker's own comes before anybody may take the name to be well.
@@ -415,12 +567,7 @@ func (b *back) settleCopies(ctx context.Context, p *pending, s state) error {
 		return err
 	}
 	b.mu.Lock()
-	defer b.mu.Unlock()
 	if p.floor == floor && p.gen == gen {
-		for id := range gone {
-			delete(p.stale, id)
-			delete(p.marks, id)
-		}
 		for id, m := range all {
 			delete(p.stale, id)
 			delete(p.marks, id)
@@ -432,7 +579,12 @@ func (b *back) settleCopies(ctx context.Context, p *pending, s state) error {
 		}
 		p.kept = false
 	}
+	b.mu.Unlock()
 	if len(left) > 0 {
+		// Whoever settles later hears one of them. Too few can be reached where that fails: it is tried again.
+		if err := b.secure(ctx, p, s); err != nil {
+			return err
+		}
 		return fmt.Errorf("%w: %d workers that may hold a copy of what the bucket has by now cannot be told", gateway.ErrBusy, len(left))
 	}
 	return nil
@@ -470,7 +622,7 @@ func seqQuery(key string, seq journal.Seq) url.Values {
 func (b *back) secure(ctx context.Context, p *pending, s state) error {
 	for _, m := range b.others(s, p.key) {
 		b.mu.Lock()
-		floor, enough := p.floor, len(p.marks) >= b.copies-1
+		floor, enough := p.floor, p.marked(s.Membership) >= b.copies-1
 		_, stale := p.stale[m.ID]
 		_, marked := p.marks[m.ID]
 		b.mu.Unlock()
@@ -492,7 +644,7 @@ func (b *back) secure(ctx context.Context, p *pending, s state) error {
 	}
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if len(p.marks) >= b.copies-1 || len(p.stale) == 0 {
+	if p.marked(s.Membership) >= b.copies-1 || len(p.stale) == 0 {
 		return nil
 	}
 	return fmt.Errorf("%w: %q: a worker that may hold an old copy of it cannot be reached, and too few others can be", gateway.ErrBusy, p.key)

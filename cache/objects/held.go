@@ -3,7 +3,6 @@ package objects
 import (
 	"context"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -16,7 +15,6 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/stepcache/stepcache/cache/gateway"
 	"github.com/stepcache/stepcache/cache/objects/journal"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
@@ -30,6 +28,14 @@ const maxHeld = 64 << 20
 // heldJSON is what a member holds.
 type heldJSON struct {
 	Records []journal.Record
+	// Knows: the member knows all that is pending of the names that it owns. Own is the newest that was acknowledged
+	// of each, and Records has nothing of them.
+	Knows bool             `json:",omitempty"`
+	Own   []journal.Record `json:",omitempty"`
+	// Blank: it came without the memory of a former life, and was not settled since.
+	Blank bool `json:",omitempty"`
+	// Departed are members of former lists that it has to ask, or that others may.
+	Departed []ring.Member `json:",omitempty"`
 	// Upto, when not empty, is the last name told of, since there were too many.
 	Upto string
 }
@@ -51,6 +57,7 @@ func (n *Names) backRoutes(mux *http.ServeMux) {
 	b := n.back
 	mux.HandleFunc("PUT /hold", n.serveHold)
 	mux.HandleFunc("GET /held", b.serveHeld)
+	mux.HandleFunc("POST /release", b.serveRelease)
 	mux.HandleFunc("POST /mark", b.word(b.j.Mark))
 	mux.HandleFunc("POST /forget", b.word(b.j.Forget))
 	mux.HandleFunc("POST /bye", func(w http.ResponseWriter, r *http.Request) {
@@ -99,7 +106,7 @@ func (b *back) serveHeld(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
 	theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
 	limit, lerr := strconv.Atoi(q.Get("limit"))
-	if err != nil || lerr != nil || limit < 1 {
+	if err != nil || !q.Has("owner") && (lerr != nil || limit < 1) {
 		refuse(w, http.StatusBadRequest, "invalid", "no epoch or no limit")
 		return
 	}
@@ -110,53 +117,119 @@ func (b *back) serveHeld(w http.ResponseWriter, r *http.Request) {
 		answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: s.Epoch})
 		return
 	}
+	var h heldJSON
 	if owner := q.Get("owner"); owner != "" {
 		if err := b.sendsNothing(r.Context(), s, owner); err != nil {
 			return // the sender is gone
 		}
+		h = b.holds(s, owner)
+		_, h.Departed = b.n.epochs.all()
+	} else {
+		h = b.tells(s, q)
 	}
-	answer(w, http.StatusOK, b.holds(s, q))
+	if now := b.n.epochs.now(); now.Epoch != theirs {
+		answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: now.Epoch})
+		return
+	}
+	answer(w, http.StatusOK, h)
 }
 
-// holds is what this worker's journal has, as a query asks for it.
-func (b *back) holds(s state, q url.Values) (h heldJSON) {
-	limit, _ := strconv.Atoi(q.Get("limit"))
-	owner, names := q.Get("owner"), 0
+// holds is what this worker's journal has of the names that a member owns.
+func (b *back) holds(s state, owner string) (h heldJSON) {
 	for _, key := range b.j.Keys() {
-		if q.Has("key") && key != q.Get("key") || !strings.HasPrefix(key, q.Get("prefix")) || key <= q.Get("after") {
-			continue
-		}
-		if owner != "" {
-			if o := s.NameOwners(b.n.c.Dataset, key, 1); len(o) == 0 || o[0].ID != owner {
-				continue
-			}
-		}
-		records := b.j.Of(key)
-		if len(records) == 0 {
-			continue
-		}
-		if names == limit {
-			h.Upto = h.Records[len(h.Records)-1].Key
-			break
-		}
-		names++
-		for _, r := range records {
-			r.Sums = nil
-			h.Records = append(h.Records, r)
+		if o := s.NameOwners(b.n.c.Dataset, key, 1); len(o) > 0 && o[0].ID == owner {
+			h.Records = append(h.Records, bare(b.j.Of(key))...)
 		}
 	}
 	return h
 }
 
-// allHeld is a limit that is none.
-const allHeld = 1 << 30
+// bare are records without their sums, which are of no use elsewhere.
+func bare(records []journal.Record) []journal.Record {
+	for i := range records {
+		records[i].Sums = nil
+	}
+	return records
+}
+
+// tells is what this worker knows and holds, as a query asks for it.
+func (b *back) tells(s state, q url.Values) (h heldJSON) {
+	limit, _ := strconv.Atoi(q.Get("limit"))
+	asked := func(key string) bool {
+		return (!q.Has("key") || key == q.Get("key")) && strings.HasPrefix(key, q.Get("prefix")) && key > q.Get("after")
+	}
+	before, knows := b.n.epochs.knows(b.n.c.Clock.Now())
+	own := make(map[string]journal.Record)
+	b.mu.Lock()
+	for key, p := range b.names {
+		if e := p.acked(); e != nil && asked(key) && b.owns(s.Membership, key) {
+			own[key] = bare([]journal.Record{e.Record})[0]
+		}
+	}
+	b.mu.Unlock()
+	after, still := b.n.epochs.knows(b.n.c.Clock.Now())
+	h.Knows = knows && still && before.turn == after.turn && after.Epoch == s.Epoch
+	_, err := os.Stat(b.settledPath())
+	h.Blank = err != nil
+	held := make(map[string][]journal.Record)
+	for _, key := range b.j.Keys() {
+		if asked(key) && !(h.Knows && b.owns(s.Membership, key)) {
+			held[key] = bare(b.j.Of(key))
+		}
+	}
+	if !h.Knows { // what it knows all the same may be held only by others that have left
+		for key, r := range own {
+			if !slices.ContainsFunc(held[key], func(o journal.Record) bool { return o.Seq == r.Seq && !o.Mark }) {
+				held[key] = append(held[key], r)
+			}
+		}
+		clear(own)
+	}
+	keys := slices.AppendSeq(slices.Collect(maps.Keys(own)), maps.Keys(held))
+	slices.Sort(keys)
+	if len(keys) > limit {
+		keys = keys[:limit]
+		h.Upto = keys[limit-1]
+	}
+	for _, key := range keys {
+		h.Records = append(h.Records, held[key]...)
+		if r, ok := own[key]; ok {
+			h.Own = append(h.Own, r)
+		}
+	}
+	return h
+}
+
+// allHeld says whether members hold all that this worker knows to be pending of its names, and enough of them know
+// what is not pending any more although others may hold it: then it does not matter what those hold or know that are
+// members no more.
+func (b *back) allHeld(list ring.Membership) bool {
+	s := state{Membership: list}
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	for key, p := range b.names {
+		if !b.owns(list, key) {
+			continue
+		}
+		if len(p.entries) == 0 && (p.kept || len(p.stale) > 0 && p.marked(list) < min(b.copies, len(list.Members))-1) {
+			return false
+		}
+		for _, e := range p.entries {
+			if e.members(s) == 0 {
+				return false
+			}
+		}
+	}
+	return true
+}
 
 // gather notes what m holds of this worker's names, under the list with that epoch.
 func (b *back) gather(ctx context.Context, m ring.Member, epoch uint64) error {
-	h, err := b.n.peers.held(ctx, m, epoch, url.Values{"owner": {b.n.c.Self}, "limit": {strconv.Itoa(allHeld)}})
+	h, err := b.n.peers.held(ctx, m, epoch, url.Values{"owner": {b.n.c.Self}})
 	if err != nil {
 		return err
 	}
+	b.n.epochs.learn(epoch, h.Departed)
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	b.gathered[m.ID] = gathered{m, h.Records}
@@ -166,12 +239,14 @@ func (b *back) gather(ctx context.Context, m ring.Member, epoch uint64) error {
 // maySettle says whether this worker knows all that is pending of its names although that many members could not
 // be asked: what was acknowledged is held by as many as are wanted, and one that came without memory counts as one
 // that could not be asked.
-func (b *back) maySettle(missing map[string]ring.Member) bool {
-	count := len(missing)
+//
+// Of those only known are members of lists that this worker has seen itself. Of the others it must not be more either,
+// or they could go on among themselves.
+func (b *back) maySettle(missing map[string]ring.Member, known int) bool {
 	if _, err := os.Stat(b.settledPath()); err != nil {
-		count++
+		known++
 	}
-	if count <= b.copies-1 {
+	if max(known, len(missing)) <= b.copies-1 {
 		return true
 	}
 	var ids []string
@@ -179,7 +254,7 @@ func (b *back) maySettle(missing map[string]ring.Member) bool {
 		ids = append(ids, m.ID)
 	}
 	slices.Sort(ids)
-	err := fmt.Errorf("worker %s does not serve the names that came to it, since too many workers may hold what was acknowledged of them and do not answer: %s; bring them back, or restart this worker to go on with the loss of what only they hold", b.n.c.Self, strings.Join(ids, ", "))
+	err := fmt.Errorf("worker %s does not serve the names that came to it, since too many workers may hold what was acknowledged of them and do not answer: %s; bring them back, or restart all the workers that say so to go on with the loss of what only they hold", b.n.c.Self, strings.Join(ids, ", "))
 	b.mu.Lock()
 	first := b.blocked == nil
 	b.blocked = err
@@ -229,9 +304,13 @@ func (b *back) adopt(list ring.Membership, kept func(key string) bool, missing [
 		st := b.names[key]
 		if !b.owns(list, key) {
 			if st != nil && st.through == 0 && st.committing == 0 {
-				delete(b.names, key)
 				st.gen++
 				st.tell()
+				if st.flushing {
+					b.enqueue(st) // forgotten then: its next owner asks until nothing is sent of it any more
+				} else {
+					delete(b.names, key)
+				}
 			}
 			continue
 		}
@@ -356,7 +435,7 @@ func (b *back) meet(ctx context.Context) {
 		wg.Go(func() {
 			within, cancel := context.WithTimeout(ctx, askTimeout)
 			defer cancel()
-			h, err := b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}, "limit": {strconv.Itoa(allHeld)}})
+			h, err := b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}})
 			if err != nil {
 				return // later
 			}
@@ -405,110 +484,4 @@ func (b *back) isSettled() {
 	if err := os.WriteFile(b.settledPath(), nil, 0o600); err != nil {
 		b.n.log.Warn("it cannot be noted that this worker knows what is pending", "error", err)
 	}
-}
-
-// ask asks every member what it holds, and gives the newest of each name that is not in the bucket, with who has
-// it. upto, when not empty, is the name after which there may be more. What was acknowledged before it is called
-// is among it, or in the bucket.
-func (b *back) ask(ctx context.Context, query url.Values) (newest map[string]journal.Record, at map[string]ring.Member, upto string, err error) {
-	for try := 1; ; try++ {
-		newest, at, upto, err = b.askOnce(ctx, query)
-		var stale *errStale
-		ok := errors.As(err, &stale)
-		if !ok || try == routeTries {
-			if ok {
-				err = fmt.Errorf("%w: the workers do not follow the same membership: %w", gateway.ErrBusy, err)
-			}
-			return newest, at, upto, err
-		}
-		b.n.epochs.heard(stale.epoch, b.n.c.Clock.Now())
-		b.n.epochs.wait(ctx, stale.epoch, catchUp)
-		if err := ctx.Err(); err != nil {
-			return nil, nil, "", err
-		}
-	}
-}
-
-// members are those that may hold what is not in the bucket: those of the list, and of the lists before it until it
-// is settled.
-func (b *back) members() (state, []ring.Member) {
-	s, past := b.n.epochs.all()
-	out := slices.Clone(s.Members)
-	b.mu.Lock()
-	defer b.mu.Unlock()
-	for _, m := range past {
-		if !b.byes[m.ID] && !slices.ContainsFunc(out, func(o ring.Member) bool { return o.ID == m.ID }) {
-			out = append(out, m)
-		}
-	}
-	return s, out
-}
-
-func (b *back) askOnce(ctx context.Context, query url.Values) (map[string]journal.Record, map[string]ring.Member, string, error) {
-	s, members := b.members()
-	type answer struct {
-		h   heldJSON
-		err error
-	}
-	answers := make([]answer, len(members))
-	var wg sync.WaitGroup
-	places := make(chan struct{}, askAtOnce)
-	for i, m := range members {
-		if m.ID == b.n.c.Self {
-			answers[i].h = b.holds(s, query)
-			continue
-		}
-		places <- struct{}{}
-		wg.Go(func() {
-			defer func() { <-places }()
-			within, cancel := context.WithTimeout(ctx, catchUp+askTimeout)
-			defer cancel()
-			if answers[i].err = b.n.peers.known(m); answers[i].err == nil {
-				answers[i].h, answers[i].err = b.n.peers.held(within, m, s.Epoch, query)
-			}
-		})
-	}
-	wg.Wait()
-	missing := 0
-	var why error
-	upto := ""
-	floors := make(map[string]journal.Seq)
-	newest, at := make(map[string]journal.Record), make(map[string]ring.Member)
-	for i, a := range answers {
-		if stale := (*errStale)(nil); errors.As(a.err, &stale) {
-			return nil, nil, "", stale
-		}
-		if a.err != nil {
-			missing, why = missing+1, a.err
-			continue
-		}
-		if a.h.Upto != "" && (upto == "" || a.h.Upto < upto) {
-			upto = a.h.Upto
-		}
-		for _, r := range a.h.Records {
-			switch {
-			case members[i].Joined > r.Seq.Epoch:
-			case r.Mark:
-				if floors[r.Key].Compare(r.Seq) < 0 {
-					floors[r.Key] = r.Seq
-				}
-			default:
-				if have, ok := newest[r.Key]; !ok || have.Seq.Compare(r.Seq) < 0 {
-					newest[r.Key], at[r.Key] = r, members[i]
-				}
-			}
-		}
-	}
-	if err := ctx.Err(); err != nil {
-		return nil, nil, "", err
-	}
-	if missing > b.copies-1 {
-		return nil, nil, "", fmt.Errorf("%w: %d workers that may hold what is not in the bucket yet cannot be asked: %w", gateway.ErrBusy, missing, why)
-	}
-	for key, r := range newest {
-		if floors[key].Compare(r.Seq) >= 0 || upto != "" && key > upto {
-			delete(newest, key)
-		}
-	}
-	return newest, at, upto, nil
 }

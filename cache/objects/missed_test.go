@@ -24,6 +24,7 @@ func TestAWorkerThatMissedAListIsNotSureOfItsNames(t *testing.T) {
 			self: "w0", back: true, list: list(3), past: []ring.Membership{list(3)}, settled: true, looked: now,
 			ask: make(map[string]ring.Member), changed: make(chan struct{}),
 		}
+		e.peers.init()
 		if _, ok := e.sure(now, owns); !ok {
 			t.Fatal("not sure under a settled list")
 		}

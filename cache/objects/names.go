@@ -172,7 +172,7 @@ func New(c Config) (*Names, error) {
 			n.uploads.close()
 			return nil, err
 		}
-		n.epochs.back = true
+		n.epochs.back, n.epochs.copies = true, c.Back.Copies
 	}
 	n.handler = n.routes()
 	n.epochs.init(c.Members, c.Self, c.Clock.Now())
@@ -189,7 +189,7 @@ func (systemClock) After(d time.Duration) <-chan time.Time { return time.After(d
 func (n *Names) Run(ctx context.Context) error {
 	loops := []func(context.Context){n.keepUploads, n.keepWarm}
 	if n.back != nil {
-		loops = append(loops, n.back.keepFlushing)
+		loops = append(loops, n.back.keepFlushing, n.keepConfirmed)
 	}
 	done := make(chan struct{}, len(loops))
 	for _, loop := range loops {
@@ -245,6 +245,8 @@ type mount struct {
 	path   string // as the start of keys of the dataset: "" or "a/b/"
 	prefix string // of keys of the bucket
 	tags   tags
+	// noMatch and noAbsent say that the store puts nothing on the condition that there is a certain version, or none.
+	noMatch, noAbsent atomic.Bool
 }
 
 // mounts are the opened mounts in the order of their paths. Once opened they stay.

@@ -348,20 +348,20 @@ func (p *peers) judge(m ring.Member, resp *http.Response) error {
 }
 
 // epoch asks which epoch m follows, and tells it ours.
-func (p *peers) epoch(ctx context.Context, m ring.Member, ours uint64) (theirs uint64, err error) {
+func (p *peers) epoch(ctx context.Context, m ring.Member, ours uint64) (theirs standpoint, err error) {
 	req, err := p.request(ctx, http.MethodGet, m, "/epoch", url.Values{"from": {p.n.c.Self}}, ours, nil)
 	if err != nil {
-		return 0, err
+		return theirs, err
 	}
 	resp, err := p.transport.RoundTrip(req)
 	if err != nil {
-		return 0, err
+		return theirs, err
 	}
 	defer resp.Body.Close()
 	if err := p.judge(m, resp); err != nil {
-		return 0, err
+		return theirs, err
 	}
-	_, err = fmt.Fscanf(io.LimitReader(resp.Body, 32), "%d", &theirs)
+	_, err = fmt.Fscanf(io.LimitReader(resp.Body, 64), "%d %d %d", &theirs.Epoch, &theirs.Settled, &theirs.Closed)
 	return theirs, err
 }
 

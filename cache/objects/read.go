@@ -192,11 +192,8 @@ func (n *Names) acquire(ctx context.Context, key string, p place, f found, block
 // fetch reads bytes of a version from the bucket.
 func (n *Names) fetch(ctx context.Context, p place, o source.Object, off int64, into []byte) error {
 	if n.back != nil {
-		if c := n.back.local(p.name(), o); c != nil {
-			defer c.Close()
-			if _, err := c.ReadAt(into, off); err == nil {
-				return nil
-			}
+		if pending, err := n.back.read(ctx, p.name(), o, off, into); pending {
+			return err
 		}
 	}
 	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
@@ -216,6 +213,9 @@ func (o *object) pass(ctx context.Context, w io.Writer, off, length int64) error
 		if c := b.local(o.key, o.found.object); c != nil {
 			defer c.Close()
 			return all(io.Copy(w, io.NewSectionReader(c, off, length)))(length)
+		}
+		if len(b.elsewhere(o.key, o.found.object)) > 0 {
+			return fmt.Errorf("%w: no memory is free for what another worker holds", gateway.ErrBusy)
 		}
 	}
 	body, err := o.p.Get(ctx, o.found.object, off, length)

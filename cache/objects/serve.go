@@ -250,7 +250,8 @@ func (n *Names) serveEpoch(w http.ResponseWriter, r *http.Request) {
 	if n.back != nil {
 		n.back.met(r.URL.Query().Get("from"))
 	}
-	fmt.Fprintf(w, "%d", n.epochs.now().Epoch)
+	says := n.epochs.says()
+	fmt.Fprintf(w, "%d %d %d", says.Epoch, says.Settled, says.Closed)
 }
 
 // serveBlock sends one block of a version, with its checksums. Whose name it is does not matter: the

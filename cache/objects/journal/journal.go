@@ -380,6 +380,11 @@ func (j *Journal) Forget(key string, seq Seq) error {
 	return j.drop(key, func(o Record) bool { return o.Seq.Compare(seq) <= 0 })
 }
 
+// Drop drops one entry.
+func (j *Journal) Drop(key string, seq Seq) error {
+	return j.drop(key, func(o Record) bool { return !o.Mark && o.Seq == seq })
+}
+
 // note notes up to where a name is in the bucket. The caller holds the mutex.
 func (j *Journal) note(key string, seq Seq) {
 	if now := time.Now(); now.Sub(j.since) > forgetAfter {
