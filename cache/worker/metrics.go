@@ -107,6 +107,22 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 			out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_objects_"+m.name+"_total", m.help, nil, nil), prometheus.CounterValue, float64(m.value))
 		}
 	}
+	if c.w.gateway != nil {
+		age := 0.0
+		if u := s.Unflushed; !u.Oldest.IsZero() {
+			age = max(0, c.w.clock.Now().Sub(u.Oldest).Seconds())
+		}
+		for _, m := range []struct {
+			name, help string
+			value      float64
+		}{
+			{"unflushed", "Objects acknowledged and not yet in the bucket, as far as this worker answers for them.", float64(s.Unflushed.Objects)},
+			{"unflushed_bytes", "Bytes of them.", float64(s.Unflushed.Bytes)},
+			{"unflushed_age_seconds", "How long the oldest of them has been waiting.", age},
+		} {
+			out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_objects_"+m.name, m.help, nil, nil), prometheus.GaugeValue, m.value)
+		}
+	}
 	for i := range c.w.counts.statuses {
 		if n := c.w.counts.statuses[i].Load(); n > 0 {
 			out <- prometheus.MustNewConstMetric(statusDesc, prometheus.CounterValue, float64(n), wire.Status(i).String())
