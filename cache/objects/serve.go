@@ -26,6 +26,11 @@ const drainTimeout = 5 * time.Second
 // that closes it, valid says that its key is no longer one, or ctx ends; what is under way then is finished
 // for a bounded time. A deadline that nc was written to with before does not count any more.
 func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
+	Serve(ctx, nc, valid, n.handler)
+}
+
+// Serve is ServeConn for requests that handler answers.
+func Serve(ctx context.Context, nc net.Conn, valid func() bool, handler http.Handler) {
 	// Other workers also keep connections that they made to spare: the first request may come long after the reply
 	// that opened nc to them, with its deadline. net/http writes with that until it has answered once, and drops
 	// the error when it says that it takes a body, which both ends would then wait for.
@@ -53,7 +58,7 @@ func (n *Names) ServeConn(ctx context.Context, nc net.Conn, valid func() bool) {
 				refuse(w, http.StatusUnauthorized, "denied", "the key of this connection is not one of the dataset's any more")
 				return
 			}
-			n.handler.ServeHTTP(w, r)
+			handler.ServeHTTP(w, r)
 		}),
 	}
 	ended := make(chan struct{})

@@ -60,7 +60,8 @@ const (
 	// OpSnapshot asks for bytes [Off, Off+Length) of the encoded snapshot named by Snapshot; zero digest:
 	// the current one, whose digest comes back in the reply's Body. The reply's Size is its whole length.
 	OpSnapshot
-	// OpMembers asks for the membership list; the reply's payload is its JSON.
+	// OpMembers asks for the membership list; the reply's payload is its JSON. Its Index is NamesServed where the
+	// worker answers questions about names.
 	OpMembers
 	// OpLease (Unix socket only) asks for a read-only descriptor of a file that the worker holds whole.
 	// With WaitMillis > 0 the worker first fills the file, for that long at most. The descriptor comes
@@ -72,8 +73,8 @@ const (
 	// OpResident asks which blocks of a file are resident; the payload is a bitmap, least significant
 	// bit first.
 	OpResident
-	// OpObjects makes the connection, which must be of the write role, one that carries HTTP requests about
-	// the names of a writable dataset (cache/objects) from the OK reply on.
+	// OpObjects makes the connection one that carries HTTP requests about the names of a writable dataset from the
+	// OK reply on: of the write role those of other workers (cache/objects), of the read role those of names.go.
 	OpObjects
 )
 

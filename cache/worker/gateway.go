@@ -134,6 +134,7 @@ type gatewayServer struct {
 	names    *objects.Names
 	handler  http.Handler
 	metrics  *gateway.Metrics
+	readers  http.Handler // of those that follow the names
 
 	// inside is held by each request, and taken whole when none may begin any more.
 	inside sync.RWMutex
@@ -157,6 +158,7 @@ func newGateway(w *Worker) (_ *gatewayServer, err error) {
 	if err != nil {
 		return nil, err
 	}
+	g.readers = w.namesHandler(g.names, w.config.Mounts)
 	keys := &gatewayKeys{dir: c.Credentials, now: w.clock.Now, note: func(err error) { w.problems.set(problemGateway, err) }}
 	keys.get()
 	g.handler, err = gateway.New(gateway.Config{

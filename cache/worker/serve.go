@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/objects"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -188,14 +189,15 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn, permit *permit) {
 			return
 		}
 		if req.Op == wire.OpObjects {
-			if err := w.mayAskNames(permit); err != nil {
+			serve, err := w.namesFor(permit)
+			if err != nil {
 				c.fail(cctx, req, err)
 				return
 			}
 			if c.reply(cctx, req, wire.Reply{}, nil) == nil {
 				// The sender waits for the reply, so that nothing of what follows is in r.
 				stopRead()
-				w.gateway.names.ServeConn(ctx, nc, permit.valid)
+				serve(ctx, nc, permit.valid)
 			}
 			return
 		}
@@ -384,7 +386,11 @@ func (c *conn) members(ctx context.Context, req wire.Request) error {
 	if len(encoded) > wire.MaxPayload {
 		return fmt.Errorf("%w: the membership list has %d bytes, more than a reply", wire.ErrInternal, len(encoded))
 	}
-	return c.reply(ctx, req, wire.Reply{}, encoded)
+	var rep wire.Reply
+	if c.worker.gateway != nil {
+		rep.Index = wire.NamesServed
+	}
+	return c.reply(ctx, req, rep, encoded)
 }
 
 func (c *conn) resident(ctx context.Context, req wire.Request) error {
@@ -484,13 +490,18 @@ func (c *conn) write(ctx context.Context, req wire.Request, rep wire.Reply, fram
 	return nil
 }
 
-// mayAskNames says why a connection cannot carry requests about names.
-func (w *Worker) mayAskNames(p *permit) error {
+// namesFor is what serves a connection with requests about names: other workers' have the write key, those of
+// readers that follow the names the read key.
+func (w *Worker) namesFor(p *permit) (serve func(context.Context, net.Conn, func() bool), err error) {
 	switch {
 	case w.gateway == nil:
-		return fmt.Errorf("%w: worker %s serves a read-only dataset", source.ErrInvalid, w.config.ID)
-	case p.role != wire.RoleWrite:
-		return fmt.Errorf("%w: worker %s: requests about names need the write key", source.ErrDenied, w.config.ID)
+		return nil, fmt.Errorf("%w: worker %s serves a read-only dataset", source.ErrInvalid, w.config.ID)
+	case p.role == wire.RoleWrite:
+		return w.gateway.names.ServeConn, nil
+	case p.role == wire.RoleRead:
+		return func(ctx context.Context, nc net.Conn, valid func() bool) {
+			objects.Serve(ctx, nc, valid, w.gateway.readers)
+		}, nil
 	}
-	return nil
+	return nil, fmt.Errorf("%w: worker %s: requests about names need the read or the write key", source.ErrDenied, w.config.ID)
 }
