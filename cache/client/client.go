@@ -14,6 +14,9 @@
 // payload is checked against its sums, and a reply must echo what was asked for. Only the object itself can
 // fail a read: it changed or is gone.
 //
+// Names is the reader of a writable dataset, which has no snapshot that holds: it asks for names and for the bytes
+// of their versions, over connections of its own (wire.PathName and so on).
+//
 // # Rules
 //
 // Concurrency: everything is safe for concurrent use. Every goroutine belongs to a Client and has ended when

@@ -76,7 +76,7 @@ func (c *Client) fromAny(ctx context.Context, get func(*peer) error) error {
 			}
 		}
 		if err := ctx.Err(); err != nil {
-			return fmt.Errorf("dataset %s: no snapshot: %w: %w", c.config.Dataset, context.Cause(ctx), last)
+			return fmt.Errorf("dataset %s: no worker answers: %w: %w", c.config.Dataset, context.Cause(ctx), last)
 		}
 		if refused > 0 && refused == len(peers) {
 			return fmt.Errorf("dataset %s: %w", c.config.Dataset, last)

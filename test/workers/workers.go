@@ -44,6 +44,22 @@ const patience = time.Minute
 // and returns the addresses of their S3 endpoints once all answer.
 func Start(t testing.TB, server *bucket.Server, bucketName, prefix string, n int) (endpoints []string) {
 	t.Helper()
+	return StartTier(t, server, bucketName, prefix, n).Endpoints
+}
+
+// Tier is what runs, for those who read otherwise than by S3.
+type Tier struct {
+	Endpoints []string // of S3
+	// Dataset, Membership and Keys are what a client of the workers needs.
+	Dataset    string
+	Membership ring.Membership
+	Keys       wire.Keys
+}
+
+// StartTier is Start that tells more.
+func StartTier(t testing.TB, server *bucket.Server, bucketName, prefix string, n int) Tier {
+	t.Helper()
+	var endpoints []string
 	dir, err := os.MkdirTemp("", "workers-") // short: there are sockets below it
 	if err != nil {
 		t.Fatal(err)
@@ -69,7 +85,8 @@ func Start(t testing.TB, server *bucket.Server, bucketName, prefix string, n int
 	if err := os.Mkdir(filepath.Join(dir, "keys"), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	if err := wire.WriteKeys(filepath.Join(dir, "keys"), wire.GenerateKeys()); err != nil {
+	keys := wire.GenerateKeys()
+	if err := wire.WriteKeys(filepath.Join(dir, "keys"), keys); err != nil {
 		t.Fatal(err)
 	}
 	ports := freePorts(t, 3*n)
@@ -98,7 +115,7 @@ func Start(t testing.TB, server *bucket.Server, bucketName, prefix string, n int
 	for _, e := range endpoints {
 		answers(t, e)
 	}
-	return endpoints
+	return Tier{Endpoints: endpoints, Dataset: "ns/" + Bucket, Membership: members, Keys: keys}
 }
 
 // run runs a worker until the test ends.
