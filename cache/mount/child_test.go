@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -36,6 +37,8 @@ type order struct {
 	Block string
 	// Resume says that a parked mount comes over the socket.
 	Resume bool
+	// Names: the mount follows the names of a writable dataset.
+	Names bool
 }
 
 // child runs in the other process; the order is in the environment, after the verb.
@@ -45,7 +48,7 @@ func child(what string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	f := map[string]func(order) error{"mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
+	f := map[string]func(order) error{"list": childList, "mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
 	if f == nil {
 		fmt.Fprintln(os.Stderr, "no such child:", what)
 		return 2
@@ -109,6 +112,27 @@ func childRead(o order) error {
 	n, err := unix.Read(fd, make([]byte, 1))
 	fmt.Printf("%d %s\n", n, unix.ErrnoName(errno(err)))
 	return nil
+}
+
+// childList lists a folder and prints how many entries it has and how that ended. SIGUSR1 does nothing to it.
+func childList(o order) error {
+	c := make(chan os.Signal, 10)
+	signal.Notify(c, unix.SIGUSR1)
+	fd, err := unix.Open(o.Path, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	n, buf := 0, make([]byte, 4096)
+	for {
+		k, err := unix.Getdents(fd, buf)
+		if k <= 0 || err != nil {
+			fmt.Printf("%d %s\n", n, unix.ErrnoName(errno(err)))
+			return nil
+		}
+		for b := buf[:k]; len(b) > 0; n++ {
+			b = b[binary.NativeEndian.Uint16(b[16:]):]
+		}
+	}
 }
 
 func errno(err error) unix.Errno {
@@ -226,7 +250,8 @@ func childServe(o order) error {
 		return err
 	}
 	r := &leasing{memory: newMemory(s, all), dir: o.Dir}
-	r.hook(func(ctx context.Context, path string, _ int64) error {
+	names := newChanging(all)
+	hook := func(ctx context.Context, path string, _ int64) error {
 		if path == o.Block {
 			if err := send(c, note{What: "blocked"}, nil); err != nil {
 				return err
@@ -234,7 +259,9 @@ func childServe(o order) error {
 			select {} // until this process is killed
 		}
 		return nil
-	})
+	}
+	r.hook(hook)
+	names.hook(hook)
 	opt := Options{Dataset: "served", Mode: o.Mode, Leases: 8}
 	var m *Server
 	if o.Resume {
@@ -242,8 +269,16 @@ func childServe(o order) error {
 		if err != nil {
 			return err
 		}
-		m, err = Resume(context.Background(), p, s, r, opt)
+		if o.Names {
+			m, err = ResumeNames(context.Background(), p, names, opt)
+		} else {
+			m, err = Resume(context.Background(), p, s, r, opt)
+		}
 		if err != nil {
+			return err
+		}
+	} else if o.Names {
+		if m, err = MountNames(context.Background(), o.Path, names, opt); err != nil {
 			return err
 		}
 	} else if m, err = Mount(context.Background(), o.Path, s, r, opt); err != nil {

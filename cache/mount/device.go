@@ -87,17 +87,16 @@ func hasCap(c uint) bool {
 
 // mountOptions are the kernel's, but for those that belong to a descriptor and a user. default_permissions lets
 // the kernel check modes by itself, so that access(2) and chdir(2) cost no request.
-func mountOptions(o Options, snap *catalog.Snapshot) (source string, options []string) {
+func mountOptions(o Options, shows catalog.Digest) (source string, options []string) {
 	options = []string{fmt.Sprintf("max_read=%d", maxWrite), "default_permissions"}
 	if !o.Private {
 		options = append(options, "allow_other")
 	}
-	digest := snap.Digest()
 	source = "stepcache"
 	if o.Dataset != "" {
 		source += ":" + strings.Map(plain, o.Dataset)
 	}
-	return source + "@" + hex.EncodeToString(digest[:4]), options
+	return source + "@" + hex.EncodeToString(shows[:4]), options
 }
 
 // plain keeps a name from being taken for options.

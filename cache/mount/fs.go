@@ -3,7 +3,7 @@ package mount
 import (
 	"context"
 	"log/slog"
-
+	"math"
 	"runtime/debug"
 	"time"
 
@@ -12,6 +12,7 @@ import (
 	"golang.org/x/time/rate"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 const (
@@ -32,7 +33,8 @@ type fileSystem struct {
 	fuse.RawFileSystem // ENOSYS to everything that is not below
 
 	ctx     context.Context // ends with the connection
-	snap    *catalog.Snapshot
+	snap    tree
+	live    *live // the same, where it follows the names; or nil
 	reader  Reader
 	peeker  Peeker // the same, or nil
 	opt     Options
@@ -46,12 +48,27 @@ type fileSystem struct {
 	pass    passthrough
 }
 
-func newFileSystem(ctx context.Context, snap *catalog.Snapshot, r Reader, t *table, o Options) *fileSystem {
+// tree is what a mount shows: nodes that never change. catalog.Snapshot says what its methods are.
+type tree interface {
+	Node(i catalog.Index) (catalog.Node, bool)
+	Path(i catalog.Index) string
+	Object(i catalog.Index) (mount int, o source.Object, ok bool)
+	Mounts() []catalog.Mount
+	Len() int
+	Bytes() int64
+	Created() time.Time
+	Digest() catalog.Digest
+	Histogram() []int64
+	Keep() (release func(), ok bool)
+}
+
+func newFileSystem(ctx context.Context, snap tree, r Reader, t *table, o Options) *fileSystem {
 	f := &fileSystem{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: ctx, snap: snap, reader: r, opt: o, table: t,
 		log: o.Logger.With("dataset", o.Dataset), limit: rate.NewLimiter(rate.Every(time.Second), 10),
 		created: snap.Created(),
 	}
+	f.live, _ = snap.(*live)
 	f.peeker, _ = r.(Peeker)
 	f.pass.init(f)
 	return f
@@ -62,6 +79,10 @@ func (f *fileSystem) negotiate(s *fuse.Server, m Mode) {
 	flags := s.KernelSettings().Flags64()
 	f.noDirs = flags&fuse.CAP_NO_OPENDIR_SUPPORT != 0
 	f.pass.negotiate(s, flags)
+	if f.live != nil {
+		f.mode = NoOpen // nothing is leased, and the table has the log where it has the files' handles otherwise
+		return
+	}
 	if m == Auto {
 		m = NoOpen
 		if f.pass.available() {
@@ -87,10 +108,10 @@ func (f *fileSystem) String() string { return subtype }
 
 // node finds a node by its id. The kernel knows only ids that it was given.
 func (f *fileSystem) node(id uint64) (catalog.Index, catalog.Node, bool) {
-	if id == 0 || id > uint64(f.snap.Len()) {
+	i := catalog.Index(id - 1)
+	if id == 0 || id > uint64(f.snap.Len()) && (f.live == nil || id > math.MaxUint32 || !f.live.has(f.ctx, i)) {
 		return 0, catalog.Node{}, false
 	}
-	i := catalog.Index(id - 1)
 	n, ok := f.snap.Node(i)
 	return i, n, ok
 }
@@ -116,14 +137,22 @@ func (f *fileSystem) attr(i catalog.Index, n *catalog.Node, a *fuse.Attr) {
 
 func (f *fileSystem) entry(i catalog.Index, n *catalog.Node, out *fuse.EntryOut) {
 	out.NodeId, out.Generation = nodeID(i), generation
-	out.SetEntryTimeout(forever)
+	out.SetEntryTimeout(f.valid())
 	out.SetAttrTimeout(forever)
 	f.attr(i, n, &out.Attr)
 }
 
+// valid is how long the kernel may keep that a name is this node.
+func (f *fileSystem) valid() time.Duration {
+	if f.live != nil {
+		return fresh
+	}
+	return forever
+}
+
 // Lookup finds a name in a directory. A name that is not there is told as an entry without a node, which the
 // kernel keeps too.
-func (f *fileSystem) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
+func (f *fileSystem) Lookup(cancel <-chan struct{}, h *fuse.InHeader, name string, out *fuse.EntryOut) fuse.Status {
 	f.count.lookups.Add(1)
 	dir, n, ok := f.node(h.NodeId)
 	if !ok {
@@ -132,7 +161,10 @@ func (f *fileSystem) Lookup(_ <-chan struct{}, h *fuse.InHeader, name string, ou
 	if !n.Dir {
 		return f.fail(unix.ENOTDIR)
 	}
-	if i, ok := f.snap.Child(dir, name); ok {
+	if f.live != nil {
+		return f.lookupLive(cancel, h, dir, name, out)
+	}
+	if i, ok := f.snap.(*catalog.Snapshot).Child(dir, name); ok {
 		if n, ok := f.snap.Node(i); ok {
 			f.entry(i, &n, out)
 			return fuse.OK
@@ -195,7 +227,10 @@ func (f *fileSystem) StatFs(_ <-chan struct{}, _ *fuse.InHeader, out *fuse.Statf
 // OpenDir needs no handle, a directory is read by position. So the kernel is told not to ask, and keeps what
 // it has read of a directory.
 func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenOut) fuse.Status {
-	if f.noDirs {
+	switch {
+	case f.live != nil:
+		return fuse.OK // asked each time, so that the kernel keeps nothing
+	case f.noDirs:
 		return fuse.ENOSYS
 	}
 	out.OpenFlags = fuse.FOPEN_KEEP_CACHE | fuse.FOPEN_CACHE_DIR
@@ -205,12 +240,12 @@ func (f *fileSystem) OpenDir(_ <-chan struct{}, in *fuse.OpenIn, out *fuse.OpenO
 // Positions in a directory: 0 is its start, 1 is after ".", 2 after "..", k+3 after the k-th child.
 const dotEntries = 2
 
-func (f *fileSystem) ReadDir(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
-	return f.list(in, func(e fuse.DirEntry, _ catalog.Index, _ *catalog.Node) bool { return out.AddDirEntry(e) })
+func (f *fileSystem) ReadDir(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return f.list(cancel, in, func(e fuse.DirEntry, _ catalog.Index, _ *catalog.Node) bool { return out.AddDirEntry(e) })
 }
 
-func (f *fileSystem) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
-	return f.list(in, func(e fuse.DirEntry, i catalog.Index, n *catalog.Node) bool {
+func (f *fileSystem) ReadDirPlus(cancel <-chan struct{}, in *fuse.ReadIn, out *fuse.DirEntryList) fuse.Status {
+	return f.list(cancel, in, func(e fuse.DirEntry, i catalog.Index, n *catalog.Node) bool {
 		o := out.AddDirLookupEntry(e)
 		if o != nil && n != nil {
 			f.entry(i, n, o)
@@ -220,7 +255,7 @@ func (f *fileSystem) ReadDirPlus(_ <-chan struct{}, in *fuse.ReadIn, out *fuse.D
 }
 
 // list gives add the entries of a directory from a position on, until it is full. n is nil for "." and "..".
-func (f *fileSystem) list(in *fuse.ReadIn, add func(e fuse.DirEntry, i catalog.Index, n *catalog.Node) bool) fuse.Status {
+func (f *fileSystem) list(cancel <-chan struct{}, in *fuse.ReadIn, add func(e fuse.DirEntry, i catalog.Index, n *catalog.Node) bool) fuse.Status {
 	f.count.readdirs.Add(1)
 	dir, n, ok := f.node(in.NodeId)
 	if !ok {
@@ -228,6 +263,9 @@ func (f *fileSystem) list(in *fuse.ReadIn, add func(e fuse.DirEntry, i catalog.I
 	}
 	if !n.Dir {
 		return f.fail(unix.ENOTDIR)
+	}
+	if f.live != nil {
+		return f.listLive(cancel, in, dir, &n, add)
 	}
 	end := uint64(n.Count) + dotEntries
 	for p := in.Offset; p < end; p++ {

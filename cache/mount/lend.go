@@ -43,7 +43,16 @@ func Attach(dir, source string) (*os.File, error) {
 // The descriptor becomes the Server's, or is closed with an error. The Server does not know where it is mounted:
 // Unmount is for whoever attached it.
 func Serve(ctx context.Context, conn *os.File, snap *catalog.Snapshot, r Reader, o Options) (*Server, error) {
+	return serveTree(ctx, conn, snap.Len(), func(*table) (tree, Reader) { return snap, r }, o.withDefaults())
+}
+
+// ServeNames is Serve of the names of a writable dataset.
+func ServeNames(ctx context.Context, conn *os.File, n Names, o Options) (*Server, error) {
 	o = o.withDefaults()
+	return serveTree(ctx, conn, liveSlots, func(t *table) (tree, Reader) { l := newLive(n, t, o); return l, l }, o)
+}
+
+func serveTree(ctx context.Context, conn *os.File, entries int, show func(*table) (tree, Reader), o Options) (*Server, error) {
 	fail := func(err error) (*Server, error) {
 		conn.Close()
 		return nil, fmt.Errorf("serve dataset %q: %w", o.Dataset, err)
@@ -54,10 +63,11 @@ func Serve(ctx context.Context, conn *os.File, snap *catalog.Snapshot, r Reader,
 	if err := checkDevice(conn); err != nil {
 		return fail(err)
 	}
-	table, err := newTable(snap.Len())
+	table, err := newTable(entries)
 	if err != nil {
 		return fail(err)
 	}
+	snap, r := show(table)
 	m, err := serve("", conn, table, snap, r, o, nil)
 	if err != nil {
 		return nil, fmt.Errorf("serve dataset %q: %w", o.Dataset, err)

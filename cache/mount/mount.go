@@ -1,4 +1,4 @@
-// Package mount shows a snapshot of a dataset as a read-only FUSE file system.
+// Package mount shows a snapshot of a dataset, or the names of a writable one, as a read-only FUSE file system.
 //
 // # The model
 //
@@ -11,6 +11,14 @@
 //
 // The snapshot never changes, so the kernel is told to keep everything: entries, also absent ones, attributes,
 // directories and pages. It asks once.
+//
+// # Names
+//
+// A writable dataset has no listing that holds: MountNames asks for each name, which the kernel keeps for a second,
+// and for each folder when it is read (live.go). A node is one version of a name and never becomes another, so that
+// pages stay right and an open file is one version; a name that has another version is another node. What the ids
+// mean is written down beside the table, for a successor. Nothing is leased and nothing read ahead but by the kernel:
+// inputs that do not change are read faster from a read-only dataset.
 //
 // # Two modes
 //
@@ -132,9 +140,11 @@ type Options struct {
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
 
-	// For tests: what differs from interruptGrace, and what stands before the kernel.
-	grace time.Duration
-	wrap  func(registrar) registrar
+	// For tests: what differs from interruptGrace, what stands before the kernel, and what is called when a request
+	// goes on after a signal.
+	grace  time.Duration
+	wrap   func(registrar) registrar
+	goesOn func()
 }
 
 func (o Options) withDefaults() Options {
@@ -203,7 +213,19 @@ type Server struct {
 // file system answers. A mount of this package that is left at dir, and whose server is gone, is taken away
 // first, lazily: its users keep their errors, the path is free. ctx bounds the mounting only.
 func Mount(ctx context.Context, dir string, snap *catalog.Snapshot, r Reader, o Options) (*Server, error) {
+	return mountTree(ctx, dir, snap.Digest(), snap.Len(), func(*table) (tree, Reader) { return snap, r }, o.withDefaults())
+}
+
+// MountNames is Mount of the names of a writable dataset, as they are at each time: what is put is there by path
+// at once, or within a second where the path named something before, and so does what is deleted go. An open file
+// stays one version: reading what is not in the page cache of one that was replaced or deleted is an error.
+func MountNames(ctx context.Context, dir string, n Names, o Options) (*Server, error) {
 	o = o.withDefaults()
+	return mountTree(ctx, dir, Live, liveSlots, func(t *table) (tree, Reader) { l := newLive(n, t, o); return l, l }, o)
+}
+
+// mountTree mounts what show makes with the mount's table.
+func mountTree(ctx context.Context, dir string, shows catalog.Digest, entries int, show func(*table) (tree, Reader), o Options) (*Server, error) {
 	if err := ctx.Err(); err != nil {
 		return nil, fmt.Errorf("mount dataset %q at %s: %w", o.Dataset, dir, err)
 	}
@@ -219,17 +241,18 @@ func Mount(ctx context.Context, dir string, snap *catalog.Snapshot, r Reader, o 
 	} else if !st.IsDir() {
 		return nil, fmt.Errorf("mount dataset %q: %s is not a directory", o.Dataset, dir)
 	}
-	source, options := mountOptions(o, snap)
+	source, options := mountOptions(o, shows)
 	conn, err := attach(ctx, dir, source, options)
 	if err != nil {
 		return nil, fmt.Errorf("mount dataset %q at %s: %w", o.Dataset, dir, err)
 	}
-	table, err := newTable(snap.Len())
+	table, err := newTable(entries)
 	if err != nil {
 		conn.Close()
 		detach(dir)
 		return nil, fmt.Errorf("mount dataset %q at %s: %w", o.Dataset, dir, err)
 	}
+	snap, r := show(table)
 	m, err := serve(dir, conn, table, snap, r, o, nil)
 	if err != nil {
 		// Closing the connection's last descriptor has made the mount dead; it must not stay.
@@ -242,7 +265,7 @@ func Mount(ctx context.Context, dir string, snap *catalog.Snapshot, r Reader, o 
 
 // serve starts a server on a connection: conn and table become the Mount's, or are closed. With init, the
 // kernel has had its answer to INIT from another process already.
-func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Reader, o Options, s *Settings) (*Server, error) {
+func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Options, s *Settings) (*Server, error) {
 	ctx, end := context.WithCancel(context.Background())
 	release, kept := snap.Keep()
 	fail := func(err error) (*Server, error) {
@@ -270,6 +293,11 @@ func serve(dir string, conn *os.File, table *table, snap *catalog.Snapshot, r Re
 		m.settings.Mode = m.fs.mode
 	} else {
 		m.settings = *s
+		if m.fs.live != nil {
+			if err := m.fs.live.inherit(ctx); err != nil {
+				return fail(err)
+			}
+		}
 		m.server, err = restart(m.fs, conn, &m.settings)
 		if err != nil {
 			return fail(err)
@@ -375,6 +403,10 @@ func (m *Server) Device() (major, minor uint32) { return m.dev.major, m.dev.mino
 
 // Mode is the mode in use: Passthrough or NoOpen.
 func (m *Server) Mode() Mode { return m.fs.mode }
+
+// Worn says that a mount of names has not much room left for more of them: whoever comes now had better get
+// another one, and this one end when nobody uses it. When there is none left, names that are new fail.
+func (m *Server) Worn() bool { return m.fs.live != nil && m.fs.live.worn() }
 
 // Done is closed when the server has ended: after an unmount, once the last user is gone, or after an Abort.
 func (m *Server) Done() <-chan struct{} { return m.done }

@@ -426,6 +426,9 @@ func explain(e syscall.Errno) error {
 
 // inherit takes over what a predecessor has left in the table.
 func (f *fileSystem) inherit() error {
+	if f.live != nil {
+		return nil // nothing is passed through
+	}
 	if err := f.table.lock(f.ctx); err != nil {
 		return err
 	}

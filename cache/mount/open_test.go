@@ -16,6 +16,8 @@ import (
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/catalog"
 )
 
 func passthroughFixture(t *testing.T, o Options) (files, *leasing, *Server) {
@@ -81,7 +83,7 @@ func TestIdleLeasesAreBounded(t *testing.T) {
 		checkQuiet(t, m)
 	}
 	eventually(t, "two leases are given back", func() bool { return r.given.Load() == 2 })
-	i, _ := m.fs.snap.Lookup("/three")
+	i, _ := m.fs.snap.(*catalog.Snapshot).Lookup("/three")
 	if tableEntry(t, m, i).backing == 0 {
 		t.Error("the newest was given back, not the oldest")
 	}
@@ -252,7 +254,7 @@ func TestSlowLeaseIsGivenUp(t *testing.T) {
 
 func TestLeaseOfAWrongFileIsRefused(t *testing.T) {
 	all, r, m := passthroughFixture(t, Options{})
-	i, _ := m.fs.snap.Lookup("/big")
+	i, _ := m.fs.snap.(*catalog.Snapshot).Lookup("/big")
 	if err := os.WriteFile(filepath.Join(r.dir, fmt.Sprint(i)), []byte("something else"), 0o600); err != nil {
 		t.Fatal(err)
 	}

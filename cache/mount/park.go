@@ -75,7 +75,16 @@ func (m *Server) Park() (*Parked, error) {
 //
 // o.Mode counts for nothing: the kernel was told once.
 func Resume(ctx context.Context, p *Parked, snap *catalog.Snapshot, r Reader, o Options) (*Server, error) {
+	return resume(ctx, p, snap.Digest(), snap.Len(), func(*table) (tree, Reader) { return snap, r }, o.withDefaults())
+}
+
+// ResumeNames is Resume of what MountNames mounted.
+func ResumeNames(ctx context.Context, p *Parked, n Names, o Options) (*Server, error) {
 	o = o.withDefaults()
+	return resume(ctx, p, Live, liveSlots, func(t *table) (tree, Reader) { l := newLive(n, t, o); return l, l }, o)
+}
+
+func resume(ctx context.Context, p *Parked, shows catalog.Digest, entries int, show func(*table) (tree, Reader), o Options) (*Server, error) {
 	fail := func(err error) (*Server, error) {
 		p.Close()
 		return nil, fmt.Errorf("resume the mount of dataset %q at %s: %w", o.Dataset, p.Settings.Dir, err)
@@ -83,7 +92,7 @@ func Resume(ctx context.Context, p *Parked, snap *catalog.Snapshot, r Reader, o 
 	if err := ctx.Err(); err != nil {
 		return fail(err)
 	}
-	if err := p.Settings.check(snap.Digest()); err != nil {
+	if err := p.Settings.check(shows); err != nil {
 		return fail(err)
 	}
 	if p.Conn == nil || p.Table == nil {
@@ -92,11 +101,12 @@ func Resume(ctx context.Context, p *Parked, snap *catalog.Snapshot, r Reader, o 
 	if err := checkDevice(p.Conn); err != nil {
 		return fail(fmt.Errorf("parked: %w", err))
 	}
-	table, err := openTable(p.Table, snap.Len())
+	table, err := openTable(p.Table, entries)
 	p.Table = nil
 	if err != nil {
 		return fail(err)
 	}
+	snap, r := show(table)
 	m, err := serve(p.Settings.Dir, p.Conn, table, snap, r, o, &p.Settings)
 	p.Conn = nil
 	if err != nil {

@@ -90,12 +90,13 @@ func cleanMount(t *testing.T, dir string) {
 
 func TestResumeByAnotherProcessAfterKillWithReadInFlight(t *testing.T) {
 	needFUSE(t)
-	for _, mode := range []Mode{Passthrough, NoOpen} {
-		t.Run(mode.String(), func(t *testing.T) {
+	for name, o := range map[string]order{"passthrough": {Mode: Passthrough}, "no-open": {Mode: NoOpen}, "names": {Mode: NoOpen, Names: true}} {
+		t.Run(name, func(t *testing.T) {
 			all := served()
 			dir := t.TempDir()
 			cleanMount(t, dir)
-			o := order{Path: dir, Mode: mode, Dir: tmpfs(t), Block: "slow"}
+			mode := o.Mode
+			o := order{Path: dir, Mode: mode, Names: o.Names, Dir: tmpfs(t), Block: "slow"}
 			first, parked := startServer(t, o, nil)
 			// A handle that passes through, if the mode has any; one that does not; a directory that is half read.
 			big, err := os.Open(filepath.Join(dir, "big"))
@@ -169,7 +170,13 @@ func TestResumeByAnotherProcessAfterKillWithReadInFlight(t *testing.T) {
 			second.kill()
 			s := snapshotOf(t, all)
 			r := &leasing{memory: newMemory(s, all), dir: o.Dir}
-			m, err := Resume(context.Background(), parkedAgain, s, r, Options{Dataset: "served", IdleTime: time.Hour, IdleLeases: 10})
+			last := Options{Dataset: "served", IdleTime: time.Hour, IdleLeases: 10}
+			var m *Server
+			if o.Names {
+				m, err = ResumeNames(context.Background(), parkedAgain, newChanging(all), last)
+			} else {
+				m, err = Resume(context.Background(), parkedAgain, s, r, last)
+			}
 			if err != nil {
 				t.Fatal(err)
 			}

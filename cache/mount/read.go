@@ -89,6 +89,34 @@ const interruptGrace = time.Second
 // them. So a request goes on for a while, in which nearly all of them finish. Only for a sender that is being
 // killed, and waits for nothing but this answer, it ends at once.
 func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
+	return f.boundContext(cancel, pid, func() bool { return false })
+}
+
+// blindGrace is how long a question for names goes on after a signal to a sender that cannot be seen.
+const blindGrace = 10 * time.Second
+
+// patientContext is requestContext of a question for names: no signal ends it but one that kills its sender, whenever
+// that comes. A shell gets a signal whenever a child of it ends, and hardly any program asks again for a name or the
+// rest of a folder that it was told EINTR for. Of a sender that cannot be seen, as those in other pods, nobody
+// knows whether it was killed: its question goes on for a while, in which nearly all are answered.
+func (f *fileSystem) patientContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
+	var since time.Time
+	return f.boundContext(cancel, pid, func() bool {
+		if since.IsZero() {
+			since = time.Now()
+		}
+		switch dies, seen := fate(pid); {
+		case !seen:
+			return time.Since(since) < blindGrace
+		default:
+			return !dies
+		}
+	})
+}
+
+// boundContext ends after the mount's ReadTimeout, with the connection, or after an interrupt: a grace later, unless
+// the sender is being killed, and again a grace later as long as more says so.
+func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, more func() bool) (context.Context, func()) {
 	ctx, done := context.WithTimeoutCause(f.ctx, f.opt.ReadTimeout, errTimeout)
 	ctx, fail := context.WithCancelCause(ctx)
 	ended := make(chan struct{})
@@ -99,11 +127,14 @@ func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context
 			return
 		case <-cancel:
 		}
-		if !killed(pid) {
+		for wait := more() || !killed(pid); wait; wait = more() { // the kernel tells of the first signal only
+			if f.opt.goesOn != nil {
+				f.opt.goesOn()
+			}
 			t := time.NewTimer(f.opt.grace)
-			defer t.Stop()
 			select {
 			case <-ctx.Done():
+				t.Stop()
 				return
 			case <-t.C:
 			}
@@ -117,20 +148,25 @@ func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context
 	}
 }
 
-// killed says whether a thread has SIGKILL pending, as it has once a signal has decided that it dies. A thread
-// that cannot be seen (another PID namespace) counts as killed.
+// killed says whether a thread is being killed. One that cannot be seen (another PID namespace) counts as killed.
 func killed(tid uint32) bool {
+	dies, seen := fate(tid)
+	return dies || !seen
+}
+
+// fate says whether a thread can be seen, and has SIGKILL pending, as it has once a signal has decided that it dies.
+func fate(tid uint32) (dies, seen bool) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
 	if tid == 0 || err != nil {
-		return true
+		return false, false
 	}
 	_, b, _ = bytes.Cut(b, []byte("SigPnd:"))
 	line, _, _ := bytes.Cut(b, []byte("\n"))
 	var pending uint64
 	if _, err := fmt.Sscanf(string(line), "%x", &pending); err != nil {
-		return true
+		return false, false
 	}
-	return pending&(1<<(unix.SIGKILL-1)) != 0
+	return pending&(1<<(unix.SIGKILL-1)) != 0, true
 }
 
 // failed counts and reports a failure, and gives its errno.
@@ -180,7 +216,10 @@ func (f *fileSystem) report(what string, i catalog.Index, err error) {
 		attrs = append(attrs, "unlogged", n)
 	}
 	msg := what + " failed"
-	if changed {
+	switch {
+	case changed && f.live != nil:
+		msg = "the object was replaced or deleted since the file was opened"
+	case changed:
 		msg = "the object has changed in the bucket since the dataset was listed; refresh the dataset and start the step again"
 	}
 	f.log.Error(msg, attrs...)

@@ -195,18 +195,23 @@ func TestSignalDoesNotFailARead(t *testing.T) {
 		<-asked
 		// Every thread gets the signal, so that the one that waits does. Then the read ends soon; or later
 		// than the grace, and the program gets to decide.
-		tasks, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", cmd.Process.Pid))
-		for _, task := range tasks {
-			var tid int
-			fmt.Sscan(task.Name(), &tid)
-			_ = unix.Tgkill(cmd.Process.Pid, tid, unix.SIGUSR1)
-		}
+		signalAll(cmd.Process.Pid)
 		if !c.slow {
 			time.AfterFunc(10*time.Millisecond, func() { goon <- struct{}{} })
 		}
 		if err := cmd.Wait(); err != nil || out.String() != c.want {
 			t.Errorf("slow %v: %q, want %q: %v", c.slow, out.String(), c.want, err)
 		}
+	}
+}
+
+// signalAll sends SIGUSR1 to every thread of a process.
+func signalAll(pid int) {
+	tasks, _ := os.ReadDir(fmt.Sprintf("/proc/%d/task", pid))
+	for _, task := range tasks {
+		var tid int
+		fmt.Sscan(task.Name(), &tid)
+		_ = unix.Tgkill(pid, tid, unix.SIGUSR1)
 	}
 }
 
