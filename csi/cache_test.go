@@ -34,12 +34,12 @@ func TestTheNodeCacheStaysUntilItsLastClientIsClosed(t *testing.T) {
 	if set.cache != cache {
 		t.Fatal("the node cache went although a client may use it")
 	}
-	i, ok := two.Snapshot().Lookup("/a")
+	i, ok := two.Client().Snapshot().Lookup("/a")
 	if !ok {
 		t.Fatal("no file")
 	}
 	p := make([]byte, len(want))
-	if _, err := two.ReadAt(testContext(t), i, p, 0); err != nil || !bytes.Equal(p, want) {
+	if _, err := two.Client().ReadAt(testContext(t), i, p, 0); err != nil || !bytes.Equal(p, want) {
 		t.Fatal(err)
 	}
 	eventually(t, "what was read to be in the node's cache", func() bool { return cache.store.Stats().Bytes == int64(len(want)) })

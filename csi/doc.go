@@ -6,6 +6,8 @@
 // driver's own folder; every pod that gets the snapshot gets a bind mount of it, so that they share its page
 // cache. A pod keeps the snapshot that it began with; a pod that comes later gets the one that is current
 // then. A mount without pods is kept for a while (Config.Linger), since steps of a workflow follow each other.
+// A Dataset that takes puts has one mount, which shows its names as they are, in place of one a snapshot; another one
+// takes its place for new pods when it has not much room for names left.
 //
 // Nothing is asked of the API server for a volume: the kubelet hands over the Dataset's name (the volume's
 // attributes), the read key (its reader Secret) and whose pod it is. Possession of the read key is what

@@ -287,7 +287,7 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 		s.shrink(set)
 		return fail(err)
 	}
-	server, err := mount.Resume(ctx, p, c.Snapshot(), mount.FromClient(c), s.mountOptions(set))
+	server, err := c.Resume(ctx, p, s.mountOptions(set))
 	if err != nil {
 		s.hangUp(set, c)
 		s.shrink(set)

@@ -54,12 +54,16 @@ func (m *metrics) call(method string, took time.Duration, err error) {
 // newer are missing until the next one.
 func (m *metrics) add(n *mounted) {
 	_ = m.registry.Register(n.server)
-	_ = m.registry.Register(n.client.Collector())
+	if c := n.client.Client(); c != nil {
+		_ = m.registry.Register(c.Collector())
+	}
 }
 
 func (m *metrics) remove(n *mounted) {
 	m.registry.Unregister(n.server)
-	m.registry.Unregister(n.client.Collector())
+	if c := n.client.Client(); c != nil {
+		m.registry.Unregister(c.Collector())
+	}
 }
 
 // addr is where serve listens.

@@ -62,7 +62,7 @@ type mounted struct {
 	digest catalog.Digest
 	device device
 	server *mount.Server
-	client *client.Client
+	client *mount.Tier
 
 	// service.mu's:
 	using  int       // pods that are being given it
@@ -111,7 +111,7 @@ func (s *service) use(set *dataset, digest catalog.Digest) *mounted {
 	defer s.mu.Unlock()
 	set.current = digest
 	for _, m := range set.mounts {
-		if m.digest == digest && !m.ending && !ended(m.server) {
+		if m.digest == digest && !m.ending && !ended(m.server) && !m.server.Worn() {
 			m.using++
 			m.unused = time.Time{}
 			return m
@@ -165,7 +165,7 @@ func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
 	for _, key := range v.keys {
 		c := s.clientConfig(v.namespace, v.dataset)
 		c.Keys = wire.Keys{Read: []wire.Key{key}}
-		digest, err := client.Current(ctx, c)
+		digest, err := mount.Current(ctx, c)
 		if err == nil {
 			s.admitted(v, key)
 			return digest, nil
@@ -212,11 +212,11 @@ func (s *service) clientConfig(namespace, name string) client.Config {
 }
 
 // dial connects a client for one snapshot. The caller holds the turn.
-func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest) (*client.Client, error) {
+func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest) (*mount.Tier, error) {
 	s.mu.Lock()
 	cache, limit, copies := set.cache, set.memory, set.copies
 	s.mu.Unlock()
-	if cache == nil {
+	if cache == nil && digest != mount.Live { // of files that change nothing is kept here
 		if cache = s.budget.open(ctx, set.String(), limit); cache != nil {
 			s.mu.Lock()
 			set.cache = cache
@@ -235,7 +235,7 @@ func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest)
 	}
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	reader, err := client.Dial(ctx, c)
+	reader, err := mount.Connect(ctx, c)
 	if err != nil {
 		return nil, err
 	}
@@ -246,7 +246,7 @@ func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest)
 }
 
 // hangUp closes a client that dial gave.
-func (s *service) hangUp(set *dataset, c *client.Client) {
+func (s *service) hangUp(set *dataset, c *mount.Tier) {
 	if err := c.Close(); err != nil {
 		s.log.Warn("client", "error", err)
 	}
@@ -278,17 +278,17 @@ func (s *service) mount(ctx context.Context, set *dataset, digest catalog.Digest
 	return m, nil
 }
 
-func (s *service) mountClient(ctx context.Context, set *dataset, c *client.Client) (*mounted, error) {
+func (s *service) mountClient(ctx context.Context, set *dataset, c *mount.Tier) (*mounted, error) {
 	if err := os.MkdirAll(s.mountsDir, 0o755); err != nil {
 		return nil, err
 	}
-	digest := c.Snapshot().Digest()
+	digest := c.Shows()
 	// A folder of its own: what a dead mount leaves is in nobody's way.
 	dir, err := os.MkdirTemp(s.mountsDir, set.namespace+"."+set.name+"."+hex.EncodeToString(digest[:4])+".")
 	if err != nil {
 		return nil, err
 	}
-	server, err := mount.Mount(ctx, dir, c.Snapshot(), mount.FromClient(c), s.mountOptions(set))
+	server, err := c.Mount(ctx, dir, s.mountOptions(set))
 	if err != nil {
 		return nil, errors.Join(err, os.Remove(dir))
 	}
@@ -297,10 +297,10 @@ func (s *service) mountClient(ctx context.Context, set *dataset, c *client.Clien
 }
 
 // add makes a served mount known, parks it, and looks after it until its end. The client is the mount's from now on.
-func (s *service) add(set *dataset, c *client.Client, server *mount.Server, using int) *mounted {
+func (s *service) add(set *dataset, c *mount.Tier, server *mount.Server, using int) *mounted {
 	major, minor := server.Device()
 	m := &mounted{
-		id: filepath.Base(server.Dir()), dir: server.Dir(), set: set, digest: c.Snapshot().Digest(),
+		id: filepath.Base(server.Dir()), dir: server.Dir(), set: set, digest: c.Shows(),
 		device: device{major, minor}, server: server, client: c, using: using,
 	}
 	s.mu.Lock()
@@ -432,7 +432,7 @@ func (s *service) users() (map[device][]string, error) {
 	return users, err
 }
 
-// reap ends mounts that no pod has had for a while, and those of old snapshots at once.
+// reap ends mounts that no pod has had for a while, and at once those that no new pod would get.
 func (s *service) reap(linger time.Duration) error {
 	users, err := s.users()
 	if err != nil {
@@ -449,7 +449,7 @@ func (s *service) reap(linger time.Duration) error {
 			case m.unused.IsZero():
 				m.unused = now
 			}
-			if !m.unused.IsZero() && (now.Sub(m.unused) >= linger || m.digest != set.current) {
+			if !m.unused.IsZero() && (now.Sub(m.unused) >= linger || m.digest != set.current || m.server.Worn()) {
 				over = append(over, m)
 			}
 		}

@@ -265,9 +265,14 @@ func (s *service) NodeGetVolumeStats(_ context.Context, r *csi.NodeGetVolumeStat
 		defer s.mu.Unlock()
 		for _, set := range s.sets {
 			for _, m := range set.mounts {
-				if snap := m.client.Snapshot(); m.device == d {
+				if m.device != d {
+					continue
+				}
+				if c := m.client.Client(); c != nil {
+					snap := c.Snapshot()
 					return usage(snap.Bytes(), 0, snap.Bytes(), int64(snap.Files()), 0, int64(snap.Files())), nil
 				}
+				return usage(0, 0, 0, 0, 0, 0), nil // how much a writable Dataset has nobody counts
 			}
 		}
 		return nil, status.Errorf(codes.Unavailable, "volume %s: the mount at %s is dead; restart the pod", r.GetVolumeId(), path)

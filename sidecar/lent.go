@@ -111,7 +111,7 @@ type lentMount struct {
 	a       *attendant
 	volume  string
 	dataset string
-	client  *client.Client
+	client  *mount.Tier
 	server  *mount.Server
 	refused sync.Once
 
@@ -222,8 +222,8 @@ func (a *attendant) serve(ctx context.Context, conn *broker.Conn, v broker.Volum
 		// Who has it open gets errors; who opens it from now on, in a container that starts, is served.
 		a.o.Logger.Warn("a mount is not taken over, and made anew", "dataset", v.Dataset, "reason", err)
 	}
-	// The files of the current snapshot first: until they are known no mount is made for which anybody waits.
-	reader, err := client.Dial(ctx, config)
+	// The workers' answer first: until it is there no mount is made for which anybody waits.
+	reader, err := mount.Connect(ctx, config)
 	if err != nil {
 		return nil, err
 	}
@@ -233,7 +233,7 @@ func (a *attendant) serve(ctx context.Context, conn *broker.Conn, v broker.Volum
 		err = errors.New("the node service gave a mount that somebody has served")
 	}
 	if err == nil {
-		m.server, err = mount.Serve(ctx, fuse, reader.Snapshot(), mount.FromClient(reader), options)
+		m.server, err = reader.Serve(ctx, fuse, options)
 	}
 	if err != nil {
 		reader.Close()

@@ -134,7 +134,7 @@ func base(dataset string) string { return dataset[strings.LastIndexByte(dataset,
 
 // mounted is one Dataset that is served.
 type mounted struct {
-	client *client.Client
+	client *mount.Tier
 	server *mount.Server
 }
 
@@ -169,11 +169,11 @@ func (o *Options) mount(ctx context.Context, dataset string, entry keeper.Entry,
 	if err := detach(at); err != nil {
 		return nil, err
 	}
-	reader, err := client.Dial(ctx, c)
+	reader, err := mount.Connect(ctx, c)
 	if err != nil {
 		return nil, err
 	}
-	m, err := mount.Mount(ctx, at, reader.Snapshot(), mount.FromClient(reader), options)
+	m, err := reader.Mount(ctx, at, options)
 	if err != nil {
 		reader.Close()
 		return nil, err
@@ -211,12 +211,12 @@ func resume(ctx context.Context, c client.Config, entry keeper.Entry, o mount.Op
 		return nil, err
 	}
 	c.Snapshot = p.Settings.Snapshot
-	reader, err := client.Dial(ctx, c)
+	reader, err := mount.Connect(ctx, c)
 	if err != nil {
 		p.Close()
 		return nil, err
 	}
-	m, err := mount.Resume(ctx, p, reader.Snapshot(), mount.FromClient(reader), o)
+	m, err := reader.Resume(ctx, p, o)
 	if err != nil {
 		reader.Close()
 		return nil, err

@@ -10,7 +10,6 @@ import (
 	"github.com/dustin/go-humanize"
 	"github.com/spf13/cobra"
 
-	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/cache/store"
@@ -58,7 +57,8 @@ func mountCommand() *cobra.Command {
 		Use:   "mount DIR",
 		Short: "Mount a dataset read-only, until SIGTERM or Ctrl-C",
 		Long: `Mounts a Dataset of a running tier at DIR, which must be an empty folder. Files are read-only and never
-change while mounted, also where the Dataset is refreshed: new mounts and "stepcache ls" see the newer listing. Reads of files that a worker on this machine holds go straight to its memory
+change while mounted, also where the Dataset is refreshed: new mounts and "stepcache ls" see the newer listing. A
+Dataset with access: ReadWrite is shown as it is: what is put, replaced or deleted shows within a second. Reads of files that a worker on this machine holds go straight to its memory
 (FUSE passthrough: Linux 6.9, root); --cache-size keeps what comes from other machines in this process's
 own memory as well.`,
 		Example: `  stepcache mount --tier "$STEPCACHE_TIER" /mnt/genomes`,
@@ -96,13 +96,13 @@ own memory as well.`,
 				defer remove()
 				c.Store = s
 			}
-			reader, err := client.Dial(ctx, c)
+			reader, err := mount.Connect(ctx, c)
 			if err != nil {
 				return err
 			}
 			defer reader.Close()
 			o.Dataset = f.Dataset
-			m, err := mount.Mount(ctx, a[0], reader.Snapshot(), mount.FromClient(reader), o)
+			m, err := reader.Mount(ctx, a[0], o)
 			if err != nil {
 				return err
 			}
