@@ -42,6 +42,7 @@ func artifacts(t *testing.T) {
 	}
 	waitWorkflow(t, mapped) // its reducer fails by itself where something is missing
 	inputMissing(t, missing)
+	followed(t)
 	foreignKeys(t)
 	passed(t, passing)
 	collected(t, passing)
@@ -471,6 +472,52 @@ func keys(t *testing.T, c *minio.Client, workflow string) (found []string) {
 		}
 	}
 	return found
+}
+
+// followed has a pod look, by its claim, for an object that is put, replaced and deleted while the pod runs.
+func followed(t *testing.T) {
+	const key = "by-path/out"
+	// It says what it sees whenever that is something else. A version that is replaced while it is read is an error.
+	apply(t, namespace, edit(t, example(t, "quickstart/pod.yaml"), "demo-reader", "holder", "claimName: demo", "claimName: artifacts",
+		`"ls -l /data && sha256sum /data/large.bin"`,
+		`"while :; do if s=$(sha256sum /data/`+key+`); then s=${s%% *}; elif [ ! -e /data/`+key+` ]; then s=nothing; else s=$last; fi; [ $s = \"$last\" ] || echo saw $s; last=$s; sleep 1; done"`))
+	var want []string
+	sees := func(what string) {
+		t.Helper()
+		want = append(want, "saw "+what)
+		eventually(t, "a pod that mounts the claim of the Dataset artifacts sees "+what, func(ctx context.Context) error {
+			out, err := run(ctx, "", "logs", "-n", namespace, "holder", "-c", "main")
+			if err != nil {
+				return err
+			}
+			var saw []string
+			for line := range strings.Lines(out) {
+				if strings.HasPrefix(line, "saw ") {
+					saw = append(saw, strings.TrimSpace(line))
+				}
+			}
+			if !slices.Equal(saw, want) {
+				err = fmt.Errorf("it saw %q, not %q", saw, want)
+			}
+			return err
+		})
+	}
+	sees("nothing")
+	tier := atTier(t)
+	for version, size := range []int{3<<20 + 1, 1000} {
+		data := make([]byte, size)
+		_, _ = rand.NewChaCha8([32]byte{byte(version), 9}).Read(data)
+		if _, err := tier.PutObject(t.Context(), "artifacts", key, bytes.NewReader(data), int64(size), minio.PutObjectOptions{}); err != nil {
+			t.Fatal(err)
+		}
+		sum := sha256.Sum256(data)
+		sees(hex.EncodeToString(sum[:]))
+	}
+	if err := tier.RemoveObject(t.Context(), "artifacts", key, minio.RemoveObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	sees("nothing")
+	kubectl(t, "delete", "pod", "-n", namespace, "holder", "--grace-period=1")
 }
 
 // foreignKeys knocks at the S3 endpoint with other keys than its own.
