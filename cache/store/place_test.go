@@ -17,7 +17,8 @@ func placer(o ring.Object, n int64) FillPlace {
 	return func(_ context.Context, w io.WriterAt) ([]uint32, error) {
 		p := make([]byte, blockLen(o.Size, n))
 		content(o, n, p)
-		for _, part := range [][2]int{{len(p) / 2, len(p)}, {0, 1}, {1, len(p) / 2}} {
+		half := max(len(p)/2, 1)
+		for _, part := range [][2]int{{half, len(p)}, {0, 1}, {1, half}} {
 			if _, err := w.WriteAt(p[part[0]:part[1]], int64(part[0])); err != nil {
 				return nil, err
 			}

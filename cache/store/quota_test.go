@@ -182,7 +182,13 @@ func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
 				n := r.Int64N(ring.Blocks(o.Size))
 				switch k := r.IntN(20); {
 				case k < 12:
-					b, err := s.Acquire(context.Background(), o, n, filler(o, n))
+					var b *Block
+					var err error
+					if k%2 == 0 {
+						b, err = s.Acquire(context.Background(), o, n, filler(o, n))
+					} else {
+						b, err = s.AcquirePlaced(context.Background(), o, n, placer(o, n))
+					}
 					if err != nil {
 						t.Error(err)
 						return
@@ -195,7 +201,7 @@ func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
 				case k < 14: // a caller that may leave
 					ctx, cancel := context.WithCancel(context.Background())
 					go cancel()
-					if b, err := s.Acquire(ctx, o, n, filler(o, n)); err == nil {
+					if b, err := s.AcquirePlaced(ctx, o, n, placer(o, n)); err == nil {
 						check(t, o, n, b)
 						b.Release()
 					} else if !errors.Is(err, context.Canceled) {
