@@ -16,8 +16,9 @@
 // where nobody else writes to the bucket, and asks the bucket again after that. A put goes to the bucket
 // and, from the same stream, into the store under an ID of its own; once the bucket has told the version
 // the blocks get its ID (store.Rename). Memory is bounded: a put holds its parts under way, a read a block.
-// An upload in parts is the bucket's own, with the bucket's ETags: it outlives every worker. A listing is
-// the bucket's.
+// An upload in parts is the bucket's own, with the bucket's ETags: it outlives every worker. Workers keep the
+// bytes of the parts that go through them while there is room, so that the object is not fetched back
+// (parts.go). A listing is the bucket's.
 //
 // # Why reads see every acknowledged write
 //

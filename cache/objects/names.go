@@ -1,6 +1,7 @@
 package objects
 
 import (
+	"container/list"
 	"context"
 	"errors"
 	"fmt"
@@ -8,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -97,7 +99,14 @@ type Names struct {
 	handler        http.Handler
 	warm           chan warming
 	replaced       replaced
+	parts          parts
+	assemblies     assemblies
 	back           *back // nil: writes are acknowledged once the bucket has them
+
+	// life ends with Close, which waits for those that ask other workers.
+	life   context.Context
+	end    context.CancelFunc
+	asking sync.WaitGroup
 }
 
 // Counts are what was done since the start.
@@ -111,13 +120,14 @@ type Counts struct {
 	// Back are puts that were acknowledged before the bucket had them, Flushed versions brought there since.
 	Back, Flushed int64
 	// Staged are puts whose bytes are in the tier since, Unstaged those that were too large or had no room.
-	Staged, Unstaged int64
+	// Assembled are bytes of objects that were made of the parts that workers held of them.
+	Staged, Unstaged, Assembled int64
 }
 
 type counts struct {
 	puts, deletes, copies, reads, lists, written, read atomic.Int64
 	forwarded, direct, waited, staged, unstaged        atomic.Int64
-	back, flushed                                      atomic.Int64
+	back, flushed, assembled                           atomic.Int64
 }
 
 var (
@@ -162,6 +172,8 @@ func New(c Config) (*Names, error) {
 		return nil, err
 	}
 	n.stage = &stager{store: c.Store, quota: c.Quota}
+	n.life, n.end = context.WithCancel(context.Background())
+	n.parts = parts{stager: n.stage, of: make(map[uploadName]*list.Element)}
 	n.replaced = replaced{store: c.Store, reading: make(map[ring.Object]int), dead: make(map[ring.Object]bool)}
 	n.peers = newPeers(n)
 	if c.Back != nil {
@@ -211,6 +223,8 @@ func (n *Names) Leave() { n.epochs.leave() }
 
 // Close gives back what New took, after the last request has ended.
 func (n *Names) Close() {
+	n.end()
+	n.asking.Wait()
 	n.uploads.close()
 	n.peers.shut()
 }
@@ -222,7 +236,7 @@ func (n *Names) Counts() Counts {
 		Puts: c.puts.Load(), Deletes: c.deletes.Load(), Copies: c.copies.Load(), Reads: c.reads.Load(), Lists: c.lists.Load(),
 		Written: c.written.Load(), Read: c.read.Load(), Forwarded: c.forwarded.Load(), Direct: c.direct.Load(),
 		Waited: c.waited.Load(), Staged: c.staged.Load(), Unstaged: c.unstaged.Load(),
-		Back: c.back.Load(), Flushed: c.flushed.Load(),
+		Back: c.back.Load(), Flushed: c.flushed.Load(), Assembled: c.assembled.Load(),
 	}
 }
 

@@ -76,7 +76,7 @@ func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
 			if len(page.Objects)+len(page.Prefixes) > c.max {
 				t.Fatalf("a page of %d and %d", len(page.Objects), len(page.Prefixes))
 			}
-			got = append(got, names(page)...)
+			got = append(got, namesOf(page)...)
 			if more = page.More; more && page.Next <= after {
 				t.Fatalf("after %q comes %q", after, page.Next)
 			}
@@ -91,8 +91,8 @@ func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
 	}
 }
 
-// names are a page's, in order.
-func names(p gateway.Page) []string {
+// namesOf are a page's, in order.
+func namesOf(p gateway.Page) []string {
 	out := slices.Clone(p.Prefixes)
 	for _, o := range p.Objects {
 		out = append(out, o.Key)

@@ -459,7 +459,12 @@ func (g *guarded) stop() {
 // block fetches one block of a version into into.
 func (p *peers) block(ctx context.Context, m ring.Member, key string, o source.Object, n int64, into []byte) error {
 	query := url.Values{"key": {key}, "version": {o.Version}, "size": {strconv.FormatInt(o.Size, 10)}, "block": {strconv.FormatInt(n, 10)}}
-	req, err := p.request(ctx, http.MethodGet, m, "/block", query, 0, nil)
+	return p.bytes(ctx, m, "/block", query, into)
+}
+
+// bytes fetches a block and its checksums, which it compares.
+func (p *peers) bytes(ctx context.Context, m ring.Member, path string, query url.Values, into []byte) error {
+	req, err := p.request(ctx, http.MethodGet, m, path, query, 0, nil)
 	if err != nil {
 		return err
 	}

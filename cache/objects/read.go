@@ -175,6 +175,10 @@ func (o *object) acquire(ctx context.Context, block int64) (*store.Block, error)
 
 func (n *Names) acquire(ctx context.Context, key string, p place, f found, blocks ring.Object, block int64) (*store.Block, error) {
 	return n.c.Store.Acquire(ctx, blocks, block, func(ctx context.Context, into []byte) error {
+		if made := n.assemblies.get(blocks); made != nil && n.fill(ctx, made, block, into) {
+			n.counts.assembled.Add(int64(len(into)))
+			return nil
+		}
 		if f.owner != nil && n.peers.known(*f.owner) == nil {
 			within, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			err := n.peers.block(within, *f.owner, key, f.object, block, into)
@@ -285,18 +289,21 @@ type warming struct {
 	key   string
 	p     place
 	found found
+	made  *assembly
 }
 
-// makeWarm has an object fetched in the background that was completed of parts, whose bytes this worker has
-// not seen: its readers join. It is a hint: where there are many, some are left to their readers.
-func (n *Names) makeWarm(key string, p place, o source.Object) {
+// makeWarm has an object made in the background of the parts of which it was completed, or fetched where they are not
+// held: its readers join. It is a hint: where there are many, some are left to their readers.
+func (n *Names) makeWarm(key string, p place, o source.Object, made *assembly) {
 	e := n.stage.expect(p.blocks(o))
 	if e == nil {
 		return
 	}
+	n.assemblies.set(e.object, made)
 	select {
-	case n.warm <- warming{e, key, p, found{version: version{object: o}}}:
+	case n.warm <- warming{e, key, p, found{version: version{object: o}}, made}:
 	default:
+		n.assemblies.set(e.object, nil)
 		e.end()
 	}
 }
@@ -313,6 +320,8 @@ func (n *Names) keepWarm(ctx context.Context) {
 }
 
 func (n *Names) fetchAll(ctx context.Context, w warming) {
+	defer n.dropParts(ctx, w.made)
+	defer n.assemblies.set(w.object, nil)
 	defer w.end()
 	for block := range ring.Blocks(w.object.Size) {
 		b, err := n.acquire(ctx, w.key, w.p, w.found, w.object, block)

@@ -120,52 +120,6 @@ func TestWhatIsPutIntoAFullTierIsReadFromIt(t *testing.T) {
 	}
 }
 
-// An upload in parts is fetched back once, and not again by any of its readers, also where the tier is full.
-func TestAnUploadInPartsIntoAFullTierIsFetchedBackOnce(t *testing.T) {
-	tr := newTier(t, "")
-	tr.memory = 64 << 20
-	tr.start(2)
-	tr.full()
-	for n, size := range []int{11 << 20, 6<<20 + 5} {
-		key, p := fmt.Sprintf("parts-%d", n), content(size, n)
-		before := tr.fromBucket()
-		tr.inParts(key, p, 5<<20)
-		for range 3 {
-			for i := range 2 {
-				if got, _, err := tr.get(i, key); err != nil || !bytes.Equal(got, p) {
-					t.Fatalf("%s through worker %d: %d bytes, %v", key, i, len(got), err)
-				}
-			}
-		}
-		if n := tr.fromBucket() - before; n != int64(size) {
-			t.Errorf("%s: the bucket sent %d bytes of %d", key, n, size)
-		}
-	}
-	tr.nothingStaged()
-}
-
-// inParts puts an object in parts, each through the next worker.
-func (tr *tier) inParts(key string, p []byte, size int) {
-	tr.t.Helper()
-	ctx := tr.t.Context()
-	upload, err := tr.client(0).NewMultipartUpload(ctx, "data", key, minio.PutObjectOptions{})
-	if err != nil {
-		tr.t.Fatal(err)
-	}
-	var parts []minio.CompletePart
-	for n := 0; n*size < len(p); n++ {
-		piece := p[n*size : min(len(p), (n+1)*size)]
-		part, err := tr.client(n%len(tr.workers)).PutObjectPart(ctx, "data", key, upload, n+1, bytes.NewReader(piece), int64(len(piece)), minio.PutObjectPartOptions{})
-		if err != nil {
-			tr.t.Fatal(err)
-		}
-		parts = append(parts, minio.CompletePart{PartNumber: n + 1, ETag: part.ETag})
-	}
-	if _, err := tr.client(0).CompleteMultipartUpload(ctx, "data", key, upload, parts, minio.PutObjectOptions{}); err != nil {
-		tr.t.Fatal(err)
-	}
-}
-
 // A version that is replaced gives its room back, and whoever is reading it reads it to its end first.
 func TestAVersionThatIsReplacedIsReadToItsEndAndThenDropped(t *testing.T) {
 	tr := newTier(t, "").start(2)

@@ -17,6 +17,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/store"
 )
 
 // drainTimeout is how long requests under way may go on after ServeConn was told to end.
@@ -160,6 +161,7 @@ func (n *Names) routes() http.Handler {
 		}
 		return n.complete(r.Context(), key, p, s, true, c)
 	}))
+	n.partRoutes(mux)
 	if n.back != nil {
 		n.backRoutes(mux)
 	}
@@ -195,21 +197,34 @@ func failed(w http.ResponseWriter, err error) {
 	refuse(w, http.StatusUnprocessableEntity, kindOf(err), err.Error())
 }
 
+// follows is the membership, when it is the sender's; else the request is answered.
+func (n *Names) follows(w http.ResponseWriter, r *http.Request) (state, bool) {
+	theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
+	if err != nil {
+		refuse(w, http.StatusBadRequest, "invalid", "no epoch")
+		return state{}, false
+	}
+	n.epochs.heard(theirs, n.c.Clock.Now())
+	n.epochs.wait(r.Context(), theirs, catchUp)
+	s := n.epochs.now()
+	if s.Epoch != theirs {
+		answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: s.Epoch})
+		return state{}, false
+	}
+	return s, true
+}
+
 // owned serves an operation on a name that this worker owns under the sender's epoch, which must be this
 // worker's. It is executed here: what was passed on is never passed on again.
 func owned(n *Names, do func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error)) http.HandlerFunc {
 	return func(w http.ResponseWriter, r *http.Request) {
 		key := r.URL.Query().Get("key")
-		theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
-		if err != nil {
-			refuse(w, http.StatusBadRequest, "invalid", "no epoch")
+		s, ok := n.follows(w, r)
+		if !ok {
 			return
 		}
-		n.epochs.heard(theirs, n.c.Clock.Now())
-		n.epochs.wait(r.Context(), theirs, catchUp)
-		s := n.epochs.now()
 		m, err := n.owner(s, key)
-		if s.Epoch != theirs || err != nil || m.ID != n.c.Self {
+		if err != nil || m.ID != n.c.Self {
 			answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: s.Epoch})
 			return
 		}
@@ -284,6 +299,11 @@ func (n *Names) serveBlock(w http.ResponseWriter, r *http.Request) {
 		return
 	}
 	defer b.Release()
+	n.sendBlock(w, key, b)
+}
+
+// sendBlock sends a block after its checksums.
+func (n *Names) sendBlock(w http.ResponseWriter, key string, b *store.Block) {
 	sums := b.Sums()
 	head := make([]byte, 0, 4*len(sums))
 	for _, s := range sums {

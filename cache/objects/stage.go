@@ -107,6 +107,19 @@ func (t *staged) finish(as ring.Object) bool {
 	return kept
 }
 
+// finishPart leaves what is staged in the store under its own ID, and says whether that holds it whole.
+func (t *staged) finishPart() (ring.Object, bool) {
+	if t == nil || t.failed || t.block != ring.Blocks(t.object.Size) {
+		return ring.Object{}, false
+	}
+	o := t.object
+	t.store.Keep(o)
+	t.store.Unpin(t.owner)
+	t.bytes.Add(-o.Size)
+	t.object.Size, t.buf = 0, nil
+	return o, true
+}
+
 // end drops what was not finished.
 func (t *staged) end() {
 	if t == nil || t.object.Size == 0 {

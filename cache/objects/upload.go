@@ -45,12 +45,17 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, err)
 	}
 	defer release()
-	t := &tee{ctx: ctx, r: waited{ctx, r}, now: n.c.Clock.Now}
+	u := uploadName{key, upload}
+	t := &tee{ctx: ctx, r: waited{ctx, r}, staged: n.parts.begin(u, size), now: n.c.Clock.Now}
+	defer t.staged.end()
 	part, err := p.writer.PutPart(ctx, p.key, upload, number, t, size)
 	if err != nil {
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, told(t.failed(err)))
 	}
 	n.counts.written.Add(size)
+	if o, ok := t.staged.finishPart(); ok {
+		n.parts.add(u, number, part.Version, o)
+	}
 	return gateway.Part{Number: part.Number, ETag: part.Version, Size: part.Size, ModTime: part.ModTime}, nil
 }
 
@@ -63,6 +68,7 @@ func (n *Names) Abort(ctx context.Context, key, upload string) error {
 	if err := p.writer.AbortUpload(ctx, p.key, upload); err != nil {
 		return fmt.Errorf("abort the upload of %q: %w", key, told(err))
 	}
+	n.parts.drop(uploadName{key, upload}) // those that others hold go when there is need of their room
 	return nil
 }
 
@@ -157,6 +163,8 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 		}
 	}
 	o := c.Options.write()
+	u := uploadName{key, c.Upload}
+	holders := n.whoHolds(u)
 	w := n.begin(key, s, owned)
 	object, err := p.writer.CompleteUpload(ctx, p.key, c.Upload, c.Parts, o)
 	if errors.Is(err, source.ErrNoUpload) {
@@ -172,7 +180,7 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 	if err != nil {
 		return version{}, fmt.Errorf("complete %q: %w", key, refused(err, o))
 	}
-	n.makeWarm(key, p, object)
+	n.makeWarm(key, p, object, &assembly{uploadName: u, made: c.Parts, size: object.Size, holders: holders})
 	return version{object: object}, acknowledged(key, w.acknowledge(ctx))
 }
 

@@ -103,6 +103,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 			{"flushed", "Versions brought to the bucket after they were acknowledged.", n.Flushed},
 			{"staged", "Puts whose bytes the tier holds since.", n.Staged},
 			{"unstaged", "Puts whose bytes the tier had no room for.", n.Unstaged},
+			{"assembled_bytes", "Bytes of uploads in parts that were not fetched back, since workers held the parts.", n.Assembled},
 		} {
 			out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_objects_"+m.name+"_total", m.help, nil, nil), prometheus.CounterValue, float64(m.value))
 		}
