@@ -98,6 +98,12 @@ type Writer interface {
 	Copy(ctx context.Context, from Info, to string, o PutOptions) (Info, error)
 }
 
+// BulkWriter is implemented by Writers that delete many objects with fewer requests than there are keys.
+type BulkWriter interface {
+	// DeleteMany deletes keys as Delete does, and returns the errors of those that it could not.
+	DeleteMany(ctx context.Context, keys []string) map[string]error
+}
+
 // PutOptions of one object.
 type PutOptions struct {
 	ContentType string

@@ -169,15 +169,7 @@ func (q *request) deleteMany() error {
 	}
 	failed := make([]error, len(asked.Objects))
 	return q.slowly(func() (any, error) {
-		var group errgroup.Group
-		group.SetLimit(deletesAtOnce)
-		for i, o := range asked.Objects {
-			group.Go(func() error {
-				failed[i] = q.deleteOne(w, o)
-				return nil
-			})
-		}
-		group.Wait()
+		q.deleteAll(w, asked.Objects, failed)
 		type deleted struct{ Key string }
 		answer := struct {
 			XMLName xml.Name `xml:"http://s3.amazonaws.com/doc/2006-03-01/ DeleteResult"`
@@ -197,15 +189,42 @@ func (q *request) deleteMany() error {
 	})
 }
 
-func (q *request) deleteOne(w Writer, o toDelete) error {
+// deleteAll deletes all that can be deleted, and notes what cannot.
+func (q *request) deleteAll(w Writer, objects []toDelete, failed []error) {
+	var keys []string
+	for i, o := range objects {
+		if failed[i] = o.deletable(); failed[i] == nil {
+			keys = append(keys, o.Key)
+		}
+	}
+	if bulk, ok := w.(BulkWriter); ok && len(keys) > 1 {
+		errs := bulk.DeleteMany(q.r.Context(), keys)
+		for i, o := range objects {
+			if failed[i] == nil {
+				failed[i] = errs[o.Key]
+			}
+		}
+		return
+	}
+	var group errgroup.Group
+	group.SetLimit(deletesAtOnce)
+	for i, o := range objects {
+		if failed[i] == nil {
+			group.Go(func() error {
+				failed[i] = w.Delete(q.r.Context(), o.Key)
+				return nil
+			})
+		}
+	}
+	group.Wait()
+}
+
+func (o toDelete) deletable() error {
 	switch {
 	case o.VersionID != "" && o.VersionID != "null":
 		return failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist.")
 	case o.ETag != "":
 		return notImplemented("DELETE on a condition")
 	}
-	if err := ValidKey(o.Key); err != nil {
-		return err
-	}
-	return w.Delete(q.r.Context(), o.Key)
+	return ValidKey(o.Key)
 }

@@ -134,6 +134,8 @@ var (
 	_ gateway.Objects   = (*Names)(nil)
 	_ gateway.Writer    = (*Names)(nil)
 	_ gateway.Multipart = (*Names)(nil)
+
+	_ gateway.BulkWriter = (*Names)(nil)
 )
 
 // Buffers is the heap in bytes that the names of one worker need at most beside a worker's own: puts under

@@ -154,6 +154,7 @@ func (n *Names) routes() http.Handler {
 		}
 		return n.copy(r.Context(), key, p, s, true, c)
 	}))
+	mux.HandleFunc("POST /delete", n.serveDelete)
 	mux.HandleFunc("POST /complete", owned(n, func(w http.ResponseWriter, r *http.Request, key string, p place, s state) (version, error) {
 		var c completeJSON
 		if err := decode(r, &c); err != nil {

@@ -81,6 +81,23 @@ type Writer interface {
 	Uploads(ctx context.Context, prefix string, max int) ([]Upload, error)
 }
 
+// BulkDeleter is implemented by Writers whose store deletes many objects with one request.
+type BulkDeleter interface {
+	// DeleteAll deletes up to 1,000 keys, and returns those that the store says are gone, or were never there. Of the
+	// others nothing is known: Delete tells, one by one. An error says that the request as a whole failed.
+	DeleteAll(ctx context.Context, keys []string) (gone map[string]bool, err error)
+}
+
+// BulkDeleterOf is the BulkDeleter that a Writer of WriterOf is; false when the store is none.
+func BulkDeleterOf(w Writer) (BulkDeleter, bool) {
+	d, ok := w.(*decorated)
+	if !ok {
+		return nil, false
+	}
+	_, ok = d.w.(BulkDeleter)
+	return d, ok
+}
+
 // around is implemented by this package's decorators: what they do to any one operation.
 type around interface {
 	inner() Source
@@ -210,6 +227,15 @@ func (d *decorated) AbortUpload(ctx context.Context, key, upload string) error {
 		}
 		return err
 	})
+}
+
+// DeleteAll implements BulkDeleter, of a Writer that is one.
+func (d *decorated) DeleteAll(ctx context.Context, keys []string) (gone map[string]bool, err error) {
+	err = d.do(ctx, opDelete, "", true, func(ctx context.Context) error {
+		gone, err = d.w.(BulkDeleter).DeleteAll(ctx, keys)
+		return err
+	})
+	return gone, err
 }
 
 func (d *decorated) Uploads(ctx context.Context, prefix string, max int) (u []Upload, err error) {

@@ -6,11 +6,13 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -372,3 +374,47 @@ func TestPutHoldsFewPartsInMemory(t *testing.T) {
 type readerFunc func([]byte) (int, error)
 
 func (f readerFunc) Read(p []byte) (int, error) { return f(p) }
+
+// Of a bulk delete only those keys are gone that the store names so: not those that it refuses, nor those that it, or
+// the client library, passes over.
+func TestABulkDeleteTellsOnlyWhatTheStoreSaysIsGone(t *testing.T) {
+	answer := func(b *s3.Bucket, keys ...string) []string {
+		t.Helper()
+		gone, err := b.DeleteAll(t.Context(), keys)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return slices.Sorted(maps.Keys(gone))
+	}
+	var requests atomic.Int64
+	b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+		requests.Add(1)
+		if r.Method != http.MethodPost || !r.URL.Query().Has("delete") {
+			t.Errorf("%s %s", r.Method, r.URL)
+		}
+		io.WriteString(w, `<DeleteResult><Deleted><Key>a</Key></Deleted><Deleted><Key>d&amp;é</Key></Deleted>
+			<Error><Key>b</Key><Code>AccessDenied</Code></Error><Error><Key>c</Key><Code>InvalidArgument</Code></Error></DeleteResult>`)
+	})
+	if gone := answer(b, "a", "b", "c", "d&é", "e"); !slices.Equal(gone, []string{"a", "d&é"}) || requests.Load() != 1 {
+		t.Errorf("gone are %q, after %d requests", gone, requests.Load())
+	}
+	for status, want := range map[int]error{403: source.ErrDenied, 404: source.ErrNoBucket, 503: source.ErrThrottled, 200: source.ErrUnavailable} {
+		b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(status)
+			code := map[int]string{403: "AccessDenied", 404: "NoSuchBucket", 503: "SlowDown"}[status]
+			if status == 200 {
+				io.WriteString(w, `<DeleteResult><Deleted><Key>a</K`) // cut off
+				return
+			}
+			fmt.Fprintf(w, `<Error><Code>%s</Code></Error>`, code)
+		})
+		if gone, err := b.DeleteAll(t.Context(), []string{"a", "b"}); !errors.Is(err, want) || len(gone) > 0 {
+			t.Errorf("status %d: %v, %v, want %v", status, gone, err, want)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if gone, err := b.DeleteAll(ctx, []string{"a", "b"}); err == nil || len(gone) > 0 {
+		t.Errorf("given up: %v, %v", gone, err)
+	}
+}

@@ -19,7 +19,10 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 )
 
-var _ source.Writer = (*Bucket)(nil)
+var (
+	_ source.Writer      = (*Bucket)(nil)
+	_ source.BulkDeleter = (*Bucket)(nil)
+)
 
 // maxCopy is the most that one request of the protocol copies.
 const maxCopy = 5 << 30
@@ -297,6 +300,36 @@ func (b *Bucket) CompleteUpload(ctx context.Context, key, upload string, parts [
 		return now, nil
 	}
 	return source.Object{Key: key, Size: -1, Version: etag, ModTime: time.Now().UTC().Truncate(time.Second)}, nil
+}
+
+// DeleteAll implements source.BulkDeleter.
+func (b *Bucket) DeleteAll(ctx context.Context, keys []string) (map[string]bool, error) {
+	ctx, seen := watch(ctx)
+	results, err := b.core.RemoveObjectsWithIter(ctx, b.name, func(yield func(minio.ObjectInfo) bool) {
+		for _, key := range keys {
+			if !yield(minio.ObjectInfo{Key: key}) {
+				return
+			}
+		}
+	}, minio.RemoveObjectsOptions{})
+	if err != nil {
+		return nil, b.fail(ctx, "delete", "", seen, err)
+	}
+	gone := make(map[string]bool, len(keys))
+	for r := range results {
+		if r.Err == nil {
+			gone[r.ObjectName] = true
+		} else {
+			err = r.Err // the library says so of each when it is the request's
+		}
+	}
+	if err == nil {
+		err = ctx.Err() // of which the results say nothing
+	}
+	if len(gone) == 0 && err != nil {
+		return nil, b.fail(ctx, "delete", "", seen, err)
+	}
+	return gone, nil
 }
 
 // AbortUpload implements source.Writer.
