@@ -45,7 +45,7 @@ const downTime = 5 * time.Second
 // maxNameConns bounds the connections to one worker: each carries one request at a time.
 const maxNameConns = 16
 
-// DialNames connects to the dataset's workers. The error is ErrNotWritable where they serve a dataset that is
+// DialNames connects to the dataset's workers, and waits until they can list it. The error is ErrNotWritable where they serve a dataset that is
 // read-only, or do not know this protocol yet. It ends with ctx, or when every worker refuses this client's key.
 func DialNames(ctx context.Context, config Config) (*Names, error) {
 	c, err := newClient(config, defaultTiming())
@@ -62,7 +62,7 @@ func DialNames(ctx context.Context, config Config) (*Names, error) {
 		err = fmt.Errorf("dataset %s: %w", config.Dataset, ErrNotWritable)
 	}
 	if err == nil {
-		_, err = n.Lookup(ctx, "")
+		_, err = n.List(ctx, "", "") // that workers cannot reach the bucket is better known now than by the first reader
 	}
 	if err != nil {
 		n.Close()

@@ -173,14 +173,27 @@ func (g given) Accept() (net.Conn, error) {
 	}
 }
 
+// Workers that may not read the bucket say so to whoever connects.
+func TestNamesOfABucketThatDeniesThem(t *testing.T) {
+	keys := wire.GenerateKeys()
+	addr := nobodys(t, keys, func(rw http.ResponseWriter, r *http.Request) {
+		rw.Header().Set(wire.HeaderStatus, strconv.Itoa(int(wire.Denied)))
+		rw.WriteHeader(422)
+		fmt.Fprint(rw, "s3://bucket: the key may not list")
+	})
+	if _, err := DialNames(testContext(t), Config{Dataset: "ns/data", Seeds: []string{addr}, Keys: keys, Logger: quiet()}); !errors.Is(err, source.ErrDenied) || !strings.Contains(err.Error(), "may not list") {
+		t.Errorf("%v", err)
+	}
+}
+
 // Whatever a worker answers, what is taken for right is.
 func TestNamesOfAWorkerThatIsWrong(t *testing.T) {
 	keys := wire.GenerateKeys()
 	var asked atomic.Int64
 	var on atomic.Pointer[http.HandlerFunc]
 	addr := nobodys(t, keys, func(rw http.ResponseWriter, r *http.Request) {
-		if r.URL.Path == wire.PathName && r.URL.Query().Get("path") == "" {
-			fmt.Fprint(rw, `{"dir":true}`)
+		if r.URL.Path == wire.PathNames {
+			fmt.Fprint(rw, `{}`)
 			return
 		}
 		asked.Add(1)
@@ -258,8 +271,8 @@ func TestNamesOfWorkersThatAreLate(t *testing.T) {
 	for range 2 {
 		var addr string
 		addr = nobodys(t, keys, func(rw http.ResponseWriter, r *http.Request) {
-			if r.URL.Path == wire.PathName {
-				fmt.Fprint(rw, `{"dir":true}`)
+			if r.URL.Path == wire.PathNames {
+				fmt.Fprint(rw, `{}`)
 				return
 			}
 			began <- addr
