@@ -214,6 +214,42 @@ func TestNamesAreShownAsTheyAre(t *testing.T) {
 	})
 }
 
+// A server that was lent its connection shows names as others do.
+func TestLentConnectionShowsNames(t *testing.T) {
+	needAttach(t)
+	c := newChanging(files{"dir/a": content("a", 2<<20)})
+	dir, _, given := attached(t)
+	m, err := ServeNames(context.Background(), given, c, Options{Dataset: "test"})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() {
+		_ = unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
+		select {
+		case <-m.Done():
+		case <-time.After(patience):
+			t.Error("the server does not end with the mount")
+		}
+	})
+	s := Server{dir: dir, fs: m.fs} // for programs such as this one, which serve what they use
+	s.settle()
+	if err := sameBytes(filepath.Join(dir, "dir/a"), c.all["dir/a"]); err != nil {
+		t.Error(err)
+	}
+	c.put("dir/b", []byte("later"))
+	if err := sameBytes(filepath.Join(dir, "dir/b"), []byte("later")); err != nil {
+		t.Error(err)
+	}
+	if names := names(t, filepath.Join(dir, "dir")); !slices.Equal(names, []string{"a", "b"}) {
+		t.Errorf("listed %q", names)
+	}
+	p, err := m.Park()
+	if err != nil || p.Settings.Snapshot != Live || p.Settings.Mode != NoOpen {
+		t.Fatalf("parked %+v, %v", p, err)
+	}
+	p.Close()
+}
+
 func names(t testing.TB, dir string) []string {
 	t.Helper()
 	entries, err := os.ReadDir(dir)
