@@ -35,7 +35,7 @@ func (d *dataset) makeWritable() error {
 	s := &s3{bucket: d.object.Name, dir: filepath.Join(d.folder.Dir, "s3"), domain: d.tier.options.S3Domain}
 	w := d.object.Spec.Write
 	if w.Policy == v1alpha1.WriteBack {
-		return fmt.Errorf("dataset %s: write.policy: Back is not served yet; set Through, which acknowledges a write once the bucket has it", name(d.object))
+		return fmt.Errorf("dataset %s: write.policy: Back keeps copies on several machines, and local mode has one; set Through, which acknowledges a write once the bucket has it", name(d.object))
 	}
 	d.base.Write = worker.WriteConfig{Policy: string(w.Policy), Exclusive: w.Exclusive}
 	var err error

@@ -22,14 +22,6 @@ import (
 	"github.com/stepcache/stepcache/test/bucket"
 )
 
-// unproven skips a test of write.policy Back, which workers refuse until all that must hold of it does.
-func unproven(t *testing.T) {
-	t.Helper()
-	if os.Getenv("STEPCACHE_UNPROVEN") == "" {
-		t.Skip("workers refuse write.policy Back yet: STEPCACHE_UNPROVEN=1 runs its tests")
-	}
-}
-
 // backTier is a tier that writes back, over a bucket that a test can have refuse writes.
 type backTier struct {
 	*tier
@@ -39,7 +31,6 @@ type backTier struct {
 
 func newBackTier(t *testing.T) *backTier {
 	t.Helper()
-	unproven(t)
 	proxy := bucket.Faults(t, theServer(t))
 	bt := &backTier{tier: newTier(t, proxy.Endpoint()), proxy: proxy}
 	bt.write = worker.WriteConfig{

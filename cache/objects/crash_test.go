@@ -40,9 +40,6 @@ const hung = 2 * time.Minute
 func TestWorkersAreKilledAtRandomPointsOfPuts(t *testing.T) {
 	for _, policy := range []string{worker.WriteThrough, worker.WriteBack} {
 		t.Run(policy, func(t *testing.T) {
-			if policy == worker.WriteBack {
-				unproven(t)
-			}
 			killAtRandomPoints(t, policy)
 		})
 	}

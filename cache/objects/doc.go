@@ -56,8 +56,6 @@
 //
 // # Writing back
 //
-// Workers refuse it as yet (write.policy in package worker).
-//
 // With Config.Back a put of up to MaxBack is acknowledged once Copies workers on distinct nodes hold it in their
 // journals (package journal), which outlive their processes: the owner and the next of the name's order. The owner
 // brings it to the bucket at once, one version of a name after the other and several names at a time, again and again
@@ -100,8 +98,9 @@
 // that has by then what it had before: the same bytes put again, or nothing, since it was deleted. The same holds of
 // writes that go through, whose requests have no condition unless the client gave one. Members that nothing listens for,
 // at the addresses they are known by, need not confirm: a worker whose every connection to its peers is refused, though
-// they are there, would go on. With two workers, one that hangs takes the other's names along until the list is without
-// it.
+// they are there, would go on. And a worker that takes the place of one with its id, as a pod that was deleted by force
+// while its node was cut off, does not wait for that one. With two workers, one that hangs takes the other's names along
+// until the list is without it.
 //
 // Why no old copy comes back. A holder drops a copy when the owner says so, and one that cannot be told keeps it. Until
 // all are told, the owner and those that could be told keep a mark, that everything up to a sequence is in the bucket,

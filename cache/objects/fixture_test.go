@@ -51,7 +51,7 @@ var (
 
 func TestMain(m *testing.M) {
 	if path := os.Getenv(workerEnv); path != "" {
-		c, err := worker.LoadConfig(path, func(c *worker.Config) { c.Write.Unproven = true })
+		c, err := worker.LoadConfig(path, nil)
 		if err == nil {
 			log := slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: slog.LevelDebug}))
 			err = worker.Run(context.Background(), c, worker.Deps{Logger: log})
@@ -229,12 +229,10 @@ func (tr *tier) config(i int) worker.Config {
 	if tr.trusted != nil {
 		gateway.TLS = tr.path("tls")
 	}
-	write := tr.write
-	write.Unproven = true
 	return worker.Config{
 		Dataset: dataset, ID: w.m.ID, Mounts: tr.mounts, Memory: tr.memory, Dir: tr.path(w.m.ID), KeysDir: tr.path("keys"),
 		MembershipFile: tr.path("members.json"), Listen: w.m.Addr, Control: w.m.Control,
-		Gateway: gateway, Write: write,
+		Gateway: gateway, Write: tr.write,
 	}
 }
 

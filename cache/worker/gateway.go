@@ -47,7 +47,7 @@ const (
 
 // WriteConfig says when a write is acknowledged.
 type WriteConfig struct {
-	// Policy is WriteThrough; empty means the same. WriteBack is refused yet.
+	// Policy is WriteThrough or WriteBack; empty means WriteThrough.
 	Policy string `json:"policy,omitempty"`
 	// Copies is how many workers hold what the bucket does not have yet.
 	Copies int `json:"copies,omitempty"`
@@ -62,9 +62,6 @@ type WriteConfig struct {
 	FlushWithin Duration `json:"flushWithin,omitempty"`
 	// Exclusive promises that nobody else writes below the mounts.
 	Exclusive bool `json:"exclusive,omitempty"`
-	// Unproven lets Policy be WriteBack, which is refused otherwise: not all of the tests that must hold of it
-	// have been made. Tests set it; no file can.
-	Unproven bool `json:"-"`
 }
 
 // maxUnflushed is the part of Memory that is for what the bucket does not have yet.
@@ -103,10 +100,6 @@ func (c Config) validateGateway() (errs []error) {
 	switch c.Write.Policy {
 	case "", WriteThrough:
 	case WriteBack:
-		if !c.Write.Unproven {
-			errs = append(errs, errors.New("write.policy Back is not served yet: set Through, which acknowledges a write once the bucket has it"))
-			break
-		}
 		if c.Write.Copies < 2 {
 			errs = append(errs, fmt.Errorf("write.copies is %d: policy Back acknowledges what the bucket does not have yet, and needs at least 2", c.Write.Copies))
 		}
@@ -117,7 +110,7 @@ func (c Config) validateGateway() (errs []error) {
 			errs = append(errs, errors.New("write.maxAge and write.flushWithin: set positive durations, or none for the defaults"))
 		}
 	default:
-		errs = append(errs, fmt.Errorf("write.policy %q: set Through", c.Write.Policy))
+		errs = append(errs, fmt.Errorf("write.policy %q: set Through or Back", c.Write.Policy))
 	}
 	for i, m := range c.Mounts {
 		if strings.HasPrefix(m.URL, "file://") {

@@ -438,17 +438,17 @@ func TestConfigThatIsWrongNamesEveryField(t *testing.T) {
 	}
 	back := `{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}],
 		"gateway":{"listen":":0","bucket":"b","credentials":"/c"},"write":{"policy":"Back","copies":%s}}`
-	if err := write(fmt.Sprintf(back, "2")); err == nil || !strings.Contains(err.Error(), "set Through") {
+	if err := write(fmt.Sprintf(back, "2")); err != nil {
 		t.Errorf("write.policy Back: %v", err)
 	}
-	for _, name := range []string{"Unproven", "unproven"} {
-		if err := write(fmt.Sprintf(back, `2,"`+name+`":true`)); err == nil || !strings.Contains(err.Error(), name) {
-			t.Errorf("write.policy Back in a file that claims it is proven: %v", err)
-		}
+	if err := write(strings.Replace(fmt.Sprintf(back, "2"), "8388608", "4194304", 1)); err == nil || !strings.Contains(err.Error(), "write.maxUnflushed") {
+		t.Errorf("write.policy Back without the memory for it: %v", err)
 	}
-	write(fmt.Sprintf(back, "1"))
-	if _, err := LoadConfig(path, func(c *Config) { c.Write.Unproven = true }); err == nil || !strings.Contains(err.Error(), "write.copies") {
+	if err := write(fmt.Sprintf(back, "1")); err == nil || !strings.Contains(err.Error(), "write.copies") {
 		t.Errorf("one copy: %v", err)
+	}
+	if err := write(strings.Replace(fmt.Sprintf(back, "2"), "Back", "Sometimes", 1)); err == nil || !strings.Contains(err.Error(), "Through or Back") {
+		t.Errorf("another policy: %v", err)
 	}
 	gateway := `{"dataset":"a/b","id":"w","memory":8388608,"dir":"/d","keysDir":"/k","listen":":0","control":":0","mounts":[{"url":"s3://b","path":"/","endpoint":"http://x:1"}],
 		"gateway":{"listen":":0","bucket":"b","credentials":"/c","domains":["s3.example.org","%s"]}}`

@@ -21,6 +21,14 @@ func TestConfigurationThatAWorkerRefusesIsAnError(t *testing.T) {
 	if err != nil || c.Gateway == nil || c.Gateway.Bucket != "artifacts" || c.ID != "" {
 		t.Fatalf("%+v, %v", c, err)
 	}
+	d.Spec.Write.Policy, d.Spec.Workers.Copies = v1alpha1.WriteBack, 2
+	if c, err := r.workerConfig(d); err != nil || c.Write.Policy != "Back" || c.Write.Copies != 2 {
+		t.Errorf("write policy Back: %+v, %v", c.Write, err)
+	}
+	d.Spec.Workers.Copies = 1
+	if _, err := r.workerConfig(d); err == nil || !strings.Contains(err.Error(), "write.copies") {
+		t.Errorf("write policy Back with one copy: %v", err)
+	}
 	d.Spec.Write.Policy = "Sometimes"
 	if _, err := r.workerConfig(d); err == nil || !strings.Contains(err.Error(), "Sometimes") || !strings.Contains(err.Error(), "argo/artifacts") {
 		t.Errorf("an unknown policy: %v", err)

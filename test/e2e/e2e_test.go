@@ -57,6 +57,7 @@ func TestCluster(t *testing.T) {
 	part("Sidecar", func(t *testing.T) { sidecar(t, in) })
 	part("Replaces", func(t *testing.T) { replaces(t, in) })
 	part("Artifacts", artifacts)
+	part("WrittenBack", writtenBack)
 	part("Sharing", func(t *testing.T) { sharing(t, in) })
 	part("KilledSidecars", func(t *testing.T) { killedSidecars(t, in) })
 	part("KilledPods", func(t *testing.T) { killedPods(t, in) })
