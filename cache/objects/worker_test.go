@@ -49,13 +49,34 @@ func (tr *tier) ask(i int, role wire.Role) (net.Conn, error) {
 	return c, rep.Status.Err(string(text))
 }
 
-// Who holds the read key only, or speaks to a worker of a read-only dataset, cannot ask about names; bad
-// requests of who can are refused, and change nothing.
+// Who holds the read key only cannot ask what workers ask each other, and who speaks to a worker of a read-only dataset
+// nothing about names; bad requests of who can are refused, and change nothing.
 func TestStrangersAndBadRequestsAreRefused(t *testing.T) {
 	tr := newTier(t, "").start(1)
 	tr.mustPut(0, "k", []byte("1"))
-	if _, err := tr.ask(0, wire.RoleRead); !errors.Is(err, source.ErrDenied) {
-		t.Errorf("with the read key: %v", err)
+	// The read key leads to what readers may ask, and to nothing else.
+	reader := http.Client{Transport: &http.Transport{DialContext: func(context.Context, string, string) (net.Conn, error) {
+		return tr.ask(0, wire.RoleRead)
+	}}}
+	defer reader.CloseIdleConnections()
+	for _, r := range [][2]string{
+		{"GET", "/epoch"}, {"GET", "/object?key=k"}, {"GET", "/block?key=k&version=x&size=1&block=0"}, {"GET", "/held?limit=1"},
+		{"DELETE", "/object?key=k"}, {"PUT", "/put?key=k&size=0"}, {"PUT", "/hold?key=k"}, {"POST", "/copy?key=k"},
+		{"POST", "/complete?key=k"}, {"POST", "/mark?key=k&epoch=1&n=1"}, {"POST", "/forget?key=k&epoch=1&n=1"}, {"POST", "/release"},
+	} {
+		req, err := http.NewRequest(r[0], "http://w"+r[1], nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		req.Header.Set("Stepcache-Epoch", "1")
+		resp, err := reader.Do(req)
+		if err != nil {
+			t.Fatalf("%s %s with the read key: %v", r[0], r[1], err)
+		}
+		resp.Body.Close()
+		if resp.StatusCode != http.StatusNotFound && resp.StatusCode != http.StatusMethodNotAllowed {
+			t.Errorf("%s %s with the read key: status %d", r[0], r[1], resp.StatusCode)
+		}
 	}
 	c, err := tr.ask(0, wire.RoleWrite)
 	if err != nil {
