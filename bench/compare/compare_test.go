@@ -76,7 +76,7 @@ func TestWhole(t *testing.T) {
 			t.Errorf("%s: a peer that cannot mount: %+v", title, f)
 		}
 		// What is a count and not a speed holds in every size. What was put through the tier does not leave the bucket,
-		// or once where it was put in parts; of the smallest, answers without content would be a part.
+		// or once what was put in parts and not kept; of the smallest, answers without content would be a part.
 		if f := r.Figures[trial.Own]; puts && f != nil && r.Name != "get 1 KiB" {
 			most := 0.1
 			if r.Name == "get 20 MiB" {

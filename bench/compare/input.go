@@ -131,7 +131,8 @@ func at(s *bucket.Server, name string) *trial.Bucket {
 func artifacts(c scale, s *bucket.Server) *trial.Artifacts {
 	a := &trial.Artifacts{Small: smallArtifacts, Count: c.artifacts, Large: c.artifact, Shared: c.shared}
 	a.Bucket, a.Puts = at(s, putsBucket), true
-	a.Memory = 64<<20 + c.artifact + 3*c.shared
+	// What comes in parts is held as such too, until it is one object.
+	a.Memory = 64<<20 + 2*(c.artifact+3*c.shared)
 	for _, size := range a.Small {
 		a.Memory += int64(a.Count) * (size + 8<<10)
 	}

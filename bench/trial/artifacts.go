@@ -61,7 +61,7 @@ func (t *trial) artifactsSection() *section {
 		row(get(size), PerSecond, "nothing from the bucket")
 	}
 	row(put(a.Large), BytesPerSecond, "")
-	// What was put in parts (from 16 MiB) the tier fetches back, once.
+	// Of what was put in parts (from 16 MiB) the tier fetches back what it could not keep, once.
 	row(get(a.Large), BytesPerSecond, "at most once from the bucket")
 	for _, n := range consumers {
 		row(share(n), Seconds, "at most once from the bucket")
