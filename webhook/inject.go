@@ -316,8 +316,8 @@ func permitted(d *v1alpha1.Dataset, namespace string, m mode) error {
 		return nil
 	case d.Namespace != namespace:
 		return deny("Dataset %s is of another namespace, which the mode %s cannot read since its keys are there: use the mode csi, or a Dataset of this namespace with the source dataset://%s", name, m, name)
-	case d.Spec.Access == v1alpha1.ReadWrite:
-		return deny("Dataset %s has access: ReadWrite and so no listing that the mode %s could work from: use the mode csi", name, m)
+	case m == stage && d.Spec.Access == v1alpha1.ReadWrite:
+		return deny("Dataset %s has access: ReadWrite and so no listing that the mode %s could copy: use the mode csi or sidecar", name, m)
 	}
 	return nil
 }

@@ -176,9 +176,16 @@ func TestSidecarIsFirstOfAll(t *testing.T) {
 	}
 }
 
-func sidecarIsFirst(t *testing.T, w *world, lent bool) {
+// A writable Dataset has no listing to copy from, but its names can be read one by one.
+func TestSidecarOfAWritableDataset(t *testing.T) {
+	w := newWorld()
+	w.datasets[0].Spec.Access, w.datasets[0].Spec.Replaces = v1alpha1.ReadWrite, nil
+	sidecarIsFirst(t, w, w.service, mounts("genomes=/more"))
+}
+
+func sidecarIsFirst(t *testing.T, w *world, lent bool, more ...func(map[string]any)) {
 	h := injectHandler(t, w)
-	raw := readPod(t, "argo-v3.7", inject("sidecar"))
+	raw := readPod(t, "argo-v3.7", append(more, inject("sidecar"))...)
 	pod := decodePod(t, apply(t, raw, h.Handle(context.Background(), request("argo", raw))))
 	var names []string
 	for _, c := range pod.Spec.InitContainers {
@@ -254,7 +261,7 @@ func TestDenials(t *testing.T) {
 		{"sidecar where it is not allowed", []func(map[string]any){inject("sidecar")}, func(w *world) { w.namespaces["argo"][labelEnforce], w.service = "baseline", false }, []string{"privileged", "baseline", "use stage"}},
 		{"sidecar of another namespace", []func(map[string]any){inject("sidecar"), mounts("ref/hg38=/ref")}, nil, []string{"ref/hg38 is of another namespace", "use the mode csi"}},
 		{"stage of another namespace", []func(map[string]any){inject("stage"), mounts("ref/hg38=/ref")}, nil, []string{"use the mode csi"}},
-		{"stage of a writable Dataset", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"ReadWrite", "use the mode csi"}},
+		{"stage of a writable Dataset", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"ReadWrite", "use the mode csi or sidecar"}},
 		{"a replaced claim of a writable Dataset", []func(map[string]any){mounts(""), claimed("oss-data")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"claim oss-data", "access: ReadWrite", "spec.replaces", "S3 endpoint"}},
 		{"stage of too much", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, []string{"5.0 GiB", "4.0 GiB", AnnotationStagePaths}},
 		{"bad stage paths", []func(map[string]any){inject("stage"), put("annotations", AnnotationStagePaths, "shards")}, nil, []string{AnnotationStagePaths, "does not begin with /"}},

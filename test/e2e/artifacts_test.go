@@ -474,33 +474,38 @@ func keys(t *testing.T, c *minio.Client, workflow string) (found []string) {
 	return found
 }
 
-// followed has a pod look, by its claim, for an object that is put, replaced and deleted while the pod runs.
+// followed has two pods, one by the node's mount and one by a sidecar's, look for an object that is put, replaced and
+// deleted while they run.
 func followed(t *testing.T) {
 	const key = "by-path/out"
-	// It says what it sees whenever that is something else. A version that is replaced while it is read is an error.
-	apply(t, namespace, edit(t, example(t, "quickstart/pod.yaml"), "demo-reader", "holder", "claimName: demo", "claimName: artifacts",
+	// A pod says what it sees whenever that is something else. A version that is replaced while it is read is an error.
+	holder := edit(t, example(t, "quickstart/pod.yaml"), "demo-reader", "holder", "claimName: demo", "claimName: artifacts",
 		`"ls -l /data && sha256sum /data/large.bin"`,
-		`"while :; do if s=$(sha256sum /data/`+key+`); then s=${s%% *}; elif [ ! -e /data/`+key+` ]; then s=nothing; else s=$last; fi; [ $s = \"$last\" ] || echo saw $s; last=$s; sleep 1; done"`))
+		`"while :; do if s=$(sha256sum /data/`+key+`); then s=${s%% *}; elif [ ! -e /data/`+key+` ]; then s=nothing; else s=$last; fi; [ $s = \"$last\" ] || echo saw $s; last=$s; sleep 1; done"`)
+	apply(t, namespace, holder)
+	apply(t, namespace, edit(t, holder, "{name: holder}", "{name: holder-sidecar, labels: {data.stepcache.dev/inject: sidecar}}"))
 	var want []string
 	sees := func(what string) {
 		t.Helper()
 		want = append(want, "saw "+what)
-		eventually(t, "a pod that mounts the claim of the Dataset artifacts sees "+what, func(ctx context.Context) error {
-			out, err := run(ctx, "", "logs", "-n", namespace, "holder", "-c", "main")
-			if err != nil {
-				return err
-			}
-			var saw []string
-			for line := range strings.Lines(out) {
-				if strings.HasPrefix(line, "saw ") {
-					saw = append(saw, strings.TrimSpace(line))
+		for _, pod := range []string{"holder", "holder-sidecar"} {
+			eventually(t, "pod "+pod+", which mounts the claim of the Dataset artifacts, sees "+what, func(ctx context.Context) error {
+				out, err := run(ctx, "", "logs", "-n", namespace, pod, "-c", "main")
+				if err != nil {
+					return err
 				}
-			}
-			if !slices.Equal(saw, want) {
-				err = fmt.Errorf("it saw %q, not %q", saw, want)
-			}
-			return err
-		})
+				var saw []string
+				for line := range strings.Lines(out) {
+					if strings.HasPrefix(line, "saw ") {
+						saw = append(saw, strings.TrimSpace(line))
+					}
+				}
+				if !slices.Equal(saw, want) {
+					err = fmt.Errorf("it saw %q, not %q", saw, want)
+				}
+				return err
+			})
+		}
 	}
 	sees("nothing")
 	tier := atTier(t)
@@ -517,7 +522,7 @@ func followed(t *testing.T) {
 		t.Fatal(err)
 	}
 	sees("nothing")
-	kubectl(t, "delete", "pod", "-n", namespace, "holder", "--grace-period=1")
+	kubectl(t, "delete", "pods", "-n", namespace, "holder", "holder-sidecar", "--grace-period=1")
 }
 
 // foreignKeys knocks at the S3 endpoint with other keys than its own.

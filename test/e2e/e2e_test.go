@@ -83,7 +83,7 @@ func clean(t *testing.T) {
 	kubectl(t, "delete", "namespace", other, "--ignore-not-found", "--timeout", patience.String())
 	kubectl(t, "label", "namespace", namespace, "pod-security.kubernetes.io/enforce-")
 	kubectl(t, "delete", "workflows,jobs", "-n", namespace, "--all", "--timeout", patience.String())
-	kubectl(t, "delete", "pods", "-n", namespace, "--ignore-not-found", "demo-reader", "demo-stage", "demo-sidecar", "holder", "before-upgrade", "after-upgrade")
+	kubectl(t, "delete", "pods", "-n", namespace, "--ignore-not-found", "demo-reader", "demo-stage", "demo-sidecar", "holder", "holder-sidecar", "before-upgrade", "after-upgrade")
 	if kubectl(t, "get", "namespace", system, "--ignore-not-found", "-o", "name") != "" {
 		uninstall(t, "--delete-pods")
 	}
