@@ -106,6 +106,12 @@ func TestStrangersAndBadRequestsAreRefused(t *testing.T) {
 		{"PUT", "/put?key=k&size=2", "1", "e30=", "no frame at all", 422},
 		{"POST", "/copy?key=k", "1", "", "{", 422},
 		{"POST", "/complete?key=k", "1", "", `{"Upload":"none"}`, 422},
+		{"POST", "/delete", "", "", `{"Keys":["k"]}`, 400},
+		{"POST", "/delete", "0", "", `{"Keys":["k"]}`, 409},
+		{"POST", "/delete", "1", "", "{", 422},
+		{"GET", "/part?key=k&upload=u&number=1&etag=x&block=0", "", "", "", 422},
+		{"GET", "/part?key=k&upload=u&number=x&block=-1", "", "", "", 422},
+		{"GET", "/parts?key=k&upload=u", "", "", "", 200},
 		{"POST", "/nothing", "1", "", "", 404},
 	} {
 		req, err := http.NewRequest(r.method, "http://w"+r.path, bytes.NewReader([]byte(r.body)))
