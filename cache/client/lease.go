@@ -59,7 +59,10 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 	case o.Size == 0:
 		return nil, no(errors.New("the file is empty"))
 	case o.Size > ring.StripeThreshold:
-		return nil, no(errors.New("the file is striped over the workers"))
+		// With no more workers than copies each of them owns all of it.
+		if n := len(c.members.view().Owners(o, 0, 0)); n > c.copies {
+			return nil, no(fmt.Errorf("the file is striped over %d workers", n))
+		}
 	}
 	reason := errors.New("no owner of it has a socket on this machine")
 	for _, socket := range c.sockets(o) {

@@ -181,6 +181,43 @@ func TestLeaseReceivesTheFileAndReleaseIsIdempotent(t *testing.T) {
 	}
 }
 
+// A file that is large enough to be striped is whole where one worker has every stripe of it.
+func TestALargeFileIsLeasedFromAWorkerThatOwnsAllOfIt(t *testing.T) {
+	ctx := testContext(t)
+	const size = ring.StripeThreshold + 1
+	k := newTier(t, map[string][]byte{"large": make([]byte, size)}) // never touched, so it takes no memory
+	k.start("a")
+	path := filepath.Join(t.TempDir(), "large")
+	if err := os.WriteFile(path, nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Truncate(path, size); err != nil {
+		t.Fatal(err)
+	}
+	l := lend(t, k.keys, func(wire.Request) (*os.File, error) { return os.Open(path) })
+	k.worker("a").socket = l.path
+	k.setMembers()
+	c := k.dial(nil)
+	lease, err := c.Lease(ctx, k.index("large"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lease.Release()
+	c.Close()
+
+	k.start("b")
+	c = k.dial(nil)
+	if _, err := c.Lease(ctx, k.index("large"), 0); !errors.Is(err, ErrNoLease) || !strings.Contains(err.Error(), "striped over 2 workers") {
+		t.Fatalf("leased, or why not: %v", err)
+	}
+	c.Close()
+	c = k.dial(func(c *Config) { c.Copies = 2 })
+	if lease, err = c.Lease(ctx, k.index("large"), 0); err != nil {
+		t.Fatal(err)
+	}
+	lease.Release()
+}
+
 func TestNoLeaseSaysWhy(t *testing.T) {
 	ctx := testContext(t)
 	k, path := leaseTier(t)
