@@ -70,6 +70,10 @@ func TestHostileRequestsAreInvalid(t *testing.T) {
 	snap := tr.snapshot()
 	f, dir, empty := index(t, snap, "/f"), index(t, snap, "/d"), index(t, snap, "/d/empty")
 	c := tr.dial(0)
+	eventually(t, "the worker has listed the bucket", func() error {
+		_, _, err := c.ask(wire.Request{Op: wire.OpSnapshot})
+		return err
+	})
 	for name, req := range map[string]wire.Request{
 		"directory":           {Op: wire.OpRead, Index: dir, Length: 1},
 		"root":                {Op: wire.OpRead, Index: 0, Length: 1},
