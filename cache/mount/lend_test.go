@@ -64,13 +64,21 @@ func attached(t *testing.T) (dir string, kept, given *os.File) {
 	return dir, kept, given
 }
 
-// servedAt serves it in this process. That needs what a server of its own mount does for programs such as this one.
+// servedAt serves it in this process.
 func servedAt(t *testing.T, dir string, given *os.File, r *leasing, o Options) *Server {
 	t.Helper()
 	m, err := Serve(context.Background(), given, r.snap, r, o)
 	if err != nil {
 		t.Fatal(err)
 	}
+	servesItself(t, dir, m)
+	return m
+}
+
+// servesItself has the server of a lent connection do what one of its own mount does for programs such as this one,
+// which serve what they use; it must end with the mount.
+func servesItself(t *testing.T, dir string, m *Server) {
+	t.Helper()
 	t.Cleanup(func() {
 		_ = unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
 		select {
@@ -81,7 +89,6 @@ func servedAt(t *testing.T, dir string, given *os.File, r *leasing, o Options) *
 	})
 	s := Server{dir: dir, fs: m.fs}
 	s.settle()
-	return m
 }
 
 func TestLentConnectionIsServedAndPassesThrough(t *testing.T) {

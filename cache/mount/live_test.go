@@ -223,16 +223,7 @@ func TestLentConnectionShowsNames(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	t.Cleanup(func() {
-		_ = unix.Unmount(dir, unix.MNT_FORCE|unix.MNT_DETACH|unix.UMOUNT_NOFOLLOW)
-		select {
-		case <-m.Done():
-		case <-time.After(patience):
-			t.Error("the server does not end with the mount")
-		}
-	})
-	s := Server{dir: dir, fs: m.fs} // for programs such as this one, which serve what they use
-	s.settle()
+	servesItself(t, dir, m)
 	if err := sameBytes(filepath.Join(dir, "dir/a"), c.all["dir/a"]); err != nil {
 		t.Error(err)
 	}
@@ -316,17 +307,7 @@ func TestAListingGoesOnAfterSignals(t *testing.T) {
 // Who is killed does not wait for the answer, also after signals that do not kill.
 func TestAKilledListerDoesNotWait(t *testing.T) {
 	m, cmd, _, _ := signalledListing(t)
-	if err := cmd.Process.Kill(); err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error, 1)
-	go func() { done <- cmd.Wait() }()
-	select {
-	case <-done:
-	case <-time.After(patience):
-		t.Error("a killed process still waits for a listing")
-		abort(m.dev.minor)
-	}
+	kill(t, m, cmd, "a listing")
 }
 
 // signalledListing is a process that waits for a listing, which comes once answer is closed, and has had signals

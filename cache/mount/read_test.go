@@ -9,6 +9,7 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -147,17 +148,23 @@ func TestKilledReaderDoesNotWait(t *testing.T) {
 			t.Fatal(err)
 		}
 		<-asked
-		if err := c.Process.Kill(); err != nil {
-			t.Fatal(err)
-		}
-		done := make(chan error, 1)
-		go func() { done <- c.Wait() }()
-		select {
-		case <-done:
-		case <-time.After(patience):
-			t.Error("a killed process still waits for its read")
-			abort(m.dev.minor)
-		}
+		kill(t, m, c, "its read")
+	}
+}
+
+// kill kills a process that waits for the mount, which must end it.
+func kill(t *testing.T, m *Server, c *exec.Cmd, what string) {
+	t.Helper()
+	if err := c.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan error, 1)
+	go func() { done <- c.Wait() }()
+	select {
+	case <-done:
+	case <-time.After(patience):
+		t.Errorf("a killed process still waits for %s", what)
+		abort(m.dev.minor)
 	}
 }
 
