@@ -95,13 +95,7 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 		}
 		c.count.rounds.Add(1)
 		c.members.refresh()
-		t := time.NewTimer(pause.NextBackOff())
-		select {
-		case <-t.C:
-		case <-changed:
-		case <-ctx.Done():
-		}
-		t.Stop()
+		sleepUntil(ctx, pause.NextBackOff(), changed)
 	}
 }
 
@@ -135,13 +129,7 @@ func (c *Client) guess(ctx context.Context, w piece, dst []byte) error {
 		case !errors.Is(err, wire.ErrOverloaded) || try == busyTries:
 			return errGuess
 		}
-		t := time.NewTimer(pause.NextBackOff())
-		select {
-		case <-t.C:
-		case <-w.urgent:
-		case <-ctx.Done():
-		}
-		t.Stop()
+		sleepUntil(ctx, pause.NextBackOff(), w.urgent)
 		if isClosed(w.urgent) {
 			return c.fetch(ctx, w, dst)
 		}

@@ -367,42 +367,31 @@ func (s *sock) hold(until time.Time, err error) {
 }
 
 func (c *Client) dialSocket(ctx context.Context, path string) (*leaser, error) {
-	err := fmt.Errorf("%w: no read key", wire.ErrUnauthorized)
-	for _, key := range c.keys().Read {
-		var nc net.Conn
-		if nc, err = c.connect(ctx, "unixpacket", path); err != nil {
-			return nil, err
-		}
-		if err = wire.ClientHandshake(ctx, nc, c.config.Dataset, wire.RoleRead, key); err != nil {
-			nc.Close()
-			if !errors.Is(err, wire.ErrUnauthorized) {
-				return nil, err
-			}
-			continue
-		}
-		uc, ok := nc.(*net.UnixConn)
-		if !ok {
-			nc.Close()
-			return nil, fmt.Errorf("%s: the dialer gave no Unix socket", path)
-		}
-		l := &leaser{c: c, path: path, conn: uc, closed: make(chan struct{}), pending: make(map[uint32]chan leased)}
-		failed := make(chan struct{})
-		stop := context.AfterFunc(c.ctx, func() { defer close(failed); l.fail(errClosed) })
-		if !c.spawn(func() {
-			l.read()
-			if !stop() {
-				<-failed // Close waits for this goroutine, and so for that one
-			}
-		}) {
-			if !stop() {
-				<-failed
-			}
-			l.fail(errClosed)
-			return nil, errClosed
-		}
-		return l, nil
+	nc, err := c.prove(ctx, "unixpacket", path, nil)
+	if err != nil {
+		return nil, err
 	}
-	return nil, err
+	uc, ok := nc.(*net.UnixConn)
+	if !ok {
+		nc.Close()
+		return nil, fmt.Errorf("%s: the dialer gave no Unix socket", path)
+	}
+	l := &leaser{c: c, path: path, conn: uc, closed: make(chan struct{}), pending: make(map[uint32]chan leased)}
+	failed := make(chan struct{})
+	stop := context.AfterFunc(c.ctx, func() { defer close(failed); l.fail(errClosed) })
+	if !c.spawn(func() {
+		l.read()
+		if !stop() {
+			<-failed // Close waits for this goroutine, and so for that one
+		}
+	}) {
+		if !stop() {
+			<-failed
+		}
+		l.fail(errClosed)
+		return nil, errClosed
+	}
+	return l, nil
 }
 
 // ask sends one request and waits for its answer.

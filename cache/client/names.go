@@ -186,13 +186,7 @@ func (n *Names) ask(ctx context.Context, path, what string, query url.Values, li
 			return n.failed(path, context.Cause(ctx), last)
 		}
 		n.c.members.refresh()
-		t := time.NewTimer(pause.NextBackOff())
-		select {
-		case <-t.C:
-		case <-changed:
-		case <-ctx.Done():
-		}
-		t.Stop()
+		sleepUntil(ctx, pause.NextBackOff(), changed)
 	}
 }
 
@@ -335,50 +329,17 @@ func (n *Names) attempt(ctx context.Context, addr, what string, query url.Values
 func (n *Names) dial(ctx context.Context, network, addr string) (net.Conn, error) {
 	ctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
 	defer cancel()
-	err := fmt.Errorf("%w: no read key: give the client the Dataset's keys", wire.ErrUnauthorized)
-	for _, key := range n.c.keys().Read {
-		var nc net.Conn
-		if nc, err = n.c.connect(ctx, network, addr); err != nil {
-			return nil, err
-		}
-		if err = wire.ClientHandshake(ctx, nc, n.c.config.Dataset, wire.RoleRead, key); err == nil {
-			err = upgrade(ctx, nc)
-		}
-		if err == nil {
-			return n.keep(nc)
-		}
-		nc.Close()
-		if !errors.Is(err, wire.ErrUnauthorized) {
-			return nil, err
-		}
-	}
-	return nil, err
-}
-
-func upgrade(ctx context.Context, nc net.Conn) error {
-	deadline, _ := ctx.Deadline()
-	if err := nc.SetDeadline(deadline); err != nil {
-		return err
-	}
-	if _, err := nc.Write(wire.AppendRequest(nil, wire.Request{Op: wire.OpObjects, ID: 1})); err != nil {
-		return err
-	}
-	rep, err := wire.ReadReply(nc) // not buffered: what follows is HTTP
-	if err != nil {
-		return err
-	}
-	if rep.Status != wire.OK {
-		text := make([]byte, min(rep.Length, wire.MaxMessage))
-		if _, err := io.ReadFull(nc, text); err != nil {
-			return err
-		}
-		err := rep.Status.Err(string(text))
-		if rep.Status == wire.Invalid {
+	nc, err := n.c.prove(ctx, network, addr, func(ctx context.Context, nc net.Conn) error {
+		err := wire.ToObjects(ctx, nc)
+		if errors.Is(err, source.ErrInvalid) {
 			err = fmt.Errorf("%w: %w", ErrNotWritable, err)
 		}
 		return err
+	})
+	if err != nil {
+		return nil, err
 	}
-	return nc.SetDeadline(time.Time{})
+	return n.keep(nc)
 }
 
 // keep notes a connection, which is closed with the Names whatever the transport does with it.

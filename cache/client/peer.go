@@ -215,26 +215,21 @@ func (p *peer) settle(d *dialing, c *conn, err error) bool {
 	return over
 }
 
-// dial makes one authenticated connection. During a rotation of keys the worker may know only the older
-// one: each is tried, the current one first.
+// dial makes one authenticated connection.
 func (p *peer) dial(ctx context.Context) (*conn, error) {
-	err := fmt.Errorf("%w: no read key: give the client the Dataset's keys", wire.ErrUnauthorized)
-	for _, key := range p.c.keys().Read {
-		var nc net.Conn
-		if nc, err = p.c.connect(ctx, "tcp", p.member.Addr); err != nil {
-			return nil, err
-		}
-		if err = wire.ClientHandshake(ctx, nc, p.c.config.Dataset, wire.RoleRead, key); err == nil {
-			return newConn(nc, &p.c.wg, p.c.timing,
-				func(epoch uint64) { p.c.members.saw(p, epoch) },
-				func() { p.c.count.corrupt.Add(1) }), nil
-		}
-		nc.Close()
-		if !errors.Is(err, wire.ErrUnauthorized) {
-			return nil, err
-		}
+	nc, err := p.c.prove(ctx, "tcp", p.member.Addr, nil)
+	if err != nil {
+		return nil, err
 	}
-	return nil, err
+	return newConn(nc, &p.c.wg, p.c.timing,
+		func(epoch uint64) { p.c.members.saw(p, epoch) },
+		func() { p.c.count.corrupt.Add(1) }), nil
+}
+
+// prove connects and proves the read key; then is what comes next.
+func (c *Client) prove(ctx context.Context, network, addr string, then func(context.Context, net.Conn) error) (net.Conn, error) {
+	return wire.Connect(ctx, func(ctx context.Context) (net.Conn, error) { return c.connect(ctx, network, addr) },
+		c.config.Dataset, wire.RoleRead, c.keys(), then)
 }
 
 // small makes a request whose reply is not a block. The error of a reply that is not OK is its status's.
@@ -285,11 +280,16 @@ func (c *Client) connect(ctx context.Context, network, addr string) (net.Conn, e
 }
 
 // sleep waits for d; false when ctx ended first.
-func sleep(ctx context.Context, d time.Duration) bool {
+func sleep(ctx context.Context, d time.Duration) bool { return sleepUntil(ctx, d, nil) }
+
+// sleepUntil is sleep that early ends too.
+func sleepUntil(ctx context.Context, d time.Duration, early <-chan struct{}) bool {
 	t := time.NewTimer(d)
 	defer t.Stop()
 	select {
 	case <-t.C:
+		return true
+	case <-early:
 		return true
 	case <-ctx.Done():
 		return false

@@ -85,13 +85,7 @@ func (c *Client) fromAny(ctx context.Context, get func(*peer) error) error {
 			c.config.Progress(Progress{Waiting: last.Error()})
 		}
 		c.members.refresh()
-		t := time.NewTimer(pause.NextBackOff())
-		select {
-		case <-t.C:
-		case <-changed:
-		case <-ctx.Done():
-		}
-		t.Stop()
+		sleepUntil(ctx, pause.NextBackOff(), changed)
 	}
 }
 

@@ -118,6 +118,14 @@ func (bt *backTier) inJournal(i int) []string {
 	return found
 }
 
+// allInBucketSoon waits until the bucket has what was put, by key.
+func (bt *backTier) allInBucketSoon(puts map[string][]byte) {
+	bt.t.Helper()
+	for key, p := range puts {
+		bt.inBucketSoon(key, p, md5Hex(string(p)))
+	}
+}
+
 // inBucketSoon waits until the bucket has an object as it was acknowledged.
 func (bt *backTier) inBucketSoon(key string, want []byte, etag string) {
 	bt.t.Helper()
@@ -368,9 +376,7 @@ func TestBackWithAFullJournalGoesThrough(t *testing.T) {
 		return errors.New("it does not")
 	})
 	bt.accept()
-	for key, p := range acked {
-		bt.inBucketSoon(key, p, md5Hex(string(p)))
-	}
+	bt.allInBucketSoon(acked)
 	bt.nothingHeld()
 }
 
@@ -435,9 +441,7 @@ func TestBackOutlivesTheProcesses(t *testing.T) {
 		t.Errorf("listed: %q", keys)
 	}
 	bt.accept()
-	for key, p := range acked {
-		bt.inBucketSoon(key, p, md5Hex(string(p)))
-	}
+	bt.allInBucketSoon(acked)
 	bt.nothingHeld()
 }
 
@@ -478,9 +482,7 @@ func TestBackSurvivesTheLossOfAWorker(t *testing.T) {
 		}
 	}
 	bt.accept()
-	for key, p := range acked {
-		bt.inBucketSoon(key, p, md5Hex(string(p)))
-	}
+	bt.allInBucketSoon(acked)
 	bt.nothingHeld()
 	bt.mustPut(0, "lost-0", []byte("after"))
 	bt.reads(2, "lost-0", "after")

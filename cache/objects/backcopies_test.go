@@ -54,9 +54,7 @@ func TestBackWithThreeCopiesSurvivesTheLossOfTwoWorkers(t *testing.T) {
 		}
 	}
 	bt.accept()
-	for key, p := range acked {
-		bt.inBucketSoon(key, p, md5Hex(string(p)))
-	}
+	bt.allInBucketSoon(acked)
 	bt.nothingHeldBy(2, 3)
 }
 
@@ -112,9 +110,7 @@ func TestBackACorruptCopyIsReplacedAndNeverFlushed(t *testing.T) {
 		}
 	}
 	refuses.Store(false)
-	for key, p := range keys {
-		bt.inBucketSoon(key, p, md5Hex(string(p)))
-	}
+	bt.allInBucketSoon(keys)
 	bt.nothingHeld()
 }
 

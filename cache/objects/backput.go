@@ -386,7 +386,7 @@ func (n *Names) serveHold(w http.ResponseWriter, r *http.Request) {
 
 func (b *back) take(w http.ResponseWriter, r *http.Request) error {
 	var rec journal.Record
-	epoch, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
+	epoch, err := strconv.ParseUint(r.Header.Get(wire.HeaderEpoch), 10, 64)
 	if err == nil {
 		var text []byte
 		if text, err = base64.StdEncoding.DecodeString(r.Header.Get(headerOptions)); err == nil {

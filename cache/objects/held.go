@@ -104,17 +104,12 @@ func (b *back) word(do func(string, journal.Seq) error) http.HandlerFunc {
 // It is told under one membership, that of who asks.
 func (b *back) serveHeld(w http.ResponseWriter, r *http.Request) {
 	q := r.URL.Query()
-	theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
-	limit, lerr := strconv.Atoi(q.Get("limit"))
-	if err != nil || !q.Has("owner") && (lerr != nil || limit < 1) {
-		refuse(w, http.StatusBadRequest, "invalid", "no epoch or no limit")
+	if limit, err := strconv.Atoi(q.Get("limit")); !q.Has("owner") && (err != nil || limit < 1) {
+		refuse(w, http.StatusBadRequest, "invalid", "no limit")
 		return
 	}
-	b.n.epochs.heard(theirs, b.n.c.Clock.Now())
-	b.n.epochs.wait(r.Context(), theirs, catchUp)
-	s := b.n.epochs.now()
-	if s.Epoch != theirs {
-		answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: s.Epoch})
+	s, ok := b.n.follows(w, r)
+	if !ok {
 		return
 	}
 	var h heldJSON
@@ -127,7 +122,7 @@ func (b *back) serveHeld(w http.ResponseWriter, r *http.Request) {
 	} else {
 		h = b.tells(s, q)
 	}
-	if now := b.n.epochs.now(); now.Epoch != theirs {
+	if now := b.n.epochs.now(); now.Epoch != s.Epoch {
 		answer(w, http.StatusConflict, refusal{Kind: "stale", Text: "another membership", Epoch: now.Epoch})
 		return
 	}

@@ -31,11 +31,8 @@ const (
 	maxAnswer = 1 << 20
 )
 
-// Headers of requests between workers.
-const (
-	headerEpoch   = "Stepcache-Epoch"
-	headerOptions = "Stepcache-Options"
-)
+// headerOptions has the options of a put that is passed on; its epoch is in wire.HeaderEpoch.
+const headerOptions = "Stepcache-Options"
 
 // peers asks other workers.
 type peers struct {
@@ -136,52 +133,16 @@ func (p *peers) dial(ctx context.Context, network, addr string) (net.Conn, error
 	ctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
 	defer cancel()
 	defer context.AfterFunc(p.closing, cancel)()
-	// During a rotation the other worker may know only the older key: each is tried, the current one first.
-	err := fmt.Errorf("%w: this worker has no write key", wire.ErrUnauthorized)
-	for _, key := range p.n.c.Keys().Write {
-		var nc net.Conn
-		if nc, err = p.n.c.Dial(ctx, network, addr); err != nil {
-			return nil, err
-		}
-		if err = wire.ClientHandshake(ctx, nc, p.n.c.Dataset, wire.RoleWrite, key); err == nil {
-			err = upgrade(ctx, nc)
-		}
-		if err == nil {
-			c := &peerConn{nc, p}
-			p.mu.Lock()
-			p.conns[c] = struct{}{}
-			p.mu.Unlock()
-			return c, nil
-		}
-		nc.Close()
-		if !errors.Is(err, wire.ErrUnauthorized) {
-			return nil, err
-		}
-	}
-	return nil, err
-}
-
-func upgrade(ctx context.Context, nc net.Conn) error {
-	deadline, _ := ctx.Deadline()
-	if err := nc.SetDeadline(deadline); err != nil {
-		return err
-	}
-	if _, err := nc.Write(wire.AppendRequest(nil, wire.Request{Op: wire.OpObjects, ID: 1})); err != nil {
-		return err
-	}
-	// Not buffered: what follows the reply is HTTP.
-	rep, err := wire.ReadReply(nc)
+	nc, err := wire.Connect(ctx, func(ctx context.Context) (net.Conn, error) { return p.n.c.Dial(ctx, network, addr) },
+		p.n.c.Dataset, wire.RoleWrite, p.n.c.Keys(), wire.ToObjects)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if rep.Status != wire.OK {
-		text := make([]byte, min(rep.Length, wire.MaxMessage))
-		if _, err := io.ReadFull(nc, text); err != nil {
-			return err
-		}
-		return rep.Status.Err(string(text))
-	}
-	return nc.SetDeadline(time.Time{})
+	c := &peerConn{nc, p}
+	p.mu.Lock()
+	p.conns[c] = struct{}{}
+	p.mu.Unlock()
+	return c, nil
 }
 
 // known is why m is not asked at present; nil when it is.
@@ -321,7 +282,7 @@ func (p *peers) request(ctx context.Context, method string, m ring.Member, path 
 		return nil, err
 	}
 	if epoch > 0 {
-		req.Header.Set(headerEpoch, strconv.FormatUint(epoch, 10))
+		req.Header.Set(wire.HeaderEpoch, strconv.FormatUint(epoch, 10))
 	}
 	return req, nil
 }

@@ -8,6 +8,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/objects/journal"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // What a worker holds that is no member any more, and that could not be told.
@@ -62,7 +63,7 @@ func (b *back) release(ctx context.Context) {
 
 // serveRelease tells a worker that is no member which of its records of this worker's names are of no use.
 func (b *back) serveRelease(w http.ResponseWriter, r *http.Request) {
-	theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
+	theirs, err := strconv.ParseUint(r.Header.Get(wire.HeaderEpoch), 10, 64)
 	if err != nil {
 		refuse(w, http.StatusBadRequest, "invalid", "no epoch")
 		return

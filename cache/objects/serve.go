@@ -18,6 +18,7 @@ import (
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // drainTimeout is how long requests under way may go on after ServeConn was told to end.
@@ -200,7 +201,7 @@ func failed(w http.ResponseWriter, err error) {
 
 // follows is the membership, when it is the sender's; else the request is answered.
 func (n *Names) follows(w http.ResponseWriter, r *http.Request) (state, bool) {
-	theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64)
+	theirs, err := strconv.ParseUint(r.Header.Get(wire.HeaderEpoch), 10, 64)
 	if err != nil {
 		refuse(w, http.StatusBadRequest, "invalid", "no epoch")
 		return state{}, false
@@ -265,7 +266,7 @@ func drain(w http.ResponseWriter, r *http.Request) {
 
 // serveEpoch tells which epoch this worker follows, as all its decisions do.
 func (n *Names) serveEpoch(w http.ResponseWriter, r *http.Request) {
-	if theirs, err := strconv.ParseUint(r.Header.Get(headerEpoch), 10, 64); err == nil {
+	if theirs, err := strconv.ParseUint(r.Header.Get(wire.HeaderEpoch), 10, 64); err == nil {
 		n.epochs.heard(theirs, n.c.Clock.Now())
 	}
 	if n.back != nil {

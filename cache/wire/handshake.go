@@ -63,6 +63,30 @@ func proof(key Key, direction string, hello, serverNonce []byte) []byte {
 	return mac.Sum(nil)
 }
 
+// Connect makes an authenticated connection of a role by dial, or fails with what dial or the server said last. During a
+// rotation of keys the server may know only the older one: each is tried, the current one first. then, which may be nil,
+// is what comes next over the connection and belongs to the try: its error closes it too.
+func Connect(ctx context.Context, dial func(ctx context.Context) (net.Conn, error), dataset string, role Role, keys Keys, then func(ctx context.Context, conn net.Conn) error) (net.Conn, error) {
+	err := fmt.Errorf("%w: no %s key: give this side the Dataset's keys", ErrUnauthorized, role)
+	for _, key := range keys.Of(role) {
+		var conn net.Conn
+		if conn, err = dial(ctx); err != nil {
+			return nil, err
+		}
+		if err = ClientHandshake(ctx, conn, dataset, role, key); err == nil && then != nil {
+			err = then(ctx, conn)
+		}
+		if err == nil {
+			return conn, nil
+		}
+		conn.Close()
+		if !errors.Is(err, ErrUnauthorized) {
+			return nil, err
+		}
+	}
+	return nil, err
+}
+
 // ClientHandshake proves to the server at conn that this side holds key, and checks that the server
 // does. It takes at most DialTimeout, or as long as ctx lasts. After an error conn must be closed. An
 // error that wraps ErrUnauthorized does not go away by trying again with the same key.

@@ -1,6 +1,11 @@
 package wire
 
-import "time"
+import (
+	"context"
+	"io"
+	"net"
+	"time"
+)
 
 // Names of a writable dataset. A connection of the read role that asks for OpObjects carries HTTP requests for
 // them from the OK reply on; all are GET, and name a path of the dataset without its leading slash.
@@ -14,6 +19,30 @@ const (
 	// version now, and their CRC32C in HeaderSum.
 	PathBytes = "/bytes"
 )
+
+// ToObjects asks for OpObjects over an authenticated connection, which carries HTTP requests after it. It takes as long
+// as ctx lasts. The error of a reply that is not OK is its status's.
+func ToObjects(ctx context.Context, conn net.Conn) error {
+	deadline, _ := ctx.Deadline()
+	if err := conn.SetDeadline(deadline); err != nil {
+		return err
+	}
+	if _, err := conn.Write(AppendRequest(nil, Request{Op: OpObjects, ID: 1})); err != nil {
+		return err
+	}
+	rep, err := ReadReply(conn) // not buffered: what follows is HTTP
+	if err != nil {
+		return err
+	}
+	if rep.Status != OK {
+		text := make([]byte, min(rep.Length, MaxMessage))
+		if _, err := io.ReadFull(conn, text); err != nil {
+			return err
+		}
+		return rep.Status.Err(string(text))
+	}
+	return conn.SetDeadline(time.Time{})
+}
 
 // NamesServed is the Index of a reply to OpMembers from a worker that answers those requests: the dataset is
 // writable. From others, also those that do not know of them, it is zero.

@@ -136,22 +136,12 @@ func (p *peers) conn(ctx context.Context, m ring.Member) (*peerConn, error) {
 	p.mu.Unlock()
 	dctx, cancel := context.WithTimeout(ctx, wire.DialTimeout)
 	defer cancel()
-	// During a rotation the other worker may know only the older key: each is tried, the current one first.
-	err := fmt.Errorf("%w: this worker has no read key", wire.ErrUnauthorized)
-	for _, key := range p.keys().Read {
-		var nc net.Conn
-		if nc, err = p.dial(dctx, "tcp", m.Addr); err != nil {
-			return nil, err
-		}
-		if err = wire.ClientHandshake(dctx, nc, p.dataset, wire.RoleRead, key); err == nil {
-			return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10), ping: p.ping, pong: p.pong}, nil
-		}
-		nc.Close()
-		if !errors.Is(err, wire.ErrUnauthorized) {
-			return nil, err
-		}
+	nc, err := wire.Connect(dctx, func(ctx context.Context) (net.Conn, error) { return p.dial(ctx, "tcp", m.Addr) },
+		p.dataset, wire.RoleRead, p.keys(), nil)
+	if err != nil {
+		return nil, err
 	}
-	return nil, err
+	return &peerConn{Conn: nc, r: bufio.NewReaderSize(nc, 64<<10), ping: p.ping, pong: p.pong}, nil
 }
 
 // failed notes that m could not be reached, unless it was the caller who gave up.
