@@ -219,6 +219,9 @@ func binary(ctx context.Context, given string) (string, error) {
 		return given, nil
 	}
 	_, here, _, _ := runtime.Caller(0)
+	if !filepath.IsAbs(here) { // built with -trimpath, and may run anywhere
+		return "", errors.New("this program does not know where its checkout is: name the S3 server's program, which make .bin/versitygw builds, with --versitygw or in STEPCACHE_VERSITYGW")
+	}
 	root := filepath.Join(filepath.Dir(here), "..", "..")
 	program := filepath.Join(root, ".bin", "versitygw")
 	if err := os.MkdirAll(filepath.Dir(program), 0o755); err != nil {
