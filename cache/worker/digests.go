@@ -158,7 +158,9 @@ func (w *Worker) keepDigests(ctx context.Context) error {
 	if w.scrubRate <= 0 {
 		return nil
 	}
-	limit := rate.NewLimiter(rate.Limit(w.scrubRate), max(hashChunk, int(min(w.scrubRate, 1<<30))))
+	// No more at once than a chunk: what has just become whole is usually followed by more that is on its way, and the
+	// processors are wanted for that. A second's worth at once was a seventh of what a load of 512 MiB cost.
+	limit := rate.NewLimiter(rate.Limit(w.scrubRate), hashChunk)
 	buf := make([]byte, hashChunk)
 	for {
 		select {
