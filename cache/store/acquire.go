@@ -40,6 +40,17 @@ type flight struct {
 	heap    *buffer  // the result, when it is not resident
 	file    *os.File // and when it is: each waiter has a use of it
 	sums    []uint32
+	// joined is closed when somebody else than who began it waits; nil where nobody wants to know.
+	joined chan struct{}
+}
+
+// join adds a waiter.
+func (fl *flight) join() {
+	if fl.waiters == 1 && fl.joined != nil {
+		close(fl.joined)
+		fl.joined = nil
+	}
+	fl.waiters++
 }
 
 // Acquire returns the block in use, filling it if it is absent. All callers that want the block while a
@@ -110,23 +121,29 @@ func (s *Store) acquire(ctx context.Context, o ring.Object, n int64, fly func(co
 		}
 		fl := b.flight
 		joined := fl.waiters > 0
-		fl.waiters++
+		fl.join()
 		s.mu.Unlock()
 
-		select {
-		case <-fl.done:
-		case <-ctx.Done():
-			s.leave(fl)
-			return nil, wrap(b, ctx.Err())
-		}
-		if joined && errors.Is(fl.err, ErrNoRoom) {
+		got, err := s.await(ctx, fl)
+		if joined && errors.Is(err, ErrNoRoom) {
 			continue // another one's Place; this one may do without room
 		}
-		if fl.err != nil {
-			return nil, fl.err
-		}
-		return &Block{s: s, b: b, sums: fl.sums, heap: fl.heap, file: fl.file}, nil
+		return got, err
 	}
+}
+
+// await waits for a flight as one of its waiters.
+func (s *Store) await(ctx context.Context, fl *flight) (*Block, error) {
+	select {
+	case <-fl.done:
+	case <-ctx.Done():
+		s.leave(fl)
+		return nil, wrap(fl.b, ctx.Err())
+	}
+	if fl.err != nil {
+		return nil, fl.err
+	}
+	return &Block{s: s, b: fl.b, sums: fl.sums, heap: fl.heap, file: fl.file}, nil
 }
 
 func wrap(b *block, err error) error {

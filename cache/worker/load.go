@@ -22,9 +22,14 @@ import (
 )
 
 const (
-	// loadFills is how many blocks a load fetches at once: what saturates a bucket of 20 ms with files of
+	// loadFills is how many requests a load has under way: what saturates a bucket of 20 ms with files of
 	// 100 KiB. Large blocks are held back by the store's buffers and the source's limit.
 	loadFills = 64
+	// leastRuns is how many requests a load has under way before they are for more than a block: a bucket may give
+	// each connection but a part of what it can.
+	leastRuns = 16
+	// runTime is what a run should take at most, by what blocks took before: who wants the last waits for all.
+	runTime = time.Second
 	// maxPasses is how often a load goes over what it misses before it gives up.
 	maxPasses = 5
 	// maxFailures is how many failed files are listed.
@@ -41,6 +46,7 @@ type load struct {
 	ended  chan struct{}
 	// resident and fetched are the counters of the pass under way.
 	resident, fetched atomic.Int64
+	pace              atomic.Int64 // how long a block took last, a time.Duration
 
 	mu      sync.Mutex
 	status  wire.LoadStatus
@@ -300,10 +306,14 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 	retry := false
 	var g errgroup.Group
 	g.SetLimit(loadFills)
-	for _, it := range items {
+	longest := max(1, min(len(items)/leastRuns, maxRun))
+	for len(items) > 0 {
 		if ctx.Err() != nil {
 			break
 		}
+		it := items[0]
+		adjacent := items[:l.adjacent(items, longest)]
+		items = items[len(adjacent):]
 		mu.Lock()
 		skip := failedFiles[it.index]
 		mu.Unlock()
@@ -311,7 +321,7 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 			continue
 		}
 		g.Go(func() error {
-			err := l.fetch(ctx, snap, v, it)
+			err := l.fetchAll(ctx, snap, v, adjacent)
 			if err == nil || ctx.Err() != nil {
 				return nil
 			}
@@ -336,14 +346,81 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 	return retry
 }
 
-// fetch makes one block resident.
-func (l *load) fetch(ctx context.Context, snap *snapshot, v *view, it item) error {
-	w := l.w
-	f, ok := snap.file(it.index)
-	if !ok {
-		return fmt.Errorf("%w: node %d is not a file", source.ErrInvalid, it.index)
+// adjacent is how many of the next items may be asked for at once, at least one.
+func (l *load) adjacent(items []item, longest int) int {
+	if pace := time.Duration(l.pace.Load()); pace > 0 {
+		longest = min(longest, int(runTime/pace))
 	}
-	block := int64(it.block)
+	n := 1
+	for n < min(len(items), longest) && items[n].index == items[0].index && items[n].block == items[n-1].block+1 {
+		n++
+	}
+	return n
+}
+
+// fetchAll makes adjacent blocks of a file resident: those that are absent in runs.
+func (l *load) fetchAll(ctx context.Context, snap *snapshot, v *view, items []item) error {
+	f, ok := snap.file(items[0].index)
+	if !ok {
+		return fmt.Errorf("%w: node %d is not a file", source.ErrInvalid, items[0].index)
+	}
+	for len(items) > 0 {
+		n, err := l.fetchRun(ctx, f, v, int64(items[0].block), len(items))
+		if n == 0 && err == nil {
+			n, err = 1, l.fetch(ctx, f, v, int64(items[0].block))
+		}
+		if err != nil {
+			return err
+		}
+		items = items[n:]
+	}
+	return nil
+}
+
+// fetchRun fetches a block and those after it, at most so many, with one request, and returns how many these were:
+// none where the first is there or on its way, or other workers are to be asked, or a second is not to be had so.
+func (l *load) fetchRun(ctx context.Context, f file, v *view, first int64, most int) (int, error) {
+	n := 0
+	for n < most && l.fromBucket(f, v, first+int64(n)) {
+		n++
+	}
+	if n < 2 {
+		return 0, nil
+	}
+	start := l.w.clock.Now()
+	run, err := l.w.store.Begin(ctx, f.ring, first, n, newRun(l.w, f, first).fill)
+	if err != nil || len(run) == 0 {
+		return 0, err
+	}
+	var g errgroup.Group
+	for _, p := range run {
+		g.Go(func() error {
+			b, err := p.Wait(ctx)
+			if err != nil {
+				return err
+			}
+			l.have(b)
+			if b.Resident() {
+				l.w.checkWhole(f)
+			}
+			b.Release()
+			return nil
+		})
+	}
+	err = g.Wait()
+	l.pace.Store(int64(l.w.clock.Now().Sub(start)) / int64(len(run)))
+	return len(run), err
+}
+
+// fromBucket says whether this worker brings in a block itself, as fill does, without asking other workers.
+func (l *load) fromBucket(f file, v *view, block int64) bool {
+	owners, place := v.owners(l.w.config.ID, f.ring, block, l.req.Copies)
+	return place == 0 && len(l.w.members.view().former(f.ring, block, len(owners), l.w.isNew())) == 0
+}
+
+// fetch makes one block resident.
+func (l *load) fetch(ctx context.Context, f file, v *view, block int64) error {
+	w := l.w
 	size := blockLen(f.ring.Size, block)
 	if b, ok := w.store.Lookup(f.ring, block); ok {
 		b.Release()
@@ -351,17 +428,24 @@ func (l *load) fetch(ctx context.Context, snap *snapshot, v *view, it item) erro
 		return nil
 	}
 	owners, place := v.owners(w.config.ID, f.ring, block, l.req.Copies)
+	start := w.clock.Now()
 	b, done, err := w.fill(ctx, f, block, owners, place, 0, budget{})
 	if err != nil {
 		return err
 	}
-	l.fetched.Add(size)
-	if b.Resident() {
-		l.resident.Add(size)
-	}
+	l.pace.Store(int64(w.clock.Now().Sub(start)))
+	l.have(b)
 	b.Release()
 	done()
 	return nil
+}
+
+// have counts a block that was fetched.
+func (l *load) have(b *store.Block) {
+	l.fetched.Add(int64(b.Len()))
+	if b.Resident() {
+		l.resident.Add(int64(b.Len()))
+	}
 }
 
 // count sets the resident bytes to what the store holds and returns what is missing.

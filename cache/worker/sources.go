@@ -107,47 +107,63 @@ func (w *Worker) sleep(ctx context.Context, d time.Duration) error {
 // readSource reads one block of a file from the bucket and writes it piece by piece: one ranged request, which the
 // source itself resumes and retries for as long as the deadline lets it. It returns the block's sums.
 func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.WriterAt) ([]uint32, error) {
-	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
-	defer cancel()
-	size := blockLen(f.ring.Size, block)
-	sums := make([]uint32, 0, wire.SumCount(int(size)))
-	err := func() error {
-		if f.source == nil {
-			return fmt.Errorf("%w: %s: its mount is no longer part of dataset %s", source.ErrInvalid, f.object.Key, w.config.Dataset)
-		}
-		body, err := f.source.Get(ctx, f.object, blockOff(block), size)
+	return w.fromBucket(ctx, f, func(ctx context.Context) ([]uint32, error) {
+		size := blockLen(f.ring.Size, block)
+		body, err := w.get(ctx, f, blockOff(block), size)
 		if err != nil {
-			return err
+			return nil, err
 		}
 		defer body.Close()
-		// Each piece is summed and written when it has just come, while the processor still has it at hand: a whole
-		// block is larger than that, and would be fetched from memory twice more. And what is received into was used
-		// before: 64 blocks under way, each in memory of its own, would be first touches of 256 MiB.
-		buf := pieces.Get().(*[sumPiece]byte)
-		defer pieces.Put(buf)
-		for off := int64(0); off < size; {
-			piece := buf[:min(size-off, sumPiece)]
-			if _, err := io.ReadFull(body, piece); err != nil {
-				if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
-					err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
-				}
-				return err
-			}
-			sums = wire.AppendSums(sums, piece)
-			if _, err := to.WriteAt(piece, off); err != nil {
-				return err
-			}
-			off += int64(len(piece))
-		}
-		w.digests.published(f.ring.ID, body.Digest)
-		return nil
-	}()
-	if err != nil && ctx.Err() != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
-		// The deadline is this worker's, so the reader is told what it waited for.
-		err = fmt.Errorf("%w: %s: the bucket did not send it within %v: %w", source.ErrUnavailable, f.object.Key, wire.SourceTimeout, err)
+		return w.receive(f, body, size, to)
+	})
+}
+
+// fromBucket reads a block within the time that is allowed for one.
+func (w *Worker) fromBucket(ctx context.Context, f file, read func(context.Context) ([]uint32, error)) ([]uint32, error) {
+	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
+	defer cancel()
+	sums, err := read(ctx)
+	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		// The deadline is this worker's, so the reader is told what it waited for. Of the cause only the words: an
+		// answer that was cut short because time was up says that somebody gave up.
+		err = fmt.Errorf("%w: %s: the bucket did not send it within %v: %v", source.ErrUnavailable, f.object.Key, wire.SourceTimeout, err)
 	}
 	w.noteBucket(f, err)
 	return sums, err
+}
+
+// get asks the bucket for a range of a file.
+func (w *Worker) get(ctx context.Context, f file, off, length int64) (source.Body, error) {
+	if f.source == nil {
+		return source.Body{}, fmt.Errorf("%w: %s: its mount is no longer part of dataset %s", source.ErrInvalid, f.object.Key, w.config.Dataset)
+	}
+	return f.source.Get(ctx, f.object, off, length)
+}
+
+// receive writes the next size bytes of an answer to where they stay, and returns their sums.
+func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) ([]uint32, error) {
+	sums := make([]uint32, 0, wire.SumCount(int(size)))
+	// Each piece is summed and written when it has just come, while the processor still has it at hand: a whole
+	// block is larger than that, and would be fetched from memory twice more. And what is received into was used
+	// before: 64 blocks under way, each in memory of its own, would be first touches of 256 MiB.
+	buf := pieces.Get().(*[sumPiece]byte)
+	defer pieces.Put(buf)
+	for off := int64(0); off < size; {
+		piece := buf[:min(size-off, sumPiece)]
+		if _, err := io.ReadFull(body, piece); err != nil {
+			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
+				err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
+			}
+			return nil, err
+		}
+		sums = wire.AppendSums(sums, piece)
+		if _, err := to.WriteAt(piece, off); err != nil {
+			return nil, err
+		}
+		off += int64(len(piece))
+	}
+	w.digests.published(f.ring.ID, body.Digest)
+	return sums, nil
 }
 
 // sumPiece is how much is received at a time, in whole sums.
