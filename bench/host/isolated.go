@@ -70,11 +70,16 @@ func Isolated(ctx context.Context, f func(ctx context.Context, dir string, mount
 
 // smallPages mounts a tmpfs of 4 KiB pages at a folder.
 func smallPages(dir string) error {
-	const flags = unix.MS_NOSUID | unix.MS_NODEV
 	// Half of the memory is tmpfs's default; benches check for themselves that there is enough.
-	err := unix.Mount("stepcache-bench", dir, "tmpfs", flags, "huge=never,nr_inodes=0,mode=0755,size=90%")
+	return mountTmpfs(dir, "nr_inodes=0,mode=0755,size=90%", "huge=never")
+}
+
+// mountTmpfs mounts a tmpfs at a folder, with pages as asked for unless the kernel has only small ones for it.
+func mountTmpfs(dir, options, pages string) error {
+	const flags = unix.MS_NOSUID | unix.MS_NODEV
+	err := unix.Mount("stepcache-bench", dir, "tmpfs", flags, options+","+pages)
 	if errors.Is(err, unix.EINVAL) { // a kernel without huge pages on tmpfs
-		err = unix.Mount("stepcache-bench", dir, "tmpfs", flags, "nr_inodes=0,mode=0755,size=90%")
+		err = unix.Mount("stepcache-bench", dir, "tmpfs", flags, options)
 	}
 	if err != nil {
 		return fmt.Errorf("mount a tmpfs: %w", err)

@@ -45,7 +45,9 @@ type row struct {
 	reference string
 	// prepare is not timed; nil: nothing to do.
 	prepare func(ctx context.Context) error
-	run     func(ctx context.Context) (float64, error)
+	// fills is how much memory run fills, which the host is made to back right before it (host.Back).
+	fills int64
+	run   func(ctx context.Context) (float64, error)
 
 	samples, bases, ratios []float64
 	// reason is why there is no figure; failed, that it should have been there.
@@ -160,7 +162,7 @@ func (b *bench) group(ctx context.Context, g group, done func(*row)) {
 func (b *bench) row(ctx context.Context, r *row) error {
 	for range b.o.rounds {
 		var s scope
-		err := b.within(ctx, &s, r.sample)
+		err := b.within(ctx, &s, func(ctx context.Context) error { return b.sample(ctx, r) })
 		s.close()
 		if err != nil {
 			return err
@@ -170,7 +172,7 @@ func (b *bench) row(ctx context.Context, r *row) error {
 }
 
 // sample takes one sample of a row.
-func (r *row) sample(ctx context.Context) error {
+func (b *bench) sample(ctx context.Context, r *row) error {
 	if r.prepare != nil {
 		if err := r.prepare(ctx); err != nil {
 			return err
@@ -180,7 +182,12 @@ func (r *row) sample(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
+	done, err := host.Back(ctx, b.dir, r.fills, b.mounts)
+	if err != nil {
+		return err
+	}
 	v, err := r.run(ctx)
+	done()
 	if err != nil {
 		return err
 	}

@@ -80,12 +80,12 @@ func (t *trial) artifactsSection() *section {
 			job := Job{Op: opPut, Files: files, Readers: workers, Limit: t.o.Limit}
 			var n int64
 			if v.takes(first) {
-				n = do.here(first, job).Count
+				n = do.put(first, job).Count
 			} else {
 				n = do.untimed(job).Count // what is got must be there all the same
 			}
 			if n > 0 {
-				do.here(then, Job{Op: opGet, Files: files[:n], Readers: workers, Limit: t.o.Limit})
+				do.put(then, Job{Op: opGet, Files: files[:n], Readers: workers, Limit: t.o.Limit})
 			} else if do.takes(then) {
 				f := v.row(then).of(v.c.name())
 				f.Reason, f.Failed = "nothing was put", true
@@ -100,7 +100,7 @@ func (t *trial) artifactsSection() *section {
 			both(files("large", 1, a.Large), 1)
 		}
 		for _, n := range consumers {
-			do.here(share(n), Job{Op: opShare, Files: files(fmt.Sprint("to", n), 1, a.Shared), Readers: n})
+			do.put(share(n), Job{Op: opShare, Files: files(fmt.Sprint("to", n), 1, a.Shared), Readers: n})
 		}
 		return do.err
 	}

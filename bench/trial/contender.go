@@ -94,6 +94,8 @@ type mounts struct {
 	// command makes the command that mounts at a folder and serves until it is told to end; k numbers the
 	// mounts of one session.
 	command func(dir string, k int) *exec.Cmd
+	// settle is how long a mount that has been read from is left alone before another takes its place.
+	settle time.Duration
 
 	dirs      []string
 	processes []*process.Process
@@ -101,6 +103,13 @@ type mounts struct {
 }
 
 func (m *mounts) mount(ctx context.Context, n int) error {
+	if len(m.processes) > 0 && m.settle > 0 {
+		select {
+		case <-time.After(m.settle):
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
 	m.unmount()
 	for k := range n {
 		m.made++

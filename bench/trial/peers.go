@@ -7,6 +7,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 )
 
 // peer is another project's mount of a bucket, in the settings that its own documentation gives for reading many
@@ -18,6 +19,8 @@ type peer struct {
 	versionArgs []string
 	// command mounts the bucket at dir in the foreground. state is a folder in memory for cache and settings.
 	command func(b *Bucket, state, dir string) (args, env []string)
+	// settle is how long after a reading it keeps to itself what it has cached: who mounts anew sooner has no cache.
+	settle time.Duration
 }
 
 // Peers are the names of the other projects that are known here, which are those of their programs.
@@ -26,7 +29,9 @@ var Peers = []string{"rclone", "s3fs", "geesefs", "mount-s3"}
 // peers are those that are on the PATH.
 func peers() (found []*peer) {
 	for _, p := range []*peer{
-		{program: "rclone", versionArgs: []string{"version"}, command: rclone},
+		// It closes a cached file, and writes down what it holds of it, five seconds after its reader has
+		// (--vfs-handle-caching).
+		{program: "rclone", versionArgs: []string{"version"}, command: rclone, settle: 6 * time.Second},
 		{program: "s3fs", versionArgs: []string{"--version"}, command: s3fs},
 		{program: "geesefs", versionArgs: []string{"--version"}, command: geesefs},
 		{program: "mount-s3", versionArgs: []string{"--version"}, command: mountpoint},
@@ -56,7 +61,7 @@ func (p *peer) fresh(_ context.Context, d *Data) (session, error) {
 	if err != nil {
 		return nil, err
 	}
-	m := &mounts{scratch: scratch, command: func(dir string, k int) *exec.Cmd {
+	m := &mounts{scratch: scratch, settle: p.settle, command: func(dir string, k int) *exec.Cmd {
 		// Mounts at the same time cannot share a cache: each is a pod with its own.
 		state := filepath.Join(scratch, fmt.Sprintf("cache%d", k))
 		_ = os.MkdirAll(state, 0o700) // the peer says what is wrong with it

@@ -337,7 +337,11 @@ func (f *Figure) cpu() string {
 }
 
 func (f *Figure) bucket(r *Row) string {
-	if f == nil || len(f.Samples) == 0 || f.LeftBucket < 0 || r.Kind == Warm {
+	if f == nil || len(f.Samples) == 0 || f.LeftBucket < 0 {
+		return "-"
+	}
+	// What was said to be cached is told where it was fetched, or asked for, all the same.
+	if r.Kind == Warm && f.LeftBucket < 0.05 && f.Requests < 0.5 {
 		return "-"
 	}
 	text := fmt.Sprintf("%.2f ×", f.LeftBucket)

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"io"
 	"os"
 	"os/exec"
@@ -191,6 +192,37 @@ func TestNoMount(t *testing.T) {
 	v.close()
 	if err == nil || !strings.Contains(err.Error(), "no such bucket") || !strings.Contains(err.Error(), "exit status 3") {
 		t.Errorf("%v", err)
+	}
+}
+
+// Who needs time before a mount anew may be told of its cache is given it, and is not mounted anew without.
+func TestSettle(t *testing.T) {
+	m := &mounts{scratch: t.TempDir(), settle: time.Hour, command: func(string, int) *exec.Cmd { return exec.Command("sleep", "600") }}
+	defer m.unmount()
+	ctx, cancel := context.WithCancelCause(t.Context())
+	cancel(io.ErrClosedPipe)
+	if err := m.mount(ctx, 1); !errors.Is(err, io.ErrClosedPipe) || len(m.processes) != 1 {
+		t.Fatalf("the first mount: %v, %d processes", err, len(m.processes))
+	}
+	before := m.pids()
+	if err := m.mount(ctx, 1); !errors.Is(err, io.ErrClosedPipe) || !slices.Equal(m.pids(), before) {
+		t.Errorf("a mount anew: %v, processes %v, were %v", err, m.pids(), before)
+	}
+}
+
+// A row that is said to be warm tells what left the bucket all the same.
+func TestWarmRowThatFetches(t *testing.T) {
+	for _, c := range []struct {
+		kind       Kind
+		bytes, get float64
+		want       string
+	}{
+		{Cold, 0, -1, "0.00 ×"}, {Warm, 0, -1, "-"}, {Warm, 0.04, 0.04, "-"}, {Warm, 1, -1, "1.00 ×"}, {Warm, 0.01, 2.04, "0.01 ×; 2.04"}, {Warm, -1, -1, "-"},
+	} {
+		f := &Figure{Samples: []float64{1}, LeftBucket: c.bytes, Requests: c.get}
+		if got := f.bucket(&Row{Kind: c.kind}); got != c.want {
+			t.Errorf("%s, %v of the bytes, %v requests: %q, want %q", c.kind, c.bytes, c.get, got, c.want)
+		}
 	}
 }
 
