@@ -378,17 +378,10 @@ func (l *load) fetchAll(ctx context.Context, snap *snapshot, v *view, items []it
 }
 
 // fetchRun fetches a block and those after it, at most so many, with one request, and returns how many these were:
-// none where the first is there or on its way, or other workers are to be asked, or a second is not to be had so.
+// none where the first has to be fetched by itself.
 func (l *load) fetchRun(ctx context.Context, f file, v *view, first int64, most int) (int, error) {
-	n := 0
-	for n < most && l.fromBucket(f, v, first+int64(n)) {
-		n++
-	}
-	if n < 2 {
-		return 0, nil
-	}
 	start := l.w.clock.Now()
-	run, err := l.w.store.Begin(ctx, f.ring, first, n, newRun(l.w, f, first).fill)
+	run, err := l.w.begin(ctx, f, v, l.req.Copies, first, most)
 	if err != nil || len(run) == 0 {
 		return 0, err
 	}
@@ -410,12 +403,6 @@ func (l *load) fetchRun(ctx context.Context, f file, v *view, first int64, most 
 	err = g.Wait()
 	l.pace.Store(int64(l.w.clock.Now().Sub(start)) / int64(len(run)))
 	return len(run), err
-}
-
-// fromBucket says whether this worker brings in a block itself, as fill does, without asking other workers.
-func (l *load) fromBucket(f file, v *view, block int64) bool {
-	owners, place := v.owners(l.w.config.ID, f.ring, block, l.req.Copies)
-	return place == 0 && len(l.w.members.view().former(f.ring, block, len(owners), l.w.isNew())) == 0
 }
 
 // fetch makes one block resident.

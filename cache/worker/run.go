@@ -42,6 +42,26 @@ type run struct {
 	left [maxRun]bool // had its turn, or does without
 }
 
+// begin begins to bring in a block and those after it, at most so many and at most maxRun, with one request to the
+// bucket. It returns none where that is not for this worker alone to do, or the block is there or on its way, so that
+// fill is to be asked for it. Whoever waits for a block calls checkWhole once it is resident.
+func (w *Worker) begin(ctx context.Context, f file, v *view, copies int, first int64, most int) ([]store.Pending, error) {
+	n := 0
+	for n < min(most, maxRun) && w.fromBucketOnly(f, v, copies, first+int64(n)) {
+		n++
+	}
+	if n < 2 {
+		return nil, nil
+	}
+	return w.store.Begin(ctx, f.ring, first, n, newRun(w, f, first).fill)
+}
+
+// fromBucketOnly says whether fill gets a block from the bucket without asking other workers.
+func (w *Worker) fromBucketOnly(f file, v *view, copies int, block int64) bool {
+	owners, place := v.owners(w.config.ID, f.ring, block, copies)
+	return place == 0 && len(w.members.view().former(f.ring, block, len(owners), w.isNew())) == 0
+}
+
 func newRun(w *Worker, f file, first int64) *run {
 	r := &run{w: w, f: f, first: first, over: make(chan struct{})}
 	for i := range r.turn {
