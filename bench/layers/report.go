@@ -117,8 +117,8 @@ func (rep *report) heading() []string {
 		rep.machine.String(),
 	}
 	if len(rep.b.native.samples) > 0 {
-		lines = append(lines, fmt.Sprintf("N, a native sequential read: %s (%s..%s in %d samples)",
-			bytesPerSecond.format(n.Median), bytesPerSecond.format(n.Min), bytesPerSecond.format(n.Max), len(rep.b.native.samples)))
+		lines = append(lines, fmt.Sprintf("N, a native sequential read: %s (%s..%s in %d samples)%s",
+			bytesPerSecond.format(n.Median), bytesPerSecond.format(n.Min), bytesPerSecond.format(n.Max), len(rep.b.native.samples), host.InRuns(rep.b.file)))
 	}
 	if !rep.b.mounts {
 		lines = append(lines, "Not root: N is read from /dev/shm, whatever its pages are, and rows that mount were skipped.")

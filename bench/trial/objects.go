@@ -9,7 +9,6 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/url"
-	"sync"
 	"sync/atomic"
 	"time"
 
@@ -97,8 +96,6 @@ func (j *Job) objects(ctx context.Context) (d Done, err error) {
 			}
 		}
 	case opSmall:
-		// A buffer as large as those that read files: io.Discard's own has 8 KiB.
-		buffers := sync.Pool{New: func() any { return make([]byte, 256<<10) }}
 		err = each(ctx, j.Readers, len(j.Files), func(ctx context.Context, k int) error {
 			if !more(0, 0) {
 				return nil
@@ -108,9 +105,7 @@ func (j *Job) objects(ctx context.Context) (d Done, err error) {
 				return err
 			}
 			defer body.Close()
-			p := buffers.Get().([]byte)
-			defer buffers.Put(p)
-			n, err := io.CopyBuffer(struct{ io.Writer }{io.Discard}, body, p)
+			n, err := access.Discard(body)
 			if err == nil && n != j.Files[k].Size {
 				err = fmt.Errorf("%s: %d bytes of %d", j.Files[k].Path, n, j.Files[k].Size)
 			}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"math"
 	"os/exec"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"time"
@@ -74,7 +75,11 @@ func Run(ctx context.Context, o Options, in Input) (*Report, error) {
 		report: &Report{Date: time.Now().UTC(), Machine: host.Describe(ctx, o.Program), Rounds: o.Rounds}}
 	all := t.contenders()
 	for _, c := range all {
-		t.report.Contenders = append(t.report.Contenders, Contender{c.name(), c.version(ctx)})
+		version := c.version(ctx)
+		if c.name() == Native && in.Large != nil && in.Large.Native != "" {
+			version += host.InRuns(filepath.Join(in.Large.Native, in.Large.Files[0].Path))
+		}
+		t.report.Contenders = append(t.report.Contenders, Contender{c.name(), version})
 	}
 	t.began = time.Now()
 	defer t.finish()
