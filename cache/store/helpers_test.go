@@ -158,8 +158,11 @@ func checkBooks(t testing.TB, s *Store) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	used, inPolicy, pinned, pages, live := int64(baseCost)+s.orphans, int64(0), int64(0), int64(0), int64(0)
-	var blocks, bytes int64
+	var blocks, bytes, early int64
 	for _, o := range s.objects {
+		if o.early {
+			early += s.roundUp(o.size)
+		}
 		var charged int64
 		reserved, refs, outs := 0, 0, 0
 		for n, b := range o.blocks {
@@ -208,6 +211,9 @@ func checkBooks(t testing.TB, s *Store) {
 		t.Errorf("%d bytes are kept beside the policy, %d are counted", fresh, s.freshBytes)
 	}
 	for o := range s.zombies {
+		if o.early {
+			early += s.roundUp(o.size)
+		}
 		used += o.charged
 		for _, b := range o.blocks {
 			if b.reserved {
@@ -221,6 +227,9 @@ func checkBooks(t testing.TB, s *Store) {
 	}
 	if blocks != s.stats.Blocks || bytes != s.stats.Bytes {
 		t.Errorf("blocks %d of %d, bytes %d of %d", s.stats.Blocks, blocks, s.stats.Bytes, bytes)
+	}
+	if early != s.early {
+		t.Errorf("%d bytes are leased early, %d are counted", early, s.early)
 	}
 	if s.used > s.quota {
 		t.Errorf("%d bytes used of %d", s.used, s.quota)

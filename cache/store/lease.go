@@ -1,6 +1,7 @@
 package store
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -12,8 +13,8 @@ import (
 // emptyName is the one file that all leases of zero-byte objects open.
 const emptyName = "empty"
 
-// Lease is a read-only descriptor of a wholly resident object. While it lives the file is not evicted;
-// afterwards it is evicted only once nobody outside has a copy of the descriptor or a mapping of it.
+// Lease is a read-only descriptor of an object. While it lives nothing of the file is evicted; afterwards it is
+// evicted only once nobody outside has a copy of the descriptor or a mapping of it, and then as a whole.
 type Lease struct {
 	// File may be passed to other processes. Release closes this copy of it.
 	File *os.File
@@ -37,11 +38,7 @@ func (s *Store) Lease(o ring.Object) (*Lease, error) {
 		return &Lease{File: f, s: s}, nil
 	}
 	s.mu.Lock()
-	ob := s.objects[o.ID]
-	for ob != nil && ob.closing != nil {
-		s.wait(ob.closing)
-		ob = s.objects[o.ID]
-	}
+	ob := s.settled(o)
 	switch {
 	case s.closed:
 		s.mu.Unlock()
@@ -50,17 +47,78 @@ func (s *Store) Lease(o ring.Object) (*Lease, error) {
 		s.mu.Unlock()
 		return nil, fmt.Errorf("object %s: %w", name(o.ID), ErrNotWhole)
 	}
-	ob.leases++
-	ob.lent = true
+	return s.lend(ob)
+}
+
+// LeaseEarly is Lease of an object that need not be whole, nor held at all: what is filled from now on can be read
+// through the descriptor as well. Its receiver must ask Sums for each block before it reads of it, and should compare
+// what it reads with them: anything else is zeros. Since nothing of such a file can be evicted while somebody reads
+// it, they may take half of the quota, counted in full from the beginning: beyond that it is ErrNoRoom.
+func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
+	l, err := s.Lease(o)
+	if !errors.Is(err, ErrNotWhole) {
+		return l, err
+	}
+	s.mu.Lock()
+	s.settled(o)
+	if s.closed {
+		s.mu.Unlock()
+		return nil, ErrClosed
+	}
+	ob, err := s.object(o)
+	if err != nil {
+		s.mu.Unlock()
+		return nil, err
+	}
+	if size := s.roundUp(o.Size); !ob.early {
+		if s.early+size > s.quota/earlyPart {
+			s.tidy(ob)
+			s.mu.Unlock()
+			return nil, fmt.Errorf("object %s of %d bytes: %w", name(o.ID), o.Size, ErrNoRoom)
+		}
+		ob.early = true
+		s.early += size
+	}
+	return s.lend(ob)
+}
+
+// earlyPart is the part of the quota that files may take which were leased before they were whole.
+const earlyPart = 2
+
+// settled is the object of that ID once nobody looks at or unlinks its file; nil if there is none. It unlocks while it
+// waits.
+func (s *Store) settled(o ring.Object) *object {
+	ob := s.objects[o.ID]
+	for ob != nil && ob.closing != nil {
+		s.wait(ob.closing)
+		ob = s.objects[o.ID]
+	}
+	return ob
+}
+
+// lend opens o's file for a lease. The mutex is held and given up.
+func (s *Store) lend(o *object) (*Lease, error) {
+	o.leases++
+	o.lent = true
 	s.leases++
-	for _, b := range ob.blocks {
+	for _, b := range o.blocks {
 		s.policyAccess(b)
 	}
+	absent := !o.exists
 	s.mu.Unlock()
-	f, err := openFast(s.path(o.ID), os.O_RDONLY)
+	var err error
+	if absent {
+		if _, err = s.openFile(o, true); err == nil {
+			s.closeFile(o)
+		}
+	}
+	var f *os.File
+	if err == nil {
+		f, err = openFast(s.path(o.id), os.O_RDONLY)
+	}
 	if err == nil {
 		s.mu.Lock()
-		gone := ob.gone
+		gone := o.gone
 		s.mu.Unlock()
 		if gone { // the path may be another object's file by now
 			f.Close()
@@ -68,10 +126,27 @@ func (s *Store) Lease(o ring.Object) (*Lease, error) {
 		}
 	}
 	if err != nil {
-		s.unlease(ob)
-		return nil, fmt.Errorf("object %s: %w", name(o.ID), openError(err))
+		s.unlease(o)
+		return nil, fmt.Errorf("object %s: %w", name(o.id), openError(err))
 	}
-	return &Lease{File: f, s: s, o: ob}, nil
+	return &Lease{File: f, s: s, o: o}, nil
+}
+
+// Sums are the CRC32Cs of each SumSize bytes of block n, which must not be changed, and true, if the block can be read
+// through File now. Then it can be until Release: nothing of a leased file is evicted, and what turns out to be corrupt
+// is mended in place.
+func (l *Lease) Sums(n int64) ([]uint32, bool) {
+	if l.o == nil {
+		return nil, false
+	}
+	l.s.mu.Lock()
+	defer l.s.mu.Unlock()
+	b := l.o.blocks[n]
+	if l.o.gone || b == nil || b.state != resident || l.released.Load() {
+		return nil, false
+	}
+	l.s.policyAccess(b)
+	return b.sums, true
 }
 
 // Release ends the lease. More than one call does no harm.
@@ -89,9 +164,14 @@ func (s *Store) unlease(o *object) {
 	s.mu.Lock()
 	o.leases--
 	s.leases--
-	s.settle(o)
+	if o.leases == 0 && o.early {
+		o.early = false
+		s.early -= s.roundUp(o.size)
+	}
 	gone := o.gone
-	s.tidy(o)
+	if !gone {
+		s.sweep(o)
+	}
 	s.mu.Unlock()
 	if gone {
 		s.reap(o)

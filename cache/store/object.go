@@ -81,6 +81,7 @@ type object struct {
 
 	leases int
 	lent   bool // a descriptor of this very file left the store: it may only be unlinked
+	early  bool // and it did before the object was whole
 	held   bool // and somebody outside still had it open when last looked
 	// closing is open while the file is being unlinked or looked at for that: whoever wants to touch the
 	// file waits for it and then looks again.

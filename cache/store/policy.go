@@ -274,7 +274,8 @@ func (s *Store) settle(o *object) {
 	}
 }
 
-// punch frees the pages of one block of a file that never left the store. It unlocks while it does.
+// punch frees the pages of one block of a file that never left the store, or that no lease has told of: its fill came
+// to nothing. It unlocks while it does.
 func (s *Store) punch(b *block) {
 	o := b.obj
 	w := s.weight(int(b.size))
@@ -320,10 +321,10 @@ func punchHole(f *os.File, off, length int64) error {
 	return unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, off, length)
 }
 
-// sweep unlinks a file that no block is left in, and settles or forgets the object.
+// sweep unlinks a file that no block is left in, or none ever came to, and settles or forgets the object.
 func (s *Store) sweep(o *object) {
 	if o.exists && o.reserved == 0 && o.refs == 0 && !o.open() && o.writers == 0 && o.punches == 0 &&
-		o.leases == 0 && o.closing == nil && !o.gone && !o.lent {
+		o.leases == 0 && o.closing == nil && !o.gone && !o.held {
 		s.unlink(o)
 		return
 	}
@@ -425,7 +426,7 @@ func (s *Store) poll(n int) bool {
 		if free {
 			o.held = false
 			delete(s.held, o)
-			s.settle(o)
+			s.sweep(o)
 			freed = true
 		}
 	}

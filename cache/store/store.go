@@ -160,6 +160,7 @@ type Store struct {
 	zombies  map[*object]struct{} // dropped objects whose pages may still be in use
 	held     map[*object]struct{} // objects that somebody outside had open when they were to be evicted
 	leases   int64
+	early    int64 // bytes of objects that were leased before they were whole, and are still
 	stats    Stats // counters only
 
 	fresh      list.List // objects kept beside the policy, in the order in which they came
