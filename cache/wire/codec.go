@@ -70,6 +70,26 @@ func CheckSums(p []byte, sums []uint32) error {
 	return nil
 }
 
+// AppendSumList appends sums as a payload of their own, four bytes each.
+func AppendSumList(b []byte, sums []uint32) []byte {
+	for _, s := range sums {
+		b = binary.LittleEndian.AppendUint32(b, s)
+	}
+	return b
+}
+
+// SumList decodes the sums of n bytes from what AppendSumList made.
+func SumList(p []byte, n int) ([]uint32, error) {
+	if len(p) != 4*SumCount(n) {
+		return nil, fmt.Errorf("%w: %d bytes of sums for %d bytes", ErrCorrupt, len(p), n)
+	}
+	sums := make([]uint32, SumCount(n))
+	for i := range sums {
+		sums[i] = binary.LittleEndian.Uint32(p[4*i:])
+	}
+	return sums, nil
+}
+
 // AppendRequest appends the encoding of r to b.
 func AppendRequest(b []byte, r Request) []byte {
 	start := len(b)
@@ -139,9 +159,7 @@ func AppendReply(b []byte, r Reply) []byte {
 	b = binary.LittleEndian.AppendUint32(b, uint32(r.Length))
 	crcAt := len(b)
 	b = append(b, 0, 0, 0, 0)
-	for _, s := range r.Sums {
-		b = binary.LittleEndian.AppendUint32(b, s)
-	}
+	b = AppendSumList(b, r.Sums)
 	crc := crc32.Checksum(b[start:crcAt], castagnoli)
 	crc = crc32.Update(crc, castagnoli, b[crcAt+4:])
 	binary.LittleEndian.PutUint32(b[crcAt:], crc)

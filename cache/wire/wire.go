@@ -76,6 +76,11 @@ const (
 	// OpObjects makes the connection one that carries HTTP requests about the names of a writable dataset from the
 	// OK reply on: of the write role those of other workers (cache/objects), of the read role those of names.go.
 	OpObjects
+	// OpBlock (Unix socket only) asks for block Off/BlockSize of a file that was leased with FlagEarly to be readable
+	// through its descriptor: Index is the lease's id, Off and Length are the block. The answer comes once it is, with
+	// the block's sums in the payload (AppendSumList); it stays so until the lease ends. NotResident: it is not
+	// kept, now or at all; OpRead serves it.
+	OpBlock
 )
 
 // Flag modifies a request.
@@ -103,6 +108,9 @@ const (
 	// hold only where that takes the place of nothing (NotResident otherwise) and while few such fetches are
 	// under way (Overloaded otherwise), so that guesses never stand in the way of readers.
 	FlagGuess
+	// FlagEarly, of OpLease: the file may be incomplete, and the sender asks OpBlock for each block before it reads it
+	// through the descriptor.
+	FlagEarly
 )
 
 // Status of a reply.

@@ -88,16 +88,22 @@ type leaseConn struct {
 	turn   chan struct{}
 
 	mu     sync.Mutex
-	leases map[int64]*store.Lease
+	leases map[int64]lent
 	last   int64
 	closed bool
+}
+
+// lent is a lease that a receiver has, and of which file.
+type lent struct {
+	*store.Lease
+	file file
 }
 
 func (w *Worker) serveLeases(ctx context.Context, uc *net.UnixConn, permit *permit) {
 	// Leases outlive no worker: there is nothing to drain.
 	ctx, cancel := context.WithCancel(ctx)
 	stop := context.AfterFunc(ctx, func() { uc.Close() })
-	c := &leaseConn{UnixConn: uc, worker: w, turn: make(chan struct{}, 1), leases: make(map[int64]*store.Lease)}
+	c := &leaseConn{UnixConn: uc, worker: w, turn: make(chan struct{}, 1), leases: make(map[int64]lent)}
 	var wg sync.WaitGroup
 	defer func() {
 		cancel()
@@ -117,27 +123,31 @@ func (w *Worker) serveLeases(ctx context.Context, uc *net.UnixConn, permit *perm
 			w.log.Warn("bad packet on the socket", "error", err)
 			return
 		}
-		if req.Op == wire.OpLease && !permit.valid() {
+		if (req.Op == wire.OpLease || req.Op == wire.OpBlock) && !permit.valid() {
 			w.counts.refused.Add(1)
 			if c.fail(ctx, req, fmt.Errorf("%w: the key is not one of the dataset's any more", source.ErrDenied)) != nil {
 				return
 			}
-			continue // what was leased before goes on until it is released
+			continue // what can be read of what was leased before goes on until it is released
 		}
 		switch req.Op {
 		case wire.OpPing:
 			err = c.reply(ctx, req, wire.Reply{}, nil, nil)
 		case wire.OpRelease:
 			err = c.release(ctx, req)
-		case wire.OpLease:
+		case wire.OpLease, wire.OpBlock:
+			answer := c.lease
+			if req.Op == wire.OpBlock {
+				answer = c.block
+			}
 			select {
 			case slots <- struct{}{}:
 				wg.Go(func() {
 					defer func() { <-slots }()
-					c.lease(ctx, req)
+					answer(ctx, req)
 				})
 			default:
-				err = c.fail(ctx, req, fmt.Errorf("%w: too many leases are waited for", wire.ErrOverloaded))
+				err = c.fail(ctx, req, fmt.Errorf("%w: too many files and blocks are waited for", wire.ErrOverloaded))
 			}
 		default:
 			err = c.fail(ctx, req, fmt.Errorf("%w: operation %d is not served on the socket", source.ErrInvalid, req.Op))
@@ -163,14 +173,58 @@ func (c *leaseConn) lease(ctx context.Context, req wire.Request) {
 	}
 	c.last++
 	id := c.last
-	c.leases[id] = l
+	c.leases[id] = lent{l, f}
 	c.mu.Unlock()
 	// Until this request is answered nobody knows id, and the connection's end waits for it, so that the
 	// file is open while it is sent.
 	if err := c.reply(ctx, req, wire.Reply{Index: req.Index, Off: id, Size: f.ring.Size}, nil, l.File); err != nil {
 		return
 	}
-	c.worker.counts.opened.Add(f.ring.Size)
+	if req.Flags&wire.FlagEarly == 0 {
+		c.worker.counts.opened.Add(f.ring.Size)
+	}
+}
+
+// block answers one OpBlock.
+func (c *leaseConn) block(ctx context.Context, req wire.Request) {
+	c.mu.Lock()
+	l, ok := c.leases[int64(req.Index)]
+	c.mu.Unlock()
+	if !ok {
+		c.fail(ctx, req, fmt.Errorf("%w: there is no lease %d", source.ErrInvalid, req.Index))
+		return
+	}
+	sums, err := c.worker.block(ctx, req, l)
+	if err != nil {
+		c.fail(ctx, req, err)
+		return
+	}
+	if c.reply(ctx, req, wire.Reply{Index: req.Index, Off: req.Off}, wire.AppendSumList(nil, sums), nil) == nil {
+		c.worker.counts.opened.Add(int64(req.Length))
+	}
+}
+
+// block makes a block of a leased file readable through the lease's descriptor.
+func (w *Worker) block(ctx context.Context, req wire.Request, l lent) ([]uint32, error) {
+	n := req.Off / ring.BlockSize
+	if req.Off < 0 || req.Off%ring.BlockSize != 0 || req.Off >= l.file.ring.Size || int64(req.Length) != blockLen(l.file.ring.Size, n) {
+		return nil, fmt.Errorf("%w: %s: %d bytes from %d are not one block", source.ErrInvalid, l.file, req.Length, req.Off)
+	}
+	if sums, ok := l.Sums(n); ok {
+		return sums, nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, waitOf(req))
+	defer cancel()
+	b, done, err := w.acquire(ctx, l.file, n, 0, budget{})
+	if err != nil {
+		return nil, err
+	}
+	defer done()
+	defer b.Release()
+	if sums, ok := l.Sums(n); ok {
+		return sums, nil
+	}
+	return nil, fmt.Errorf("%w: block %d of %s: there is no room to keep it, or it was dropped since it was leased", wire.ErrNotResident, n, l.file)
 }
 
 // lease makes a file whole, if it may and must, and leases it.
@@ -183,6 +237,10 @@ func (w *Worker) lease(ctx context.Context, req wire.Request) (*store.Lease, fil
 	l, err := w.store.Lease(f.ring)
 	if err == nil {
 		return l, f, nil
+	}
+	if errors.Is(err, store.ErrNotWhole) && req.Flags&wire.FlagEarly != 0 {
+		l, err := w.leaseEarly(f)
+		return l, f, err
 	}
 	if !errors.Is(err, store.ErrNotWhole) || req.WaitMillis == 0 {
 		return nil, f, fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
@@ -208,6 +266,20 @@ func (w *Worker) lease(ctx context.Context, req wire.Request) (*store.Lease, fil
 		return nil, f, fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
 	}
 	return l, f, nil
+}
+
+// leaseEarly leases a file that may be incomplete, if all of it is this worker's to fill.
+func (w *Worker) leaseEarly(f file) (*store.Lease, error) {
+	v := w.members.view()
+	_, place := v.owners(w.config.ID, f.ring, 0, w.config.Copies)
+	if place < 0 || f.ring.Size > ring.StripeThreshold && len(v.Owners(f.ring, 0, 0)) > w.config.Copies {
+		return nil, fmt.Errorf("%w: %s", wire.ErrNotOwner, f)
+	}
+	l, err := w.store.LeaseEarly(f.ring)
+	if err != nil {
+		err = fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
+	}
+	return l, err
 }
 
 // fillFile makes all blocks of a file resident, if they fit.
@@ -237,10 +309,10 @@ func (w *Worker) fillFile(ctx context.Context, f file) error {
 
 func (c *leaseConn) release(ctx context.Context, req wire.Request) error {
 	c.mu.Lock()
-	l := c.leases[req.Off]
+	l, ok := c.leases[req.Off]
 	delete(c.leases, req.Off)
 	c.mu.Unlock()
-	if l == nil {
+	if !ok {
 		return c.fail(ctx, req, fmt.Errorf("%w: there is no lease %d", source.ErrInvalid, req.Off))
 	}
 	l.Release()

@@ -41,16 +41,22 @@ func (tr *tier) receive(i int) *receiver {
 }
 
 func (c *receiver) ask(req wire.Request) (wire.Reply, *os.File, error) {
+	rep, _, f, err := c.exchange(req)
+	return rep, f, err
+}
+
+// exchange asks, and gives the answer with its payload.
+func (c *receiver) exchange(req wire.Request) (wire.Reply, []byte, *os.File, error) {
 	c.id++
 	req.ID = c.id
 	c.SetDeadline(time.Now().Add(patience))
 	if err := wire.SendWithFD(c.UnixConn, wire.AppendRequest(nil, req), nil); err != nil {
-		return wire.Reply{}, nil, err
+		return wire.Reply{}, nil, nil, err
 	}
 	buf := make([]byte, wire.MaxPacket)
 	n, f, err := wire.ReceiveWithFD(c.UnixConn, buf)
 	if err != nil {
-		return wire.Reply{}, nil, err
+		return wire.Reply{}, nil, nil, err
 	}
 	if f != nil {
 		c.t.Cleanup(func() { f.Close() })
@@ -62,7 +68,7 @@ func (c *receiver) ask(req wire.Request) (wire.Reply, *os.File, error) {
 	if err == nil {
 		err = rep.Status.Err(string(p))
 	}
-	return rep, f, err
+	return rep, p, f, err
 }
 
 func TestALeaseHandsOutAWholeFile(t *testing.T) {

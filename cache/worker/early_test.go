@@ -1,0 +1,210 @@
+package worker
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"testing"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// blockOf is the question for one block of a leased file.
+func blockOf(lease, size, block int64) wire.Request {
+	return wire.Request{Op: wire.OpBlock, Index: uint32(lease), Off: blockOff(block), Length: int32(blockLen(size, block))}
+}
+
+// sums asks for one block of a leased file, and gives its sums.
+func (c *receiver) sums(lease, size, block int64) ([]uint32, error) {
+	_, p, _, err := c.exchange(blockOf(lease, size, block))
+	if err != nil {
+		return nil, err
+	}
+	return wire.SumList(p, int(blockLen(size, block)))
+}
+
+// readsThrough compares a block with what can be read through a lease's descriptor.
+func readsThrough(t *testing.T, f *os.File, sums []uint32, want []byte, block int64) {
+	t.Helper()
+	want = want[blockOff(block):][:blockLen(int64(len(want)), block)]
+	got := make([]byte, len(want))
+	if _, err := f.ReadAt(got, blockOff(block)); err != nil && err != io.EOF {
+		t.Fatal(err)
+	}
+	if !bytes.Equal(got, want) {
+		t.Errorf("block %d is not the file's", block)
+	}
+	if err := wire.CheckSums(want, sums); err != nil {
+		t.Errorf("block %d: %v", block, err)
+	}
+}
+
+func TestAnEarlyLeaseIsReadBlockByBlock(t *testing.T) {
+	noGoroutines(t)
+	want := content(2*ring.BlockSize+5, 1)
+	size := int64(len(want))
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	c := tr.receive(0)
+	rep, f, err := c.ask(wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: i})
+	if err != nil || f == nil || rep.Size != size {
+		t.Fatalf("%+v, %v, %v", rep, f, err)
+	}
+	w := tr.workers[0]
+	if gets, _ := tr.gates[0].counts(); gets != 0 || w.Status().OpenedBytes != 0 {
+		t.Errorf("%d requests to the bucket and %d bytes counted for a lease", gets, w.Status().OpenedBytes)
+	}
+	for _, n := range []int64{2, 0, 2} {
+		sums, err := c.sums(rep.Off, size, n)
+		if err != nil {
+			t.Fatal(err)
+		}
+		readsThrough(t, f, sums, want, n)
+	}
+	if gets, _ := tr.gates[0].counts(); gets != 2 {
+		t.Errorf("%d requests to the bucket for two blocks", gets)
+	}
+	if got := w.Status().OpenedBytes; got != ring.BlockSize+10 {
+		t.Errorf("%d bytes counted as opened", got)
+	}
+	for name, req := range map[string]wire.Request{
+		"another's lease":   blockOf(rep.Off+1, size, 0),
+		"no lease":          blockOf(0, size, 0),
+		"within a block":    {Op: wire.OpBlock, Index: uint32(rep.Off), Off: 5, Length: ring.BlockSize},
+		"a part of one":     {Op: wire.OpBlock, Index: uint32(rep.Off), Length: 5},
+		"beyond the end":    {Op: wire.OpBlock, Index: uint32(rep.Off), Off: 3 * ring.BlockSize, Length: 5},
+		"before the start":  {Op: wire.OpBlock, Index: uint32(rep.Off), Off: -ring.BlockSize, Length: ring.BlockSize},
+		"more than is left": {Op: wire.OpBlock, Index: uint32(rep.Off), Off: 2 * ring.BlockSize, Length: ring.BlockSize},
+	} {
+		if _, _, err := c.ask(req); !errors.Is(err, source.ErrInvalid) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+	if _, _, err := c.ask(wire.Request{Op: wire.OpRelease, Off: rep.Off}); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, source.ErrInvalid) {
+		t.Errorf("after its release: %v", err)
+	}
+}
+
+func TestReadersOfEarlyLeasesShareOneFill(t *testing.T) {
+	noGoroutines(t)
+	want := content(ring.BlockSize+7, 3)
+	size := int64(len(want))
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	begun, release := make(chan struct{}, 8), make(chan struct{})
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		begun <- struct{}{}
+		select {
+		case <-release:
+			return nil
+		case <-ctx.Done():
+			return ctx.Err()
+		}
+	})
+	type answer struct {
+		sums []uint32
+		err  error
+	}
+	const n = 3
+	answers := make(chan answer, n)
+	for range n {
+		c := tr.receive(0)
+		rep, _, err := c.ask(wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: i})
+		if err != nil {
+			t.Fatal(err)
+		}
+		go func() {
+			sums, err := c.sums(rep.Off, size, 1)
+			answers <- answer{sums, err}
+		}()
+	}
+	<-begun
+	eventually(t, "all wait for the one fill", func() error {
+		if s := tr.workers[0].store.Stats(); s.Shared != n-1 {
+			return fmt.Errorf("%d share it", s.Shared)
+		}
+		return nil
+	})
+	close(release)
+	for range n {
+		if a := <-answers; a.err != nil || wire.CheckSums(want[ring.BlockSize:], a.sums) != nil {
+			t.Errorf("%+v", a)
+		}
+	}
+	if gets, _ := tr.gates[0].counts(); gets != 1 {
+		t.Errorf("%d requests to the bucket", gets)
+	}
+}
+
+func TestABlockOfAnEarlyLeaseSaysWhyItIsNotThere(t *testing.T) {
+	noGoroutines(t)
+	want := content(2*ring.BlockSize, 1)
+	size := int64(len(want))
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	c := tr.receive(0)
+	rep, f, err := c.ask(wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: i})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []error{source.ErrChanged, source.ErrNotFound, source.ErrDenied} {
+		tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { return fmt.Errorf("%w: %s", want, o.Key) })
+		if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, want) {
+			t.Errorf("%v: %v", want, err)
+		}
+	}
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { <-ctx.Done(); return ctx.Err() })
+	req := blockOf(rep.Off, size, 0)
+	req.WaitMillis = 20
+	if _, _, err := c.ask(req); err == nil {
+		t.Error("a bucket that does not answer has answered")
+	}
+	tr.gates[0].set(nil)
+	sums, err := c.sums(rep.Off, size, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	readsThrough(t, f, sums, want, 0)
+
+	// Dropped since: the block is in another file now.
+	w := tr.workers[0]
+	snap, file, err := w.resolve(wire.Request{Index: i})
+	if err != nil {
+		t.Fatal(err)
+	}
+	snap.release()
+	w.store.Drop(file.ring)
+	if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, wire.ErrNotResident) {
+		t.Errorf("of a dropped file: %v", err)
+	}
+}
+
+func TestNoEarlyLeaseOfWhatIsNotOwnedOrTooLarge(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(3*ring.BlockSize, 1), "g": content(5*ring.BlockSize, 2)})
+	tr.config = func(_ int, c *Config) { c.Memory = 8 * ring.BlockSize }
+	tr.start(2)
+	snap := tr.snapshot()
+	owner := tr.owners(snap, "/f", 0)[0]
+	early := wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: index(t, snap, "/f")}
+	if _, _, err := tr.receive(1 - owner).ask(early); !errors.Is(err, wire.ErrNotOwner) {
+		t.Errorf("of a file that is another's: %v", err)
+	}
+	if _, f, err := tr.receive(owner).ask(early); err != nil || f == nil {
+		t.Errorf("of its own: %v", err)
+	}
+	early.Index = index(t, snap, "/g")
+	if _, _, err := tr.receive(tr.owners(snap, "/g", 0)[0]).ask(early); !errors.Is(err, wire.ErrNotResident) {
+		t.Errorf("of more than half of its memory: %v", err)
+	}
+}
