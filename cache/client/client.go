@@ -7,7 +7,8 @@
 // # The model
 //
 // Dial pulls one snapshot, to which the Client is bound for its life. A read is cut at the blocks. For each
-// the Client looks in its buffers, then in the node's store, and then asks: the block's owners under the
+// the Client looks in its buffers, then where a worker of this machine keeps the file (near.go), then in the node's
+// store, and then asks: the block's owners under the
 // newest membership that it knows, then any other worker, which reads it through from the bucket. A worker
 // that is dead, hung, overloaded, refused by the bucket or wrong costs time and no more: while the bucket
 // and one worker answer, a read ends with the object's bytes, within wire.ClientTimeout a block. Every
@@ -86,6 +87,7 @@ const defaultBuffers = 256 << 20
 // timing is what tests make shorter. The defaults come from package wire where it states them.
 type timing struct {
 	ping, pong     time.Duration
+	near           time.Duration
 	client, worker time.Duration
 	// slow is when a request without an answer gives its share of the network to others.
 	slow time.Duration
@@ -98,7 +100,7 @@ type timing struct {
 
 func defaultTiming() timing {
 	return timing{
-		ping: wire.PingInterval, pong: wire.PongTimeout, client: wire.ClientTimeout,
+		ping: wire.PingInterval, pong: wire.PongTimeout, near: nearPatience, client: wire.ClientTimeout,
 		// The worker gives up first and says why.
 		worker: wire.WorkerTimeout + 2*time.Second,
 		slow:   250 * time.Millisecond,
@@ -123,6 +125,7 @@ type Client struct {
 	streams  *streams
 	walks    *walks
 	fills    fills
+	nears    nears
 	latency  latency
 	count    counters
 

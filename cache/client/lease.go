@@ -35,6 +35,8 @@ type Lease struct {
 	// has open then stays taken until the lease is released. Nil for a lease of the node's own store.
 	Lost <-chan struct{}
 
+	from    *leaser // who gave it, by this id; nil for one of the node's own store
+	id      int64
 	once    sync.Once
 	release func()
 }
@@ -55,18 +57,15 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 		return nil, err
 	}
 	no := func(why error) error { return fmt.Errorf("%s: %w: %w", c.name(i), ErrNoLease, why) }
-	switch {
-	case o.Size == 0:
+	if o.Size == 0 {
 		return nil, no(errors.New("the file is empty"))
-	case o.Size > ring.StripeThreshold:
-		// With no more workers than copies each of them owns all of it.
-		if n := len(c.members.view().Owners(o, 0, 0)); n > c.copies {
-			return nil, no(fmt.Errorf("the file is striped over %d workers", n))
-		}
+	}
+	if n := c.stripes(o); n > 0 {
+		return nil, no(fmt.Errorf("the file is striped over %d workers", n))
 	}
 	reason := errors.New("no owner of it has a socket on this machine")
 	for _, socket := range c.sockets(o) {
-		l, err := c.sockLease(ctx, socket, i, o.Size, wait)
+		l, err := c.sockLease(ctx, socket, i, o.Size, wait, 0)
 		if err == nil {
 			c.count.leases.Add(1)
 			return l, nil
@@ -85,6 +84,17 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 		reason = err
 	}
 	return nil, no(reason)
+}
+
+// stripes is over how many workers a file is striped; 0: each of its owners owns all of it, as where there are no more
+// workers than copies.
+func (c *Client) stripes(o ring.Object) int {
+	if o.Size > ring.StripeThreshold {
+		if n := len(c.members.view().Owners(o, 0, 0)); n > c.copies {
+			return n
+		}
+	}
+	return 0
 }
 
 // sockets are those of the file's owners: of workers on this node, or, where nodes are not told or a
@@ -249,6 +259,7 @@ type leaser struct {
 	path   string
 	conn   *net.UnixConn
 	closed chan struct{}
+	slots  slots // of blocks that are asked for
 
 	mu      sync.Mutex
 	nextID  uint32
@@ -272,7 +283,7 @@ type sock struct {
 	err     error
 }
 
-func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, size int64, wait time.Duration) (*Lease, error) {
+func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, size int64, wait time.Duration, flags wire.Flag) (*Lease, error) {
 	s, l, err := c.leaser(ctx, path)
 	if err != nil {
 		return nil, err
@@ -280,7 +291,7 @@ func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, si
 	ctx, cancel := context.WithTimeoutCause(ctx, wait+c.timing.pong, errLate)
 	defer cancel()
 	r, err := l.ask(ctx, wire.Request{
-		Op: wire.OpLease, Snapshot: c.digest, Index: i, Epoch: c.members.view().Epoch,
+		Op: wire.OpLease, Flags: flags, Snapshot: c.digest, Index: i, Epoch: c.members.view().Epoch,
 		WaitMillis: uint32(min(wait, time.Hour).Milliseconds()),
 	})
 	if errors.Is(err, errLate) {
@@ -311,7 +322,7 @@ func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, si
 		return nil, err
 	}
 	file := r.file
-	return &Lease{File: file, Lost: l.closed, release: func() {
+	return &Lease{File: file, Lost: l.closed, from: l, id: id, release: func() {
 		file.Close() // first: from then on the worker may free it
 		l.giveBack(id)
 	}}, nil

@@ -50,7 +50,7 @@ func (c *Client) ReadAt(ctx context.Context, i catalog.Index, p []byte, off int6
 	if len(p) == 0 {
 		return 0, nil
 	}
-	r := reading{c: c, index: i, object: o}
+	r := reading{c: c, index: i, object: o, near: c.near(ctx, i, o)}
 	r.advice = c.streams.observe(i, o.Size, off, int64(len(p)), r.ready)
 	n, err := r.read(ctx, p, off)
 	if err == nil && short {
@@ -137,6 +137,7 @@ type reading struct {
 	c      *Client
 	index  catalog.Index
 	object ring.Object
+	near   *near // nil: it is read over the network
 	advice advice
 	walk   *walk // for which it guesses that somebody will read this; nil for a read
 }
@@ -147,14 +148,16 @@ type part struct {
 	off    int // within the block
 	p      []byte
 	extent *extent
+	near   *arrival
+	far    bool // it could not be read where this machine's worker has it
 	held   *store.Block
 	filled <-chan struct{} // closed when the node's store has it, or has failed to get it
 }
 
-// blockLen is the length of a block.
-func (r *reading) blockLen(block int64) int {
-	return int(min(ring.BlockSize, r.object.Size-block*ring.BlockSize))
-}
+// blockLen is the length of a block of a file of that size.
+func blockLen(size, block int64) int { return int(min(ring.BlockSize, size-block*ring.BlockSize)) }
+
+func (r *reading) blockLen(block int64) int { return blockLen(r.object.Size, block) }
 
 // span is the run of chunks that covers the bytes [off, off+n) of a block.
 func span(off, n int) (lo, hi int) {
@@ -216,6 +219,11 @@ func (r *reading) begin(k *part) bool {
 		} else {
 			c.count.joins.Add(1)
 		}
+		return true
+	}
+	if r.near != nil && !k.far {
+		k.near = r.near.want(k.block)
+		k.near.hurry()
 		return true
 	}
 	if c.config.Store != nil {
@@ -339,6 +347,24 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 			k.filled = nil
 			r.begin(k)
 			continue
+		case k.near != nil:
+			select {
+			case <-k.near.done:
+			case <-ctx.Done():
+				return fmt.Errorf("%s: %w", c.name(r.index), context.Cause(ctx))
+			}
+			a := k.near
+			switch {
+			case a.err == nil && r.near.read(k.block, a.sums, k.p, k.off):
+				c.count.nearHits.Add(1)
+				c.count.nearBytes.Add(int64(len(k.p)))
+				return nil
+			case a.err != nil && !temporary(a.err):
+				return c.explain(piece{index: r.index}, a.err)
+			}
+			k.near, k.far = nil, true
+			r.begin(k)
+			continue
 		case k.held != nil:
 			if c.readStore(k.held, k.p, k.off) {
 				c.count.storeBytes.Add(int64(len(k.p)))
@@ -436,7 +462,7 @@ var now = func() chan struct{} { c := make(chan struct{}); close(c); return c }(
 // ready says whether a block is in memory, on its way or in the node's store.
 func (r *reading) ready(block int64) bool {
 	_, hi := span(0, r.blockLen(block))
-	if r.c.cache.holds(blockKey{r.index, block}, 0, hi) {
+	if r.c.cache.holds(blockKey{r.index, block}, 0, hi) || r.near != nil && r.near.wanted(block) {
 		return true
 	}
 	return r.inStore(block)
@@ -463,6 +489,10 @@ func (r *reading) readAhead(last int64) {
 		if r.ready(block) {
 			continue
 		}
+		if r.near != nil {
+			r.near.want(block)
+			continue
+		}
 		length := r.blockLen(block)
 		_, hi := span(0, length)
 		if r.start(blockKey{r.index, block}, 0, hi, length, r.advice.stream) == nil {
@@ -471,19 +501,38 @@ func (r *reading) readAhead(last int64) {
 	}
 }
 
-// readStore reads from a block of the node's store and checks the sums of all chunks that it reads of.
-// False: the memory is bad, and the block was dropped.
+// readStore reads from a block of the node's store. False: the memory is bad, and the block was dropped.
 func (c *Client) readStore(b *store.Block, p []byte, off int) bool {
-	sums := b.Sums()
+	if err := readSummed(b, b.Len(), b.Sums(), p, off); err != nil {
+		c.count.corrupt.Add(1)
+		c.count.refetched.Add(1)
+		c.log.Warn("block of the node store failed its checksum and is fetched again", "error", err)
+		c.config.Store.Verify(b)
+		return false
+	}
+	return true
+}
+
+// readSummed reads len(p) bytes from off of a block of the given size and checks the sums of all chunks that it reads
+// of. What differs from them, or is not there, is wire.ErrCorrupt.
+func readSummed(r io.ReaderAt, size int, sums []uint32, p []byte, off int) error {
+	if len(sums) != wire.SumCount(size) {
+		return fmt.Errorf("%w: %d sums for %d bytes", wire.ErrCorrupt, len(sums), size)
+	}
 	var buf *[directSize]byte
 	for done := 0; done < len(p); {
 		at := off + done
 		k := at / wire.SumSize
 		lo := k * wire.SumSize
-		n := min(wire.SumSize, b.Len()-lo)
+		n := min(wire.SumSize, size-lo)
 		dst := p[done:]
 		direct := at == lo && len(dst) >= n
 		if direct {
+			// Several whole chunks at once, as many as the processor has at hand when it comes to the sums.
+			n = min(len(dst), summedAtOnce, size-lo)
+			if lo+n < size {
+				n -= n % wire.SumSize
+			}
 			dst = dst[:n]
 		} else {
 			if buf == nil {
@@ -492,13 +541,11 @@ func (c *Client) readStore(b *store.Block, p []byte, off int) bool {
 			}
 			dst = buf[:n]
 		}
-		if got, err := b.ReadAt(dst, int64(lo)); (err != nil && err != io.EOF) || got != n || k >= len(sums) ||
-			wire.CheckSums(dst, sums[k:k+1]) != nil {
-			c.count.corrupt.Add(1)
-			c.count.refetched.Add(1)
-			c.log.Warn("block of the node store failed its checksum and is fetched again", "error", err)
-			c.config.Store.Verify(b)
-			return false
+		if got, err := r.ReadAt(dst, int64(lo)); got != n {
+			return fmt.Errorf("%w: %d of %d bytes: %v", wire.ErrCorrupt, got, n, err)
+		}
+		if err := wire.CheckSums(dst, sums[k:k+wire.SumCount(n)]); err != nil {
+			return err
 		}
 		if direct {
 			done += n
@@ -506,8 +553,11 @@ func (c *Client) readStore(b *store.Block, p []byte, off int) bool {
 			done += copy(p[done:], dst[at-lo:])
 		}
 	}
-	return true
+	return nil
 }
+
+// summedAtOnce is how much is read before its sums are checked.
+const summedAtOnce = 256 << 10
 
 // Forget drops what is kept for a file that nobody has open: its streams, buffers and what is read ahead.
 func (c *Client) Forget(i catalog.Index) {
@@ -516,6 +566,7 @@ func (c *Client) Forget(i catalog.Index) {
 	}
 	defer c.calls.Done()
 	c.streams.forget(i)
+	c.nears.forget(i)
 	if o, ok := c.snapshot.Ring(i); ok {
 		c.cache.forgetFile(i, o.Size)
 	}

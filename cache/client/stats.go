@@ -8,21 +8,25 @@ import (
 
 // counters count since Dial.
 type counters struct {
-	bufferHits, joins, storeHits, misses, ahead, direct      atomic.Int64
-	bufferBytes, storeBytes, directBytes, workerBytes        atomic.Int64
+	bufferHits, joins, nearHits, storeHits, misses           atomic.Int64
+	ahead, direct                                            atomic.Int64
+	bufferBytes, nearBytes, storeBytes, directBytes          atomic.Int64
+	workerBytes                                              atomic.Int64
 	corrupt, refetched, fallbacks, rounds, hedges, hedgeWins atomic.Int64
 	leases                                                   atomic.Int64
 }
 
 // Stats are what a Client did since Dial, and what it holds now.
 type Stats struct {
-	// How reads found the blocks they touched: in memory; on their way for somebody else; in the node's
-	// store; nowhere, so that they were fetched; and fetched past the buffers, which were all in use.
-	BufferHits, Joins, StoreHits, Misses, Direct int64
+	// How reads found the blocks they touched: in memory; on their way for somebody else; where a worker of this
+	// machine has them; in the node's store; nowhere, so that they were fetched; and fetched past the buffers, which
+	// were all in use.
+	BufferHits, Joins, NearHits, StoreHits, Misses, Direct int64
 	// ReadAhead counts the blocks that were fetched before anybody asked.
 	ReadAhead int64
-	// Bytes that readers got from memory, from the node's store, and past the buffers.
-	BufferBytes, StoreBytes, DirectBytes int64
+	// Bytes that readers got from memory, from where a worker of this machine has them, from the node's store, and
+	// past the buffers.
+	BufferBytes, NearBytes, StoreBytes, DirectBytes int64
 	// WorkerBytes were received from workers.
 	WorkerBytes int64
 	// Corrupt counts payloads, snapshots and blocks of the node's store that failed their checksum;
@@ -45,9 +49,9 @@ type Stats struct {
 func (c *Client) Stats() Stats {
 	n := &c.count
 	s := Stats{
-		BufferHits: n.bufferHits.Load(), Joins: n.joins.Load(), StoreHits: n.storeHits.Load(), Misses: n.misses.Load(),
+		BufferHits: n.bufferHits.Load(), Joins: n.joins.Load(), NearHits: n.nearHits.Load(), StoreHits: n.storeHits.Load(), Misses: n.misses.Load(),
 		Direct: n.direct.Load(), ReadAhead: n.ahead.Load(),
-		BufferBytes: n.bufferBytes.Load(), StoreBytes: n.storeBytes.Load(), DirectBytes: n.directBytes.Load(),
+		BufferBytes: n.bufferBytes.Load(), NearBytes: n.nearBytes.Load(), StoreBytes: n.storeBytes.Load(), DirectBytes: n.directBytes.Load(),
 		WorkerBytes: n.workerBytes.Load(), Corrupt: n.corrupt.Load(), Refetched: n.refetched.Load(),
 		Fallbacks: n.fallbacks.Load(), Rounds: n.rounds.Load(), Hedges: n.hedges.Load(), HedgeWins: n.hedgeWins.Load(),
 		Leases: n.leases.Load(), Epoch: c.members.view().Epoch, Budget: c.cache.budget,
@@ -66,7 +70,7 @@ func (c *Client) Collector() prometheus.Collector {
 	return &collector{
 		c:       c,
 		blocks:  desc("blocks_total", "Blocks that reads touched, by where they were found.", "from"),
-		bytes:   desc("bytes_total", "Bytes that readers got, by where from; worker: bytes received from workers.", "from"),
+		bytes:   desc("bytes_total", "Bytes that readers got, by where from; near: from where this machine's worker has them; worker: bytes received from workers.", "from"),
 		events:  desc("events_total", "Checksum failures, refetches, fallbacks, rounds, hedges and leases.", "event"),
 		buffers: desc("buffer_bytes", "Memory for blocks.", "state"),
 		epoch:   desc("membership_epoch", "Epoch of the membership in use."),
@@ -91,11 +95,13 @@ func (k *collector) Collect(out chan<- prometheus.Metric) {
 	}
 	counter(k.blocks, s.BufferHits, "buffer")
 	counter(k.blocks, s.Joins, "join")
+	counter(k.blocks, s.NearHits, "near")
 	counter(k.blocks, s.StoreHits, "store")
 	counter(k.blocks, s.Misses, "miss")
 	counter(k.blocks, s.Direct, "direct")
 	counter(k.blocks, s.ReadAhead, "read_ahead")
 	counter(k.bytes, s.BufferBytes, "buffer")
+	counter(k.bytes, s.NearBytes, "near")
 	counter(k.bytes, s.StoreBytes, "store")
 	counter(k.bytes, s.DirectBytes, "direct")
 	counter(k.bytes, s.WorkerBytes, "worker")

@@ -109,16 +109,16 @@ func TestAFileLeasedEarlyIsEvictedWhole(t *testing.T) {
 	checkBooks(t, s)
 }
 
-func TestEarlyLeasesTakeHalfOfTheQuota(t *testing.T) {
+func TestEarlyLeasesLeaveAnEighthOfTheQuota(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 24 * mib})
-	a, b := anObject(1, 8*mib), anObject(2, 5*mib)
+	a, b := anObject(1, 12*mib), anObject(2, 10*mib)
 	first := leaseEarly(t, s, a)
 	again := leaseEarly(t, s, a) // counted once
 	if _, err := s.LeaseEarly(b); !errors.Is(err, ErrNoRoom) {
 		t.Fatalf("%v", err)
 	}
-	if _, err := s.LeaseEarly(anObject(3, 13*mib)); !errors.Is(err, ErrNoRoom) {
-		t.Errorf("more than half of it: %v", err)
+	if _, err := s.LeaseEarly(anObject(3, 22*mib)); !errors.Is(err, ErrNoRoom) {
+		t.Errorf("more than that at once: %v", err)
 	}
 	first.Release()
 	if _, err := s.LeaseEarly(b); !errors.Is(err, ErrNoRoom) {

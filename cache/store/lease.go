@@ -53,7 +53,7 @@ func (s *Store) Lease(o ring.Object) (*Lease, error) {
 // LeaseEarly is Lease of an object that need not be whole, nor held at all: what is filled from now on can be read
 // through the descriptor as well. Its receiver must ask Sums for each block before it reads of it, and should compare
 // what it reads with them: anything else is zeros. Since nothing of such a file can be evicted while somebody reads
-// it, they may take half of the quota, counted in full from the beginning: beyond that it is ErrNoRoom.
+// it, they may take seven eighths of the quota, counted in full from the beginning: beyond that it is ErrNoRoom.
 func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
 	l, err := s.Lease(o)
 	if !errors.Is(err, ErrNotWhole) {
@@ -71,7 +71,7 @@ func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
 		return nil, err
 	}
 	if size := s.roundUp(o.Size); !ob.early {
-		if s.early+size > s.quota/earlyPart {
+		if s.early+size > s.quota/8*7 {
 			s.tidy(ob)
 			s.mu.Unlock()
 			return nil, fmt.Errorf("object %s of %d bytes: %w", name(o.ID), o.Size, ErrNoRoom)
@@ -81,9 +81,6 @@ func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
 	}
 	return s.lend(ob)
 }
-
-// earlyPart is the part of the quota that files may take which were leased before they were whole.
-const earlyPart = 2
 
 // settled is the object of that ID once nobody looks at or unlinks its file; nil if there is none. It unlocks while it
 // waits.

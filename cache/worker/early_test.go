@@ -191,7 +191,7 @@ func TestABlockOfAnEarlyLeaseSaysWhyItIsNotThere(t *testing.T) {
 }
 
 func TestNoEarlyLeaseOfWhatIsNotOwnedOrTooLarge(t *testing.T) {
-	tr := newTier(t, map[string][]byte{"f": content(3*ring.BlockSize, 1), "g": content(5*ring.BlockSize, 2)})
+	tr := newTier(t, map[string][]byte{"f": content(3*ring.BlockSize, 1), "g": content(8*ring.BlockSize, 2)})
 	tr.config = func(_ int, c *Config) { c.Memory = 8 * ring.BlockSize }
 	tr.start(2)
 	snap := tr.snapshot()
@@ -205,6 +205,6 @@ func TestNoEarlyLeaseOfWhatIsNotOwnedOrTooLarge(t *testing.T) {
 	}
 	early.Index = index(t, snap, "/g")
 	if _, _, err := tr.receive(tr.owners(snap, "/g", 0)[0]).ask(early); !errors.Is(err, wire.ErrNotResident) {
-		t.Errorf("of more than half of its memory: %v", err)
+		t.Errorf("of more than it has room for: %v", err)
 	}
 }
