@@ -140,11 +140,12 @@ type Options struct {
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
 
-	// For tests: what differs from interruptGrace, what stands before the kernel, and what is called when a request
-	// goes on after a signal.
-	grace  time.Duration
-	wrap   func(registrar) registrar
-	goesOn func()
+	// For tests: what differs from interruptGrace and closeWait, what stands before the kernel, and what is called when
+	// a request goes on after a signal.
+	grace     time.Duration
+	closeWait time.Duration
+	wrap      func(registrar) registrar
+	goesOn    func()
 }
 
 func (o Options) withDefaults() Options {
@@ -186,6 +187,7 @@ func (o Options) withDefaults() Options {
 	num(&o.IdleLeases, 64)
 	dur(&o.IdleTime, 5*time.Second)
 	dur(&o.grace, interruptGrace)
+	dur(&o.closeWait, closeWait)
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}

@@ -31,8 +31,9 @@ type passthrough struct {
 	flights singleflight.Group
 	work    sync.WaitGroup // the sweeper and the flights
 
-	mu   sync.Mutex
-	held map[catalog.Index]*holding
+	mu      sync.Mutex
+	held    map[catalog.Index]*holding
+	closing map[catalog.Index]chan struct{} // closed with the file's last handle; for awaitClose
 }
 
 // registrar is the connection's, as far as passthrough needs it.
@@ -62,7 +63,7 @@ func (h *holding) lost() bool {
 }
 
 func (p *passthrough) init(f *fileSystem) {
-	p.f, p.held = f, map[catalog.Index]*holding{}
+	p.f, p.held, p.closing = f, map[catalog.Index]*holding{}, map[catalog.Index]chan struct{}{}
 	p.leaser, _ = f.reader.(Leaser)
 }
 
@@ -168,6 +169,11 @@ func (f *fileSystem) Release(_ <-chan struct{}, in *fuse.ReleaseIn) {
 
 // open counts a handle and returns the backing id that it reads through, or 0 for the page cache.
 func (p *passthrough) open(ctx context.Context, i catalog.Index, size int64, unique uint64) (int32, error) {
+	if size >= closeMin && !p.off.Load() {
+		if err := p.awaitClose(ctx, i); err != nil {
+			return 0, err
+		}
+	}
 	for try := 0; ; try++ {
 		// The second time round the file was idle between acquire and now, and swept: it can be so again, but
 		// one try is enough.
@@ -179,6 +185,45 @@ func (p *passthrough) open(ctx context.Context, i catalog.Index, size int64, uni
 			try = 1 // No lease, whatever the reason: the page cache.
 		}
 	}
+}
+
+const (
+	// closeMin is the size from which on reading a file through this process, and not passed through, costs more than
+	// closeWait.
+	closeMin = 16 << 20
+	// closeWait is how long an open waits for handles that do not pass through to be closed. The kernel tells of a
+	// close after close(2) has returned, so that who reads a file twice in a row would open it beside itself.
+	closeWait = 10 * time.Millisecond
+)
+
+// awaitClose waits a moment where a file is open and not passed through, since the next handle would follow.
+func (p *passthrough) awaitClose(ctx context.Context, i catalog.Index) error {
+	t := p.f.table
+	if err := t.lock(ctx); err != nil {
+		return err
+	}
+	var closed chan struct{}
+	if s := t.at(i); s.opens > 0 && s.backing == 0 {
+		p.mu.Lock()
+		if closed = p.closing[i]; closed == nil {
+			closed = make(chan struct{})
+			p.closing[i] = closed
+		}
+		p.mu.Unlock()
+	}
+	t.unlock()
+	if closed == nil {
+		return nil
+	}
+	wait := time.NewTimer(p.f.opt.closeWait)
+	defer wait.Stop()
+	select {
+	case <-closed:
+	case <-wait.C:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	return nil
 }
 
 // count adds a handle if it is clear which way it reads: because others are open, a backing id is ready, or
@@ -232,6 +277,14 @@ func (p *passthrough) release(i catalog.Index, unique uint64) (last bool) {
 	}
 	last = s.opens == 0
 	over := false
+	if last && s.backing == 0 {
+		p.mu.Lock()
+		if closed := p.closing[i]; closed != nil {
+			delete(p.closing, i)
+			close(closed)
+		}
+		p.mu.Unlock()
+	}
 	if last && s.backing != 0 {
 		p.mu.Lock()
 		if h := p.held[i]; h != nil && h.id == s.backing {

@@ -154,6 +154,77 @@ func TestWaysOfReadingAFileDoNotMix(t *testing.T) {
 	}
 }
 
+// Whoever reads a large file twice in a row has it passed through the second time, if it can be by then.
+func TestAnOpenWaitsForTheCloseBeforeIt(t *testing.T) {
+	all := files{"large": content("large", closeMin), "big": content("big", closeMin-1)}
+	s := snapshotOf(t, all)
+	r := newLeasing(t, s, all)
+	m := mounted(t, s, r, Options{Mode: Passthrough, IdleTime: time.Hour, closeWait: time.Hour})
+	needPassthrough(t, m)
+	no := func(context.Context, string, time.Duration) error { return errNoLease }
+	r.lease.Store(&no)
+	open := func(name string) *os.File {
+		f, err := os.Open(filepath.Join(m.Dir(), name))
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { f.Close() })
+		return f
+	}
+	large, big := open("large"), open("big")
+	r.lease.Store(nil)
+	if second := open("big"); m.Stats().PassthroughOpens != 0 {
+		t.Errorf("%s is passed through beside a handle that is not", second.Name())
+	}
+	opened := make(chan *os.File)
+	go func() {
+		f, _ := os.Open(large.Name())
+		opened <- f
+	}()
+	i, _ := s.Lookup("/large")
+	eventually(t, "an open waits for the close", func() bool {
+		m.fs.pass.mu.Lock()
+		defer m.fs.pass.mu.Unlock()
+		return m.fs.pass.closing[i] != nil
+	})
+	large.Close()
+	f := <-opened
+	if f == nil {
+		t.Fatal("not opened")
+	}
+	defer f.Close()
+	if err := sameAt(f, all["large"]); err != nil {
+		t.Error(err)
+	}
+	if n := m.Stats().PassthroughOpens; n != 1 {
+		t.Errorf("%d passthrough opens", n)
+	}
+	big.Close()
+}
+
+func TestAnOpenDoesNotWaitForLong(t *testing.T) {
+	all := files{"large": content("large", closeMin)}
+	s := snapshotOf(t, all)
+	r := newLeasing(t, s, all)
+	m := mounted(t, s, r, Options{Mode: Passthrough, closeWait: time.Millisecond})
+	needPassthrough(t, m)
+	no := func(context.Context, string, time.Duration) error { return errNoLease }
+	r.lease.Store(&no)
+	for range 3 {
+		f, err := os.Open(filepath.Join(m.Dir(), "large"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		if err := sameAt(f, all["large"]); err != nil {
+			t.Error(err)
+		}
+	}
+	if n := m.Stats().PassthroughOpens; n != 0 {
+		t.Errorf("%d passthrough opens", n)
+	}
+}
+
 func TestMixingUnderLoad(t *testing.T) {
 	// Leases come and go at random while files are opened, read and closed: no open may fail.
 	all, r, m := passthroughFixture(t, Options{IdleTime: time.Millisecond, IdleLeases: 1})
