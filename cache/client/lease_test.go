@@ -24,7 +24,9 @@ type lender struct {
 	t    *testing.T
 	path string
 	// give says which file to hand out for a request; with an error that is the answer.
-	give     func(r wire.Request) (*os.File, error)
+	give func(r wire.Request) (*os.File, error)
+	// block answers for a block of a file; nil: never.
+	block    func(r wire.Request) (reply wire.Reply, payload []byte)
 	released atomic.Int64
 
 	mu    sync.Mutex
@@ -114,6 +116,12 @@ func (l *lender) serve(nc *net.UnixConn, keys wire.Keys) {
 			wire.SendWithFD(nc, wire.AppendFrame(nil, wire.Reply{ID: r.ID, Index: r.Index, Off: lease}, nil), f)
 			if f != nil {
 				f.Close()
+			}
+		case wire.OpBlock:
+			if l.block != nil {
+				reply, p := l.block(r)
+				reply.ID = r.ID
+				wire.SendWithFD(nc, wire.AppendFrame(nil, reply, p), nil)
 			}
 		}
 	}

@@ -166,12 +166,12 @@ func (c *Client) lendNear(i catalog.Index, o ring.Object) *near {
 
 // keep ends the loan when it is given up or lost, or nobody has read the file for long.
 func (n *near) keep() {
-	t := time.NewTicker(nearIdle)
+	t := time.NewTicker(n.c.timing.nearIdle)
 	defer t.Stop()
 	for {
 		select {
 		case <-t.C:
-			if n.c.now().Sub(time.Unix(0, n.used.Load())) < nearIdle {
+			if n.c.now().Sub(time.Unix(0, n.used.Load())) < n.c.timing.nearIdle {
 				continue
 			}
 		case <-n.over:

@@ -41,7 +41,7 @@ func quiet() *slog.Logger { return slog.New(slog.DiscardHandler) }
 // slow: on a loaded machine that says nothing of the worker.
 func quick() timing {
 	t := defaultTiming()
-	t.ping, t.pong = 150*time.Millisecond, testDeadline
+	t.ping, t.pong, t.near = 150*time.Millisecond, testDeadline, testDeadline
 	t.redial, t.redialMax = 5*time.Millisecond, 50*time.Millisecond
 	t.retry, t.retryMax = 5*time.Millisecond, 50*time.Millisecond
 	t.file = 10 * time.Millisecond

@@ -36,6 +36,7 @@ type cluster struct {
 	keys   wire.Keys
 	mounts []worker.Mount
 	copies int
+	memory int64 // of each worker
 
 	mu      sync.Mutex
 	epoch   uint64
@@ -54,7 +55,7 @@ func newCluster(t testing.TB, mounts ...worker.Mount) *cluster {
 	if err != nil {
 		t.Skipf("no folder on tmpfs (/dev/shm): %v", err)
 	}
-	k := &cluster{t: t, dir: dir, keys: wire.GenerateKeys(), mounts: mounts, copies: 1, workers: make(map[string]*running)}
+	k := &cluster{t: t, dir: dir, keys: wire.GenerateKeys(), mounts: mounts, copies: 1, memory: 256 << 20, workers: make(map[string]*running)}
 	if err := wire.WriteKeys(filepath.Join(dir, "keys"), k.keys); err != nil {
 		t.Fatal(err)
 	}
@@ -104,7 +105,7 @@ func (k *cluster) start(ids ...string) {
 	k.t.Helper()
 	for _, id := range ids {
 		c := worker.Config{
-			Dataset: testDataset, ID: id, Mounts: k.mounts, Memory: 256 << 20, Dir: filepath.Join(k.dir, id),
+			Dataset: testDataset, ID: id, Mounts: k.mounts, Memory: k.memory, Dir: filepath.Join(k.dir, id),
 			KeysDir: filepath.Join(k.dir, "keys"), MembershipFile: k.membersFile(), Copies: k.copies,
 			Listen: "127.0.0.1:0", Control: "127.0.0.1:0", Socket: filepath.Join(k.dir, id+".s"),
 		}

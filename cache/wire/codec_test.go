@@ -8,6 +8,7 @@ import (
 	"io"
 	"math"
 	"math/rand/v2"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -199,6 +200,22 @@ func BenchmarkReadReply(b *testing.B) {
 		r.Reset(frame)
 		if _, err := ReadReply(r); err != nil {
 			b.Fatal(err)
+		}
+	}
+}
+
+func TestASumListIsAsLongAsItsBlock(t *testing.T) {
+	for _, n := range []int{1, SumSize, SumSize + 1, MaxPayload} {
+		sums := Sums(bytes.Repeat([]byte{3}, n))
+		p := AppendSumList(nil, sums)
+		got, err := SumList(p, n)
+		if err != nil || !slices.Equal(got, sums) {
+			t.Errorf("%d bytes: %v, %v", n, got, err)
+		}
+		for name, bad := range map[string][]byte{"short": p[:len(p)-1], "none": nil, "long": append(p, 0, 0, 0, 0)} {
+			if _, err := SumList(bad, n); !errors.Is(err, ErrCorrupt) {
+				t.Errorf("%d bytes, %s: %v", n, name, err)
+			}
 		}
 	}
 }
