@@ -103,12 +103,19 @@ func TestAFileThatNobodyReadsIsGivenBack(t *testing.T) {
 	k.start("a")
 	k.settled()
 	c := k.dial(nil)
-	c.timing.nearIdle = 20 * time.Millisecond
+	c.timing.nearIdle = time.Millisecond
+	begun := time.Now()
+	var hours atomic.Int64
+	c.now = func() time.Time { return begun.Add(time.Duration(hours.Load()) * time.Hour) }
 	i, _ := c.Snapshot().Lookup("/f")
 	for range 3 {
 		if err := checkRead(ctx, c, i, want, ring.BlockSize-5, 10); err != nil {
 			t.Fatal(err)
 		}
+		if n := lentTo(c); n != 1 {
+			t.Errorf("%d files are lent", n)
+		}
+		hours.Add(1)
 		eventually(t, "it is given back", func() bool { return lentTo(c) == 0 })
 	}
 	if s := c.Stats(); s.NearBytes != 30 || s.Corrupt != 0 {
