@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 // refuse is a call that must be refused, with nothing stored.
@@ -334,7 +335,7 @@ func TestMultipartRequestsThatAreWrong(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	part, err := f.m.PutPart(t.Context(), "a/b", upload, 1, 4, bytes.NewReader(data))
+	part, err := f.m.PutPart(t.Context(), "a/b", upload, 1, 4, bytes.NewReader(data), source.Sums{})
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -8,6 +8,7 @@ import (
 	"encoding/hex"
 	"encoding/xml"
 	"errors"
+	"hash"
 	"io"
 	"net/http"
 	"os"
@@ -16,6 +17,8 @@ import (
 	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
+
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 // maxObject is S3's own largest object, of one put too: what a Dataset takes is the Objects' affair.
@@ -28,7 +31,8 @@ type body struct {
 	size   int64 // -1: unknown
 	seen   int64
 	checks []*check
-	sum    *check // the x-amz-checksum- among checks, if any
+	hashes []hash.Hash // of checks, each once
+	sum    *check      // the x-amz-checksum- among checks, if any
 	err    error
 }
 
@@ -60,7 +64,7 @@ func (q *request) content() (*body, error) {
 				return nil, err
 			}
 		}
-		b.r = newChunks(b.r, id, trailer)
+		b.r = newChunks(b.r, q.r.ContentLength, id, trailer)
 	default:
 		sum, err := hex.DecodeString(q.who.payload)
 		if err != nil || len(sum) != sha256.Size {
@@ -69,19 +73,45 @@ func (q *request) content() (*body, error) {
 			}
 			return nil, badArgument("x-amz-content-sha256 must be UNSIGNED-PAYLOAD, a STREAMING- word, or a valid sha256 value.")
 		}
-		b.checks = append(b.checks, &check{hash: sha256.New(), want: sum, failed: failure(http.StatusBadRequest, "XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match what was computed.")})
+		b.add(&check{name: "SHA256", hash: sha256.New(), want: sum, failed: failure(http.StatusBadRequest, "XAmzContentSHA256Mismatch", "The provided 'x-amz-content-sha256' header does not match what was computed.")})
 	}
 	if b.sum != nil {
-		b.checks = append(b.checks, b.sum)
+		b.add(b.sum)
 	}
 	if given := h.Get("Content-Md5"); given != "" {
 		sum, err := base64.StdEncoding.DecodeString(given)
 		if err != nil || len(sum) != md5.Size {
 			return nil, failure(http.StatusBadRequest, "InvalidDigest", "The Content-MD5 you specified is not valid.")
 		}
-		b.checks = append(b.checks, &check{hash: md5.New(), want: sum, failed: failure(http.StatusBadRequest, "BadDigest", "The Content-MD5 you specified did not match what we received.")})
+		b.add(&check{name: "MD5", hash: md5.New(), want: sum, failed: failure(http.StatusBadRequest, "BadDigest", "The Content-MD5 you specified did not match what we received.")})
 	}
 	return b, nil
+}
+
+// add adds a check. Two of the same kind hash once.
+func (b *body) add(c *check) {
+	for _, other := range b.checks {
+		if other.name == c.name {
+			c.hash = other.hash
+			b.checks = append(b.checks, c)
+			return
+		}
+	}
+	b.checks, b.hashes = append(b.checks, c), append(b.hashes, c.hash)
+}
+
+// sums are those that the client said of the content before it: what a trailer will say is not known yet.
+func (b *body) sums() (s source.Sums) {
+	for _, c := range b.checks {
+		switch {
+		case c.want == nil:
+		case c.name == "MD5":
+			s.MD5 = c.want
+		case c.name == "SHA256":
+			s.SHA256 = c.want
+		}
+	}
+	return s
 }
 
 // sized is content whose length must be known, as that of objects and parts.
@@ -140,8 +170,8 @@ func (b *body) Read(p []byte) (int, error) {
 	}
 	n, err := b.r.Read(p)
 	b.seen += int64(n)
-	for _, c := range b.checks {
-		c.hash.Write(p[:n])
+	for _, h := range b.hashes {
+		h.Write(p[:n])
 	}
 	switch {
 	case b.size >= 0 && b.seen > b.size:

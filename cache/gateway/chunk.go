@@ -43,8 +43,12 @@ var (
 	errChunk     = failure(http.StatusBadRequest, "InvalidRequest", "The body is not well-formed aws-chunked encoding.")
 )
 
-func newChunks(r io.Reader, id *identity, trailer func(name, value string) error) *chunks {
-	c := &chunks{r: bufio.NewReaderSize(r, 64<<10), id: id, trailer: trailer}
+// newChunks decodes a body of size bytes in all, where that is known.
+func newChunks(r io.Reader, size int64, id *identity, trailer func(name, value string) error) *chunks {
+	if size < 0 || size > 64<<10 {
+		size = 64 << 10
+	}
+	c := &chunks{r: bufio.NewReaderSize(r, int(size)), id: id, trailer: trailer}
 	if id != nil {
 		c.previous, c.sum = id.signature, sha256.New()
 	}

@@ -161,7 +161,7 @@ func (q *request) putPartCopy(m Multipart, upload string, number int) error {
 		var part Part
 		err = pipe(q.r.Context(), objects, from, off, n, func(r io.Reader) error {
 			var err error
-			part, err = m.PutPart(q.r.Context(), q.key, upload, number, n, r)
+			part, err = m.PutPart(q.r.Context(), q.key, upload, number, n, r, source.Sums{})
 			return err
 		})
 		if err != nil {

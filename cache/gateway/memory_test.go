@@ -27,6 +27,7 @@ type memory struct {
 	tick    int // makes times differ
 	// openErr and writeErr are returned by reads, the latter after the first bytes.
 	fail func(op string) error
+	told source.Sums // of the content put last
 }
 
 type version struct {
@@ -189,6 +190,7 @@ func (m *memory) Put(ctx context.Context, key string, size int64, r io.Reader, o
 	}
 	m.mu.Lock()
 	defer m.mu.Unlock()
+	m.told = o.Sums
 	return m.store(key, data, etag, o)
 }
 
@@ -247,7 +249,7 @@ func (m *memory) upload(key, id string) (*upload, error) {
 	return nil, fmt.Errorf("memory %s: %w", key, gateway.ErrNoUpload)
 }
 
-func (m *memory) PutPart(ctx context.Context, key, id string, number int, size int64, r io.Reader) (gateway.Part, error) {
+func (m *memory) PutPart(ctx context.Context, key, id string, number int, size int64, r io.Reader, sums source.Sums) (gateway.Part, error) {
 	data, etag, err := readBody(r, size)
 	if err != nil {
 		return gateway.Part{}, err
@@ -258,6 +260,7 @@ func (m *memory) PutPart(ctx context.Context, key, id string, number int, size i
 	if err != nil {
 		return gateway.Part{}, err
 	}
+	m.told = sums
 	p := &part{gateway.Part{Number: number, ETag: etag, Size: size, ModTime: m.now()}, data}
 	u.parts[number] = p
 	return p.Part, nil

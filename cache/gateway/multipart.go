@@ -70,7 +70,7 @@ func (q *request) putPart(upload string) error {
 	if err != nil {
 		return err
 	}
-	part, err := m.PutPart(q.r.Context(), q.key, upload, number, b.size, b)
+	part, err := m.PutPart(q.r.Context(), q.key, upload, number, b.size, b, b.sums())
 	if err != nil {
 		return q.refused(b, err)
 	}

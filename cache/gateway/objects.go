@@ -112,13 +112,15 @@ type PutOptions struct {
 	// IfMatch is an ETag without quotes or "*"; IfNoneMatch is "*" or empty. They are decided in the same
 	// step as the version is (ErrPrecondition, and source.ErrNotFound for an IfMatch without an object).
 	IfMatch, IfNoneMatch string
+	// Sums are those of the content of a Put.
+	Sums source.Sums
 }
 
 // Multipart is implemented by Writers that take an object in parts. Part numbers are 1 to MaxParts.
 type Multipart interface {
 	Create(ctx context.Context, key string, o PutOptions) (upload string, err error)
 	// PutPart is to a part what Put is to an object; a number that was put before is replaced.
-	PutPart(ctx context.Context, key, upload string, number int, size int64, r io.Reader) (Part, error)
+	PutPart(ctx context.Context, key, upload string, number int, size int64, r io.Reader, sums source.Sums) (Part, error)
 	// Complete makes the object of the parts named (Number and ETag; in rising order, at least one). o
 	// has the conditions only; the rest was given to Create. A Complete that is repeated after it
 	// succeeded may answer the same again.

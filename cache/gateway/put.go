@@ -24,6 +24,7 @@ func (q *request) put() error {
 	if err != nil {
 		return err
 	}
+	o.Sums = b.sums()
 	info, err := w.Put(q.r.Context(), q.key, b.size, b, o)
 	if err != nil {
 		return q.refused(b, err)

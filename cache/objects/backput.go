@@ -72,13 +72,13 @@ func (b *back) put(ctx context.Context, key string, p place, s state, size int64
 	}
 	defer d.Abort()
 	b.n.counts.puts.Add(1)
-	sum := md5.New()
-	t := &tee{ctx: ctx, r: r, staged: b.n.stage.begin(size), now: b.n.c.Clock.Now}
+	sum := newSummed(r, o.Sums)
+	t := &tee{ctx: ctx, r: sum, staged: b.n.stage.begin(size), now: b.n.c.Clock.Now}
 	defer t.staged.end()
-	if err := copyAll(io.MultiWriter(d, sum), t, size); err != nil {
+	if err := copyAll(d, t, size); err != nil {
 		return version{}, fmt.Errorf("put %q: %w", key, t.failed(err))
 	}
-	etag, _ := p.tags.of(sum.Sum(nil))
+	etag, _ := p.tags.of(sum.md5())
 	st, ok := b.enter(key)
 	if !ok { // writes of this name go through, now that there is one that must: in line with them
 		v, err := b.putThrough(ctx, key, p, s, size, waited{ctx, d.Content()}, o)
@@ -328,10 +328,10 @@ func (b *back) putThrough(ctx context.Context, key string, p place, s state, siz
 	if size > MaxBack || o.IfMatch != "" || o.IfAbsent || p.tags.kind.Load() != tagsUnknown {
 		return b.n.putThrough(ctx, key, p, s, true, size, r, o)
 	}
-	sum := &summed{r: r, h: md5.New()}
+	sum := newSummed(r, o.Sums)
 	v, err := b.n.putThrough(ctx, key, p, s, true, size, sum, o)
 	if err == nil {
-		p.tags.learn(sum.h.Sum(nil), v.object.Version)
+		p.tags.learn(sum.md5(), v.object.Version)
 		if p.tags.kind.Load() == tagsOther {
 			b.n.log.Warn("writes to this bucket are not acknowledged before it has them: its ETags are not the MD5 of the content, so what it will give cannot be told", "bucket", p.URL())
 		}
@@ -339,15 +339,27 @@ func (b *back) putThrough(ctx context.Context, key string, p place, s state, siz
 	return v, err
 }
 
+// summed is content whose MD5 is taken as it passes, unless its sender told it.
 type summed struct {
-	r io.Reader
-	h hash.Hash
+	io.Reader
+	told []byte
+	h    hash.Hash
 }
 
-func (s *summed) Read(p []byte) (int, error) {
-	n, err := s.r.Read(p)
-	s.h.Write(p[:n])
-	return n, err
+func newSummed(r io.Reader, sums source.Sums) *summed {
+	if len(sums.MD5) == md5.Size {
+		return &summed{Reader: r, told: sums.MD5}
+	}
+	h := md5.New()
+	return &summed{Reader: io.TeeReader(r, h), h: h}
+}
+
+// md5 is known once the content has ended well.
+func (s *summed) md5() []byte {
+	if s.told != nil {
+		return s.told
+	}
+	return s.h.Sum(nil)
 }
 
 // hold has m hold an entry.

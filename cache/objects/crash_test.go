@@ -3,6 +3,8 @@ package objects_test
 import (
 	"bytes"
 	"context"
+	"crypto/md5"
+	"encoding/base64"
 	"fmt"
 	"math/rand/v2"
 	"os"
@@ -87,7 +89,12 @@ func killAtRandomPoints(t *testing.T, policy string) {
 				p := put{key: fmt.Sprintf("crash/%d", n), size: size}
 				ctx, cancel := context.WithTimeout(t.Context(), hung)
 				c := tr.client(r.IntN(3))
-				info, err := c.PutObject(ctx, "data", p.key, bytes.NewReader(content(size, n)), int64(size), "", "", minio.PutObjectOptions{})
+				body, told := content(size, n), ""
+				if n%2 == 0 { // and then it is on its way to the bucket while it comes
+					sum := md5.Sum(body)
+					told = base64.StdEncoding.EncodeToString(sum[:])
+				}
+				info, err := c.PutObject(ctx, "data", p.key, bytes.NewReader(body), int64(size), told, "", minio.PutObjectOptions{})
 				if ctx.Err() != nil {
 					tr.quit()
 					t.Errorf("put %s got no answer within %v: %v", p.key, hung, err)

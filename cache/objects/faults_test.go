@@ -3,7 +3,9 @@ package objects_test
 import (
 	"bytes"
 	"context"
+	"crypto/md5"
 	"crypto/sha256"
+	"encoding/base64"
 	"errors"
 	"fmt"
 	"io"
@@ -35,16 +37,19 @@ func (tr *tier) nothingStaged() {
 // A client that breaks off leaves nothing, whether it spoke to the owner or to another worker.
 func TestAPutThatBreaksOffLeavesNothing(t *testing.T) {
 	tr := newTier(t, "").start(2)
-	for _, size := range []int64{1 << 20, 36 << 20} { // in one request, in parts
+	for n, size := range []int64{1 << 20, 36 << 20, 1 << 20} { // in one request, in parts, and one that goes on as it comes
 		for i := range 2 {
-			key := tr.keyOwnedBy(0, fmt.Sprintf("cut-%d-%d", size, i))
+			key, told := tr.keyOwnedBy(0, fmt.Sprintf("cut-%d-%d-%d", n, size, i)), ""
+			if n == 2 {
+				told = "AAAAAAAAAAAAAAAAAAAAAA=="
+			}
 			ctx, cancel := context.WithCancel(t.Context())
 			body := io.MultiReader(bytes.NewReader(content(int(size)/2, 1)), readerFunc(func([]byte) (int, error) {
 				cancel()
 				<-ctx.Done()
 				return 0, errors.New("the client broke off")
 			}))
-			_, err := tr.client(i).PutObject(ctx, "data", key, body, size, "", "", minio.PutObjectOptions{DisableContentSha256: true})
+			_, err := tr.client(i).PutObject(ctx, "data", key, body, size, told, "", minio.PutObjectOptions{DisableContentSha256: true})
 			if err == nil {
 				t.Fatal("a put of half its bytes was acknowledged")
 			}
@@ -88,10 +93,66 @@ func TestABadDigestStoresNothing(t *testing.T) {
 			}
 		}
 	}
+	for i, size := range []int{5 << 20, 20 << 20} {
+		c, key := tr.client(i), fmt.Sprintf("digest-of-a-part-%d", size)
+		upload, err := c.NewMultipartUpload(t.Context(), "data", key, minio.PutObjectOptions{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		_, err = c.PutObjectPart(t.Context(), "data", key, upload, 1, bytes.NewReader(content(size, i)), int64(size),
+			minio.PutObjectPartOptions{Md5Base64: "AAAAAAAAAAAAAAAAAAAAAA==", DisableContentSha256: true})
+		if code(err) != "BadDigest" {
+			t.Errorf("%s: %v", key, err)
+		}
+		if parts, err := c.ListObjectParts(t.Context(), "data", key, upload, 0, 10); err != nil || len(parts.ObjectParts) > 0 {
+			t.Errorf("%s: parts %+v, %v", key, parts.ObjectParts, err)
+		}
+		if err := c.AbortMultipartUpload(t.Context(), "data", key, upload); err != nil {
+			t.Error(err)
+		}
+	}
 	tr.nothingStaged()
 	if u := tr.uploads(); len(u) > 0 {
 		t.Errorf("parts are left: %q", u)
 	}
+}
+
+// The MD5 that a client tells of its content goes with it to the bucket, whichever worker it spoke to, and the content is in
+// the bucket and in the tier as it was put.
+func TestTheMD5ThatAClientToldGoesToTheBucket(t *testing.T) {
+	f := bucket.Faults(t, theServer(t))
+	tr := newTier(t, f.Endpoint()).start(2)
+	for _, size := range []int{1, 70_000, 5<<20 + 1, 16 << 20} {
+		for i := range 2 {
+			key, p := tr.keyOwnedBy(0, fmt.Sprintf("told-%d-%d", size, i)), content(size, i)
+			sum := md5.Sum(p)
+			told := base64.StdEncoding.EncodeToString(sum[:])
+			var came atomic.Int64
+			f.Set(func(r *http.Request) bucket.Fault {
+				if r.Method == http.MethodPut {
+					came.Add(1)
+					if got, how := r.Header.Get("Content-Md5"), r.Header.Get("X-Amz-Content-Sha256"); got != told || !strings.HasPrefix(how, "STREAMING-") {
+						t.Errorf("%s came with the MD5 %q and as %s", key, got, how)
+					}
+				}
+				return bucket.Fault{}
+			})
+			info, err := tr.client(i).PutObject(t.Context(), "data", key, bytes.NewReader(p), int64(size), told, "", minio.PutObjectOptions{})
+			f.Set(nil)
+			if err != nil || came.Load() != 1 {
+				t.Fatalf("%s: %v, after %d requests", key, err, came.Load())
+			}
+			if got, at, err := tr.inBucket(key); err != nil || !bytes.Equal(got, p) || at.ETag != info.ETag {
+				t.Errorf("%s in the bucket: %d bytes, ETag %s, acknowledged %s, %v", key, len(got), at.ETag, info.ETag, err)
+			}
+			for j := range 2 {
+				if got, _, err := tr.get(j, key); err != nil || !bytes.Equal(got, p) {
+					t.Errorf("%s through worker %d: %d bytes, %v", key, j, len(got), err)
+				}
+			}
+		}
+	}
+	tr.nothingStaged()
 }
 
 // The bucket throttles and resets; puts, reads and listings go on where it lets them.

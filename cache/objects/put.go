@@ -30,12 +30,13 @@ type optionsJSON struct {
 	Attrs    source.Attributes
 	IfMatch  string
 	IfAbsent bool
+	Sums     source.Sums // of a put's content
 }
 
 func optionsOf(o gateway.PutOptions) (optionsJSON, error) {
 	out := optionsJSON{
 		Attrs:   source.Attributes{ContentType: o.ContentType, Headers: o.Headers, Metadata: o.Metadata},
-		IfMatch: o.IfMatch,
+		IfMatch: o.IfMatch, Sums: o.Sums,
 	}
 	switch o.IfNoneMatch {
 	case "":
@@ -48,7 +49,7 @@ func optionsOf(o gateway.PutOptions) (optionsJSON, error) {
 }
 
 func (o optionsJSON) write() source.WriteOptions {
-	return source.WriteOptions{Attributes: o.Attrs, IfMatch: o.IfMatch, IfAbsent: o.IfAbsent}
+	return source.WriteOptions{Attributes: o.Attrs, IfMatch: o.IfMatch, IfAbsent: o.IfAbsent, Sums: o.Sums}
 }
 
 // Put implements gateway.Writer.

@@ -3,10 +3,13 @@ package objects
 import (
 	"context"
 	"encoding/hex"
+	"io"
+	"sync"
 	"sync/atomic"
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/store"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // stager puts the bytes of puts under way into the store.
@@ -29,7 +32,8 @@ type staged struct {
 	*stager
 	object ring.Object
 	owner  string
-	buf    []byte // of the block that is being filled
+	buf    []byte  // of the block that is being filled
+	whole  *[]byte // what buf is of, when it goes round
 	block  int64
 	failed bool
 }
@@ -64,7 +68,14 @@ func (t *staged) write(ctx context.Context, p []byte) {
 			return
 		}
 		if t.buf == nil {
-			t.buf = make([]byte, 0, length)
+			if length > smallBlock {
+				t.whole, _ = blocks.Get().(*[]byte)
+			}
+			if t.whole == nil || int64(cap(*t.whole)) < length {
+				p := make([]byte, length)
+				t.whole = &p
+			}
+			t.buf = (*t.whole)[:0]
 		}
 		n := min(int(length)-len(t.buf), len(p))
 		t.buf = append(t.buf, p[:n]...)
@@ -83,16 +94,32 @@ func (t *staged) keep(ctx context.Context) bool {
 	if t.store.Pin(t.object, t.block, t.owner) != nil {
 		return false
 	}
-	b, err := t.store.Acquire(ctx, t.object, t.block, func(_ context.Context, p []byte) error {
-		copy(p, t.buf)
-		return nil
+	p := t.buf
+	b, err := t.store.Place(ctx, t.object, t.block, func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+		_, err := w.WriteAt(p, 0)
+		return wire.Sums(p), err
 	})
 	if err != nil {
 		return false
 	}
-	defer b.Release()
-	return b.Resident()
+	b.Release()
+	return true
 }
+
+// done ends the use of the object and of the memory.
+func (t *staged) done() {
+	t.bytes.Add(-t.object.Size)
+	if t.whole != nil && cap(*t.whole) > smallBlock && !t.failed { // or the store may still be reading it
+		blocks.Put(t.whole)
+	}
+	t.object.Size, t.buf, t.whole = 0, nil, nil
+}
+
+// smallBlock is what is not worth a buffer that goes round.
+const smallBlock = 64 << 10
+
+// blocks are buffers of blocks, each as long as the first that it was for.
+var blocks sync.Pool
 
 // finish gives what is staged its ID, and says whether the store holds it whole.
 func (t *staged) finish(as ring.Object) bool {
@@ -115,8 +142,7 @@ func (t *staged) finishPart() (ring.Object, bool) {
 	o := t.object
 	t.store.Keep(o)
 	t.store.Unpin(t.owner)
-	t.bytes.Add(-o.Size)
-	t.object.Size, t.buf = 0, nil
+	t.done()
 	return o, true
 }
 
@@ -127,8 +153,7 @@ func (t *staged) end() {
 	}
 	t.store.Unpin(t.owner)
 	t.store.Drop(t.object)
-	t.bytes.Add(-t.object.Size)
-	t.object.Size, t.buf = 0, nil
+	t.done()
 }
 
 // expected is a version whose bytes are about to be read, and are not here yet: whoever fetches them first, they stay.

@@ -35,7 +35,7 @@ func (n *Names) Create(ctx context.Context, key string, o gateway.PutOptions) (s
 }
 
 // PutPart implements gateway.Multipart.
-func (n *Names) PutPart(ctx context.Context, key, upload string, number int, size int64, r io.Reader) (gateway.Part, error) {
+func (n *Names) PutPart(ctx context.Context, key, upload string, number int, size int64, r io.Reader, sums source.Sums) (gateway.Part, error) {
 	p, err := n.locate(key)
 	if err != nil {
 		return gateway.Part{}, err
@@ -48,7 +48,7 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 	u := uploadName{key, upload}
 	t := &tee{ctx: ctx, r: waited{ctx, r}, staged: n.parts.begin(u, size), now: n.c.Clock.Now}
 	defer t.staged.end()
-	part, err := p.writer.PutPart(ctx, p.key, upload, number, t, size)
+	part, err := p.writer.PutPart(ctx, p.key, upload, number, t, size, sums)
 	if err != nil {
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, told(t.failed(err)))
 	}

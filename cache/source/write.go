@@ -35,9 +35,18 @@ type WriteOptions struct {
 	// both in the same step as it makes the object.
 	IfMatch  string
 	IfAbsent bool
+	// Sums are those of the content, for PutObject.
+	Sums Sums
 	// Begun is told of each upload in parts that is begun for the object, before its first byte is sent,
 	// and Ended of its end, so that somebody can remove the parts when this process dies between the two.
 	Begun, Ended func(upload string)
+}
+
+// Sums are what the sender of content said of it before its first byte; nil is what he did not say. The reader of
+// the content fails at its end where one does not hold. So a store need not take them once more, may begin to send
+// before the content is all there, and has them checked where the bytes arrive.
+type Sums struct {
+	MD5, SHA256 []byte
 }
 
 // Part is one part of an upload.
@@ -66,10 +75,10 @@ type Writer interface {
 	Copy(ctx context.Context, from Object, key string, o WriteOptions) (Object, error)
 	// BeginUpload begins an upload in parts.
 	BeginUpload(ctx context.Context, key string, a Attributes) (upload string, err error)
-	// PutPart sends one part; one with the same number is replaced. Memory is bounded. A part that is read
-	// whole before it is sent is sent again while that helps; a larger one is sent once. An r that fails,
-	// ends before size or does not end there leaves no part.
-	PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64) (Part, error)
+	// PutPart sends one part; one with the same number is replaced. Memory is bounded. A part that is small enough to
+	// be held is sent again while that helps; a larger one is sent once. An r that fails, ends before size or does
+	// not end there leaves no part.
+	PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64, sums Sums) (Part, error)
 	// Parts lists up to max parts with a number above after, and says whether there are more.
 	Parts(ctx context.Context, key, upload string, after, max int) ([]Part, bool, error)
 	// CompleteUpload makes the object of the parts, of which Number and Version matter. Of o only the
@@ -193,9 +202,9 @@ func (d *decorated) BeginUpload(ctx context.Context, key string, a Attributes) (
 	return upload, err
 }
 
-func (d *decorated) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64) (p Part, err error) {
+func (d *decorated) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64, sums Sums) (p Part, err error) {
 	err = d.do(ctx, opPut, key, false, func(ctx context.Context) error {
-		p, err = d.w.PutPart(ctx, key, upload, number, d.content(r), size)
+		p, err = d.w.PutPart(ctx, key, upload, number, d.content(r), size, sums)
 		return err
 	})
 	return p, err

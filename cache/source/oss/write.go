@@ -125,7 +125,7 @@ func (b *Bucket) BeginUpload(ctx context.Context, key string, a source.Attribute
 }
 
 // PutPart implements source.Writer.
-func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64) (source.Part, error) {
+func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64, _ source.Sums) (source.Part, error) {
 	if size < 0 || size > maxHeldPart {
 		return source.Part{}, &source.Error{Op: "put", Name: b.name(key), Kind: source.ErrInvalid,
 			Err: fmt.Errorf("a part of %d bytes", size), Hint: fmt.Sprintf("put parts of up to %d bytes", int64(maxHeldPart))}

@@ -46,6 +46,9 @@ func (b *Bucket) Put(ctx context.Context, key string, r io.Reader, size int64) (
 // checks.
 func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int64, o *putOptions) (source.Object, error) {
 	part := int64(partSize)
+	if size >= 0 && size <= part {
+		return b.putWhole(ctx, key, r, size, o)
+	}
 	if size > part*maxParts {
 		part = (size/maxParts + 1<<20) &^ (1<<20 - 1)
 	}
@@ -54,7 +57,7 @@ func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int6
 		return source.Object{}, b.unread(key, err)
 	}
 	if last {
-		return b.putWhole(ctx, key, first, o)
+		return b.putWhole(ctx, key, bytes.NewReader(first), int64(len(first)), o)
 	}
 	return b.putParts(ctx, key, first, r, part, size, o)
 }
@@ -144,21 +147,21 @@ func mark(o *minio.PutObjectOptions) (nonce string) {
 	return nonce
 }
 
-func (b *Bucket) putWhole(ctx context.Context, key string, p []byte, w *putOptions) (source.Object, error) {
-	sum, signed := md5.Sum(p), b.signed(p)
+func (b *Bucket) putWhole(ctx context.Context, key string, r io.Reader, size int64, w *putOptions) (source.Object, error) {
 	var info minio.UploadInfo
 	options := w.PutObjectOptions
-	options.DisableContentSha256 = true
 	nonce := ""
 	if w.conditional() {
 		nonce = mark(&options)
 	}
 	tries := 0
-	err := source.Try(ctx, patience(int64(len(p))), func(ctx context.Context) (err error) {
+	c := newContent(r, size, w.Sums)
+	defer c.release()
+	err := b.deliver(ctx, key, c, func(ctx context.Context, s sent) (err error) {
 		tries++
 		ctx, seen := watch(ctx)
-		info, err = b.core.PutObject(ctx, b.name, key, bytes.NewReader(p), int64(len(p)),
-			base64.StdEncoding.EncodeToString(sum[:]), signed, options)
+		options.DisableContentSha256 = !s.chunks
+		info, err = b.core.PutObject(ctx, b.name, key, s.body, size, s.md5, s.sha256, options)
 		if err == nil {
 			return nil
 		}
@@ -175,9 +178,9 @@ func (b *Bucket) putWhole(ctx context.Context, key string, p []byte, w *putOptio
 	if err != nil {
 		return source.Object{}, err
 	}
-	o, err := b.put(ctx, key, info.ETag, int64(len(p)))
-	if err == nil && info.ETag == hex.EncodeToString(sum[:]) { // else encrypted, and no digest
-		o.Digest = source.Digest{Algorithm: source.MD5, Sum: sum[:]}
+	o, err := b.put(ctx, key, info.ETag, size)
+	if err == nil && info.ETag == hex.EncodeToString(c.sum()) { // else encrypted, and no digest
+		o.Digest = source.Digest{Algorithm: source.MD5, Sum: c.sum()}
 	}
 	return o, err
 }
@@ -271,7 +274,9 @@ read:
 			defer func() { free <- p[:cap(p)] }()
 			return source.Try(sending, patience(int64(len(p))), func(ctx context.Context) error {
 				ctx, seen := watch(ctx)
-				sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, bytes.NewReader(p), int64(len(p)),
+				body := lend(bytes.NewReader(p))
+				defer body.back() // p is another part's afterwards
+				sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, body, int64(len(p)),
 					minio.PutObjectPartOptions{
 						Md5Base64: base64.StdEncoding.EncodeToString(sum[:]), Sha256Hex: signed, DisableContentSha256: true})
 				if err != nil {

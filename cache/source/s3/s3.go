@@ -38,6 +38,8 @@ type Bucket struct {
 	// exists is set once the bucket answered, so that a missing object need not be told from a missing
 	// bucket with a second request.
 	exists atomic.Bool
+	// doubts counts the puts, one after the other, that the store took only when they were signed as a whole.
+	doubts atomic.Int32
 }
 
 var (

@@ -1,9 +1,10 @@
 package s3
 
 import (
-	"bytes"
+	"cmp"
 	"context"
 	"crypto/md5"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"errors"
@@ -173,54 +174,63 @@ func (b *Bucket) begin(ctx context.Context, key string, options minio.PutObjectO
 }
 
 // PutPart implements source.Writer.
-func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64) (source.Part, error) {
+func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64, sums source.Sums) (source.Part, error) {
 	if size < 0 {
 		return source.Part{}, b.invalid("put", key, errors.New("a part of unknown size"))
 	}
-	options := minio.PutObjectPartOptions{DisableContentSha256: true}
 	var etag string
-	if size > partSize {
-		// Too large to be held: sent as it comes, and its last byte only once r has ended well.
-		options.DisableContentSha256 = !b.plain()
-		body := &careful{r: r, left: size}
+	put := func(ctx context.Context, s sent) error {
 		ctx, seen := watch(ctx)
-		sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, body, size, options)
-		switch {
-		case body.err != nil:
-			return source.Part{}, b.unread(key, body.err)
-		case err != nil:
-			return source.Part{}, b.fail(ctx, "put", key, seen, err)
+		part, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, s.body, size,
+			minio.PutObjectPartOptions{Md5Base64: s.md5, Sha256Hex: s.sha256, DisableContentSha256: !s.chunks})
+		if err != nil {
+			return b.fail(ctx, "put", key, seen, err)
 		}
-		etag = sent.ETag
+		etag = part.ETag
+		return nil
+	}
+	var err error
+	if size > partSize {
+		err = b.passOn(ctx, key, r, size, sums, put)
 	} else {
-		p, _, err := readPart(r, nil, size, size)
-		if err != nil {
-			return source.Part{}, b.unread(key, err)
-		}
-		sum := md5.Sum(p)
-		options.Md5Base64, options.Sha256Hex = base64.StdEncoding.EncodeToString(sum[:]), b.signed(p)
-		err = source.Try(ctx, patience(size), func(ctx context.Context) error {
-			ctx, seen := watch(ctx)
-			sent, err := b.core.PutObjectPart(ctx, b.name, key, upload, number, bytes.NewReader(p), size, options)
-			if err != nil {
-				return b.fail(ctx, "put", key, seen, err)
-			}
-			etag = sent.ETag
-			return nil
-		})
-		if err != nil {
-			return source.Part{}, err
-		}
+		c := newContent(r, size, sums)
+		defer c.release()
+		err = b.deliver(ctx, key, c, put)
+	}
+	if err != nil {
+		return source.Part{}, err
 	}
 	return source.Part{Number: number, Version: etag, Size: size, ModTime: time.Now().UTC()}, nil
+}
+
+// passOn sends what is too large to be held: once, as it comes, and its last byte only once r has ended well.
+func (b *Bucket) passOn(ctx context.Context, key string, r io.Reader, size int64, sums source.Sums, send func(context.Context, sent) error) error {
+	c := &careful{r: r, left: size}
+	body := lend(c)
+	s := sent{body: body}
+	if len(sums.MD5) == md5.Size {
+		s.md5 = base64.StdEncoding.EncodeToString(sums.MD5)
+	}
+	if b.plain() {
+		if s.chunks = len(sums.SHA256) != sha256.Size; !s.chunks {
+			s.sha256 = hex.EncodeToString(sums.SHA256)
+		}
+	}
+	err := send(ctx, s)
+	body.back()
+	if c.err != nil {
+		return b.unread(key, c.err)
+	}
+	return err
 }
 
 // careful yields the left bytes of r, the last one only after r ended where it should: a store that got
 // all bytes but one keeps nothing.
 type careful struct {
-	r    io.Reader
-	left int64
-	err  error // of r
+	r     io.Reader
+	left  int64
+	ended bool  // well
+	err   error // of r
 }
 
 func (c *careful) Read(p []byte) (int, error) {
@@ -228,7 +238,10 @@ func (c *careful) Read(p []byte) (int, error) {
 		return 0, c.err
 	}
 	if c.left == 0 {
-		return 0, io.EOF
+		if !c.ended { // there is none
+			c.end(0)
+		}
+		return 0, cmp.Or(c.err, io.EOF)
 	}
 	if len(p) == 0 {
 		return 0, nil
@@ -244,20 +257,35 @@ func (c *careful) Read(p []byte) (int, error) {
 		}
 		return n, nil
 	}
-	var last [2]byte
-	switch n, err := io.ReadFull(c.r, last[:]); {
-	case n == 2:
+	last, ok := c.end(1)
+	if !ok {
+		return 0, c.err
+	}
+	p[0] = last
+	c.left = 0
+	return 1, nil
+}
+
+// end reads the last n bytes, none or one, and that there are no more.
+func (c *careful) end(n int) (last byte, ok bool) {
+	var b [2]byte
+	got, err := 0, error(nil)
+	for got <= n && err == nil { // not io.ReadFull, which has one word for an end that it met and for an error of r
+		var k int
+		k, err = c.r.Read(b[got : n+1])
+		got += k
+	}
+	switch {
+	case got > n:
 		c.err = fmt.Errorf("%w: there is more", errLength)
-	case n == 1 && errors.Is(err, io.ErrUnexpectedEOF): // ReadFull's word for one byte and then io.EOF
-		p[0] = last[0]
-		c.left = 0
-		return 1, nil
-	case errors.Is(err, io.EOF):
+	case err != io.EOF:
+		c.err = err
+	case got < n:
 		c.err = fmt.Errorf("%w: 1 byte before its end", errLength)
 	default:
-		c.err = err
+		c.ended = true
 	}
-	return 0, c.err
+	return b[0], c.ended
 }
 
 // Parts implements source.Writer.

@@ -2,6 +2,8 @@ package sourcetest
 
 import (
 	"bytes"
+	"crypto/md5"
+	"crypto/sha256"
 	"errors"
 	"io"
 	"maps"
@@ -21,7 +23,7 @@ func Writer(t *testing.T, src source.Source, conditions bool) {
 	}
 	for name, test := range map[string]func(*testing.T, source.Source, source.Writer, bool){
 		"attributes are kept": writeAttributes, "conditions": writeConditions, "copy": writeCopy,
-		"parts": writeParts, "a part whose content fails": writeBrokenPart, "uploads": writeUploads,
+		"parts": writeParts, "content that fails": writeBroken, "a part whose content fails": writeBrokenPart, "uploads": writeUploads,
 	} {
 		t.Run(name, func(t *testing.T) { test(t, src, w, conditions) })
 	}
@@ -130,7 +132,7 @@ func writeParts(t *testing.T, src source.Source, w source.Writer, _ bool) {
 		p := content(uint64(10+n), size)
 		whole = append(whole, p...)
 		for range 2 { // the same again takes its place
-			part, err := w.PutPart(ctx, key, upload, n+1, onlyReader{bytes.NewReader(p)}, int64(size))
+			part, err := w.PutPart(ctx, key, upload, n+1, onlyReader{bytes.NewReader(p)}, int64(size), source.Sums{})
 			if err != nil {
 				t.Fatal(err)
 			}
@@ -154,8 +156,42 @@ func writeParts(t *testing.T, src source.Source, w source.Writer, _ bool) {
 	if got, err := read(ctx, src, o, 0, o.Size); err != nil || !bytes.Equal(got, whole) {
 		t.Errorf("%d bytes, %v", len(got), err)
 	}
-	if _, err := w.PutPart(ctx, key, upload, 1, bytes.NewReader(nil), 0); !errors.Is(err, source.ErrNoUpload) {
+	if _, err := w.PutPart(ctx, key, upload, 1, bytes.NewReader(nil), 0, source.Sums{}); !errors.Is(err, source.ErrNoUpload) {
 		t.Errorf("a part of an upload that is complete: %v", err)
+	}
+}
+
+// brokenContents calls f for contents of size bytes that are none, with and without sums that are right as far as they come.
+func brokenContents(t *testing.T, size int, f func(what string, r io.Reader, sums source.Sums, want error)) {
+	p := content(1, size)
+	m, h := md5.Sum(p), sha256.Sum256(p)
+	for told, sums := range map[string]source.Sums{"": {}, ", its MD5 told": {MD5: m[:]}, ", its sums told": {MD5: m[:], SHA256: h[:]}} {
+		ending := func(n int, err error) io.Reader {
+			return io.MultiReader(bytes.NewReader(p[:n]), &brokenReader{0, func() error { return err }})
+		}
+		f("an error at its end"+told, ending(size, errContent), sums, errContent)
+		f("an error before its end"+told, ending(size-1, errContent), sums, errContent)
+		f("cut off at its end"+told, ending(size, io.ErrUnexpectedEOF), sums, io.ErrUnexpectedEOF)
+		f("cut off before its end"+told, ending(size-1, io.ErrUnexpectedEOF), sums, io.ErrUnexpectedEOF)
+		f("too short"+told, bytes.NewReader(p[:size-1]), sums, source.ErrInvalid)
+		f("too long"+told, io.MultiReader(bytes.NewReader(p), strings.NewReader("x")), sums, source.ErrInvalid)
+	}
+}
+
+func writeBroken(t *testing.T, src source.Source, w source.Writer, _ bool) {
+	for _, size := range []int64{0, 1, 1000, 1 << 20, 17 << 20} {
+		brokenContents(t, int(max(size, 1)), func(what string, r io.Reader, sums source.Sums, want error) {
+			if size == 0 { // one byte, or an error, where none is to come
+				r = io.MultiReader(&brokenReader{0, func() error { return errContent }}, r)
+				want = errContent
+			}
+			if _, err := w.PutObject(t.Context(), "broken", r, size, source.WriteOptions{Sums: sums}); err == nil || !errors.Is(err, want) {
+				t.Errorf("%d bytes, %s: %v", size, what, err)
+			}
+		})
+	}
+	if o, err := src.Stat(t.Context(), "broken"); !errors.Is(err, source.ErrNotFound) {
+		t.Errorf("it is there: %+v, %v", o, err)
 	}
 }
 
@@ -165,16 +201,12 @@ func writeBrokenPart(t *testing.T, _ source.Source, w source.Writer, _ bool) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for _, size := range []int64{1000, 17 << 20} {
-		for name, r := range map[string]io.Reader{
-			"an error at its end": io.MultiReader(bytes.NewReader(content(1, int(size))), &brokenReader{0, func() error { return errContent }}),
-			"too short":           bytes.NewReader(content(1, int(size)-1)),
-			"too long":            bytes.NewReader(content(1, int(size)+1)),
-		} {
-			if _, err := w.PutPart(ctx, key, upload, 1, r, size); err == nil || name == "an error at its end" && !errors.Is(err, errContent) {
-				t.Errorf("%d bytes, %s: %v", size, name, err)
+	for _, size := range []int64{1, 1000, 17 << 20} {
+		brokenContents(t, int(size), func(what string, r io.Reader, sums source.Sums, want error) {
+			if _, err := w.PutPart(ctx, key, upload, 1, r, size, sums); err == nil || !errors.Is(err, want) {
+				t.Errorf("%d bytes, %s: %v", size, what, err)
 			}
-		}
+		})
 	}
 	if parts, _, err := w.Parts(ctx, key, upload, 0, 10); err != nil || len(parts) > 0 {
 		t.Errorf("parts: %+v, %v", parts, err)
