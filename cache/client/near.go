@@ -122,6 +122,16 @@ func (c *Client) near(ctx context.Context, i catalog.Index, o ring.Object) *near
 	}
 }
 
+// now is a file that is lent, or nil: nobody is asked for it.
+func (s *nears) now(i catalog.Index) *near {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if f := s.files[i]; f != nil && f.near != nil {
+		return f.near
+	}
+	return nil
+}
+
 // add makes room for what is known of a file. s.mu is held.
 func (s *nears) add(i catalog.Index, now time.Time) *nearFile {
 	if s.files == nil {
@@ -194,6 +204,27 @@ func (n *near) end() {
 	}
 	s.mu.Unlock()
 	n.lease.Release()
+}
+
+// readNow fills p from off of the file if all of that is there.
+func (n *near) readNow(p []byte, off int64) bool {
+	for len(p) > 0 {
+		block := off / ring.BlockSize
+		n.mu.Lock()
+		a := n.blocks[block]
+		n.mu.Unlock()
+		if a == nil || !isClosed(a.done) || a.err != nil {
+			return false
+		}
+		from := int(off - block*ring.BlockSize)
+		part := p[:min(len(p), blockLen(n.object.Size, block)-from)]
+		if !n.read(block, a.sums, part, from) {
+			return false
+		}
+		p, off = p[len(part):], off+int64(len(part))
+	}
+	n.used.Store(n.c.now().UnixNano())
+	return true
 }
 
 // giveUp has the file read over the network for a while.

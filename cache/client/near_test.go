@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"errors"
 	"fmt"
 	"math/rand/v2"
@@ -87,6 +88,40 @@ func TestAColdFileIsReadWhereItsWorkerKeepsIt(t *testing.T) {
 	k.stop("a")
 	if n, stacks := ours(); n > 0 {
 		t.Fatalf("%d goroutines left:\n%s", n, stacks)
+	}
+}
+
+func TestPeekGivesWhatTheWorkerKeeps(t *testing.T) {
+	ctx := testContext(t)
+	want := content(6, 3*ring.BlockSize+9)
+	k := overFolder(t, map[string][]byte{"f": want})
+	k.start("a")
+	k.settled()
+	c := k.dial(nil)
+	i, _ := c.Snapshot().Lookup("/f")
+	if v := c.Peek(i, 0, make([]byte, 10)); v != nil {
+		t.Fatal("bytes that nobody has asked for")
+	}
+	if err := checkRead(ctx, c, i, want, 0, len(want)); err != nil {
+		t.Fatal(err)
+	}
+	for _, r := range []struct{ off, n int }{{0, 1}, {5, 1 << 20}, {ring.BlockSize - 7, 100}, {ring.BlockSize, 2 * ring.BlockSize}, {3*ring.BlockSize - 1, 10}} {
+		p := make([]byte, r.n)
+		v := c.Peek(i, int64(r.off), p)
+		if v == nil {
+			t.Fatalf("%d bytes at %d are not there", r.n, r.off)
+		}
+		if got := bytes.Join(v.Pieces, nil); !bytes.Equal(got, want[r.off:r.off+r.n]) {
+			t.Errorf("%d bytes at %d are wrong", r.n, r.off)
+		}
+		v.Release()
+	}
+	if s := c.Stats(); s.WorkerBytes != 0 || s.Corrupt != 0 {
+		t.Errorf("%+v", s)
+	}
+	c.Forget(i)
+	if v := c.Peek(i, 0, make([]byte, 10)); v != nil {
+		t.Error("bytes of a file that was given back")
 	}
 }
 

@@ -71,14 +71,14 @@ func (c *Client) object(i catalog.Index) (ring.Object, error) {
 // maxPeek is how many blocks a Peek may touch.
 const maxPeek = 2
 
-// View is what Peek found: bytes in the client's memory, not to be changed, and valid until Release.
+// View is what Peek found: bytes in the client's memory or in the caller's, not to be changed, and valid until Release.
 type View struct {
 	Pieces [][]byte
 
 	c       *Client
 	pieces  [maxPeek][]byte
 	extents [maxPeek]*extent
-	n       int
+	n       int // of extents
 }
 
 // Release gives the bytes back. It must be called once, before the Client is closed.
@@ -88,28 +88,57 @@ func (v *View) Release() {
 	}
 }
 
-// Peek is ReadAt without waiting and without a copy: it gives the n bytes from off of file i, which must be
-// within the file, if they are in memory now, and nil otherwise. To the recognition of sequential readers it
-// is a read when it succeeds.
-func (c *Client) Peek(i catalog.Index, off int64, n int) *View {
+// Peek is ReadAt without waiting, and without a copy where the client has the bytes in its memory: it gives the len(p)
+// bytes from off of file i, which must be within the file, if they can be had now, and nil otherwise. They may be in p.
+// To the recognition of sequential readers it is a read when it succeeds.
+func (c *Client) Peek(i catalog.Index, off int64, p []byte) *View {
 	if !c.begin() {
 		return nil
 	}
 	defer c.calls.Done()
+	n := len(p)
 	node, ok := c.snapshot.Node(i)
 	if !ok || node.Dir || off < 0 || n <= 0 || int64(n) > node.Size-off || (off+int64(n)-1)/ring.BlockSize-off/ring.BlockSize >= maxPeek {
 		return nil
 	}
 	v := &View{c: c}
+	r := reading{c: c, index: i, object: ring.Object{Size: node.Size}}
+	switch {
+	case v.find(i, off, n):
+		c.count.bufferHits.Add(int64(v.n))
+		c.count.bufferBytes.Add(int64(n))
+		if c.config.Store != nil || node.Size > proof { // else nothing is read ahead of this file
+			r.object, _ = c.snapshot.Ring(i)
+		}
+	default:
+		if r.near = c.nears.now(i); r.near == nil || !r.near.readNow(p, off) {
+			return nil
+		}
+		v.Pieces = append(v.pieces[:0], p)
+		c.count.nearHits.Add(1)
+		c.count.nearBytes.Add(int64(n))
+		r.object = r.near.object
+	}
+	r.advice = c.streams.observe(i, node.Size, off, int64(n), r.ready)
+	r.readAhead((off + int64(n) - 1) / ring.BlockSize)
+	if off == 0 && node.Size <= smallFile {
+		r.nextFiles(false)
+	}
+	return v
+}
+
+// find looks in the buffers.
+func (v *View) find(i catalog.Index, off int64, n int) bool {
 	for at, left := off, n; left > 0; v.n++ {
 		block := at / ring.BlockSize
 		from := int(at - block*ring.BlockSize)
 		part := min(left, ring.BlockSize-from)
 		lo, hi := span(from, part)
-		e := c.cache.peek(blockKey{i, block}, lo, hi, from+part)
+		e := v.c.cache.peek(blockKey{i, block}, lo, hi, from+part)
 		if e == nil {
 			v.Release()
-			return nil
+			v.n = 0
+			return false
 		}
 		v.extents[v.n] = e
 		from -= e.lo * wire.SumSize
@@ -118,18 +147,7 @@ func (c *Client) Peek(i catalog.Index, off int64, n int) *View {
 		left -= part
 	}
 	v.Pieces = v.pieces[:v.n]
-	c.count.bufferHits.Add(int64(v.n))
-	c.count.bufferBytes.Add(int64(n))
-	r := reading{c: c, index: i, object: ring.Object{Size: node.Size}}
-	if c.config.Store != nil || node.Size > proof { // else nothing is read ahead of this file
-		r.object, _ = c.snapshot.Ring(i)
-	}
-	r.advice = c.streams.observe(i, node.Size, off, int64(n), r.ready)
-	r.readAhead((off + int64(n) - 1) / ring.BlockSize)
-	if off == 0 && node.Size <= smallFile {
-		r.nextFiles(false)
-	}
-	return v
+	return true
 }
 
 // reading is one ReadAt.

@@ -21,8 +21,8 @@ var (
 	_ Resident = clientReader{}
 )
 
-func (r clientReader) Peek(i catalog.Index, off int64, n int) ([][]byte, func(), bool) {
-	v := r.Client.Peek(i, off, n)
+func (r clientReader) Peek(i catalog.Index, off int64, p []byte) ([][]byte, func(), bool) {
+	v := r.Client.Peek(i, off, p)
 	if v == nil {
 		return nil, nil, false
 	}

@@ -76,9 +76,9 @@ type Reader interface {
 
 // Peeker is a Reader that may have bytes at hand: they go to the kernel from where they are.
 type Peeker interface {
-	// Peek returns the n bytes from off of the file, which are within it, if it need not wait for them; the
-	// bytes stay as they are until release, which is called once. ok is false if it has not got them all.
-	Peek(i catalog.Index, off int64, n int) (pieces [][]byte, release func(), ok bool)
+	// Peek returns the len(p) bytes from off of the file, which are within it, if it need not wait for them: its own, or
+	// p with them. They stay as they are until release, which is called once. ok is false if it has not got them all.
+	Peek(i catalog.Index, off int64, p []byte) (pieces [][]byte, release func(), ok bool)
 }
 
 // Leaser is a Reader that can hand out a descriptor of a file that this node holds whole.

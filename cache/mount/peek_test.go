@@ -17,10 +17,11 @@ type peeking struct {
 	given, back atomic.Int64
 }
 
-func (p *peeking) Peek(i catalog.Index, off int64, n int) ([][]byte, func(), bool) {
+func (p *peeking) Peek(i catalog.Index, off int64, b []byte) ([][]byte, func(), bool) {
 	if off>>20%2 == 1 {
 		return nil, nil, false
 	}
+	n := len(b)
 	data := bytes.Clone(p.all[p.snap.Path(i)[1:]][off : off+int64(n)])
 	p.given.Add(1)
 	return [][]byte{data[:n/3], data[n/3:]}, func() {

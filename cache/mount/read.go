@@ -32,7 +32,7 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	off := int64(in.Offset)
 	buf = buf[:min(int64(len(buf)), n.Size-off)]
 	if f.peeker != nil && len(buf) > 0 {
-		if pieces, release, ok := f.peeker.Peek(i, off, len(buf)); ok {
+		if pieces, release, ok := f.peeker.Peek(i, off, buf); ok {
 			f.count.bytes.Add(int64(len(buf)))
 			return &peeked{pieces, len(buf), release}, fuse.OK
 		}
