@@ -2,8 +2,9 @@
 // they have found, and leave nothing behind.
 //
 // It owns what a report says of machine and versions, the isolation of what a bench mounts (as root a bench runs in a
-// child with a mount namespace of its own, so that nothing is left however it ends), the exit status, and where
-// results go. Concurrency: a Machine is for one goroutine, the rest safe for concurrent use. Failure: what cannot be
+// child with a mount namespace of its own, so that nothing is left however it ends), memory that a virtual machine's host
+// has to back before it is filled, the exit status, and where results go. Concurrency: a Machine is for one goroutine, the
+// rest safe for concurrent use; who has memory backed says when it is done. Failure: what cannot be
 // read of the machine is told as unknown, and without the right to mount a bench runs with what can be measured all
 // the same.
 //
