@@ -90,7 +90,7 @@ func killAtRandomPoints(t *testing.T, policy string) {
 				ctx, cancel := context.WithTimeout(t.Context(), hung)
 				c := tr.client(r.IntN(3))
 				body, told := content(size, n), ""
-				if n%2 == 0 { // and then it is on its way to the bucket while it comes
+				if n%3 == 0 { // and then it is on its way to the bucket while it comes
 					sum := md5.Sum(body)
 					told = base64.StdEncoding.EncodeToString(sum[:])
 				}

@@ -17,9 +17,14 @@ import (
 )
 
 // What is put with one request, of up to partSize bytes. It is kept until the store has it, so that it can be sent
-// again. Where its sender told its MD5 it is on its way to the store while it comes, all but its last byte, which is
-// sent only once its reader ended well: a store that got less than it was promised keeps nothing. Else it
-// goes once it is all there. Either way the store is told the MD5 before the first byte, and compares.
+// again. Where its sender told its MD5, and it is more than passes in no time, it is on its way to the store while it
+// comes, all but its last byte, which is sent only once its reader ended well: a store that got less than it was promised
+// keeps nothing. Else it goes once it is all there. Either way the store is told the MD5 before the first byte, and
+// compares.
+
+// soon is how much is all there so soon that it costs more to send it while it comes: signing it chunk by chunk takes
+// buffers and signatures.
+const soon = 128 << 10
 
 // pieceSize is how content is kept: in pieces that go round. What is smaller has memory of its own.
 const pieceSize = 64 << 10
@@ -189,7 +194,7 @@ func (b *Bucket) deliver(ctx context.Context, key string, c *content, send func(
 // none: nobody on a plain connection may change the bytes, so they are all signed, and where the SHA-256 is not known before
 // the first byte there is no other way.
 func (b *Bucket) asItComes(ctx context.Context, key string, c *content, send func(context.Context, sent) error) (decided, doubted bool, err error) {
-	if c.sums.MD5 == nil || c.size == 0 {
+	if c.sums.MD5 == nil || c.size <= soon {
 		return false, false, nil
 	}
 	s := sent{md5: base64.StdEncoding.EncodeToString(c.sums.MD5)}

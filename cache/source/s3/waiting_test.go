@@ -23,7 +23,7 @@ import (
 
 // Where TLS protects the bytes they are not signed once more; the MD5 goes along all the same, and the content while it comes.
 func TestWithTLSContentIsNotSigned(t *testing.T) {
-	p := bytes.Repeat([]byte("0123456789abcdef"), 8<<10)
+	p := bytes.Repeat([]byte("0123456789abcdef"), 16<<10)
 	sum := md5.Sum(p)
 	begun := make(chan struct{})
 	server := httptest.NewTLSServer(http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
