@@ -16,6 +16,7 @@ package main
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"os"
 	"path/filepath"
@@ -74,8 +75,23 @@ the same run, and prints one table. bench/README.md says how to read it. Mounts 
 	f.DurationVar(&o.patience, "patience", 2*time.Minute, "when a sample is given up as hanging")
 	f.StringVar(&o.out, "out", "bench/out", "folder for layers.json; layers.partial.json there is what there is so far")
 	f.StringVar(&o.readme, "readme", "", "also write the table into this file, between its markers")
+	cmd.AddCommand(&cobra.Command{
+		Use: aloneCommand, Hidden: true, Args: cobra.NoArgs, Short: "Read the bucket of a job that comes as JSON, for the row of warming",
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var j aloneJob
+			if err := json.NewDecoder(cmd.InOrStdin()).Decode(&j); err != nil {
+				return err
+			}
+			took, err := j.run(cmd.Context())
+			if err != nil {
+				return err
+			}
+			return json.NewEncoder(cmd.OutOrStdout()).Encode(took)
+		},
+	})
 	return cmd
 }
+
 func (o *options) check() (err error) {
 	size, err := humanize.ParseBytes(o.size)
 	if err != nil || size < 1<<20 || size > 1<<36 {
