@@ -25,7 +25,8 @@ const (
 	// nearIdle is how long nobody reads a file before it is given back, though somebody may have it open: nothing of
 	// it can be evicted meanwhile.
 	nearIdle = 5 * time.Second
-	// nearAgain and nearAgainMax are the first and the longest pause before a file is asked for again.
+	// nearAgain and nearAgainMax are the first and the longest pause before a file is asked for again; before a block
+	// is, it is nearAgain.
 	nearAgain    = time.Second
 	nearAgainMax = 5 * time.Minute
 	// nearPatience is how long a block is waited for. What comes after it, one block over the network, is bounded by
@@ -67,6 +68,7 @@ type arrival struct {
 	done   chan struct{} // closed when sums or err is set
 	sums   []uint32
 	err    error
+	at     time.Time     // when err was
 	urgent chan struct{} // closed when somebody waits for it
 	once   sync.Once     // closes urgent
 }
@@ -256,10 +258,17 @@ func (s *nears) forget(i catalog.Index) {
 	}
 }
 
-// want asks for a block, unless it was asked for already.
+// want asks for a block, unless it was asked for already; nil: not long ago the worker had no room for it.
 func (n *near) want(block int64) *arrival {
 	n.mu.Lock()
 	a := n.blocks[block]
+	if a.refused() {
+		if n.c.now().Sub(a.at) < nearAgain {
+			n.mu.Unlock()
+			return nil
+		}
+		a = nil
+	}
 	made := a == nil
 	if made {
 		a = &arrival{done: make(chan struct{}), urgent: make(chan struct{})}
@@ -268,8 +277,9 @@ func (n *near) want(block int64) *arrival {
 	n.mu.Unlock()
 	if made && !n.c.spawn(func() {
 		a.sums, a.err = n.ask(block, a.urgent)
+		a.at = n.c.now()
 		close(a.done)
-		if a.err != nil {
+		if a.err != nil && !a.refused() {
 			n.giveUp(a.err)
 		}
 	}) {
@@ -279,14 +289,20 @@ func (n *near) want(block int64) *arrival {
 	return a
 }
 
+// refused says whether the worker has answered that it does not keep the block.
+func (a *arrival) refused() bool {
+	return a != nil && isClosed(a.done) && errors.Is(a.err, wire.ErrNotResident)
+}
+
 // hurry lets a block that somebody waits for go before those that are read ahead.
 func (a *arrival) hurry() { a.once.Do(func() { close(a.urgent) }) }
 
-// wanted says whether a block was asked for.
+// wanted says whether a block is there or on its way.
 func (n *near) wanted(block int64) bool {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return n.blocks[block] != nil
+	a := n.blocks[block]
+	return a != nil && !a.refused()
 }
 
 // ask waits until the worker has a block, and returns its sums.

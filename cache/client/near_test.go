@@ -264,11 +264,6 @@ func TestABadLoanIsReadOverTheNetwork(t *testing.T) {
 				return reply, p
 			}
 		}},
-		"no room": {block: func([]byte) func(r wire.Request) (wire.Reply, []byte) {
-			return func(r wire.Request) (wire.Reply, []byte) {
-				return wire.Reply{Status: wire.NotResident, Index: r.Index}, wire.Text("full")
-			}
-		}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			ctx := testContext(t)
@@ -317,6 +312,60 @@ func TestABadLoanIsReadOverTheNetwork(t *testing.T) {
 				eventually(t, "it is given back", func() bool { return l.released.Load() == 1 })
 			}
 		})
+	}
+}
+
+// What the worker has no room for is read over the network, block by block, and the rest where the worker keeps it.
+func TestABlockThatTheWorkerDoesNotKeepIsReadOverTheNetwork(t *testing.T) {
+	ctx := testContext(t)
+	data := content(2, 4*ring.BlockSize+1)
+	k := newTier(t, map[string][]byte{"f": data})
+	k.start("a")
+	path := filepath.Join(t.TempDir(), "f")
+	if err := os.WriteFile(path, data, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	l := lend(t, k.keys, func(wire.Request) (*os.File, error) { return os.Open(path) })
+	var full atomic.Bool
+	var asked [5]atomic.Int64
+	full.Store(true)
+	l.block = func(r wire.Request) (wire.Reply, []byte) {
+		block := r.Off / ring.BlockSize
+		asked[block].Add(1)
+		if full.Load() && block%2 == 1 {
+			return wire.Reply{Status: wire.NotResident, Index: r.Index}, wire.Text("full")
+		}
+		return wire.Reply{Index: r.Index, Off: r.Off}, wire.AppendSumList(nil, wire.Sums(data[r.Off:][:r.Length]))
+	}
+	k.worker("a").socket = l.path
+	k.setMembers()
+	c := k.dial(nil)
+	begun := time.Now()
+	var later atomic.Int64
+	c.now = func() time.Time { return begun.Add(time.Duration(later.Load())) }
+	i := k.index("f")
+	for off := 0; off < len(data); off += 1 << 20 {
+		if err := checkRead(ctx, c, i, data, int64(off), 1<<20); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if s := c.Stats(); s.WorkerBytes != 2*ring.BlockSize || s.NearBytes != 2*ring.BlockSize+1 {
+		t.Errorf("%+v", s)
+	}
+	for block := range asked {
+		if n := asked[block].Load(); n != 1 {
+			t.Errorf("asked %d times for block %d", n, block)
+		}
+	}
+	// It is asked again when some time has passed: there may be room now, or somebody else has it there.
+	full.Store(false)
+	later.Store(int64(nearAgain))
+	c.cache.forgetFile(i, int64(len(data)))
+	if err := checkRead(ctx, c, i, data, 0, len(data)); err != nil {
+		t.Fatal(err)
+	}
+	if s := c.Stats(); s.WorkerBytes != 2*ring.BlockSize || lentTo(c) != 1 {
+		t.Errorf("%+v, %d files lent", s, lentTo(c))
 	}
 }
 

@@ -240,9 +240,10 @@ func (r *reading) begin(k *part) bool {
 		return true
 	}
 	if r.near != nil && !k.far {
-		k.near = r.near.want(k.block)
-		k.near.hurry()
-		return true
+		if k.near = r.near.want(k.block); k.near != nil {
+			k.near.hurry()
+			return true
+		}
 	}
 	if c.config.Store != nil {
 		if b, ok := c.config.Store.Lookup(r.object, k.block); ok {
@@ -507,8 +508,7 @@ func (r *reading) readAhead(last int64) {
 		if r.ready(block) {
 			continue
 		}
-		if r.near != nil {
-			r.near.want(block)
+		if r.near != nil && r.near.want(block) != nil {
 			continue
 		}
 		length := r.blockLen(block)

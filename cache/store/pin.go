@@ -90,13 +90,13 @@ func (s *Store) Unpin(owner string) {
 	delete(s.owners, owner)
 }
 
-// Room says whether a block can be kept without evicting another: it is held already, pinned, or there is
-// room for it beside what the caller has promised to others.
+// Room says whether a block can be kept without evicting another: it is held already or on its way, pinned, or there
+// is room for it beside what the caller has promised to others.
 func (s *Store) Room(o ring.Object, n, promised int64) bool {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if ob := s.objects[o.ID]; ob != nil {
-		if b := ob.blocks[n]; b != nil && b.state == resident || len(ob.pins[n]) > 0 {
+		if b := ob.blocks[n]; b != nil && (b.state == resident || b.flight != nil) || len(ob.pins[n]) > 0 {
 			return true
 		}
 	}

@@ -79,7 +79,7 @@ const (
 	// OpBlock (Unix socket only) asks for block Off/BlockSize of a file that was leased with FlagEarly to be readable
 	// through its descriptor: Index is the lease's id, Off and Length are the block. The answer comes once it is, with
 	// the block's sums in the payload (AppendSumList); it stays so until the lease ends. NotResident: it is not
-	// kept, now or at all; OpRead serves it.
+	// there, and is not fetched for this since it would take the place of others, or is not kept: OpRead serves it.
 	OpBlock
 )
 

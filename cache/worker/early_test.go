@@ -185,9 +185,50 @@ func TestABlockOfAnEarlyLeaseSaysWhyItIsNotThere(t *testing.T) {
 	}
 	snap.release()
 	w.store.Drop(file.ring)
-	if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, wire.ErrNotResident) {
+	if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, source.ErrInvalid) {
 		t.Errorf("of a dropped file: %v", err)
 	}
+}
+
+// A block that would take the place of others is not fetched for a lease: the reader gets it, and the policy decides,
+// when it is read.
+func TestABlockOfAnEarlyLeaseTakesNothingsPlace(t *testing.T) {
+	noGoroutines(t)
+	cold := content(2*ring.BlockSize, 1)
+	size := int64(len(cold))
+	tr := newTier(t, map[string][]byte{"cold": cold, "hot": content(3*ring.BlockSize, 2)})
+	tr.config = func(_ int, c *Config) { c.Memory = 4*ring.BlockSize + 1<<20 }
+	tr.start(1)
+	snap := tr.snapshot()
+	w, r, c := tr.workers[0], tr.dial(0), tr.receive(0)
+	if _, err := r.file(index(t, snap, "/hot"), 3*ring.BlockSize, 0); err != nil {
+		t.Fatal(err)
+	}
+	i := index(t, snap, "/cold")
+	rep, f, err := c.ask(wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: i})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sums, err := c.sums(rep.Off, size, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	readsThrough(t, f, sums, cold, 0)
+	before, _ := tr.gates[0].counts()
+	if _, err := c.sums(rep.Off, size, 1); !errors.Is(err, wire.ErrNotResident) {
+		t.Errorf("a block for which there is no room: %v", err)
+	}
+	if gets, _ := tr.gates[0].counts(); gets != before {
+		t.Error("it was fetched for nothing")
+	}
+	if got := w.store.Stats().Blocks; got != 4 {
+		t.Errorf("%d blocks are held", got)
+	}
+	// One that the store holds is read this way, whoever brought it there.
+	if p, err := r.read(i, ring.BlockSize, ring.BlockSize, 0); err != nil || !bytes.Equal(p, cold[ring.BlockSize:]) {
+		t.Fatalf("%d bytes, %v", len(p), err)
+	}
+	readsThrough(t, f, sums, cold, 0)
 }
 
 func TestNoEarlyLeaseOfWhatIsNotOwnedOrTooLarge(t *testing.T) {

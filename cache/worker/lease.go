@@ -213,6 +213,14 @@ func (w *Worker) block(ctx context.Context, req wire.Request, l lent) ([]uint32,
 	if sums, ok := l.Sums(n); ok {
 		return sums, nil
 	}
+	// What is not kept would have left the bucket for nothing: the receiver reads it with OpRead then. So where it would
+	// take the place of other blocks, which is for the policy to decide once it is here, it is not fetched for this.
+	size := int64(req.Length)
+	promised := w.promised.Add(size)
+	defer w.promised.Add(-size)
+	if !w.store.Room(l.file.ring, n, promised-size) {
+		return nil, fmt.Errorf("%w: no room for block %d of %s but that of others", wire.ErrNotResident, n, l.file)
+	}
 	ctx, cancel := context.WithTimeout(ctx, waitOf(req))
 	defer cancel()
 	b, done, err := w.acquire(ctx, l.file, n, 0, budget{})
@@ -221,10 +229,14 @@ func (w *Worker) block(ctx context.Context, req wire.Request, l lent) ([]uint32,
 	}
 	defer done()
 	defer b.Release()
-	if sums, ok := l.Sums(n); ok {
+	sums, ok := l.Sums(n)
+	switch {
+	case ok:
 		return sums, nil
+	case b.Resident():
+		return nil, fmt.Errorf("%w: %s was dropped since it was leased", source.ErrInvalid, l.file)
 	}
-	return nil, fmt.Errorf("%w: block %d of %s: there is no room to keep it, or it was dropped since it was leased", wire.ErrNotResident, n, l.file)
+	return nil, fmt.Errorf("%w: block %d of %s is not kept", wire.ErrNotResident, n, l.file)
 }
 
 // lease makes a file whole, if it may and must, and leases it.
