@@ -147,8 +147,7 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 			defer c.fills.begin(key)()
 			for {
 				b, err := c.config.Store.Place(ctx, o, block, func(ctx context.Context, to io.WriterAt) ([]uint32, error) {
-					n := int(min(ring.BlockSize, o.Size-block*ring.BlockSize))
-					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: n, urgent: now, to: to})
+					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: blockLen(o.Size, block), urgent: now, to: to})
 				})
 				if errors.Is(err, errClosed) && ctx.Err() == nil && c.ctx.Err() == nil {
 					continue // another client of the store was to fill it, and was closed

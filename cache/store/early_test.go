@@ -12,15 +12,7 @@ import (
 
 func leaseEarly(t *testing.T, s *Store, o ring.Object) *Lease {
 	t.Helper()
-	l, err := s.LeaseEarly(o)
-	if errors.Is(err, ErrNoLease) {
-		t.Skip(err)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(l.Release)
-	return l
+	return leaseBy(t, s.LeaseEarly, o)
 }
 
 // reads checks that a block can be read through the lease and is the object's.

@@ -147,7 +147,12 @@ func churn(t *testing.T, s *Store, from int) {
 
 func lease(t *testing.T, s *Store, o ring.Object) *Lease {
 	t.Helper()
-	l, err := s.Lease(o)
+	return leaseBy(t, s.Lease, o)
+}
+
+func leaseBy(t *testing.T, how func(ring.Object) (*Lease, error), o ring.Object) *Lease {
+	t.Helper()
+	l, err := how(o)
 	if errors.Is(err, ErrNoLease) {
 		t.Skip(err)
 	}

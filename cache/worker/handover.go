@@ -156,11 +156,9 @@ func (w *Worker) takeOver(ctx context.Context, req wire.Request, f file, budget 
 	if req.Off%ring.BlockSize != 0 || int64(req.Length) != blockLen(f.ring.Size, block) {
 		return fmt.Errorf("%w: %s: %d bytes from %d are not one block to be handed over", source.ErrInvalid, f, req.Length, req.Off)
 	}
-	// Many are offered at once, and each takes its room only when it has arrived.
-	size := int64(req.Length)
-	promised := w.promised.Add(size)
-	defer w.promised.Add(-size)
-	if !w.store.Room(f.ring, block, promised-size) {
+	end, ok := w.promise(f, block, 0)
+	defer end()
+	if !ok {
 		return fmt.Errorf("%w: worker %s has no room for block %d of %s", wire.ErrNotResident, w.config.ID, block, f)
 	}
 	ctx, cancel := context.WithTimeout(ctx, waitOf(req))

@@ -215,10 +215,9 @@ func (w *Worker) block(ctx context.Context, req wire.Request, l lent) ([]uint32,
 	}
 	// What is not kept would have left the bucket for nothing: the receiver reads it with OpRead then. So where it would
 	// take the place of other blocks, which is for the policy to decide once it is here, it is not fetched for this.
-	size := int64(req.Length)
-	promised := w.promised.Add(size)
-	defer w.promised.Add(-size)
-	if !w.store.Room(l.file.ring, n, promised-size) {
+	end, ok := w.promise(l.file, n, 0)
+	defer end()
+	if !ok {
 		return nil, fmt.Errorf("%w: no room for block %d of %s but that of others", wire.ErrNotResident, n, l.file)
 	}
 	ctx, cancel := context.WithTimeout(ctx, waitOf(req))

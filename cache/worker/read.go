@@ -82,17 +82,24 @@ func (w *Worker) guess(f file, block int64) (end func(), err error) {
 	default:
 		return nil, fmt.Errorf("%w: %d blocks are fetched already that nobody asked for", wire.ErrOverloaded, maxGuesses)
 	}
-	size := blockLen(f.ring.Size, block)
-	promised := w.promised.Add(size)
+	kept, ok := w.promise(f, block, w.config.Memory/guessRoom)
 	end = func() {
-		w.promised.Add(-size)
+		kept()
 		<-w.guesses
 	}
-	if !w.store.Room(f.ring, block, promised-size+w.config.Memory/guessRoom) {
+	if !ok {
 		end()
 		return nil, fmt.Errorf("%w: no room for block %d of %s but that of others", wire.ErrNotResident, block, f)
 	}
 	return end, nil
+}
+
+// promise notes that a block is about to be fetched that may take the place of no other, until end is called: many are
+// at once, and each takes its room only when it has arrived. It says whether there is room for it, beside so much.
+func (w *Worker) promise(f file, block, beside int64) (end func(), ok bool) {
+	size := blockLen(f.ring.Size, block)
+	promised := w.promised.Add(size)
+	return func() { w.promised.Add(-size) }, w.store.Room(f.ring, block, promised-size+beside)
 }
 
 // guessRoom is the part of the quota that guesses leave free: fills that are under way for readers have not

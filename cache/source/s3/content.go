@@ -154,6 +154,21 @@ type sent struct {
 	chunks      bool   // signed chunk by chunk, since the SHA-256 is not known
 }
 
+// asTold is how content is sent before all of it is there, by what its sender told of it.
+func (b *Bucket) asTold(sums source.Sums) (s sent) {
+	if len(sums.MD5) == md5.Size {
+		s.md5 = base64.StdEncoding.EncodeToString(sums.MD5)
+	}
+	switch {
+	case !b.plain():
+	case len(sums.SHA256) == sha256.Size:
+		s.sha256 = hex.EncodeToString(sums.SHA256)
+	default:
+		s.chunks = true
+	}
+	return s
+}
+
 // noAnswer is how long a store may take nothing and say nothing, as source.Try has it.
 const noAnswer = 20 * time.Second
 
@@ -197,15 +212,9 @@ func (b *Bucket) asItComes(ctx context.Context, key string, c *content, send fun
 	if c.sums.MD5 == nil || c.size <= soon {
 		return false, false, nil
 	}
-	s := sent{md5: base64.StdEncoding.EncodeToString(c.sums.MD5)}
-	switch {
-	case !b.plain():
-	case c.sums.SHA256 != nil:
-		s.sha256 = hex.EncodeToString(c.sums.SHA256)
-	case b.doubts.Load() >= maxDoubts:
+	s := b.asTold(c.sums)
+	if s.chunks && b.doubts.Load() >= maxDoubts {
 		return false, false, nil
-	default:
-		s.chunks = true
 	}
 	within, cancel := context.WithCancel(ctx)
 	defer cancel()

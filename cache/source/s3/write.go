@@ -4,8 +4,6 @@ import (
 	"cmp"
 	"context"
 	"crypto/md5"
-	"crypto/sha256"
-	"encoding/base64"
 	"encoding/hex"
 	"errors"
 	"fmt"
@@ -207,15 +205,8 @@ func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r 
 func (b *Bucket) passOn(ctx context.Context, key string, r io.Reader, size int64, sums source.Sums, send func(context.Context, sent) error) error {
 	c := &careful{r: r, left: size}
 	body := lend(c)
-	s := sent{body: body}
-	if len(sums.MD5) == md5.Size {
-		s.md5 = base64.StdEncoding.EncodeToString(sums.MD5)
-	}
-	if b.plain() {
-		if s.chunks = len(sums.SHA256) != sha256.Size; !s.chunks {
-			s.sha256 = hex.EncodeToString(sums.SHA256)
-		}
-	}
+	s := b.asTold(sums)
+	s.body = body
 	err := send(ctx, s)
 	body.back()
 	if c.err != nil {
