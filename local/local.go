@@ -27,6 +27,7 @@ import (
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/mount"
+	"github.com/stepcache/stepcache/cache/mount/meminfo"
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/tier"
 )
@@ -152,10 +153,11 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 // memoryShares decides what one worker of each Dataset may hold here, so that manifests made for a
 // cluster also run on one machine; it says what it changed.
 func (t *Tier) memoryShares(datasets []*v1alpha1.Dataset) ([]int64, error) {
-	available, err := availableMemory()
+	machine, err := meminfo.Read()
 	if err != nil {
 		return nil, err
 	}
+	available := machine.Available
 	limit := t.options.Memory
 	if limit == 0 {
 		limit = available / 2

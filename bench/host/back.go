@@ -4,11 +4,11 @@ import (
 	"context"
 	"fmt"
 	"os"
-	"strconv"
-	"strings"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/mount/meminfo"
 )
 
 const (
@@ -136,25 +136,8 @@ func free() int64 {
 // nothing goes beyond the limit of a container that this runs in, for which it would be ended.
 func spare() int64 {
 	n := free()
-	for _, files := range [][2]string{
-		{"/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"},
-		{"/sys/fs/cgroup/memory/memory.limit_in_bytes", "/sys/fs/cgroup/memory/memory.usage_in_bytes"},
-	} {
-		limit, limited := number(files[0])
-		used, known := number(files[1])
-		if limited && known {
-			n = min(n, limit-used)
-		}
+	if left, limited := meminfo.Room(); limited {
+		n = min(n, left)
 	}
 	return n / 4 * 3
-}
-
-// number is a file's, where it holds one.
-func number(path string) (int64, bool) {
-	text, err := os.ReadFile(path)
-	if err != nil {
-		return 0, false
-	}
-	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
-	return n, err == nil
 }

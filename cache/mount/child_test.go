@@ -35,6 +35,8 @@ type order struct {
 	Dir  string
 	// Block makes a server stop for good at the first read of the file of that name, and say so.
 	Block string
+	// Ahead makes it also have the kernel read that file ahead then, and say so.
+	Ahead bool
 	// Resume says that a parked mount comes over the socket.
 	Resume bool
 	// Names: the mount follows the names of a writable dataset.
@@ -251,10 +253,24 @@ func childServe(o order) error {
 	}
 	r := &leasing{memory: newMemory(s, all), dir: o.Dir}
 	names := newChanging(all)
+	mounted := make(chan *Server, 1)
 	hook := func(ctx context.Context, path string, _ int64) error {
 		if path == o.Block {
 			if err := send(c, note{What: "blocked"}, nil); err != nil {
 				return err
+			}
+			if o.Ahead {
+				i, _ := s.Lookup("/" + path)
+				in, err := (<-mounted).enter()
+				if err == nil {
+					err = in.readAhead(nodeID(i), int64(len(all[path])))
+				}
+				if err != nil {
+					return err
+				}
+				if err := send(c, note{What: "read ahead"}, nil); err != nil {
+					return err
+				}
 			}
 			select {} // until this process is killed
 		}
@@ -284,6 +300,7 @@ func childServe(o order) error {
 	} else if m, err = Mount(context.Background(), o.Path, s, r, opt); err != nil {
 		return err
 	}
+	mounted <- m
 	p, err := m.Park()
 	if err != nil {
 		return err

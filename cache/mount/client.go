@@ -19,6 +19,7 @@ var (
 	_ Peeker   = clientReader{}
 	_ Leaser   = clientReader{}
 	_ Resident = clientReader{}
+	_ Holder   = clientReader{}
 )
 
 func (r clientReader) Peek(i catalog.Index, off int64, p []byte) ([][]byte, func(), bool) {

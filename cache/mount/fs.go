@@ -46,6 +46,7 @@ type fileSystem struct {
 	created time.Time
 	table   *table
 	pass    passthrough
+	push    *pusher
 }
 
 // tree is what a mount shows: nodes that never change. catalog.Snapshot says what its methods are.
@@ -71,6 +72,7 @@ func newFileSystem(ctx context.Context, snap tree, r Reader, t *table, o Options
 	f.live, _ = snap.(*live)
 	f.peeker, _ = r.(Peeker)
 	f.pass.init(f)
+	f.push = newPusher(f)
 	return f
 }
 
@@ -93,6 +95,9 @@ func (f *fileSystem) negotiate(s *fuse.Server, m Mode) {
 		m = Passthrough
 	}
 	f.mode = m
+	if m != NoOpen {
+		f.push.off.Store(true)
+	}
 }
 
 // close lets go of everything. No request is under way.
@@ -268,6 +273,9 @@ func (f *fileSystem) list(cancel <-chan struct{}, in *fuse.ReadIn, add func(e fu
 		return f.listLive(cancel, in, dir, &n, add)
 	}
 	end := uint64(n.Count) + dotEntries
+	if in.Offset >= end { // it has taken in all that was before
+		f.push.list(dir, &n)
+	}
 	for p := in.Offset; p < end; p++ {
 		e, i := fuse.DirEntry{Mode: unix.S_IFDIR, Off: p + 1}, dir
 		var child *catalog.Node

@@ -26,7 +26,8 @@
 // then be read without this process: a Leaser gives its descriptor, the kernel reads that. Large files gain.
 //
 // NoOpen: the kernel is told not to ask at open, nor at close, so that opening a file costs nothing, but there
-// is no passthrough. Small files gain. See ChooseMode for which is taken when.
+// is no passthrough. Small files gain. See ChooseMode for which is taken when. Where a listed folder is being read,
+// the rest of it is pushed into the page cache before it is asked for (push.go).
 //
 // # Rules
 //
@@ -99,6 +100,13 @@ type Lease interface {
 	Release()
 }
 
+// Holder is a Reader that can tell what the tier has in memory from what it would have to fetch.
+type Holder interface {
+	// ReadHeld reads all of a file, len(p) bytes, and compares them with their sums, if the tier holds them. Once
+	// it has returned it leaves p alone.
+	ReadHeld(ctx context.Context, i catalog.Index, p []byte) error
+}
+
 // Resident is a Reader that knows what the tier holds of a file.
 type Resident interface {
 	// Resident returns a bitmap of the resident blocks of a file, the least significant bit first.
@@ -137,15 +145,20 @@ type Options struct {
 	IdleTime   time.Duration
 	// Registrar registers files for passthrough where this process may not; nil means that it does so itself.
 	Registrar Registrar
+	// PushBytes bounds what is pushed of small files into the kernel's page cache before it is asked for, in the
+	// mount's life; zero means 1 GiB, negative nothing. It is memory of this process's control group until the
+	// kernel takes it back, which it does when memory is short.
+	PushBytes int64
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
 
-	// For tests: what differs from interruptGrace and closeWait, what stands before the kernel, and what is called when
-	// a request goes on after a signal.
-	grace     time.Duration
-	closeWait time.Duration
-	wrap      func(registrar) registrar
-	goesOn    func()
+	// For tests: what differs from interruptGrace and closeWait, what stands before the kernel, what is called when a
+	// request goes on after a signal, and the memory that can be had.
+	grace      time.Duration
+	closeWait  time.Duration
+	wrap       func(registrar) registrar
+	goesOn     func()
+	memoryLeft func() int64
 }
 
 func (o Options) withDefaults() Options {
@@ -180,6 +193,7 @@ func (o Options) withDefaults() Options {
 	}
 	dur(&o.ReadTimeout, wire.FUSETimeout)
 	def(&o.LeaseMin, 1<<20)
+	def(&o.PushBytes, 1<<30)
 	def(&o.LeaseWaitMax, 256<<20)
 	dur(&o.LeaseWait, 5*time.Second)
 	o.LeaseWait = min(o.LeaseWait, o.ReadTimeout/2)
@@ -188,6 +202,9 @@ func (o Options) withDefaults() Options {
 	dur(&o.IdleTime, 5*time.Second)
 	dur(&o.grace, interruptGrace)
 	dur(&o.closeWait, closeWait)
+	if o.memoryLeft == nil {
+		o.memoryLeft = memoryLeft
+	}
 	if o.Logger == nil {
 		o.Logger = slog.Default()
 	}
@@ -309,8 +326,11 @@ func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Optio
 			o.Logger.Warn("files open by passthrough when the mount's last server went are not looked after", "dir", dir, "error", err)
 		}
 	}
-	if m.fs.mode == Passthrough {
+	switch m.fs.mode {
+	case Passthrough:
 		m.fs.pass.run()
+	case NoOpen:
+		m.fs.push.start(ctx, m.enter)
 	}
 	if s == nil {
 		if dir != "" {
@@ -331,6 +351,7 @@ func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Optio
 		// not stay open: a request would hang, where on a closed one it fails.
 		end()
 		m.work.Wait()
+		m.fs.push.end()
 		m.mu.Lock()
 		m.fuse.Close()
 		m.fuse = nil
@@ -436,6 +457,7 @@ func (m *Server) Unmount() error {
 }
 
 func (m *Server) unmount() (busy bool, err error) {
+	m.fs.push.end() // it is a user too
 	if m.dev == (device{}) {
 		return false, errors.New("it could not be found among the mounts when it was made")
 	}
@@ -500,14 +522,18 @@ func (m *Server) Abort() error {
 // device is a file system's number.
 type device struct{ major, minor uint32 }
 
+// readAheadFile tells in KiB, and may be told, how far the kernel reads ahead there.
+func (d device) readAheadFile() string {
+	return fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", d.major, d.minor)
+}
+
 // setReadAhead raises what the kernel reads ahead of a sequential reader from the 128 KiB that FUSE gets: it
 // nearly doubles the rate of buffered reads.
 func (m *Server) setReadAhead() {
 	if m.dev.minor == 0 {
 		return
 	}
-	name := fmt.Sprintf("/sys/class/bdi/%d:%d/read_ahead_kb", m.dev.major, m.dev.minor)
-	if err := os.WriteFile(name, []byte(strconv.Itoa(readAhead>>10)), 0o644); err != nil {
+	if err := os.WriteFile(m.dev.readAheadFile(), []byte(strconv.Itoa(readAhead>>10)), 0o644); err != nil {
 		m.fs.log.Info("sequential reads will be slower: cannot raise the mount's read-ahead; this needs root and a writable /sys",
 			"dir", m.dir, "error", err)
 	}

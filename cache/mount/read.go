@@ -31,6 +31,13 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	}
 	off := int64(in.Offset)
 	buf = buf[:min(int64(len(buf)), n.Size-off)]
+	if p := f.push.offers.peek(i, off, len(buf)); p != nil {
+		f.count.bytes.Add(int64(len(buf)))
+		return p, fuse.OK
+	}
+	if off == 0 {
+		f.push.read(i, &n)
+	}
 	if f.peeker != nil && len(buf) > 0 {
 		if pieces, release, ok := f.peeker.Peek(i, off, buf); ok {
 			f.count.bytes.Add(int64(len(buf)))

@@ -21,6 +21,8 @@ type Stats struct {
 	LeaseMisses int64
 	// Reads and Bytes are those that this process answered.
 	Reads, Bytes int64
+	// Pushed and PushedBytes are files that the kernel was given before it asked for them.
+	Pushed, PushedBytes int64
 	// Changed counts failures because an object in the bucket is not the one of the snapshot any more.
 	Changed int64
 	// Errors counts failed requests by errno ("EIO").
@@ -32,7 +34,7 @@ type Stats struct {
 }
 
 type counters struct {
-	lookups, readdirs, opens, openedBytes, passOpens, passBytes, leaseMisses, reads, bytes, changed, unlogged atomic.Int64
+	lookups, readdirs, opens, openedBytes, passOpens, passBytes, leaseMisses, reads, bytes, pushed, pushedBytes, changed, unlogged atomic.Int64
 
 	mu     sync.Mutex
 	errors map[unix.Errno]int64
@@ -56,6 +58,7 @@ func (m *Server) Stats() Stats {
 		Opens: c.opens.Load(), OpenedBytes: c.openedBytes.Load(),
 		PassthroughOpens: c.passOpens.Load(), PassthroughBytes: c.passBytes.Load(),
 		LeaseMisses: c.leaseMisses.Load(), Reads: c.reads.Load(), Bytes: c.bytes.Load(), Changed: c.changed.Load(),
+		Pushed: c.pushed.Load(), PushedBytes: c.pushedBytes.Load(),
 		Errors: map[string]int64{}, Passthrough: f.mode == Passthrough && f.pass.available(),
 	}
 	c.mu.Lock()
@@ -98,6 +101,8 @@ func (m *Server) Collect(ch chan<- prometheus.Metric) {
 	count("lease_misses_total", "Opens for which nobody held the file whole.", s.LeaseMisses)
 	count("reads_total", "Reads that this process answered.", s.Reads)
 	count("read_bytes_total", "Bytes that this process answered reads with.", s.Bytes)
+	count("pushed_files_total", "Small files that the kernel was given before it asked for them.", s.Pushed)
+	count("pushed_bytes_total", "Bytes of them.", s.PushedBytes)
 	count("source_changed_total", "Failures because the bucket's object is not the one of the snapshot any more.", s.Changed)
 	for name, n := range s.Errors {
 		count("errors_total", "Failed requests, by errno.", n, "errno", name)

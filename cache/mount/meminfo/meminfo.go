@@ -1,0 +1,90 @@
+// Package meminfo tells how much memory can be had: of the machine, and within the limit of the control groups that this
+// process is in. It imports nothing of this module.
+package meminfo
+
+import (
+	"bufio"
+	"errors"
+	"fmt"
+	"os"
+	"path"
+	"strconv"
+	"strings"
+)
+
+// Machine is the memory of the machine in bytes, as proc(5) has it.
+type Machine struct {
+	Total int64
+	// Available is what programs can take without swapping: page caches count as such.
+	Available int64
+}
+
+// Read reads /proc/meminfo.
+func Read() (Machine, error) {
+	var m Machine
+	f, err := os.Open("/proc/meminfo")
+	if err != nil {
+		return m, fmt.Errorf("read the machine's memory: %w", err)
+	}
+	defer f.Close()
+	for lines := bufio.NewScanner(f); lines.Scan(); {
+		var kib int64
+		switch line := lines.Text(); {
+		case scan(line, "MemTotal: %d kB", &kib):
+			m.Total = kib << 10
+		case scan(line, "MemAvailable: %d kB", &kib):
+			m.Available = kib << 10
+			return m, nil // it comes later
+		}
+	}
+	return m, errors.New("read the machine's memory: /proc/meminfo has no MemAvailable")
+}
+
+func scan(line, format string, n *int64) bool {
+	k, _ := fmt.Sscanf(line, format, n)
+	return k == 1
+}
+
+// Room is what is left of the tightest limit of this process's control groups, in bytes; what they use includes the page
+// caches that they can give back. ok is false where no limit is to be seen.
+func Room() (left int64, ok bool) { return room("/sys/fs/cgroup", "/proc/self/cgroup") }
+
+func room(root, self string) (left int64, ok bool) {
+	for _, dir := range groups(root, self) {
+		for _, names := range [][2]string{{"memory.max", "memory.current"}, {"memory.limit_in_bytes", "memory.usage_in_bytes"}} {
+			limit, limited := number(path.Join(dir, names[0]))
+			used, known := number(path.Join(dir, names[1]))
+			if limited && known && (!ok || limit-used < left) {
+				left, ok = limit-used, true
+			}
+		}
+	}
+	return left, ok
+}
+
+// groups are the folders that may tell of this process's control group: as it is seen in a container, and outside.
+func groups(root, self string) []string {
+	dirs := []string{root, path.Join(root, "memory")}
+	text, _ := os.ReadFile(self)
+	for line := range strings.Lines(string(text)) {
+		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		switch {
+		case len(f) < 3:
+		case f[0] == "0":
+			dirs = append(dirs, path.Join(root, f[2]))
+		case f[1] == "memory":
+			dirs = append(dirs, path.Join(root, "memory", f[2]))
+		}
+	}
+	return dirs
+}
+
+// number reads a file that holds one; "max" is none.
+func number(name string) (int64, bool) {
+	text, err := os.ReadFile(name)
+	if err != nil {
+		return 0, false
+	}
+	n, err := strconv.ParseInt(strings.TrimSpace(string(text)), 10, 64)
+	return n, err == nil
+}

@@ -1,0 +1,293 @@
+package mount
+
+import (
+	"context"
+	"errors"
+	"os"
+	"sync"
+	"sync/atomic"
+	"time"
+
+	"golang.org/x/sync/errgroup"
+
+	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/mount/meminfo"
+)
+
+// Pushing: in NoOpen mode the kernel asks for a small file with one request, and its reader waits for that. Where it
+// can be told that a folder is being read, its files are put into the page cache before they are asked for, many
+// at once, and opening them then costs no request. How the kernel is made to take them is in entrance.go.
+//
+// What is known: that a folder was listed to its end, so that the kernel knows its files (no others can be pushed),
+// and which of them were asked for. A listing alone is no sign that bytes are wanted; two files of a
+// listed folder are. From then on every request that still comes for a file of the folder, which says that the
+// reader came to what was not pushed, is answered with a push of twice as much as the last, of the files after it.
+//
+// What is pushed is of the snapshot, which never changes, whole, compared with its sums, and held by the tier: for
+// no push anything leaves the bucket. It is the kernel's to drop whenever it needs the memory, is pushed once, at
+// most PushBytes of it in all, and only while there is memory that nobody needs. It ends with the connection.
+const (
+	// pushEvidence is how many files of a listed folder are asked for before others of it are pushed.
+	pushEvidence = 2
+	// pushFirst and pushMax are what the first push has, in bytes, and what any has at most.
+	pushFirst, pushMax = 4 << 20, 64 << 20
+	// pushFile is the size up to which files are pushed: larger ones are not read at once.
+	pushFile = 1 << 20
+	// pushCost is what a file takes beyond its pages, in the kernel, about.
+	pushCost = 2 << 10
+	// pushers is how many files are fetched and stored at once.
+	pushers = 16
+	// pushMisses in a row end a push: the tier does not hold these files, or the kernel does not know them.
+	pushMisses = 32
+	// pushQueue bounds the pushes that wait.
+	pushQueue = 64
+	// pushPatience is how long the kernel may take to ask for a file, which it does at once, and to have all of it.
+	pushPatience = 100 * time.Millisecond
+	// pushSpare is what of the memory of the machine stays free.
+	pushSpare = 4
+)
+
+// pusher puts files into the kernel's page cache.
+type pusher struct {
+	f      *fileSystem
+	holder Holder
+	offers offers
+	left   func() int64              // bytes of memory that can be had
+	enter  func() (*entrance, error) // of the mount
+	queue  chan push
+	off    atomic.Bool // nothing is pushed, or not any more
+	budget atomic.Int64
+	stop   context.CancelFunc // ends run
+	ended  chan struct{}      // closed when run has ended
+
+	mu     sync.Mutex
+	listed map[catalog.Index]*pushed
+}
+
+// pushed is a listed folder. Guarded by pusher.mu.
+type pushed struct {
+	asked  int // files that were asked for
+	window int64
+	under  bool     // a push is under way or waits
+	had    []uint64 // a bit for each child that was asked for or pushed
+}
+
+// push is of the files of a folder that follow its child at.
+type push struct {
+	dir catalog.Index
+	at  uint32
+	n   int64
+}
+
+func newPusher(f *fileSystem) *pusher {
+	p := &pusher{f: f, queue: make(chan push, pushQueue), left: f.opt.memoryLeft, listed: map[catalog.Index]*pushed{}}
+	p.holder, _ = f.reader.(Holder)
+	p.budget.Store(f.opt.PushBytes)
+	p.off.Store(p.holder == nil || f.opt.PushBytes <= 0)
+	return p
+}
+
+// start begins to push, until ctx ends or end is called.
+func (p *pusher) start(ctx context.Context, enter func() (*entrance, error)) {
+	p.enter = enter
+	ctx, p.stop = context.WithCancel(ctx)
+	p.ended = make(chan struct{})
+	go func() {
+		defer close(p.ended)
+		for {
+			select {
+			case <-ctx.Done():
+				return
+			case w := <-p.queue:
+				p.push(ctx, w)
+			}
+		}
+	}()
+}
+
+// end ends all pushes, and with them this process's use of its own mount.
+func (p *pusher) end() {
+	p.off.Store(true)
+	if p.ended != nil {
+		p.stop()
+		<-p.ended
+	}
+}
+
+// refused ends all pushes, for good, and says why.
+func (p *pusher) refused(err error) {
+	if p.off.CompareAndSwap(false, true) {
+		p.f.log.Info("small files are not put into the page cache before they are asked for", "error", err)
+	}
+}
+
+// list notes that the kernel knows the files of a folder.
+func (p *pusher) list(dir catalog.Index, n *catalog.Node) {
+	if p.off.Load() || n.Count == 0 {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.listed[dir] == nil {
+		p.listed[dir] = &pushed{window: pushFirst, had: make([]uint64, (n.Count+63)/64)}
+	}
+}
+
+// read notes that a file is asked for, and has others pushed.
+func (p *pusher) read(i catalog.Index, n *catalog.Node) {
+	if p.off.Load() || n.Size > pushFile {
+		return
+	}
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := p.listed[n.Parent]
+	if d == nil {
+		return
+	}
+	parent, ok := p.f.snap.Node(n.Parent)
+	if !ok || i < parent.First || i-parent.First >= parent.Count {
+		return
+	}
+	at := i - parent.First
+	if d.had[at/64]&(1<<(at%64)) != 0 {
+		return // the kernel had it and dropped it, so that memory is short, or it is read once more
+	}
+	d.had[at/64] |= 1 << (at % 64)
+	if d.asked++; d.asked < pushEvidence || d.under {
+		return
+	}
+	select {
+	case p.queue <- push{n.Parent, at, d.window}:
+		d.under = true
+		d.window = min(2*d.window, pushMax)
+	default: // others wait; it is asked again
+	}
+}
+
+// take returns the files of a push.
+func (p *pusher) take(w push) (files []catalog.Index) {
+	room := min(w.n, p.budget.Load(), p.left())
+	parent, _ := p.f.snap.Node(w.dir)
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	d := p.listed[w.dir]
+	for k := range parent.Count {
+		at := (w.at + 1 + k) % parent.Count
+		bit := uint64(1) << (at % 64)
+		if d.had[at/64]&bit != 0 {
+			continue
+		}
+		n, ok := p.f.snap.Node(parent.First + at)
+		if !ok || n.Dir || n.Size == 0 || n.Size > pushFile {
+			continue
+		}
+		if room -= pushWeight(n.Size); room < 0 {
+			break
+		}
+		d.had[at/64] |= bit
+		files = append(files, parent.First+at)
+	}
+	return files
+}
+
+// pushWeight is what a file takes of the memory.
+func pushWeight(size int64) int64 { return (size+statBlock-1)/statBlock*statBlock + pushCost }
+
+// push pushes files of a folder.
+func (p *pusher) push(ctx context.Context, w push) {
+	defer func() {
+		p.mu.Lock()
+		p.listed[w.dir].under = false
+		p.mu.Unlock()
+	}()
+	files := p.take(w)
+	if len(files) == 0 || p.off.Load() {
+		return
+	}
+	in, err := p.enter()
+	if err != nil {
+		p.refused(err)
+		return
+	}
+	defer in.close()
+	var misses atomic.Int64
+	var g errgroup.Group
+	g.SetLimit(pushers)
+	for _, i := range files {
+		if ctx.Err() != nil || p.off.Load() || misses.Load() >= pushMisses {
+			break
+		}
+		g.Go(func() error {
+			switch err := p.one(ctx, in, i); {
+			case err == nil:
+				misses.Store(0)
+			case errors.Is(err, errRefused):
+				p.refused(err)
+			default:
+				misses.Add(1)
+			}
+			return nil
+		})
+	}
+	_ = g.Wait()
+}
+
+// pushBuffers hold a file each.
+var pushBuffers = sync.Pool{New: func() any { return new([]byte) }}
+
+// one pushes one file.
+func (p *pusher) one(ctx context.Context, in *entrance, i catalog.Index) error {
+	n, ok := p.f.snap.Node(i)
+	if !ok {
+		return os.ErrNotExist
+	}
+	buf := pushBuffers.Get().(*[]byte)
+	if int64(cap(*buf)) < n.Size {
+		*buf = make([]byte, n.Size)
+	}
+	b := (*buf)[:n.Size]
+	err := p.holder.ReadHeld(ctx, i, b)
+	if err != nil {
+		pushBuffers.Put(buf)
+		return err
+	}
+	o := p.offers.put(i, b)
+	if err = in.readAhead(nodeID(i), n.Size); err == nil {
+		wait := time.NewTimer(pushPatience)
+		select {
+		case <-o.taken:
+		case <-wait.C:
+			err = errNotTaken
+		case <-ctx.Done():
+			err = context.Cause(ctx)
+		}
+		wait.Stop()
+	}
+	if p.offers.withdraw(i) {
+		pushBuffers.Put(buf)
+	}
+	if err != nil {
+		return err
+	}
+	p.budget.Add(-pushWeight(n.Size))
+	p.f.count.pushed.Add(1)
+	p.f.count.pushedBytes.Add(n.Size)
+	return nil
+}
+
+// errNotTaken: the kernel asked for none, or not for all of a file's bytes: it has them, or has no memory now.
+var errNotTaken = errors.New("the kernel did not ask for the file")
+
+// memoryLeft is what of the memory can be had: of the machine's all that is available but for a part of it, of the
+// control group's half. Where it cannot be found out it is nothing.
+func memoryLeft() int64 {
+	m, err := meminfo.Read()
+	if err != nil {
+		return 0
+	}
+	left := m.Available - m.Total/pushSpare
+	if room, limited := meminfo.Room(); limited {
+		left = min(left, room/2)
+	}
+	return left
+}
