@@ -28,6 +28,7 @@ type passthrough struct {
 	leaser  Leaser
 	kernel  registrar
 	off     atomic.Bool // for good: the kernel refused once
+	pages   pages
 	flights singleflight.Group
 	work    sync.WaitGroup // the sweeper and the flights
 
@@ -101,6 +102,7 @@ func (p *passthrough) run() {
 			select {
 			case now := <-t.C:
 				p.sweep(now, p.f.opt.IdleLeases)
+				p.pages.sweep(now.Add(-p.f.opt.IdleTime))
 			case <-p.f.ctx.Done():
 				return
 			}
@@ -177,7 +179,7 @@ func (p *passthrough) open(ctx context.Context, i catalog.Index, size int64, uni
 	for try := 0; ; try++ {
 		// The second time round the file was idle between acquire and now, and swept: it can be so again, but
 		// one try is enough.
-		id, decided, err := p.count(ctx, i, unique, p.off.Load() || try == 2)
+		id, decided, err := p.count(ctx, i, size, unique, p.off.Load() || try == 2)
 		if err != nil || decided {
 			return id, err
 		}
@@ -226,21 +228,22 @@ func (p *passthrough) awaitClose(ctx context.Context, i catalog.Index) error {
 	return nil
 }
 
-// count adds a handle if it is clear which way it reads: because others are open, a backing id is ready, or
-// buffered says that there will be none.
-func (p *passthrough) count(ctx context.Context, i catalog.Index, unique uint64, buffered bool) (id int32, decided bool, err error) {
+// count adds a handle if it is clear which way it reads: because others are open, a backing id is ready, the kernel
+// has its pages, or buffered says that there will be no backing id.
+func (p *passthrough) count(ctx context.Context, i catalog.Index, size int64, unique uint64, buffered bool) (id int32, decided bool, err error) {
 	t := p.f.table
 	if err := t.lock(ctx); err != nil {
 		return 0, false, err
 	}
 	defer t.unlock()
 	s := t.at(i)
-	if s.opens == 0 && s.backing == 0 && !buffered {
+	if s.opens == 0 && s.backing == 0 && !buffered && !p.pages.use(i, size) {
 		return 0, false, nil
 	}
 	if t.once(unique) {
 		s.opens++
 	}
+	p.pages.open(i)
 	if s.backing != 0 {
 		p.mu.Lock()
 		if h := p.held[i]; h != nil && h.id == s.backing {
@@ -294,6 +297,9 @@ func (p *passthrough) release(i catalog.Index, unique uint64) (last bool) {
 		}
 		over = p.idle() > p.f.opt.IdleLeases
 		p.mu.Unlock()
+	}
+	if last {
+		p.pages.close(i)
 	}
 	t.unlock()
 	if over {
@@ -441,6 +447,7 @@ func (p *passthrough) register(ctx context.Context, i catalog.Index, size int64,
 		return errors.New("unmounted")
 	}
 	s.backing = id
+	p.pages.forget(i) // The kernel drops them as it opens the file.
 	p.keep(i, &holding{id: id, lease: lease, idle: time.Now()})
 	kept = true
 	return nil

@@ -38,6 +38,9 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	if off == 0 {
 		f.push.read(i, &n)
 	}
+	if f.mode == Passthrough && n.Size >= pagesMin {
+		f.pass.pages.read(i, len(buf))
+	}
 	if f.peeker != nil && len(buf) > 0 {
 		if pieces, release, ok := f.peeker.Peek(i, off, buf); ok {
 			f.count.bytes.Add(int64(len(buf)))
