@@ -88,6 +88,7 @@ const defaultBuffers = 256 << 20
 type timing struct {
 	ping, pong     time.Duration
 	near, nearIdle time.Duration
+	crowd          time.Duration
 	client, worker time.Duration
 	// slow is when a request without an answer gives its share of the network to others.
 	slow time.Duration
@@ -100,7 +101,7 @@ type timing struct {
 
 func defaultTiming() timing {
 	return timing{
-		ping: wire.PingInterval, pong: wire.PongTimeout, near: nearPatience, nearIdle: nearIdle, client: wire.ClientTimeout,
+		ping: wire.PingInterval, pong: wire.PongTimeout, near: nearPatience, nearIdle: nearIdle, crowd: crowdPatience, client: wire.ClientTimeout,
 		// The worker gives up first and says why.
 		worker: wire.WorkerTimeout + 2*time.Second,
 		slow:   250 * time.Millisecond,

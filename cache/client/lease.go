@@ -45,8 +45,9 @@ type Lease struct {
 func (l *Lease) Release() { l.once.Do(l.release) }
 
 // Lease returns a descriptor of file i from a worker on this machine that holds all of it, or from the
-// node's store. With wait the file is first brought in, for about that long at most. When passthrough is
-// not possible now the error wraps ErrNoLease.
+// node's store. With wait the file is first brought in, for about that long at most. Without, a file that is not whole
+// is made ready for reads, and where many read it already it is waited for a while to become whole. When passthrough
+// is not possible now the error wraps ErrNoLease.
 func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration) (*Lease, error) {
 	if !c.begin() {
 		return nil, errClosed
@@ -63,17 +64,17 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 	if n := c.stripes(o); n > 0 {
 		return nil, no(fmt.Errorf("the file is striped over %d workers", n))
 	}
-	reason := errors.New("no owner of it has a socket on this machine")
-	for _, socket := range c.sockets(o) {
-		l, err := c.sockLease(ctx, socket, i, o.Size, wait, 0)
-		if err == nil {
-			c.count.leases.Add(1)
-			return l, nil
-		}
-		reason = err
-		if ctx.Err() != nil {
-			return nil, no(context.Cause(ctx))
-		}
+	l, reason := c.nodeLease(ctx, i, o, wait)
+	if l == nil && wait == 0 && ctx.Err() == nil && c.near(ctx, i, o, c.timing.crowd) != nil {
+		// It is lent before it is whole. Where there was a crowd it may be by now.
+		l, reason = c.nodeLease(ctx, i, o, 0)
+	}
+	switch {
+	case l != nil:
+		c.count.leases.Add(1)
+		return l, nil
+	case ctx.Err() != nil:
+		return nil, no(context.Cause(ctx))
 	}
 	if c.config.Store != nil {
 		l, err := c.storeLease(ctx, i, o, wait)
@@ -84,6 +85,22 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 		reason = err
 	}
 	return nil, no(reason)
+}
+
+// nodeLease leases from a worker on this machine.
+func (c *Client) nodeLease(ctx context.Context, i catalog.Index, o ring.Object, wait time.Duration) (*Lease, error) {
+	reason := errors.New("no owner of it has a socket on this machine")
+	for _, socket := range c.sockets(o) {
+		l, err := c.sockLease(ctx, socket, i, o.Size, wait, 0)
+		if err == nil {
+			return l, nil
+		}
+		reason = err
+		if ctx.Err() != nil {
+			break
+		}
+	}
+	return nil, reason
 }
 
 // stripes is over how many workers a file is striped; 0: each of its owners owns all of it, as where there are no more

@@ -48,6 +48,8 @@ var (
 	ErrFull = errors.New("cache full")
 	// ErrNotWhole: the store does not hold all blocks of the object.
 	ErrNotWhole = errors.New("object not wholly resident")
+	// ErrCrowded: as many as may read the object while it is incomplete do.
+	ErrCrowded = errors.New("object has enough readers before it is wholly resident")
 	// ErrNoLease: this store cannot hand out descriptors; the message says why.
 	ErrNoLease = errors.New("descriptors cannot be leased")
 	// ErrInUse: another process has the folder open.
