@@ -260,10 +260,9 @@ func childServe(o order) error {
 				return err
 			}
 			if o.Ahead {
-				i, _ := s.Lookup("/" + path)
 				in, err := (<-mounted).enter()
 				if err == nil {
-					err = in.readAhead(nodeID(i), int64(len(all[path])))
+					err = in.readAhead(path, int64(len(all[path])))
 				}
 				if err != nil {
 					return err

@@ -2,7 +2,6 @@ package mount
 
 import (
 	"bytes"
-	"encoding/binary"
 	"errors"
 	"fmt"
 	"os"
@@ -10,6 +9,7 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
@@ -22,58 +22,68 @@ import (
 // The kernel has a call for it, NOTIFY_STORE, but within that it waits for a page that some reader has locked, and
 // heeds no signal: a process that is killed right then, with that reader's request unanswered, never ends, keeps the
 // connection open, and so hangs every user of the mount, and a container that restarts. Nothing here waits so. A
-// file is opened by its node id (open_by_handle_at): the kernel finds what it knows already, and asks for nothing. In
-// NoOpen mode it does not ask at open and close either. Reading ahead starts requests in the background and waits
-// for none of them; it waits for room among them at most, and that ends by a signal that kills.
+// file is opened by names that the kernel knows, and not at all if it would have to ask (RESOLVE_CACHED); in NoOpen mode it
+// does not ask at open and close either. Reading ahead starts requests in the background and waits for none of them; it
+// waits for room among them at most, and that ends by a signal that kills. By a file's handle (open_by_handle_at) it
+// could be opened as well, but that makes the kernel forget its name, and ask for it at the next open.
+//
+// What it needs: that the kernel has been told of ENOSYS to opens, closes (settle) and opens of directories, and has the
+// root's attributes, all of which whoever lists a folder and reads two of its files has seen to; and that it reads ahead
+// without waiting (see canRead).
 
 // errRefused: the kernel does none of it here, whatever the file.
 var errRefused = errors.New("the kernel refuses")
 
-// entrance is this process's own use of the mount, which is busy as long as it is open.
+// entrance is this process's own use of the mount: a copy of it that lies nowhere, so that whoever unmounts it does not
+// find it busy. The file system ends with the last of its copies.
 type entrance struct {
 	fd   int
 	step int64 // what the kernel reads ahead at most in one go, in bytes
 }
 
-// enter opens the mount as others do.
+// enter makes an entrance. An error is errRefused, or says that it cannot be now.
 func (m *Server) enter() (*entrance, error) {
-	fail := func(err error) (*entrance, error) {
-		return nil, fmt.Errorf("the mount at %q cannot be read by its own server: %w", m.dir, err)
-	}
 	if m.dir == "" || m.dev == (device{}) {
-		return fail(errors.New("it was mounted by another process"))
+		return nil, fmt.Errorf("%w: another process has mounted it", errRefused)
 	}
 	// Whatever else may lie there is not to be touched: it could hang.
 	at, err := mountinfo.At(m.dir)
 	if err != nil {
-		return fail(err)
+		return nil, err
 	}
 	if len(at) == 0 || (device{at[0].Major, at[0].Minor}) != m.dev {
-		return fail(errors.New("it is not there any more"))
+		return nil, fmt.Errorf("%w: the mount is not at %s any more", errRefused, m.dir)
 	}
-	fd, err := unix.Open(m.dir, unix.O_RDONLY|unix.O_DIRECTORY|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fail(err)
+	fd, err := unix.OpenTree(unix.AT_FDCWD, m.dir, unix.OPEN_TREE_CLONE|unix.O_CLOEXEC)
+	switch {
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL):
+		return nil, fmt.Errorf("%w: copying the mount at %s (open_tree) needs CAP_SYS_ADMIN: %w", errRefused, m.dir, err)
+	case err != nil:
+		return nil, err
 	}
 	return &entrance{fd, m.dev.readAhead()}, nil
 }
 
 func (e *entrance) close() { unix.Close(e.fd) }
 
-// readAhead has the kernel read a file that it knows, from its start.
-func (e *entrance) readAhead(id uint64, size int64) error {
-	// What the kernel makes of a node (fs/fuse/inode.c): its id, the upper half first, and its generation.
-	const fileID, words = 0x81, 3 // FILEID_INO64_GEN of linux/exportfs.h
-	h := make([]byte, 0, words*4)
-	h = binary.NativeEndian.AppendUint32(h, uint32(id>>32))
-	h = binary.NativeEndian.AppendUint32(h, uint32(id))
-	h = binary.NativeEndian.AppendUint32(h, generation)
-	fd, err := unix.OpenByHandleAt(e.fd, unix.NewFileHandle(fileID, h), unix.O_RDONLY|unix.O_CLOEXEC)
+// canRead says whether a kernel with these flags of FUSE takes what is read ahead here as it must: without asking this
+// process, which would wait for itself, at the opening of a directory, and without waiting for what it reads ahead.
+func canRead(flags uint64) bool {
+	const all = fuse.CAP_NO_OPENDIR_SUPPORT | fuse.CAP_NO_OPEN_SUPPORT | fuse.CAP_ASYNC_READ
+	return flags&all == all
+}
+
+// readAhead has the kernel read the file of that name, relative to the mount's root, from its start.
+func (e *entrance) readAhead(name string, size int64) error {
+	const resolveCached = 0x20 // RESOLVE_CACHED of linux/openat2.h, since Linux 5.12
+	fd, err := unix.Openat2(e.fd, name, &unix.OpenHow{
+		Flags: unix.O_RDONLY | unix.O_CLOEXEC, Resolve: resolveCached | unix.RESOLVE_BENEATH | unix.RESOLVE_NO_XDEV,
+	})
 	switch {
-	case errors.Is(err, unix.ESTALE), errors.Is(err, unix.ENOMEM), errors.Is(err, unix.EMFILE), errors.Is(err, unix.ENFILE), errors.Is(err, unix.EINTR):
-		return err // it does not know the file (any more), or has no room now
+	case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBADF):
+		return fmt.Errorf("%w to open a file only if that asks for nothing (Linux 5.12 or later): %w", errRefused, err)
 	case err != nil:
-		return fmt.Errorf("%w to open a file by its handle, for which it wants CAP_DAC_READ_SEARCH: %w", errRefused, err)
+		return err // EAGAIN: it does not know the file (any more); or there is no room now
 	}
 	defer unix.Close(fd)
 	for off := int64(0); off < size && err == nil; off += e.step {

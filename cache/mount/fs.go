@@ -95,7 +95,7 @@ func (f *fileSystem) negotiate(s *fuse.Server, m Mode) {
 		m = Passthrough
 	}
 	f.mode = m
-	if m != NoOpen {
+	if m != NoOpen || !canRead(flags) {
 		f.push.off.Store(true)
 	}
 }

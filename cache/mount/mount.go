@@ -152,13 +152,12 @@ type Options struct {
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
 
-	// For tests: what differs from interruptGrace and closeWait, what stands before the kernel, what is called when a
-	// request goes on after a signal, and the memory that can be had.
-	grace      time.Duration
-	closeWait  time.Duration
-	wrap       func(registrar) registrar
-	goesOn     func()
-	memoryLeft func() int64
+	// For tests: what differs from interruptGrace, closeWait and pushPatience, what stands before the kernel, what is
+	// called when a request goes on after a signal, and the memory that can be had.
+	grace, closeWait, pushPatience time.Duration
+	wrap                           func(registrar) registrar
+	goesOn                         func()
+	memoryLeft                     func() int64
 }
 
 func (o Options) withDefaults() Options {
@@ -202,6 +201,7 @@ func (o Options) withDefaults() Options {
 	dur(&o.IdleTime, 5*time.Second)
 	dur(&o.grace, interruptGrace)
 	dur(&o.closeWait, closeWait)
+	dur(&o.pushPatience, pushPatience)
 	if o.memoryLeft == nil {
 		o.memoryLeft = memoryLeft
 	}
@@ -351,7 +351,6 @@ func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Optio
 		// not stay open: a request would hang, where on a closed one it fails.
 		end()
 		m.work.Wait()
-		m.fs.push.end()
 		m.mu.Lock()
 		m.fuse.Close()
 		m.fuse = nil
@@ -359,6 +358,7 @@ func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Optio
 			m.guard.Close()
 		}
 		m.mu.Unlock()
+		m.fs.push.end()
 		m.fs.close()
 		release()
 		close(m.done)
@@ -457,7 +457,6 @@ func (m *Server) Unmount() error {
 }
 
 func (m *Server) unmount() (busy bool, err error) {
-	m.fs.push.end() // it is a user too
 	if m.dev == (device{}) {
 		return false, errors.New("it could not be found among the mounts when it was made")
 	}
@@ -476,6 +475,7 @@ func (m *Server) unmount() (busy bool, err error) {
 		}
 		return true, nil
 	}
+	m.fs.push.end() // its copy of the mount keeps the file system
 	err = unix.Unmount(m.dir, unix.UMOUNT_NOFOLLOW)
 	switch {
 	case err == nil:

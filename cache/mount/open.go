@@ -237,13 +237,13 @@ func (p *passthrough) count(ctx context.Context, i catalog.Index, size int64, un
 	}
 	defer t.unlock()
 	s := t.at(i)
-	if s.opens == 0 && s.backing == 0 && !buffered && !p.pages.use(i, size) {
+	if s.opens == 0 && s.backing == 0 && !buffered && !p.pages.once(i, size) {
 		return 0, false, nil
 	}
 	if t.once(unique) {
 		s.opens++
 	}
-	p.pages.open(i)
+	p.pages.opened(i)
 	if s.backing != 0 {
 		p.mu.Lock()
 		if h := p.held[i]; h != nil && h.id == s.backing {
@@ -299,7 +299,7 @@ func (p *passthrough) release(i catalog.Index, unique uint64) (last bool) {
 		p.mu.Unlock()
 	}
 	if last {
-		p.pages.close(i)
+		p.pages.closed(i)
 	}
 	t.unlock()
 	if over {

@@ -21,7 +21,7 @@ type pages struct {
 
 // streamed is a file that was read through this process.
 type streamed struct {
-	bytes  int64     // that were read
+	bytes  int64     // that were asked for, some perhaps twice
 	closed time.Time // when its last handle was; zero while there is one
 	again  bool      // it was opened once more for its pages
 }
@@ -29,8 +29,8 @@ type streamed struct {
 // pagesMin is the size from which on it counts.
 const pagesMin = closeMin
 
-// read notes that the kernel gets bytes of a file.
-func (p *pages) read(i catalog.Index, n int) {
+// noteRead notes that the kernel gets bytes of a file.
+func (p *pages) noteRead(i catalog.Index, n int) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	c := p.files[i]
@@ -44,8 +44,8 @@ func (p *pages) read(i catalog.Index, n int) {
 	c.bytes += int64(n)
 }
 
-// use says whether who opens a file that has no handle had better read its pages.
-func (p *pages) use(i catalog.Index, size int64) bool {
+// once says whether who opens a file that has no handle had better read its pages, which it says once.
+func (p *pages) once(i catalog.Index, size int64) bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	c := p.files[i]
@@ -56,10 +56,10 @@ func (p *pages) use(i catalog.Index, size int64) bool {
 	return true
 }
 
-// open and close note that a file has a handle, and has none any more.
-func (p *pages) open(i catalog.Index) { p.mark(i, time.Time{}) }
+// opened and closed note that a file has a handle, and has none any more.
+func (p *pages) opened(i catalog.Index) { p.mark(i, time.Time{}) }
 
-func (p *pages) close(i catalog.Index) { p.mark(i, time.Now()) }
+func (p *pages) closed(i catalog.Index) { p.mark(i, time.Now()) }
 
 func (p *pages) mark(i catalog.Index, closed time.Time) {
 	p.mu.Lock()

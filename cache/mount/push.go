@@ -3,7 +3,9 @@ package mount
 import (
 	"context"
 	"errors"
+	"math"
 	"os"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -25,7 +27,8 @@ import (
 //
 // What is pushed is of the snapshot, which never changes, whole, compared with its sums, and held by the tier: for
 // no push anything leaves the bucket. It is the kernel's to drop whenever it needs the memory, is pushed once, at
-// most PushBytes of it in all, and only while there is memory that nobody needs. It ends with the connection.
+// most PushBytes of it in all, and only while there is memory that nobody needs. It ends with the connection, and with
+// this process: a successor knows of no listing, and the kernel may make none again.
 const (
 	// pushEvidence is how many files of a listed folder are asked for before others of it are pushed.
 	pushEvidence = 2
@@ -41,8 +44,13 @@ const (
 	pushMisses = 32
 	// pushQueue bounds the pushes that wait.
 	pushQueue = 64
-	// pushPatience is how long the kernel may take to ask for a file, which it does at once, and to have all of it.
-	pushPatience = 100 * time.Millisecond
+	// pushPatience is how long the kernel may take to ask for a file, and to have all of it; it asks at once or, where it
+	// has it already, never.
+	pushPatience = time.Second
+	// pushEnd is how long who ends all pushes waits for those under way.
+	pushEnd = time.Second
+	// pushFolders bounds the listed folders that are remembered.
+	pushFolders = 1 << 16
 	// pushSpare is what of the memory of the machine stays free.
 	pushSpare = 4
 )
@@ -69,7 +77,14 @@ type pushed struct {
 	asked  int // files that were asked for
 	window int64
 	under  bool     // a push is under way or waits
-	had    []uint64 // a bit for each child that was asked for or pushed
+	had    []uint64 // a bit for each child that was asked for, pushed or never is; made with the first one
+}
+
+// make makes the bits, of so many children, if there are none.
+func (d *pushed) make(n uint32) {
+	if d.had == nil {
+		d.had = make([]uint64, (n+63)/64)
+	}
 }
 
 // push is of the files of a folder that follow its child at.
@@ -105,19 +120,26 @@ func (p *pusher) start(ctx context.Context, enter func() (*entrance, error)) {
 	}()
 }
 
-// end ends all pushes, and with them this process's use of its own mount.
+// end ends all pushes, and with them this process's use of its own mount, in a moment: what waits for the kernel, which
+// may wait for the tier, is left behind.
 func (p *pusher) end() {
 	p.off.Store(true)
-	if p.ended != nil {
-		p.stop()
-		<-p.ended
+	if p.ended == nil {
+		return
+	}
+	p.stop()
+	wait := time.NewTimer(pushEnd)
+	defer wait.Stop()
+	select {
+	case <-p.ended:
+	case <-wait.C:
 	}
 }
 
 // refused ends all pushes, for good, and says why.
 func (p *pusher) refused(err error) {
 	if p.off.CompareAndSwap(false, true) {
-		p.f.log.Info("small files are not put into the page cache before they are asked for", "error", err)
+		p.f.log.Info("small files are not put into the page cache before they are asked for", "reason", err)
 	}
 }
 
@@ -128,14 +150,23 @@ func (p *pusher) list(dir catalog.Index, n *catalog.Node) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.listed[dir] == nil {
-		p.listed[dir] = &pushed{window: pushFirst, had: make([]uint64, (n.Count+63)/64)}
+	if p.listed[dir] != nil {
+		return
 	}
+	for other, d := range p.listed { // any: what is lost is a guess
+		if len(p.listed) < pushFolders {
+			break
+		}
+		if !d.under {
+			delete(p.listed, other)
+		}
+	}
+	p.listed[dir] = &pushed{window: pushFirst}
 }
 
 // read notes that a file is asked for, and has others pushed.
 func (p *pusher) read(i catalog.Index, n *catalog.Node) {
-	if p.off.Load() || n.Size > pushFile {
+	if p.off.Load() || n.Size > pushFile || p.budget.Load() <= 0 {
 		return
 	}
 	p.mu.Lock()
@@ -148,6 +179,7 @@ func (p *pusher) read(i catalog.Index, n *catalog.Node) {
 	if !ok || i < parent.First || i-parent.First >= parent.Count {
 		return
 	}
+	d.make(parent.Count)
 	at := i - parent.First
 	if d.had[at/64]&(1<<(at%64)) != 0 {
 		return // the kernel had it and dropped it, so that memory is short, or it is read once more
@@ -159,7 +191,6 @@ func (p *pusher) read(i catalog.Index, n *catalog.Node) {
 	select {
 	case p.queue <- push{n.Parent, at, d.window}:
 		d.under = true
-		d.window = min(2*d.window, pushMax)
 	default: // others wait; it is asked again
 	}
 }
@@ -171,56 +202,76 @@ func (p *pusher) take(w push) (files []catalog.Index) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	d := p.listed[w.dir]
-	for k := range parent.Count {
+	d.make(parent.Count)
+	for k := uint32(0); k < parent.Count; k++ {
 		at := (w.at + 1 + k) % parent.Count
+		if at%64 == 0 && d.had[at/64] == math.MaxUint64 && k+63 < parent.Count {
+			k += 63
+			continue
+		}
 		bit := uint64(1) << (at % 64)
 		if d.had[at/64]&bit != 0 {
 			continue
 		}
 		n, ok := p.f.snap.Node(parent.First + at)
-		if !ok || n.Dir || n.Size == 0 || n.Size > pushFile {
-			continue
-		}
-		if room -= pushWeight(n.Size); room < 0 {
-			break
+		if push := ok && !n.Dir && n.Size > 0 && n.Size <= pushFile; push {
+			if room -= pushWeight(n.Size); room < 0 {
+				break
+			}
+			files = append(files, parent.First+at)
 		}
 		d.had[at/64] |= bit
-		files = append(files, parent.First+at)
 	}
 	return files
 }
 
 // pushWeight is what a file takes of the memory.
-func pushWeight(size int64) int64 { return (size+statBlock-1)/statBlock*statBlock + pushCost }
+func pushWeight(size int64) int64 {
+	page := int64(os.Getpagesize())
+	return (size+page-1)/page*page + pushCost
+}
 
 // push pushes files of a folder.
 func (p *pusher) push(ctx context.Context, w push) {
-	defer func() {
-		p.mu.Lock()
-		p.listed[w.dir].under = false
-		p.mu.Unlock()
-	}()
 	files := p.take(w)
+	begun := 0
+	var taken, misses atomic.Int64
+	defer func() {
+		parent, _ := p.f.snap.Node(w.dir)
+		p.mu.Lock()
+		defer p.mu.Unlock()
+		d := p.listed[w.dir]
+		d.under = false
+		if taken.Load() > 0 {
+			d.window = min(2*d.window, pushMax)
+		}
+		for _, i := range files[begun:] { // perhaps later
+			at := i - parent.First
+			d.had[at/64] &^= 1 << (at % 64)
+		}
+	}()
 	if len(files) == 0 || p.off.Load() {
 		return
 	}
 	in, err := p.enter()
-	if err != nil {
+	switch {
+	case errors.Is(err, errRefused):
 		p.refused(err)
+		return
+	case err != nil:
 		return
 	}
 	defer in.close()
-	var misses atomic.Int64
 	var g errgroup.Group
 	g.SetLimit(pushers)
-	for _, i := range files {
-		if ctx.Err() != nil || p.off.Load() || misses.Load() >= pushMisses {
-			break
-		}
+	for begun < len(files) && ctx.Err() == nil && !p.off.Load() && misses.Load() < pushMisses {
+		i := files[begun]
+		begun++
 		g.Go(func() error {
 			switch err := p.one(ctx, in, i); {
 			case err == nil:
 				misses.Store(0)
+				taken.Add(1)
 			case errors.Is(err, errRefused):
 				p.refused(err)
 			default:
@@ -252,8 +303,11 @@ func (p *pusher) one(ctx context.Context, in *entrance, i catalog.Index) error {
 		return err
 	}
 	o := p.offers.put(i, b)
-	if err = in.readAhead(nodeID(i), n.Size); err == nil {
-		wait := time.NewTimer(pushPatience)
+	p.budget.Add(-pushWeight(n.Size))
+	if err = in.readAhead(strings.TrimPrefix(p.f.snap.Path(i), "/"), n.Size); err != nil {
+		p.budget.Add(pushWeight(n.Size))
+	} else {
+		wait := time.NewTimer(p.f.opt.pushPatience)
 		select {
 		case <-o.taken:
 		case <-wait.C:
@@ -269,7 +323,6 @@ func (p *pusher) one(ctx context.Context, in *entrance, i catalog.Index) error {
 	if err != nil {
 		return err
 	}
-	p.budget.Add(-pushWeight(n.Size))
 	p.f.count.pushed.Add(1)
 	p.f.count.pushedBytes.Add(n.Size)
 	return nil

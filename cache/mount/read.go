@@ -35,11 +35,9 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 		f.count.bytes.Add(int64(len(buf)))
 		return p, fuse.OK
 	}
-	if off == 0 {
-		f.push.read(i, &n)
-	}
-	if f.mode == Passthrough && n.Size >= pagesMin {
-		f.pass.pages.read(i, len(buf))
+	f.push.read(i, &n)
+	if f.mode == Passthrough && n.Size >= max(pagesMin, f.opt.LeaseMin) { // as Open and Release tell of
+		f.pass.pages.noteRead(i, len(buf))
 	}
 	if f.peeker != nil && len(buf) > 0 {
 		if pieces, release, ok := f.peeker.Peek(i, off, buf); ok {

@@ -62,18 +62,21 @@ func room(root, self string) (left int64, ok bool) {
 	return left, ok
 }
 
-// groups are the folders that may tell of this process's control group: as it is seen in a container, and outside.
+// groups are the folders that may tell of this process's control groups and those above: as seen in a container, and outside.
 func groups(root, self string) []string {
 	dirs := []string{root, path.Join(root, "memory")}
 	text, _ := os.ReadFile(self)
 	for line := range strings.Lines(string(text)) {
 		f := strings.SplitN(strings.TrimSpace(line), ":", 3)
+		top := root
 		switch {
-		case len(f) < 3:
-		case f[0] == "0":
-			dirs = append(dirs, path.Join(root, f[2]))
-		case f[1] == "memory":
-			dirs = append(dirs, path.Join(root, "memory", f[2]))
+		case len(f) < 3 || f[0] != "0" && f[1] != "memory":
+			continue
+		case f[0] != "0":
+			top = path.Join(root, "memory")
+		}
+		for group := path.Clean("/" + f[2]); group != "/"; group = path.Dir(group) {
+			dirs = append(dirs, path.Join(top, group))
 		}
 	}
 	return dirs

@@ -30,6 +30,9 @@ func TestRoomIsWhatTheTightestLimitLeaves(t *testing.T) {
 		"in a container, version 2": {"0::/\n", map[string]string{"memory.max": "1000\n", "memory.current": "100\n"}, 900, true},
 		"in a container, version 1": {"5:memory:/\n", map[string]string{"memory/memory.limit_in_bytes": "1000\n", "memory/memory.usage_in_bytes": "300\n"}, 700, true},
 		"outside, version 2":        {"0::/a/b\n", map[string]string{"a/b/memory.max": "50\n", "a/b/memory.current": "20\n"}, 30, true},
+		"of a group above": {"0::/a/b\n", map[string]string{
+			"a/memory.max": "60\n", "a/memory.current": "50\n", "a/b/memory.max": "max\n", "a/b/memory.current": "20\n",
+		}, 10, true},
 		"outside, version 1": {"7:cpu:/x\n6:memory:/a\n", map[string]string{
 			"memory/memory.limit_in_bytes": unlimited, "memory/memory.usage_in_bytes": "300\n",
 			"memory/a/memory.limit_in_bytes": "400\n", "memory/a/memory.usage_in_bytes": "500\n",
