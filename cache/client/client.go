@@ -88,7 +88,9 @@ const defaultBuffers = 256 << 20
 type timing struct {
 	ping, pong     time.Duration
 	near, nearIdle time.Duration
+	// crowd is crowdPatience, of files larger than large.
 	crowd          time.Duration
+	large          int64
 	client, worker time.Duration
 	// slow is when a request without an answer gives its share of the network to others.
 	slow time.Duration
@@ -101,7 +103,8 @@ type timing struct {
 
 func defaultTiming() timing {
 	return timing{
-		ping: wire.PingInterval, pong: wire.PongTimeout, near: nearPatience, nearIdle: nearIdle, crowd: crowdPatience, client: wire.ClientTimeout,
+		ping: wire.PingInterval, pong: wire.PongTimeout, near: nearPatience, nearIdle: nearIdle, client: wire.ClientTimeout,
+		crowd: crowdPatience, large: maxLeaseFill,
 		// The worker gives up first and says why.
 		worker: wire.WorkerTimeout + 2*time.Second,
 		slow:   250 * time.Millisecond,

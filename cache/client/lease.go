@@ -24,6 +24,10 @@ var ErrNoLease = errors.New("no lease")
 // maxLeaseFill is the size of the largest file that is brought into the node's store whole for a lease.
 const maxLeaseFill = 256 << 20
 
+// crowdPatience is how long a larger file is waited for to become whole where a worker of this machine finds that
+// enough read it already.
+const crowdPatience = 4 * time.Second
+
 // fillers is how many blocks are fetched at once for that.
 const fillers = 8
 
@@ -45,9 +49,9 @@ type Lease struct {
 func (l *Lease) Release() { l.once.Do(l.release) }
 
 // Lease returns a descriptor of file i from a worker on this machine that holds all of it, or from the
-// node's store. With wait the file is first brought in, for about that long at most. Without, a file that is not whole
-// is made ready for reads, and where many read it already it is waited for a while to become whole. When passthrough
-// is not possible now the error wraps ErrNoLease.
+// node's store. With wait the file is first brought in, for about that long at most. A large one that is not whole
+// may be waited for without it, where so many read it that one more would only slow them: for crowdPatience at most, and
+// for three quarters of the time that ctx has. When passthrough is not possible now the error wraps ErrNoLease.
 func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration) (*Lease, error) {
 	if !c.begin() {
 		return nil, errClosed
@@ -64,17 +68,24 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 	if n := c.stripes(o); n > 0 {
 		return nil, no(fmt.Errorf("the file is striped over %d workers", n))
 	}
-	l, reason := c.nodeLease(ctx, i, o, wait)
-	if l == nil && wait == 0 && ctx.Err() == nil && c.near(ctx, i, o, c.timing.crowd) != nil {
-		// It is lent before it is whole. Where there was a crowd it may be by now.
-		l, reason = c.nodeLease(ctx, i, o, 0)
+	patience := wait
+	if wait == 0 && o.Size > c.timing.large {
+		patience = c.timing.crowd
+		if end, ok := ctx.Deadline(); ok {
+			patience = max(min(patience, time.Until(end)/4*3), 0)
+		}
 	}
-	switch {
-	case l != nil:
-		c.count.leases.Add(1)
-		return l, nil
-	case ctx.Err() != nil:
-		return nil, no(context.Cause(ctx))
+	reason := errors.New("no owner of it has a socket on this machine")
+	for _, socket := range c.sockets(o) {
+		l, err := c.sockLease(ctx, socket, i, o.Size, patience, 0)
+		if err == nil {
+			c.count.leases.Add(1)
+			return l, nil
+		}
+		reason = err
+		if ctx.Err() != nil {
+			return nil, no(context.Cause(ctx))
+		}
 	}
 	if c.config.Store != nil {
 		l, err := c.storeLease(ctx, i, o, wait)
@@ -85,22 +96,6 @@ func (c *Client) Lease(ctx context.Context, i catalog.Index, wait time.Duration)
 		reason = err
 	}
 	return nil, no(reason)
-}
-
-// nodeLease leases from a worker on this machine.
-func (c *Client) nodeLease(ctx context.Context, i catalog.Index, o ring.Object, wait time.Duration) (*Lease, error) {
-	reason := errors.New("no owner of it has a socket on this machine")
-	for _, socket := range c.sockets(o) {
-		l, err := c.sockLease(ctx, socket, i, o.Size, wait, 0)
-		if err == nil {
-			return l, nil
-		}
-		reason = err
-		if ctx.Err() != nil {
-			break
-		}
-	}
-	return nil, reason
 }
 
 // stripes is over how many workers a file is striped; 0: each of its owners owns all of it, as where there are no more

@@ -506,3 +506,47 @@ func TestLeasesAndReadsShareWhatIsFetchedForTheNodeStore(t *testing.T) {
 		}
 	}
 }
+
+// A large file may be waited for where many read it; its worker decides. What ctx has left is not used up by that.
+func TestOnlyALargeFileMayBeWaitedForAtACrowd(t *testing.T) {
+	data := map[string][]byte{"small": content(1, ring.BlockSize), "large": content(2, ring.BlockSize+1)}
+	k := newTier(t, data)
+	k.start("a")
+	k.timing.large, k.timing.crowd = ring.BlockSize, 4*time.Second
+	waits := make(chan time.Duration, 1)
+	l := lend(t, k.keys, func(r wire.Request) (*os.File, error) {
+		waits <- time.Duration(r.WaitMillis) * time.Millisecond
+		return nil, wire.ErrNotResident
+	})
+	k.worker("a").socket = l.path
+	k.setMembers()
+	c := k.dial(nil)
+	wait := func(name string, left, wait time.Duration) time.Duration {
+		t.Helper()
+		ctx := t.Context()
+		if left != 0 {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeout(ctx, left)
+			defer cancel()
+		}
+		if _, err := c.Lease(ctx, k.index(name), wait); !errors.Is(err, ErrNoLease) {
+			t.Fatalf("%s: %v", name, err)
+		}
+		return <-waits
+	}
+	if d := wait("small", 0, 0); d != 0 {
+		t.Errorf("a small file is waited for %v", d)
+	}
+	if d := wait("large", 0, 0); d != 4*time.Second {
+		t.Errorf("a large file is waited for %v", d)
+	}
+	if d := wait("large", time.Hour, 0); d != 4*time.Second {
+		t.Errorf("with much time it is waited for %v", d)
+	}
+	if d := wait("large", 4*time.Second, 0); d > 3*time.Second || d == 0 {
+		t.Errorf("of 4 s it is waited for %v", d)
+	}
+	if d := wait("large", 0, time.Second); d != time.Second {
+		t.Errorf("told to wait for a second it is waited for %v", d)
+	}
+}

@@ -32,8 +32,6 @@ const (
 	// nearPatience is how long a block is waited for. What comes after it, one block over the network, is bounded by
 	// wire.ClientTimeout, and both together by wire.FUSETimeout.
 	nearPatience = wire.FUSETimeout - wire.ClientTimeout
-	// crowdPatience is how long the opening of a large file may wait for it to become whole, where many read it.
-	crowdPatience = 4 * time.Second
 )
 
 // nears are the files that are lent to the client, and those that were asked for in vain.
@@ -75,9 +73,8 @@ type arrival struct {
 	once   sync.Once     // closes urgent
 }
 
-// near is file i where a worker of this machine has it; nil: it is to be read over the network. With wait nobody reads it
-// yet, and it may be waited for to become whole.
-func (c *Client) near(ctx context.Context, i catalog.Index, o ring.Object, wait time.Duration) *near {
+// near is file i where a worker of this machine has it; nil: it is to be read over the network.
+func (c *Client) near(ctx context.Context, i catalog.Index, o ring.Object) *near {
 	if o.Size <= ring.BlockSize {
 		return nil // it is one read, or it is passed through: asking costs more than it gains
 	}
@@ -109,7 +106,7 @@ func (c *Client) near(ctx context.Context, i catalog.Index, o ring.Object, wait 
 		s.lent++
 		f.asking = make(chan struct{})
 		s.mu.Unlock()
-		n := c.lendNear(i, o, wait)
+		n := c.lendNear(i, o)
 		s.mu.Lock()
 		close(f.asking)
 		f.asking = nil
@@ -162,12 +159,12 @@ func (f *nearFile) refuse(now time.Time) {
 }
 
 // lendNear asks this machine's workers for a file. No reader's context bounds it, since others wait for it too.
-func (c *Client) lendNear(i catalog.Index, o ring.Object, wait time.Duration) *near {
+func (c *Client) lendNear(i catalog.Index, o ring.Object) *near {
 	if c.stripes(o) > 0 {
 		return nil
 	}
 	for _, socket := range c.sockets(o) {
-		l, err := c.sockLease(c.ctx, socket, i, o.Size, wait, wire.FlagEarly)
+		l, err := c.sockLease(c.ctx, socket, i, o.Size, 0, wire.FlagEarly)
 		if err != nil {
 			c.log.Debug("a file is not read where its worker keeps it", "file", i, "socket", socket, "error", err)
 			continue

@@ -7,7 +7,6 @@ import (
 	"math/rand/v2"
 	"os"
 	"path/filepath"
-	"runtime"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -387,65 +386,5 @@ func TestAFileThatIsTooLargeToLend(t *testing.T) {
 	}
 	if s := c.Stats(); s.NearBytes != 0 || s.WorkerBytes == 0 {
 		t.Errorf("%+v", s)
-	}
-}
-
-// Who opens a file that as many read as this machine's processors can serve gets it whole.
-func TestWhoComesToACrowdHasTheFileWhole(t *testing.T) {
-	ctx := testContext(t)
-	want := content(3, 3*ring.BlockSize)
-	k := overFolder(t, map[string][]byte{"f": want})
-	k.start("a")
-	k.settled()
-	var readers []*Client
-	open := func(c *Client) (*Lease, error) {
-		i, ok := c.Snapshot().Lookup("/f")
-		if !ok {
-			t.Fatal("no file")
-		}
-		return c.Lease(ctx, i, 0)
-	}
-	for range 2 * runtime.NumCPU() {
-		c := k.dial(nil)
-		if _, err := open(c); !errors.Is(err, ErrNoLease) {
-			t.Fatalf("a lease of what is not there: %v", err)
-		}
-		if n := lentTo(c); n != 1 {
-			t.Fatalf("%d files are lent to who opened one", n)
-		}
-		readers = append(readers, c)
-	}
-	late := k.dial(nil)
-	type answer struct {
-		l   *Lease
-		err error
-	}
-	got := make(chan answer, 1)
-	go func() {
-		l, err := open(late)
-		got <- answer{l, err}
-	}()
-	i, _ := readers[0].Snapshot().Lookup("/f")
-	if err := checkRead(ctx, readers[0], i, want, 0, len(want)); err != nil {
-		t.Fatal(err)
-	}
-	a := <-got
-	if errors.Is(a.err, ErrNoLease) {
-		// The reader made no way for so long that nobody expected the rest; it has the file whole now.
-		t.Log(a.err)
-		a.l, a.err = open(late)
-	}
-	if a.err != nil {
-		t.Fatal(a.err)
-	}
-	defer a.l.Release()
-	p := make([]byte, len(want))
-	if _, err := a.l.File.ReadAt(p, 0); err != nil || !bytes.Equal(p, want) {
-		t.Errorf("wrong bytes, %v", err)
-	}
-	late.Forget(i)
-	eventually(t, "the file is given back", func() bool { return lentTo(late) == 0 })
-	if n := k.workers["a"].Status().SourceBytes; n != int64(len(want)) {
-		t.Errorf("%d bytes left the bucket", n)
 	}
 }

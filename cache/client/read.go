@@ -50,7 +50,7 @@ func (c *Client) ReadAt(ctx context.Context, i catalog.Index, p []byte, off int6
 	if len(p) == 0 {
 		return 0, nil
 	}
-	r := reading{c: c, index: i, object: o, near: c.near(ctx, i, o, 0)}
+	r := reading{c: c, index: i, object: o, near: c.near(ctx, i, o)}
 	r.advice = c.streams.observe(i, o.Size, off, int64(len(p)), r.ready)
 	n, err := r.read(ctx, p, off)
 	if err == nil && short {

@@ -85,7 +85,8 @@ type Peeker interface {
 // Leaser is a Reader that can hand out a descriptor of a file that this node holds whole.
 type Leaser interface {
 	// Lease returns a lease of the file with the given index, or an error when there can be none now. It
-	// waits for the file to become whole, up to wait.
+	// waits for the file to become whole, up to wait; with none it may still wait for some seconds, as long as ctx lasts,
+	// where that is better for all who read the file.
 	Lease(ctx context.Context, i catalog.Index, wait time.Duration) (Lease, error)
 }
 

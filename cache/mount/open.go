@@ -232,6 +232,9 @@ func (p *passthrough) awaitClose(ctx context.Context, i catalog.Index) error {
 // has its pages, or buffered says that there will be no backing id.
 func (p *passthrough) count(ctx context.Context, i catalog.Index, size int64, unique uint64, buffered bool) (id int32, decided bool, err error) {
 	t := p.f.table
+	if buffered { // who has waited for a lease in vain, perhaps until ctx ended, opens the file all the same
+		ctx = context.WithoutCancel(ctx)
+	}
 	if err := t.lock(ctx); err != nil {
 		return 0, false, err
 	}

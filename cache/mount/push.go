@@ -65,8 +65,8 @@ type pusher struct {
 	queue  chan push
 	off    atomic.Bool // nothing is pushed, or not any more
 	budget atomic.Int64
-	stop   context.CancelFunc // ends run
-	ended  chan struct{}      // closed when run has ended
+	stop   context.CancelFunc // ends what start began
+	ended  chan struct{}      // closed when that has ended
 
 	mu     sync.Mutex
 	listed map[catalog.Index]*pushed
@@ -76,12 +76,13 @@ type pusher struct {
 type pushed struct {
 	asked  int // files that were asked for
 	window int64
-	under  bool     // a push is under way or waits
-	had    []uint64 // a bit for each child that was asked for, pushed or never is; made with the first one
+	under  bool // a push is under way or waits
+	// had has a bit for each child that was asked for, pushed or never is. It is made with the first one.
+	had []uint64
 }
 
-// make makes the bits, of so many children, if there are none.
-func (d *pushed) make(n uint32) {
+// bits makes had, for so many children, if it is not there.
+func (d *pushed) bits(n uint32) {
 	if d.had == nil {
 		d.had = make([]uint64, (n+63)/64)
 	}
@@ -104,10 +105,16 @@ func newPusher(f *fileSystem) *pusher {
 
 // start begins to push, until ctx ends or end is called.
 func (p *pusher) start(ctx context.Context, enter func() (*entrance, error)) {
+	release, kept := p.f.snap.Keep() // end may leave this behind
+	if !kept {
+		p.off.Store(true)
+		return
+	}
 	p.enter = enter
 	ctx, p.stop = context.WithCancel(ctx)
 	p.ended = make(chan struct{})
 	go func() {
+		defer release()
 		defer close(p.ended)
 		for {
 			select {
@@ -179,7 +186,7 @@ func (p *pusher) read(i catalog.Index, n *catalog.Node) {
 	if !ok || i < parent.First || i-parent.First >= parent.Count {
 		return
 	}
-	d.make(parent.Count)
+	d.bits(parent.Count)
 	at := i - parent.First
 	if d.had[at/64]&(1<<(at%64)) != 0 {
 		return // the kernel had it and dropped it, so that memory is short, or it is read once more
@@ -202,7 +209,7 @@ func (p *pusher) take(w push) (files []catalog.Index) {
 	p.mu.Lock()
 	defer p.mu.Unlock()
 	d := p.listed[w.dir]
-	d.make(parent.Count)
+	d.bits(parent.Count)
 	for k := uint32(0); k < parent.Count; k++ {
 		at := (w.at + 1 + k) % parent.Count
 		if at%64 == 0 && d.had[at/64] == math.MaxUint64 && k+63 < parent.Count {

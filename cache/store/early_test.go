@@ -12,7 +12,7 @@ import (
 
 func leaseEarly(t *testing.T, s *Store, o ring.Object) *Lease {
 	t.Helper()
-	return leaseBy(t, func(o ring.Object) (*Lease, error) { return s.LeaseEarly(o, 0) }, o)
+	return leaseBy(t, s.LeaseEarly, o)
 }
 
 // reads checks that a block can be read through the lease and is the object's.
@@ -106,14 +106,14 @@ func TestEarlyLeasesLeaveAnEighthOfTheQuota(t *testing.T) {
 	a, b := anObject(1, 12*mib), anObject(2, 10*mib)
 	first := leaseEarly(t, s, a)
 	again := leaseEarly(t, s, a) // counted once
-	if _, err := s.LeaseEarly(b, 0); !errors.Is(err, ErrNoRoom) {
+	if _, err := s.LeaseEarly(b); !errors.Is(err, ErrNoRoom) {
 		t.Fatalf("%v", err)
 	}
-	if _, err := s.LeaseEarly(anObject(3, 22*mib), 0); !errors.Is(err, ErrNoRoom) {
+	if _, err := s.LeaseEarly(anObject(3, 22*mib)); !errors.Is(err, ErrNoRoom) {
 		t.Errorf("more than that at once: %v", err)
 	}
 	first.Release()
-	if _, err := s.LeaseEarly(b, 0); !errors.Is(err, ErrNoRoom) {
+	if _, err := s.LeaseEarly(b); !errors.Is(err, ErrNoRoom) {
 		t.Errorf("while the other lease lives: %v", err)
 	}
 	again.Release()
@@ -158,26 +158,5 @@ func TestAnEarlyLeaseOfADroppedObjectTellsOfNoBlock(t *testing.T) {
 	}
 	l.Release()
 	reads(t, leaseEarly(t, s, o), o, 1)
-	checkBooks(t, s)
-}
-
-func TestAnIncompleteFileHasSoManyReaders(t *testing.T) {
-	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
-	o := anObject(1, 2*ring.BlockSize)
-	atMost := func(most int) func(ring.Object) (*Lease, error) {
-		return func(o ring.Object) (*Lease, error) { return s.LeaseEarly(o, most) }
-	}
-	first := leaseBy(t, atMost(2), o)
-	leaseBy(t, atMost(2), o)
-	if _, err := s.LeaseEarly(o, 2); !errors.Is(err, ErrCrowded) {
-		t.Errorf("the third of two: %v", err)
-	}
-	leaseBy(t, atMost(0), o).Release() // who does not mind
-	first.Release()
-	leaseBy(t, atMost(2), o)
-	load(t, s, o)
-	for range 3 {
-		leaseBy(t, atMost(2), o) // it is whole
-	}
 	checkBooks(t, s)
 }

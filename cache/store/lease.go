@@ -53,9 +53,8 @@ func (s *Store) Lease(o ring.Object) (*Lease, error) {
 // LeaseEarly is Lease of an object that need not be whole, nor held at all: what is filled from now on can be read
 // through the descriptor as well. Its receiver must ask Sums for each block before it reads of it, and should compare
 // what it reads with them: anything else is zeros. Since nothing of such a file can be evicted while somebody reads
-// it, they may take seven eighths of the quota, counted in full from the beginning: beyond that it is ErrNoRoom. Where
-// there are most leases of it already, and it is not whole, it is ErrCrowded; zero means that any number may be.
-func (s *Store) LeaseEarly(o ring.Object, most int) (*Lease, error) {
+// it, they may take seven eighths of the quota, counted in full from the beginning: beyond that it is ErrNoRoom.
+func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
 	l, err := s.Lease(o)
 	if !errors.Is(err, ErrNotWhole) {
 		return l, err
@@ -70,10 +69,6 @@ func (s *Store) LeaseEarly(o ring.Object, most int) (*Lease, error) {
 	if err != nil {
 		s.mu.Unlock()
 		return nil, err
-	}
-	if most > 0 && ob.leases >= most {
-		s.mu.Unlock()
-		return nil, fmt.Errorf("object %s: %w", name(o.ID), ErrCrowded)
 	}
 	if size := s.roundUp(o.Size); !ob.early {
 		if s.early+size > s.quota/8*7 {

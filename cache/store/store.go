@@ -48,8 +48,6 @@ var (
 	ErrFull = errors.New("cache full")
 	// ErrNotWhole: the store does not hold all blocks of the object.
 	ErrNotWhole = errors.New("object not wholly resident")
-	// ErrCrowded: as many as may read the object while it is incomplete do.
-	ErrCrowded = errors.New("object has enough readers before it is wholly resident")
 	// ErrNoLease: this store cannot hand out descriptors; the message says why.
 	ErrNoLease = errors.New("descriptors cannot be leased")
 	// ErrInUse: another process has the folder open.
@@ -89,6 +87,7 @@ type Residency struct {
 	Total  int64 // blocks of the object
 	Bytes  int64 // resident bytes of content
 	Whole  bool
+	Leases int // that are out, early ones included
 }
 
 // Stats are gauges and counters of a store.
@@ -274,7 +273,7 @@ func (s *Store) Residency(o ring.Object) Residency {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if ob := s.objects[o.ID]; ob != nil && ob.size == o.Size {
-		r.Blocks, r.Bytes = ob.resident, ob.bytes
+		r.Blocks, r.Bytes, r.Leases = ob.resident, ob.bytes, ob.leases
 	}
 	r.Whole = r.Blocks == r.Total
 	return r

@@ -109,9 +109,7 @@ const (
 	// under way (Overloaded otherwise), so that guesses never stand in the way of readers.
 	FlagGuess
 	// FlagEarly, of OpLease: the file may be incomplete, and the sender asks OpBlock for each block before it reads it
-	// through the descriptor. WaitMillis, if it is not zero, says that it has not begun to read and would rather have the
-	// file whole: where many read it already, so that another reader would only slow them, it is lent once it is whole,
-	// or after that time, or as soon as it is clear that it will not be whole by then.
+	// through the descriptor.
 	FlagEarly
 )
 

@@ -7,7 +7,6 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"runtime"
 	"sync"
 	"time"
 
@@ -20,7 +19,8 @@ import (
 )
 
 const (
-	// maxLeaseFill is the largest file that is filled for a lease; larger ones are leased when whole.
+	// maxLeaseFill is the largest file that is filled for a lease; larger ones are leased when whole, which is waited for
+	// where they have a crowd of readers.
 	maxLeaseFill = 256 << 20
 	// leaseFills is how many blocks of a file are filled at once.
 	leaseFills      = 8
@@ -251,20 +251,25 @@ func (w *Worker) lease(ctx context.Context, req wire.Request) (*store.Lease, fil
 		return l, f, nil
 	}
 	if errors.Is(err, store.ErrNotWhole) && req.Flags&wire.FlagEarly != 0 {
-		l, err := w.leaseEarly(ctx, f, min(time.Duration(req.WaitMillis)*time.Millisecond, wire.ClientTimeout))
+		l, err := w.leaseEarly(f)
 		return l, f, err
 	}
 	if !errors.Is(err, store.ErrNotWhole) || req.WaitMillis == 0 {
 		return nil, f, fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
 	}
-	if f.ring.Size > maxLeaseFill {
-		return nil, f, fmt.Errorf("%w: %s: files larger than %d bytes are not filled for a lease", wire.ErrNotResident, f, maxLeaseFill)
-	}
-	// A file of this size is placed whole.
-	if _, place := w.members.view().owners(w.config.ID, f.ring, 0, w.config.Copies); place < 0 {
-		return nil, f, fmt.Errorf("%w: %s", wire.ErrNotOwner, f)
+	if err := w.keepsWhole(f); err != nil {
+		return nil, f, err
 	}
 	wait := min(time.Duration(req.WaitMillis)*time.Millisecond, wire.ClientTimeout)
+	if f.ring.Size > w.leaseFill {
+		if !w.awaitWhole(ctx, f, wait) {
+			return nil, f, fmt.Errorf("%w: %s: files larger than %d bytes are not filled for a lease", wire.ErrNotResident, f, w.leaseFill)
+		}
+		if l, err = w.store.Lease(f.ring); err != nil {
+			err = fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
+		}
+		return l, f, err
+	}
 	within, cancel := context.WithTimeout(ctx, wait)
 	defer cancel()
 	if err := w.fillFile(within, f); err != nil {
@@ -280,65 +285,26 @@ func (w *Worker) lease(ctx context.Context, req wire.Request) (*store.Lease, fil
 	return l, f, nil
 }
 
-// readersPerCPU is how many read an incomplete file, for each processor of this machine, before others wait for the
-// rest of it: whoever can wait for the whole file reads it for a fifth less CPU (the kernel passes it through), and by then
-// the processors have enough to do.
-const readersPerCPU = 2
-
-// leaseEarly leases a file that may be incomplete, if all of it is this worker's to fill. With wait, it is for somebody
-// who has not begun to read.
-func (w *Worker) leaseEarly(ctx context.Context, f file, wait time.Duration) (*store.Lease, error) {
+// keepsWhole is an error unless all of a file is this worker's to fill.
+func (w *Worker) keepsWhole(f file) error {
 	v := w.members.view()
 	_, place := v.owners(w.config.ID, f.ring, 0, w.config.Copies)
 	if place < 0 || f.ring.Size > ring.StripeThreshold && len(v.Owners(f.ring, 0, 0)) > w.config.Copies {
-		return nil, fmt.Errorf("%w: %s", wire.ErrNotOwner, f)
+		return fmt.Errorf("%w: %s", wire.ErrNotOwner, f)
 	}
-	most := 0
-	if wait > 0 {
-		most = readersPerCPU * runtime.NumCPU()
+	return nil
+}
+
+// leaseEarly leases a file that may be incomplete.
+func (w *Worker) leaseEarly(f file) (*store.Lease, error) {
+	if err := w.keepsWhole(f); err != nil {
+		return nil, err
 	}
-	l, err := w.store.LeaseEarly(f.ring, most)
-	if errors.Is(err, store.ErrCrowded) {
-		w.awaitWhole(ctx, f, wait)
-		l, err = w.store.LeaseEarly(f.ring, 0)
-	}
+	l, err := w.store.LeaseEarly(f.ring)
 	if err != nil {
 		err = fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
 	}
 	return l, err
-}
-
-const (
-	// wholePoll is how often it is seen whether a file is whole.
-	wholePoll = 10 * time.Millisecond
-	// wholePace is how long its readers' pace is watched for a guess at when it will be.
-	wholePace = 500 * time.Millisecond
-)
-
-// awaitWhole waits while others' reading makes a file whole, as long as it can be expected to be within wait.
-func (w *Worker) awaitWhole(ctx context.Context, f file, wait time.Duration) {
-	t := time.NewTicker(wholePoll)
-	defer t.Stop()
-	at := time.Now()
-	end, before := at.Add(wait), w.store.Residency(f.ring).Bytes
-	for {
-		select {
-		case <-ctx.Done():
-			return
-		case now := <-t.C:
-			r := w.store.Residency(f.ring)
-			if r.Whole || now.After(end) {
-				return
-			}
-			if past := now.Sub(at); past >= wholePace {
-				pace := float64(r.Bytes-before) / past.Seconds()
-				if float64(f.ring.Size-r.Bytes) > pace*end.Sub(now).Seconds() {
-					return
-				}
-				at, before = now, r.Bytes
-			}
-		}
-	}
 }
 
 // fillFile makes all blocks of a file resident, if they fit.

@@ -84,9 +84,12 @@ type Worker struct {
 	// uncached answers of one connection, so that a reader that does not take them holds up only itself.
 	peerFills  *semaphore.Weighted
 	connBudget int64
-	asking     blockSet
-	guesses    chan struct{} // a token for each fill that nobody asked for
-	digests    *digests
+	// leaseFill is maxLeaseFill, but for tests.
+	leaseFill int64
+	crowds    crowds
+	asking    blockSet
+	guesses   chan struct{} // a token for each fill that nobody asked for
+	digests   *digests
 	// refused is a file that the bucket refused to be read; nil while it lets us in.
 	refused    atomic.Pointer[file]
 	refusedNow chan struct{}
@@ -144,7 +147,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	w := &Worker{
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16),
-		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, digests: newDigests(),
+		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(),
 		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches),
 		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
