@@ -26,7 +26,7 @@ const maxLeaseFill = 256 << 20
 
 // crowdPatience is how long a larger file is waited for to become whole where a worker of this machine finds that
 // enough read it already.
-const crowdPatience = 4 * time.Second
+const crowdPatience = 5 * time.Second
 
 // fillers is how many blocks are fetched at once for that.
 const fillers = 8

@@ -133,9 +133,9 @@ type Options struct {
 	// Zero means 1 MiB.
 	LeaseMin int64
 	// LeaseWaitMax is the size up to which an open waits for the file to become whole on this node; zero means
-	// 256 MiB. Larger files are leased only when they are whole already.
+	// 256 MiB. Larger files are leased only when they are whole already, or where many read them soon will be.
 	LeaseWaitMax int64
-	// LeaseWait is how long an open waits for that; zero means 5 s, and it is less than ReadTimeout.
+	// LeaseWait is how long an open waits for that; zero means 5 s, and it is at most half of ReadTimeout.
 	LeaseWait time.Duration
 	// Leases bounds the number of files that are open by passthrough, or kept ready for it, at once; each
 	// costs a descriptor. Zero means 4,096. Files beyond it are read through the Reader.

@@ -379,8 +379,9 @@ func (p *passthrough) acquire(ctx context.Context, i catalog.Index, size int64) 
 		if size <= p.f.opt.LeaseWaitMax {
 			wait = p.f.opt.LeaseWait
 		}
-		// Not the context of the one who came first: the others wait too. The slack is for the answer's way.
-		ctx, cancel := context.WithTimeout(p.f.ctx, wait+p.f.opt.LeaseWait)
+		// Not the context of the one who came first: the others wait too. The slack is for the answer's way, and for a
+		// large file that the tier would rather wait for.
+		ctx, cancel := context.WithTimeout(p.f.ctx, 2*p.f.opt.LeaseWait)
 		defer cancel()
 		return nil, p.register(ctx, i, size, wait)
 	})
