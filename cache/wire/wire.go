@@ -64,9 +64,10 @@ const (
 	// worker answers questions about names.
 	OpMembers
 	// OpLease (Unix socket only) asks for a read-only descriptor of a file that the worker holds whole.
-	// With WaitMillis > 0 the worker first fills the file, for that long at most. The descriptor comes
-	// with the reply (SCM_RIGHTS) and the lease's id in Off. The lease ends with OpRelease or with the
-	// connection; a live lease keeps the file from eviction.
+	// With WaitMillis > 0 the worker first fills the file, for that long at most; one that is too large for that it
+	// waits for where so many read it that another reader would only slow them. The descriptor comes with the reply
+	// (SCM_RIGHTS) and the lease's id in Off. The lease ends with OpRelease or with the connection; a live lease keeps
+	// the file from eviction.
 	OpLease
 	// OpRelease ends the lease whose id is in Off.
 	OpRelease
