@@ -38,7 +38,7 @@ const (
 	pushFile = 1 << 20
 	// pushCost is what a file takes beyond its pages, in the kernel, about.
 	pushCost = 2 << 10
-	// pushers is how many files are fetched and stored at once.
+	// pushers is how many files are fetched and offered at once.
 	pushers = 16
 	// pushMisses in a row end a push: the tier does not hold these files, or the kernel does not know them.
 	pushMisses = 32
@@ -105,6 +105,9 @@ func newPusher(f *fileSystem) *pusher {
 
 // start begins to push, until ctx ends or end is called.
 func (p *pusher) start(ctx context.Context, enter func() (*entrance, error)) {
+	if p.off.Load() {
+		return
+	}
 	release, kept := p.f.snap.Keep() // end may leave this behind
 	if !kept {
 		p.off.Store(true)
@@ -221,7 +224,7 @@ func (p *pusher) take(w push) (files []catalog.Index) {
 			continue
 		}
 		n, ok := p.f.snap.Node(parent.First + at)
-		if push := ok && !n.Dir && n.Size > 0 && n.Size <= pushFile; push {
+		if ok && !n.Dir && n.Size > 0 && n.Size <= pushFile {
 			if room -= pushWeight(n.Size); room < 0 {
 				break
 			}

@@ -31,7 +31,8 @@ type crowds struct {
 	opened map[source.ID][]time.Time
 }
 
-// join counts one more who opens a file that has so many readers by descriptor, unless they are most already.
+// join counts one more who opens a file that has so many readers by descriptor, unless they are most already. Who has
+// opened it just now may be one of these readers by now, so the larger number counts.
 func (c *crowds) join(id source.ID, readers, most int, now time.Time) bool {
 	c.mu.Lock()
 	defer c.mu.Unlock()

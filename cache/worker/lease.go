@@ -261,18 +261,13 @@ func (w *Worker) lease(ctx context.Context, req wire.Request) (*store.Lease, fil
 		return nil, f, err
 	}
 	wait := min(time.Duration(req.WaitMillis)*time.Millisecond, wire.ClientTimeout)
+	within, cancel := context.WithTimeout(ctx, wait)
+	defer cancel()
 	if f.ring.Size > w.leaseFill {
 		if !w.awaitWhole(ctx, f, wait) {
 			return nil, f, fmt.Errorf("%w: %s: files larger than %d bytes are not filled for a lease", wire.ErrNotResident, f, w.leaseFill)
 		}
-		if l, err = w.store.Lease(f.ring); err != nil {
-			err = fmt.Errorf("%w: %s: %w", wire.ErrNotResident, f, err)
-		}
-		return l, f, err
-	}
-	within, cancel := context.WithTimeout(ctx, wait)
-	defer cancel()
-	if err := w.fillFile(within, f); err != nil {
+	} else if err := w.fillFile(within, f); err != nil {
 		if within.Err() != nil {
 			err = fmt.Errorf("%w: %s: not filled within %v: %w", wire.ErrNotResident, f, wait, err)
 		}
