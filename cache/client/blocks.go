@@ -263,7 +263,7 @@ func (b *blocks) take(n int) []byte {
 		b.pooled -= int64(size)
 		return buf[:n]
 	}
-	return make([]byte, size)[:n]
+	return fresh(size)[:n]
 }
 
 // put takes a buffer back. b.mu is held.
