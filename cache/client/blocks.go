@@ -57,6 +57,8 @@ func (e *extent) covers(lo, hi int) bool { return e.lo <= lo && hi <= e.hi }
 // What a reader has read to its end it hardly reads again, and above it there is the kernel's page cache. So
 // that goes first, and once there is maxSpent of it, or a quarter of the budget, it goes before new memory is taken:
 // memory that was touched already costs much less than memory that was not.
+//
+// Once nobody has read for a while all of it is given back (rest): a node has many readers, of which few read.
 type blocks struct {
 	budget int64
 
@@ -71,6 +73,8 @@ type blocks struct {
 	unread  list.List // *extent, read ahead and not asked for yet, oldest first
 	ahead   int64     // taken by extents that were read ahead and not asked for yet
 	clock   int64     // bytes ever taken
+	uses    uint64    // of extents and buffers, ever
+	rested  uint64    // uses when rest was called last
 }
 
 // Buffers come in powers of two from one chunk to one block.
@@ -121,6 +125,7 @@ func (b *blocks) lookup(key blockKey, lo, hi int) *extent {
 
 // use takes a reference for a reader. b.mu is held.
 func (b *blocks) use(e *extent) {
+	b.uses++
 	e.refs++
 	e.hurry()
 	if e.ahead {
@@ -252,6 +257,7 @@ func (b *blocks) shrink(want int64) bool {
 // take returns a buffer of n bytes, for which there is room. b.mu is held.
 func (b *blocks) take(n int) []byte {
 	k, size := class(n)
+	b.uses++
 	b.taken += int64(size)
 	for len(b.free[k]) == 0 && b.spentBy > min(b.budget/4, maxSpent) {
 		b.evict(b.spent.Front().Value.(*extent))
@@ -264,6 +270,22 @@ func (b *blocks) take(n int) []byte {
 		return buf[:n]
 	}
 	return fresh(size)[:n]
+}
+
+// rest gives back what nobody uses, if nobody has used anything since it was called last.
+func (b *blocks) rest() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	if b.uses != b.rested {
+		b.rested = b.uses
+		return
+	}
+	for _, l := range []*list.List{&b.spent, &b.used, &b.unread} {
+		for l.Len() > 0 {
+			b.evict(l.Front().Value.(*extent))
+		}
+	}
+	b.free, b.pooled = [classes][][]byte{}, 0
 }
 
 // put takes a buffer back. b.mu is held.

@@ -22,7 +22,8 @@
 //
 // Concurrency: everything is safe for concurrent use. Every goroutine belongs to a Client and has ended when
 // Close returns. Memory is Config.BufferBytes, from the moment a buffer waits for its bytes, and a small
-// fixed buffer for each read under way that finds no room. Failure: errors name the dataset, the file and
+// fixed buffer for each read under way that finds no room; it is given back when nobody has read for half a
+// minute. Failure: errors name the dataset, the file and
 // its object, and wrap the source's errors (source.ErrChanged and so on), ErrNoLease, wire.ErrUnauthorized
 // or the context's.
 //
@@ -99,6 +100,8 @@ type timing struct {
 	retry, retryMax   time.Duration
 	// file is how often the membership file is looked at.
 	file time.Duration
+	// rest is how often it is looked whether anybody reads.
+	rest time.Duration
 }
 
 func defaultTiming() timing {
@@ -111,6 +114,7 @@ func defaultTiming() timing {
 		redial: 50 * time.Millisecond, redialMax: 2 * time.Second,
 		retry: 20 * time.Millisecond, retryMax: time.Second,
 		file: time.Second,
+		rest: 30 * time.Second,
 	}
 }
 
@@ -196,6 +200,11 @@ func newClient(config Config, t timing) (*Client, error) {
 	}
 	c.members = m
 	c.spawn(func() { m.run(c.ctx) })
+	c.spawn(func() {
+		for sleep(c.ctx, t.rest) {
+			c.cache.rest()
+		}
+	})
 	return c, nil
 }
 

@@ -1,13 +1,16 @@
 package client
 
 import (
+	"bytes"
 	"fmt"
 	"os"
 	"strings"
 	"testing"
+	"time"
 	"unsafe"
 
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // mapping returns what the kernel tells of the mapping that the bytes begin in.
@@ -54,5 +57,87 @@ func TestBlocksAskForHugePages(t *testing.T) {
 	}
 	if p := fresh(ring.BlockSize / 2); len(p) != ring.BlockSize/2 {
 		t.Errorf("%d bytes", len(p))
+	}
+}
+
+// rested waits until the client has no more memory than so much.
+func rested(t *testing.T, c *Client, most int64) {
+	t.Helper()
+	for end := time.Now().Add(testDeadline); ; time.Sleep(5 * time.Millisecond) {
+		taken, pooled := c.cache.usage()
+		if taken+pooled <= most {
+			return
+		}
+		if time.Now().After(end) {
+			t.Fatalf("%d bytes in use and %d for reuse with nobody reading", taken, pooled)
+		}
+	}
+}
+
+func TestMemoryIsGivenBackWhenNobodyReads(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 40<<20)})
+	k.timing.rest = 20 * time.Millisecond
+	k.start("a")
+	c := k.dial(nil)
+	f := k.index("f")
+	readOn := func(to int64) {
+		t.Helper()
+		for off := int64(0); off < to; off += 1 << 20 {
+			if err := checkRead(ctx, c, f, k.data["f"], off, 1<<20); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	readOn(20 << 20) // what was read, and what was read ahead
+	rested(t, c, 0)
+
+	// What somebody still looks at stays, however long.
+	readOn(1 << 20)
+	v := c.Peek(f, 0, make([]byte, 1<<20))
+	for ; v == nil; v = c.Peek(f, 0, make([]byte, 1<<20)) { // given back right before
+		readOn(1 << 20)
+	}
+	rested(t, c, ring.BlockSize)
+	time.Sleep(3 * k.timing.rest)
+	if !bytes.Equal(bytes.Join(v.Pieces, nil), k.data["f"][:1<<20]) {
+		t.Fatal("wrong bytes")
+	}
+	v.Release()
+	rested(t, c, 0)
+
+	readOn(40 << 20)
+	if s := c.Stats(); s.WorkerBytes < 40<<20 {
+		t.Fatalf("%+v", s)
+	}
+}
+
+func TestRestLeavesWhatWasUsedSince(t *testing.T) {
+	b := newBlocks(8 * ring.BlockSize)
+	e, made := b.add(t.Context(), blockKey{1, 0}, 0, 1, wire.SumSize, nil)
+	if !made {
+		t.Fatal("no room")
+	}
+	b.rest()
+	b.rest() // its fetch is under way
+	b.finish(e, nil)
+	b.release(e) // the fetch's
+	b.release(e) // the reader's
+	for range 5 {
+		if e := b.find(blockKey{1, 0}, 0, 1); e != nil {
+			b.release(e)
+		} else {
+			t.Fatal("gone, though it was used")
+		}
+		b.rest()
+	}
+	if taken, _ := b.usage(); taken != wire.SumSize {
+		t.Fatalf("%d bytes", taken)
+	}
+	if b.rest(); b.find(blockKey{1, 0}, 0, 1) != nil {
+		t.Fatal("still there")
+	}
+	if taken, pooled := b.usage(); taken != 0 || pooled != 0 || len(b.extents) != 0 {
+		t.Fatalf("%d bytes in use, %d for reuse", taken, pooled)
 	}
 }

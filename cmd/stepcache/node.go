@@ -55,6 +55,13 @@ at SIGTERM, unless a successor has taken over.`,
 			if err := c.Validate(); err != nil {
 				return usage{fmt.Errorf("node: %w", err)}
 			}
+			if room, limited := heapRoom(c.NodeMemory); limited {
+				if room < leastHeap {
+					return usage{fmt.Errorf("node: --node-memory %s leaves %s of what the container may have for everything else: raise its memory limit (resources.limits.memory of DaemonSet stepcache-node), or lower NODE_MEMORY there",
+						memory, humanize.IBytes(uint64(room)))}
+				}
+				keepHeap(room)
+			}
 			if err := mount.Supported(); err != nil {
 				return err
 			}
@@ -92,6 +99,9 @@ at SIGTERM, unless a successor has taken over.`,
 	f.StringVar(&kubeconfig, "kubeconfig", "", "how to reach the API server for --label (default: as a pod does)")
 	return cmd
 }
+
+// leastHeap is what the node service needs beside the node's memory to mount a Dataset or two.
+const leastHeap = 64 << 20
 
 func kubernetesClient(kubeconfig string) (kubernetes.Interface, error) {
 	config, err := rest.InClusterConfig()

@@ -60,6 +60,12 @@ probe.`,
 				return usage{errors.New("sidecar: --tier or --dataset is missing: say what to mount")}
 			}
 			o.BufferBytes, o.Logger = int64(n), logger()
+			if room, limited := heapRoom(0); limited {
+				keepHeap(room)
+				if o.BufferBytes = share(o.BufferBytes, room, len(names)); o.BufferBytes < int64(n) {
+					o.Logger.Info("the container's memory limit makes the buffers smaller", "asked", n, "each", o.BufferBytes, "datasets", len(names))
+				}
+			}
 			if socket != "" {
 				return sidecar.ServeLent(cmd.Context(), sidecar.LentOptions{
 					Socket: socket, Tier: o.Tier, Datasets: o.Datasets, Node: o.Node, BufferBytes: o.BufferBytes, Logger: o.Logger,
@@ -74,7 +80,7 @@ probe.`,
 	f.StringVar(&o.Tier, "tier", "", "folder with the folder of a tier for each Dataset")
 	f.StringArrayVar(&o.Datasets, "dataset", nil, "a Dataset to mount, as namespace/name")
 	f.StringVar(&o.Node, "node", os.Getenv("NODE_NAME"), "name of this node (default $NODE_NAME)")
-	f.StringVar(&buffer, "buffer", "128MiB", "memory for what is read of each Dataset")
+	f.StringVar(&buffer, "buffer", "128MiB", "memory for what is read of each Dataset; less where the container's limit is small")
 	f.BoolVar(&keep, "keep", false, "hold the mounts of another sidecar")
 	f.BoolVar(&check, "check", false, "say whether everything is mounted")
 	return cmd

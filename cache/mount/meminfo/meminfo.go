@@ -6,6 +6,7 @@ import (
 	"bufio"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"path"
 	"strconv"
@@ -47,19 +48,32 @@ func scan(line, format string, n *int64) bool {
 
 // Room is what is left of the tightest limit of this process's control groups, in bytes; what they use includes the page
 // caches that they can give back. ok is false where no limit is to be seen.
-func Room() (left int64, ok bool) { return room("/sys/fs/cgroup", "/proc/self/cgroup") }
+func Room() (left int64, ok bool) {
+	left, _, ok = limits("/sys/fs/cgroup", "/proc/self/cgroup")
+	return left, ok
+}
 
-func room(root, self string) (left int64, ok bool) {
+// Limit is the tightest limit of this process's control groups, in bytes. ok is false where none is to be seen.
+func Limit() (limit int64, ok bool) {
+	_, limit, ok = limits("/sys/fs/cgroup", "/proc/self/cgroup")
+	return limit, ok
+}
+
+func limits(root, self string) (left, least int64, ok bool) {
 	for _, dir := range groups(root, self) {
 		for _, names := range [][2]string{{"memory.max", "memory.current"}, {"memory.limit_in_bytes", "memory.usage_in_bytes"}} {
 			limit, limited := number(path.Join(dir, names[0]))
 			used, known := number(path.Join(dir, names[1]))
-			if limited && known && (!ok || limit-used < left) {
-				left, ok = limit-used, true
+			if !limited || !known || limit > math.MaxInt64/2 { // version 1 says "none" with the largest number of pages
+				continue
 			}
+			if !ok {
+				left, least, ok = limit-used, limit, true
+			}
+			left, least = min(left, limit-used), min(least, limit)
 		}
 	}
-	return left, ok
+	return left, least, ok
 }
 
 // groups are the folders that may tell of this process's control groups and those above: as seen in a container, and outside.
