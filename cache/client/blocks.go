@@ -58,7 +58,7 @@ func (e *extent) covers(lo, hi int) bool { return e.lo <= lo && hi <= e.hi }
 // that goes first, and once there is maxSpent of it, or a quarter of the budget, it goes before new memory is taken:
 // memory that was touched already costs much less than memory that was not.
 //
-// Once nobody has read for a while all of it is given back (rest): a node has many readers, of which few read.
+// Once nobody has read for a while all of it goes back to the system (rest): a node has many readers, of which few read.
 type blocks struct {
 	budget int64
 
@@ -73,6 +73,7 @@ type blocks struct {
 	unread  list.List // *extent, read ahead and not asked for yet, oldest first
 	ahead   int64     // taken by extents that were read ahead and not asked for yet
 	clock   int64     // bytes ever taken
+	coming  int       // extents whose fetch is under way
 	uses    uint64    // of extents and buffers, ever
 	rested  uint64    // uses when rest was called last
 }
@@ -183,6 +184,7 @@ func (b *blocks) add(ctx context.Context, key blockKey, lo, hi, n int, ahead *st
 		e.hurry()
 	}
 	b.extents[key] = append(b.extents[key], e)
+	b.coming++
 	return e, true
 }
 
@@ -272,20 +274,23 @@ func (b *blocks) take(n int) []byte {
 	return fresh(size)[:n]
 }
 
-// rest gives back what nobody uses, if nobody has used anything since it was called last.
-func (b *blocks) rest() {
+// rest lets go of what nobody uses, if nothing was used, came or is on its way since it was called last, and returns how
+// much that was.
+func (b *blocks) rest() int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	if b.uses != b.rested {
+	if b.uses != b.rested || b.coming > 0 {
 		b.rested = b.uses
-		return
+		return 0
 	}
+	had := b.taken + b.pooled
 	for _, l := range []*list.List{&b.spent, &b.used, &b.unread} {
 		for l.Len() > 0 {
 			b.evict(l.Front().Value.(*extent))
 		}
 	}
 	b.free, b.pooled = [classes][][]byte{}, 0
+	return had - b.taken
 }
 
 // put takes a buffer back. b.mu is held.
@@ -320,6 +325,8 @@ func (b *blocks) giveBack(buf []byte, size int) {
 // that succeeded the fetch keeps a reference, for keeping the bytes elsewhere too, until release.
 func (b *blocks) finish(e *extent, err error) {
 	b.mu.Lock()
+	b.coming--
+	b.uses++
 	e.err = err
 	close(e.done)
 	if err != nil {

@@ -22,8 +22,8 @@
 //
 // Concurrency: everything is safe for concurrent use. Every goroutine belongs to a Client and has ended when
 // Close returns. Memory is Config.BufferBytes, from the moment a buffer waits for its bytes, and a small
-// fixed buffer for each read under way that finds no room; it is given back when nobody has read for half a
-// minute. Failure: errors name the dataset, the file and
+// fixed buffer for each read under way that finds no room; it goes back to the system when nobody has read for a
+// minute or two. Failure: errors name the dataset, the file and
 // its object, and wrap the source's errors (source.ErrChanged and so on), ErrNoLease, wire.ErrUnauthorized
 // or the context's.
 //
@@ -37,6 +37,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"runtime/debug"
 	"sync"
 	"time"
 
@@ -85,6 +86,9 @@ type Config struct {
 
 const defaultBuffers = 256 << 20
 
+// restMin is how much memory must have become free for the collector to be troubled at once.
+const restMin = 4 * ring.BlockSize
+
 // timing is what tests make shorter. The defaults come from package wire where it states them.
 type timing struct {
 	ping, pong     time.Duration
@@ -114,7 +118,7 @@ func defaultTiming() timing {
 		redial: 50 * time.Millisecond, redialMax: 2 * time.Second,
 		retry: 20 * time.Millisecond, retryMax: time.Second,
 		file: time.Second,
-		rest: 30 * time.Second,
+		rest: time.Minute,
 	}
 }
 
@@ -202,7 +206,9 @@ func newClient(config Config, t timing) (*Client, error) {
 	c.spawn(func() { m.run(c.ctx) })
 	c.spawn(func() {
 		for sleep(c.ctx, t.rest) {
-			c.cache.rest()
+			if c.cache.rest() >= restMin {
+				debug.FreeOSMemory() // by itself the collector may take five minutes
+			}
 		}
 	})
 	return c, nil

@@ -11,9 +11,9 @@ import (
 // hugePage is the length and alignment of the kernel's huge pages on amd64, and on arm64 with pages of 4 KiB.
 const hugePage = 2 << 20
 
-// fresh returns size bytes that nobody has touched yet. Those for a block ask for huge pages: of small ones each
-// first touch is a fault of its own, a thousand for a block, and copies into and out of the block look up each
-// (bench/README.md, "Streaming from another node"). Where the kernel gives none they are small.
+// fresh returns size bytes, all zero. Those for a block ask for huge pages: of small ones each first touch is a fault
+// of its own, a thousand for a block, and copies into and out of the block look up each (bench/README.md, "Streaming
+// from another node"). Where the kernel gives none they are small.
 func fresh(size int) []byte {
 	p := make([]byte, size)
 	if size != ring.BlockSize {

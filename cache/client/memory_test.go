@@ -100,6 +100,9 @@ func TestMemoryIsGivenBackWhenNobodyReads(t *testing.T) {
 	}
 	rested(t, c, ring.BlockSize)
 	time.Sleep(3 * k.timing.rest)
+	if taken, _ := c.cache.usage(); taken != ring.BlockSize {
+		t.Fatalf("%d bytes with one block in use", taken)
+	}
 	if !bytes.Equal(bytes.Join(v.Pieces, nil), k.data["f"][:1<<20]) {
 		t.Fatal("wrong bytes")
 	}
@@ -112,32 +115,56 @@ func TestMemoryIsGivenBackWhenNobodyReads(t *testing.T) {
 	}
 }
 
-func TestRestLeavesWhatWasUsedSince(t *testing.T) {
+func TestRestLeavesWhatIsInUse(t *testing.T) {
 	b := newBlocks(8 * ring.BlockSize)
-	e, made := b.add(t.Context(), blockKey{1, 0}, 0, 1, wire.SumSize, nil)
-	if !made {
-		t.Fatal("no room")
-	}
-	b.rest()
-	b.rest() // its fetch is under way
-	b.finish(e, nil)
-	b.release(e) // the fetch's
-	b.release(e) // the reader's
-	for range 5 {
-		if e := b.find(blockKey{1, 0}, 0, 1); e != nil {
-			b.release(e)
-		} else {
-			t.Fatal("gone, though it was used")
+	add := func(block int64, ahead *stream) *extent {
+		e, made := b.add(t.Context(), blockKey{1, block}, 0, 1, wire.SumSize, ahead)
+		if !made {
+			t.Fatal("no room")
 		}
+		return e
+	}
+	arrive := func(e *extent) {
+		b.finish(e, nil)
+		b.release(e) // the fetch's
+	}
+	there := func(block int64) bool { return b.holds(blockKey{1, block}, 0, 1) }
+	rest := func() {
 		b.rest()
+		b.rest()
+		b.rest()
+	}
+
+	// A reader waits for the first block; the second was read ahead for it.
+	e := add(0, nil)
+	arrive(add(1, &stream{}))
+	if rest(); !there(0) || !there(1) {
+		t.Fatal("what a reader that waits will want is gone")
+	}
+	arrive(e)
+	if b.rest(); !there(0) || !there(1) {
+		t.Fatal("gone, though one came since")
+	}
+	// The reader holds the first one.
+	if rest(); !there(0) || e.buf == nil || there(1) {
+		t.Fatal("what a reader holds is gone, or what nobody came for is not")
 	}
 	if taken, _ := b.usage(); taken != wire.SumSize {
 		t.Fatalf("%d bytes", taken)
 	}
-	if b.rest(); b.find(blockKey{1, 0}, 0, 1) != nil {
-		t.Fatal("still there")
+	b.release(e)
+	for range 5 {
+		e := b.find(blockKey{1, 0}, 0, 1)
+		if e == nil {
+			t.Fatal("gone, though it was used")
+		}
+		b.release(e)
+		b.rest()
 	}
-	if taken, pooled := b.usage(); taken != 0 || pooled != 0 || len(b.extents) != 0 {
+	if n := b.rest(); n != wire.SumSize || there(0) {
+		t.Fatalf("%d bytes went", n)
+	}
+	if taken, pooled := b.usage(); taken != 0 || pooled != 0 || len(b.extents) != 0 || b.coming != 0 || b.ahead != 0 || b.spentBy != 0 {
 		t.Fatalf("%d bytes in use, %d for reuse", taken, pooled)
 	}
 }

@@ -1,32 +1,62 @@
 package main
 
 import (
+	"log/slog"
 	"os"
 	"runtime/debug"
 
 	"github.com/stepcache/stepcache/cache/mount/meminfo"
 )
 
-// heapRoom is what a process that serves mounts may use beside so many bytes that are kept elsewhere, in bytes: three
-// quarters of what the limit of its container leaves. The rest is for what the collector does not see: stacks of
-// threads, tables of open files, page caches that are in use. limited is false where there is no limit.
-func heapRoom(beside int64) (room int64, limited bool) {
+const (
+	// leastHeap is what a process that serves mounts needs beside its readers' buffers.
+	leastHeap = 64 << 20
+	// leastBuffers is the least that a reader is given: enough to stream a file.
+	leastBuffers = 8 << 20
+	// mostBuffers is what each reader is given where nothing else is said.
+	mostBuffers = 128 << 20
+)
+
+// keepMemory fits what a process that serves mounts for so many Datasets may use to the limit of its container, if there
+// is one: beside, in bytes, what it keeps outside its heap, and buffers, what each reader may have. They come back
+// smaller where there is no room for them, which is told, since who is beyond the limit is killed.
+//
+// Of what is left beside, three quarters are for the heap, and the rest for what the collector does not see: stacks of
+// threads, tables of open files, page caches in use. The collector works harder before the heap outgrows that, as with
+// GOMEMLIMIT, which goes before: by itself it lets the heap become twice what is in use.
+func keepMemory(beside, buffers int64, readers int, log *slog.Logger) (fittingBeside, fittingBuffers int64) {
+	if buffers == 0 {
+		buffers = mostBuffers
+	}
 	limit, limited := meminfo.Limit()
-	return max(limit-beside, 0) / 4 * 3, limited
+	if !limited {
+		return beside, buffers
+	}
+	askedBeside, asked := beside, buffers
+	heap, beside, buffers := fit(limit, beside, buffers, readers)
+	keepHeap(heap)
+	log.Info("within the container's memory limit", "limit", limit, "heap", heap, "buffers", buffers, "beside", beside)
+	if beside < askedBeside || buffers < asked {
+		log.Warn("the container's memory limit has no room for what was asked for: raise it (resources.limits.memory)",
+			"limit", limit, "askedBuffers", asked, "buffers", buffers, "askedBeside", askedBeside, "beside", beside)
+	}
+	return beside, buffers
 }
 
-// keepHeap has the collector work harder before the heap outgrows its room, as GOMEMLIMIT does, which goes before: by
-// itself it lets the heap become twice what is in use, and the container would be killed.
-func keepHeap(room int64) {
+func keepHeap(most int64) {
 	if os.Getenv("GOMEMLIMIT") == "" {
-		debug.SetMemoryLimit(room)
+		debug.SetMemoryLimit(most)
 	}
 }
 
-// leastBuffers is the least that a mount's reader is given: enough to stream one file.
-const leastBuffers = 32 << 20
-
-// share is what each of n readers may have of the room, at most what was asked for: half of it is for them.
-func share(asked, room int64, n int) int64 {
-	return min(asked, max(room/2/int64(n), leastBuffers))
+// fit is keepMemory's arithmetic. Half of the heap is for buffers, but that one reader may have what it asked for where
+// that leaves the least; what is beside may leave no less than one reader needs.
+func fit(limit, beside, buffers int64, readers int) (heap, fittingBeside, fittingBuffers int64) {
+	beside = max(min(beside, limit-(leastHeap+buffers)*4/3), 0)
+	heap = (limit - beside) / 4 * 3
+	most := heap - leastHeap
+	if readers > 1 {
+		most = heap / 2 / int64(readers)
+	}
+	return heap, beside, min(buffers, max(most, leastBuffers))
 }

@@ -11,23 +11,77 @@ import (
 	"testing"
 )
 
-func TestShareOfAContainersMemory(t *testing.T) {
+func TestFitIntoAContainer(t *testing.T) {
 	const mib = 1 << 20
-	for _, c := range []struct {
-		asked, room int64
-		n           int
-		want        int64
+	for name, c := range map[string]struct {
+		limit, beside, buffers int64
+		readers                int
+		heap, left, each       int64
 	}{
-		{128 * mib, 384 * mib, 1, 128 * mib},
-		{128 * mib, 384 * mib, 3, 64 * mib},
-		{128 * mib, 384 * mib, 100, leastBuffers},
-		{8 * mib, 384 * mib, 100, 8 * mib},
-		{128 * mib, 0, 1, leastBuffers},
+		"all fits":                     {2048 * mib, 0, 128 * mib, 1, 1536 * mib, 0, 128 * mib},
+		"beside as large as the limit": {2048 * mib, 2048 * mib, 128 * mib, 1, 192 * mib, 1792 * mib, 128 * mib},
+		"beside larger":                {2048 * mib, 4096 * mib, 128 * mib, 1, 192 * mib, 1792 * mib, 128 * mib},
+		"buffers larger":               {512 * mib, 0, 1024 * mib, 1, 384 * mib, 0, 320 * mib},
+		"one reader":                   {512 * mib, 0, 128 * mib, 1, 384 * mib, 0, 128 * mib},
+		"three readers":                {512 * mib, 0, 128 * mib, 3, 384 * mib, 0, 64 * mib},
+		"more readers than room":       {512 * mib, 0, 128 * mib, 100, 384 * mib, 0, leastBuffers},
+		"next to no memory":            {64 * mib, 64 * mib, 128 * mib, 1, 48 * mib, 0, leastBuffers},
 	} {
-		if got := share(c.asked, c.room, c.n); got != c.want {
-			t.Errorf("share(%d, %d, %d) = %d, want %d", c.asked, c.room, c.n, got, c.want)
+		if heap, left, each := fit(c.limit, c.beside, c.buffers, c.readers); heap != c.heap || left != c.left || each != c.each {
+			t.Errorf("%s: heap %d, beside %d, buffers %d", name, heap/mib, left/mib, each/mib)
 		}
 	}
+}
+
+// Every command that serves mounts heeds the limit, and says so.
+func TestMemoryLimitOfTheContainerIsHeeded(t *testing.T) {
+	if os.Geteuid() != 0 {
+		t.Skip("only root may mount what a container sees")
+	}
+	dir := tempDir(t)
+	for name, c := range map[string]struct {
+		args  []string
+		heap  string
+		warns bool
+	}{
+		// There is nothing to listen on, so that it ends.
+		"node": {[]string{"node", "--node-name", "n", "--kubelet-dir", dir, "--keeper-wait", "1ms", "--listen", "127.0.0.1:99999"}, "heap=1610612736 buffers=134217728 beside=0", false},
+		"node with too much memory": {[]string{"node", "--node-memory", "4GiB", "--node-name", "n", "--kubelet-dir", dir, "--keeper-wait", "1ms", "--listen", "127.0.0.1:99999"},
+			"heap=201326592 buffers=134217728 beside=1879048192", true},
+		// There is no tier.
+		"sidecar": {[]string{"sidecar", "--dir", dir + "/none/x", "--tier", dir + "/none", "--buffer", "1GiB", "--dataset", "a/b", "--dataset", "a/c"},
+			"heap=1610612736 buffers=402653184 beside=0", true},
+	} {
+		t.Run(name, func(t *testing.T) {
+			cmd := program(t, dir, c.args...)
+			inContainer(cmd, "2147483648")
+			out, err := cmd.CombinedOutput()
+			var exit *exec.ExitError
+			if errors.As(err, &exit) && exit.ExitCode() == noContainer {
+				t.Skip("this root may not mount what a container sees")
+			}
+			if !errors.As(err, &exit) || exit.ExitCode() != 1 {
+				t.Errorf("%v", err)
+			}
+			if !strings.Contains(string(out), "limit=2147483648 "+c.heap) || strings.Contains(string(out), "resources.limits.memory") != c.warns {
+				t.Errorf("it said:\n%s", out)
+			}
+		})
+	}
+}
+
+// noContainer is the exit status of inContainer's script where it may not mount.
+const noContainer = 99
+
+// inContainer has a program see the memory limit of a container, and a /run of its own.
+func inContainer(cmd *exec.Cmd, limit string) {
+	const script = `mount -t tmpfs none /run && mount -t tmpfs none /sys/fs/cgroup && echo "$1" >/sys/fs/cgroup/memory.max && echo 1 >/sys/fs/cgroup/memory.current || exit 99
+shift
+exec "$@"`
+	cmd.Args = append([]string{"unshare", "--mount", "sh", "-c", script, "sh", limit, cmd.Path}, cmd.Args[1:]...)
+	cmd.Path, cmd.Err = exec.LookPath("unshare")
+	cmd.SysProcAttr = &syscall.SysProcAttr{Pdeathsig: syscall.SIGKILL}
+	cmd.Env = append(cmd.Env, "GOMEMLIMIT=")
 }
 
 func TestHeapIsKeptWithinItsRoom(t *testing.T) {
@@ -38,41 +92,6 @@ func TestHeapIsKeptWithinItsRoom(t *testing.T) {
 	}
 	t.Setenv("GOMEMLIMIT", "")
 	if keepHeap(123 << 20); debug.SetMemoryLimit(-1) != 123<<20 {
-		t.Errorf("the limit is %d", debug.SetMemoryLimit(-1))
+		t.Errorf("the heap's limit is %d", debug.SetMemoryLimit(-1))
 	}
-}
-
-// What does not fit the container is told at the start, and not by the kernel in the middle of a step's work.
-func TestNodeMemoryThatTheContainerHasNoRoomFor(t *testing.T) {
-	if os.Geteuid() != 0 {
-		t.Skip("only root may mount control groups for a process")
-	}
-	dir := tempDir(t)
-	for _, c := range []struct {
-		memory string
-		fits   bool
-	}{{"4GiB", false}, {"2000MiB", false}, {"1GiB", true}} {
-		// Where it fits there is nothing to listen on.
-		cmd := program(t, dir, "node", "--node-name", "n", "--node-memory", c.memory, "--kubelet-dir", dir, "--keeper-wait", "1ms", "--listen", "256.0.0.1:0")
-		inContainer(cmd, "2147483648")
-		out, err := cmd.CombinedOutput()
-		var exit *exec.ExitError
-		if !errors.As(err, &exit) {
-			t.Fatalf("%s: %v\n%s", c.memory, err, out)
-		}
-		refused := strings.Contains(string(out), "resources.limits.memory")
-		if refused == c.fits || refused && (exit.ExitCode() != 2 || !strings.Contains(string(out), "--node-memory "+c.memory)) {
-			t.Errorf("%s: %v\n%s", c.memory, err, out)
-		}
-	}
-}
-
-// inContainer has a program see the memory limit of a container.
-func inContainer(cmd *exec.Cmd, limit string) {
-	const script = `mount -t tmpfs none /sys/fs/cgroup && echo "$1" >/sys/fs/cgroup/memory.max && echo 1 >/sys/fs/cgroup/memory.current || exit 99
-shift
-exec "$@"`
-	cmd.Args = append([]string{"sh", "-c", script, "sh", limit}, append([]string{cmd.Path}, cmd.Args[1:]...)...)
-	cmd.Path = "/bin/sh"
-	cmd.SysProcAttr = &syscall.SysProcAttr{Unshareflags: syscall.CLONE_NEWNS}
 }

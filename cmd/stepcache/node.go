@@ -55,13 +55,7 @@ at SIGTERM, unless a successor has taken over.`,
 			if err := c.Validate(); err != nil {
 				return usage{fmt.Errorf("node: %w", err)}
 			}
-			if room, limited := heapRoom(c.NodeMemory); limited {
-				if room < leastHeap {
-					return usage{fmt.Errorf("node: --node-memory %s leaves %s of what the container may have for everything else: raise its memory limit (resources.limits.memory of DaemonSet stepcache-node), or lower NODE_MEMORY there",
-						memory, humanize.IBytes(uint64(room)))}
-				}
-				keepHeap(room)
-			}
+			c.NodeMemory, c.BufferBytes = keepMemory(c.NodeMemory, c.BufferBytes, 1, c.Logger)
 			if err := mount.Supported(); err != nil {
 				return err
 			}
@@ -90,7 +84,7 @@ at SIGTERM, unless a successor has taken over.`,
 	f.StringVar(&c.KubeletDir, "kubelet-dir", defaultKubelet, "the kubelet's folder, here as on the node")
 	f.StringVar(&c.Keeper, "keeper", "", "the keeper's socket (default keeper.sock in the driver's folder)")
 	f.StringVar(&c.CacheDir, "cache-dir", "/cache", "where the node's caches are mounted, seen by this process only")
-	f.StringVar(&memory, "node-memory", "0", "memory for what other nodes' workers send, for all Datasets together; 0 streams")
+	f.StringVar(&memory, "node-memory", "0", "memory for what other nodes' workers send, for all Datasets together; 0 streams. Less where the container's limit has no room for it")
 	f.StringVar(&buffers, "buffers", "128MiB", "memory of each mount for blocks on their way")
 	f.DurationVar(&c.Linger, "linger", time.Minute, "how long a mount is kept after its last pod")
 	f.DurationVar(&c.KeeperWait, "keeper-wait", 10*time.Second, "how long a start waits for the keeper")
@@ -99,9 +93,6 @@ at SIGTERM, unless a successor has taken over.`,
 	f.StringVar(&kubeconfig, "kubeconfig", "", "how to reach the API server for --label (default: as a pod does)")
 	return cmd
 }
-
-// leastHeap is what the node service needs beside the node's memory to mount a Dataset or two.
-const leastHeap = 64 << 20
 
 func kubernetesClient(kubeconfig string) (kubernetes.Interface, error) {
 	config, err := rest.InClusterConfig()

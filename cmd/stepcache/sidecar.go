@@ -60,12 +60,7 @@ probe.`,
 				return usage{errors.New("sidecar: --tier or --dataset is missing: say what to mount")}
 			}
 			o.BufferBytes, o.Logger = int64(n), logger()
-			if room, limited := heapRoom(0); limited {
-				keepHeap(room)
-				if o.BufferBytes = share(o.BufferBytes, room, len(names)); o.BufferBytes < int64(n) {
-					o.Logger.Info("the container's memory limit makes the buffers smaller", "asked", n, "each", o.BufferBytes, "datasets", len(names))
-				}
-			}
+			_, o.BufferBytes = keepMemory(0, o.BufferBytes, len(names), o.Logger)
 			if socket != "" {
 				return sidecar.ServeLent(cmd.Context(), sidecar.LentOptions{
 					Socket: socket, Tier: o.Tier, Datasets: o.Datasets, Node: o.Node, BufferBytes: o.BufferBytes, Logger: o.Logger,
