@@ -261,8 +261,12 @@ func childServe(o order) error {
 			}
 			if o.Ahead {
 				in, err := (<-mounted).enter()
+				if err != nil {
+					return err
+				}
+				fd, err := in.open(path)
 				if err == nil {
-					err = in.readAhead(path, int64(len(all[path])))
+					err = in.readAhead(fd, int64(len(all[path])))
 				}
 				if err != nil {
 					return err

@@ -73,19 +73,22 @@ func canRead(flags uint64) bool {
 	return flags&all == all
 }
 
-// readAhead has the kernel read the file of that name, relative to the mount's root, from its start.
-func (e *entrance) readAhead(name string, size int64) error {
+// open opens the file of that name, relative to the mount's root, if the kernel knows it; the error is EAGAIN where it
+// does not, or has no room now.
+func (e *entrance) open(name string) (fd int, err error) {
 	const resolveCached = 0x20 // RESOLVE_CACHED of linux/openat2.h, since Linux 5.12
-	fd, err := unix.Openat2(e.fd, name, &unix.OpenHow{
+	fd, err = unix.Openat2(e.fd, name, &unix.OpenHow{
 		Flags: unix.O_RDONLY | unix.O_CLOEXEC, Resolve: resolveCached | unix.RESOLVE_BENEATH | unix.RESOLVE_NO_XDEV,
 	})
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBADF):
-		return fmt.Errorf("%w to open a file only if that asks for nothing (Linux 5.12 or later): %w", errRefused, err)
-	case err != nil:
-		return err // EAGAIN: it does not know the file (any more); or there is no room now
+		err = fmt.Errorf("%w to open a file only if that asks for nothing (Linux 5.12 or later): %w", errRefused, err)
 	}
-	defer unix.Close(fd)
+	return fd, err
+}
+
+// readAhead has the kernel read an open file of that size from its start.
+func (e *entrance) readAhead(fd int, size int64) (err error) {
 	for off := int64(0); off < size && err == nil; off += e.step {
 		err = unix.Fadvise(fd, off, e.step, unix.FADV_WILLNEED)
 	}

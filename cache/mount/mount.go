@@ -331,7 +331,7 @@ func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Optio
 	case Passthrough:
 		m.fs.pass.run()
 	case NoOpen:
-		m.fs.push.start(ctx, m.enter)
+		m.fs.push.start(ctx, m.enter, s != nil)
 	}
 	if s == nil {
 		if dir != "" {

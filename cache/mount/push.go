@@ -11,6 +11,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/mount/meminfo"
@@ -22,13 +23,14 @@ import (
 //
 // What is known: that a folder was listed to its end, so that the kernel knows its files (no others can be pushed),
 // and which of them were asked for. A listing alone is no sign that bytes are wanted; two files of a
-// listed folder are. From then on every request that still comes for a file of the folder, which says that the
+// listed folder are. A process that has taken the mount over knows of no listing before, and the kernel may make none
+// again: it tries. From then on every request that still comes for a file of the folder, which says that the
 // reader came to what was not pushed, is answered with a push of twice as much as the last, of the files after it.
 //
 // What is pushed is of the snapshot, which never changes, whole, compared with its sums, and held by the tier: for
 // no push anything leaves the bucket. It is the kernel's to drop whenever it needs the memory, is pushed once, at
 // most PushBytes of it in all, and only while there is memory that nobody needs. It ends with the connection, and with
-// this process: a successor knows of no listing, and the kernel may make none again.
+// this process.
 const (
 	// pushEvidence is how many files of a listed folder are asked for before others of it are pushed.
 	pushEvidence = 2
@@ -61,6 +63,7 @@ type pusher struct {
 	holder Holder
 	offers offers
 	left   func() int64              // bytes of memory that can be had
+	heir   bool                      // another process has served the mount before, and told the kernel of folders
 	enter  func() (*entrance, error) // of the mount
 	queue  chan push
 	off    atomic.Bool // nothing is pushed, or not any more
@@ -68,13 +71,15 @@ type pusher struct {
 	stop   context.CancelFunc // ends what start began
 	ended  chan struct{}      // closed when that has ended
 
-	mu     sync.Mutex
-	listed map[catalog.Index]*pushed
+	mu      sync.Mutex
+	folders map[catalog.Index]*pushed
 }
 
-// pushed is a listed folder. Guarded by pusher.mu.
+// pushed is a folder that was listed, or may have been. Guarded by pusher.mu.
 type pushed struct {
+	listed bool
 	asked  int // files that were asked for
+	need   int // how many must have been for a push
 	window int64
 	under  bool // a push is under way or waits
 	// had has a bit for each child that was asked for, pushed or never is. It is made with the first one.
@@ -96,15 +101,15 @@ type push struct {
 }
 
 func newPusher(f *fileSystem) *pusher {
-	p := &pusher{f: f, queue: make(chan push, pushQueue), left: f.opt.memoryLeft, listed: map[catalog.Index]*pushed{}}
+	p := &pusher{f: f, queue: make(chan push, pushQueue), left: f.opt.memoryLeft, folders: map[catalog.Index]*pushed{}}
 	p.holder, _ = f.reader.(Holder)
 	p.budget.Store(f.opt.PushBytes)
 	p.off.Store(p.holder == nil || f.opt.PushBytes <= 0)
 	return p
 }
 
-// start begins to push, until ctx ends or end is called.
-func (p *pusher) start(ctx context.Context, enter func() (*entrance, error)) {
+// start begins to push, until ctx ends or end is called. heir says that another process has served the mount before.
+func (p *pusher) start(ctx context.Context, enter func() (*entrance, error), heir bool) {
 	if p.off.Load() {
 		return
 	}
@@ -113,7 +118,7 @@ func (p *pusher) start(ctx context.Context, enter func() (*entrance, error)) {
 		p.off.Store(true)
 		return
 	}
-	p.enter = enter
+	p.enter, p.heir = enter, heir
 	ctx, p.stop = context.WithCancel(ctx)
 	p.ended = make(chan struct{})
 	go func() {
@@ -160,18 +165,29 @@ func (p *pusher) list(dir catalog.Index, n *catalog.Node) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	if p.listed[dir] != nil {
+	d := p.folders[dir]
+	if d == nil {
+		d = p.note(dir)
+	}
+	if d.listed {
 		return
 	}
-	for other, d := range p.listed { // any: what is lost is a guess
-		if len(p.listed) < pushFolders {
+	d.listed, d.need = true, pushEvidence
+}
+
+// note begins to know of a folder. p.mu is held.
+func (p *pusher) note(dir catalog.Index) *pushed {
+	for other, d := range p.folders { // any: what is lost is a guess
+		if len(p.folders) < pushFolders {
 			break
 		}
 		if !d.under {
-			delete(p.listed, other)
+			delete(p.folders, other)
 		}
 	}
-	p.listed[dir] = &pushed{window: pushFirst}
+	d := &pushed{need: pushEvidence, window: pushFirst}
+	p.folders[dir] = d
+	return d
 }
 
 // read notes that a file is asked for, and has others pushed.
@@ -181,9 +197,12 @@ func (p *pusher) read(i catalog.Index, n *catalog.Node) {
 	}
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d := p.listed[n.Parent]
+	d := p.folders[n.Parent]
 	if d == nil {
-		return
+		if !p.heir {
+			return
+		}
+		d = p.note(n.Parent)
 	}
 	parent, ok := p.f.snap.Node(n.Parent)
 	if !ok || i < parent.First || i-parent.First >= parent.Count {
@@ -195,7 +214,7 @@ func (p *pusher) read(i catalog.Index, n *catalog.Node) {
 		return // the kernel had it and dropped it, so that memory is short, or it is read once more
 	}
 	d.had[at/64] |= 1 << (at % 64)
-	if d.asked++; d.asked < pushEvidence || d.under {
+	if d.asked++; d.asked < d.need || d.under {
 		return
 	}
 	select {
@@ -211,11 +230,15 @@ func (p *pusher) take(w push) (files []catalog.Index) {
 	parent, _ := p.f.snap.Node(w.dir)
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	d := p.listed[w.dir]
+	d := p.folders[w.dir]
 	d.bits(parent.Count)
-	for k := uint32(0); k < parent.Count; k++ {
+	end := parent.Count
+	if !d.listed {
+		end -= w.at + 1 // those before were most likely read already, or pushed by who was here before
+	}
+	for k := uint32(0); k < end; k++ {
 		at := (w.at + 1 + k) % parent.Count
-		if at%64 == 0 && d.had[at/64] == math.MaxUint64 && k+63 < parent.Count {
+		if at%64 == 0 && d.had[at/64] == math.MaxUint64 && k+63 < end {
 			k += 63
 			continue
 		}
@@ -250,10 +273,13 @@ func (p *pusher) push(ctx context.Context, w push) {
 		parent, _ := p.f.snap.Node(w.dir)
 		p.mu.Lock()
 		defer p.mu.Unlock()
-		d := p.listed[w.dir]
+		d := p.folders[w.dir]
 		d.under = false
-		if taken.Load() > 0 {
+		switch {
+		case taken.Load() > 0:
 			d.window = min(2*d.window, pushMax)
+		case !d.listed: // so far the kernel knows none of it, or the tier holds none
+			d.need, begun = 4*d.asked, 0
 		}
 		for _, i := range files[begun:] { // perhaps later
 			at := i - parent.First
@@ -302,19 +328,23 @@ func (p *pusher) one(ctx context.Context, in *entrance, i catalog.Index) error {
 	if !ok {
 		return os.ErrNotExist
 	}
+	fd, err := in.open(strings.TrimPrefix(p.f.snap.Path(i), "/"))
+	if err != nil {
+		return err
+	}
+	defer unix.Close(fd)
 	buf := pushBuffers.Get().(*[]byte)
 	if int64(cap(*buf)) < n.Size {
 		*buf = make([]byte, n.Size)
 	}
 	b := (*buf)[:n.Size]
-	err := p.holder.ReadHeld(ctx, i, b)
-	if err != nil {
+	if err := p.holder.ReadHeld(ctx, i, b); err != nil {
 		pushBuffers.Put(buf)
 		return err
 	}
 	o := p.offers.put(i, b)
 	p.budget.Add(-pushWeight(n.Size))
-	if err = in.readAhead(strings.TrimPrefix(p.f.snap.Path(i), "/"), n.Size); err != nil {
+	if err = in.readAhead(fd, n.Size); err != nil {
 		p.budget.Add(pushWeight(n.Size))
 	} else {
 		wait := time.NewTimer(p.f.opt.pushPatience)

@@ -165,7 +165,7 @@ func TestPushesKeepToTheirBudget(t *testing.T) {
 func (p *pusher) idle() bool {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	for _, d := range p.listed {
+	for _, d := range p.folders {
 		if d.under {
 			return false
 		}
@@ -325,7 +325,7 @@ func TestAFileThatTheKernelDoesNotKnowIsPassedOver(t *testing.T) {
 	defer in.close()
 	before := m.Stats()
 	for _, name := range []string{"e/other", "e", "d/none", "none/none"} {
-		if err := in.readAhead(name, 10); !errors.Is(err, unix.EAGAIN) || errors.Is(err, errRefused) {
+		if _, err := in.open(name); !errors.Is(err, unix.EAGAIN) || errors.Is(err, errRefused) {
 			t.Errorf("%s: %v", name, err)
 		}
 	}
@@ -431,7 +431,7 @@ func TestAnUnmountDoesNotWaitForTheTier(t *testing.T) {
 	eventually(t, "all room is taken", func() bool { return stuck.Load() >= maxBackground })
 	d, _ := s.Lookup("/d")
 	m.fs.push.mu.Lock()
-	m.fs.push.listed[d].under = true
+	m.fs.push.folders[d].under = true
 	m.fs.push.mu.Unlock()
 	m.fs.push.queue <- push{d, 0, pushMax}
 	eventually(t, "files wait to be pushed", func() bool { return m.fs.push.offers.n.Load() == pushers })
@@ -463,4 +463,71 @@ func TestPagesThatTheKernelDroppedAreReadAgain(t *testing.T) {
 	if st := m.Stats(); st.Reads == before || st.Pushed != 30-2+1 {
 		t.Errorf("%d reads, %d pushed", st.Reads-before, st.Pushed)
 	}
+}
+
+// The kernel asks nobody twice for what is in a folder, so that a process that takes a mount over hears of no listing.
+func TestAnHeirPushesOfFoldersThatWereListedBefore(t *testing.T) {
+	needFUSE(t)
+	all := served()
+	dir := t.TempDir()
+	cleanMount(t, dir)
+	first, parked := startServer(t, order{Path: dir, Mode: NoOpen, Dir: t.TempDir()}, nil)
+	if _, err := os.ReadDir(dir + "/dir"); err != nil {
+		t.Fatal(err)
+	}
+	first.kill()
+	s := snapshotOf(t, all)
+	r := &holder{memory: newMemory(s, all)}
+	m, err := Resume(t.Context(), parked, s, r, Options{Dataset: "served", Mode: NoOpen, memoryLeft: plenty, pushPatience: patience})
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { m.Unmount() })
+
+	// Of the root's files the kernel knows those that were asked for.
+	same(t, m, files{"big": all["big"], "small": all["small"], "other": all["other"], "slow": all["slow"]})
+	eventually(t, "no push is under way", m.fs.push.idle)
+	if r.held.Load() != 0 {
+		t.Errorf("%d files of a folder that was not listed were asked for", r.held.Load())
+	}
+	same(t, m, files{"dir/f20": all["dir/f20"], "dir/f21": all["dir/f21"]})
+	eventually(t, "those behind them are pushed", func() bool { return m.Stats().Pushed == 28 })
+	before := m.Stats()
+	for k := 22; k < 50; k++ {
+		name := fmt.Sprintf("dir/f%02d", k)
+		same(t, m, files{name: all[name]})
+	}
+	if st := m.Stats(); st.Reads != before.Reads {
+		t.Errorf("%d reads came for files that were pushed", st.Reads-before.Reads)
+	}
+	same(t, m, all)
+}
+
+// Where a push finds that the kernel knows nothing of a folder it is tried again, but ever more rarely; a listing ends that.
+func TestAnHeirDoesNotTryForEver(t *testing.T) {
+	all := files{}
+	const n = 300
+	for k := range n {
+		all[fmt.Sprintf("d/f%04d", k)] = content("x", 10)
+	}
+	s := snapshotOf(t, all)
+	r := &holder{memory: newMemory(s, all)}
+	m := mounted(t, s, r, Options{Mode: NoOpen, memoryLeft: plenty, pushPatience: patience})
+	p := m.fs.push
+	var tries atomic.Int64
+	p.mu.Lock()
+	enter := p.enter
+	p.heir, p.enter = true, func() (*entrance, error) { tries.Add(1); return enter() }
+	p.mu.Unlock()
+	for k := range 100 {
+		name := fmt.Sprintf("d/f%04d", k)
+		same(t, m, files{name: all[name]})
+		eventually(t, "no push is under way", p.idle)
+	}
+	if tries.Load() != 3 || r.held.Load() != 0 || m.Stats().Pushed != 0 { // after 2, 8 and 32 files
+		t.Errorf("%d pushes, %d files asked for, %d pushed", tries.Load(), r.held.Load(), m.Stats().Pushed)
+	}
+	begin(t, m, "d", "f0200")
+	eventually(t, "the others are pushed", func() bool { return m.Stats().Pushed == n-101 })
+	same(t, m, all)
 }
