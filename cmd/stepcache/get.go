@@ -37,6 +37,19 @@ that exists is kept unless --force. Pipes and devices are written to.`,
 	cmd.Flags().BoolVar(&force, "force", false, "overwrite files that exist")
 	cmd.RunE = func(cmd *cobra.Command, a []string) error {
 		ctx := cmd.Context()
+		named, err := t.names(ctx)
+		if err != nil {
+			return err
+		}
+		if named != nil {
+			defer named.Close()
+			what, err := lookupName(ctx, named, a[0])
+			if err != nil {
+				return err
+			}
+			return copyTo(cmd, a, what.Name.Name, what.Dir, func(w io.Writer) error { return copyName(ctx, named, what, w, nil) },
+				func(dest string) error { return getNames(ctx, named, what, dest, force) })
+		}
 		c, err := t.dial(ctx)
 		if err != nil {
 			return err
@@ -47,31 +60,38 @@ that exists is kept unless --force. Pipes and devices are written to.`,
 			return err
 		}
 		n, _ := c.Snapshot().Node(i)
-		dest := first(a[1:], ".")
-		if dest == "-" {
-			if n.Dir {
-				return fmt.Errorf("%s is a folder: it cannot go to standard output", a[0])
-			}
-			return copyOut(ctx, c, i, cmd.OutOrStdout(), nil)
-		}
-		info, err := os.Stat(dest)
-		switch {
-		case err == nil && !info.IsDir() && !info.Mode().IsRegular() && !n.Dir:
-			// A pipe or a device takes the bytes; a file put in its place would break whoever uses it.
-			f, err := os.OpenFile(dest, os.O_WRONLY, 0)
-			if err != nil {
-				return err
-			}
-			return errors.Join(copyOut(ctx, c, i, f, nil), f.Close())
-		case err == nil && info.IsDir() && n.Name != "", err != nil && strings.HasSuffix(dest, "/") && !n.Dir:
-			// As cp does: into a folder, else under the name given. The root has no name.
-			dest = filepath.Join(dest, n.Name)
-		case err == nil && !info.IsDir() && n.Dir:
-			return fmt.Errorf("%s is a folder and %s is not: name another destination", a[0], dest)
-		}
-		return getAll(ctx, c, i, dest, force)
+		return copyTo(cmd, a, n.Name, n.Dir, func(w io.Writer) error { return copyOut(ctx, c, i, w, nil) },
+			func(dest string) error { return getAll(ctx, c, i, dest, force) })
 	}
 	return cmd
+}
+
+// copyTo copies what a command's first argument names, whose own name is given, to where the second one says: a file by
+// content into what is there already and takes bytes, all else by whole to a path.
+func copyTo(cmd *cobra.Command, a []string, name string, dir bool, content func(io.Writer) error, whole func(dest string) error) error {
+	dest := first(a[1:], ".")
+	if dest == "-" {
+		if dir {
+			return fmt.Errorf("%s is a folder: it cannot go to standard output", a[0])
+		}
+		return content(cmd.OutOrStdout())
+	}
+	info, err := os.Stat(dest)
+	switch {
+	case err == nil && !info.IsDir() && !info.Mode().IsRegular() && !dir:
+		// A pipe or a device takes the bytes; a file put in its place would break whoever uses it.
+		f, err := os.OpenFile(dest, os.O_WRONLY, 0)
+		if err != nil {
+			return err
+		}
+		return errors.Join(content(f), f.Close())
+	case err == nil && info.IsDir() && name != "", err != nil && strings.HasSuffix(dest, "/") && !dir:
+		// As cp does: into a folder, else under the name given. The root has no name.
+		dest = filepath.Join(dest, name)
+	case err == nil && !info.IsDir() && dir:
+		return fmt.Errorf("%s is a folder and %s is not: name another destination", a[0], dest)
+	}
+	return whole(dest)
 }
 
 // getAll copies what is at or below i to dest.
@@ -109,7 +129,13 @@ func getAll(ctx context.Context, c *client.Client, i catalog.Index, dest string,
 	return g.Wait()
 }
 
-func getFile(ctx context.Context, c files, i catalog.Index, dest string, force bool, p *progress) (err error) {
+func getFile(ctx context.Context, c files, i catalog.Index, dest string, force bool, p *progress) error {
+	n, _ := c.Snapshot().Node(i)
+	return writeFile(dest, force, n.ModTime, func(w io.Writer) error { return copyOut(ctx, c, i, w, p) })
+}
+
+// writeFile makes a file of that content, which appears under its name only when it is whole.
+func writeFile(dest string, force bool, modified time.Time, content func(io.Writer) error) (err error) {
 	if _, err := os.Lstat(dest); err == nil && !force {
 		return fmt.Errorf("%s exists: remove it, or use --force", dest)
 	} else if err != nil && !errors.Is(err, fs.ErrNotExist) {
@@ -127,7 +153,7 @@ func getFile(ctx context.Context, c files, i catalog.Index, dest string, force b
 			_ = os.Remove(f.Name())
 		}
 	}()
-	err = copyOut(ctx, c, i, f, p)
+	err = content(f)
 	if err == nil {
 		err = f.Chmod(0o644)
 	}
@@ -137,8 +163,8 @@ func getFile(ctx context.Context, c files, i catalog.Index, dest string, force b
 	if err != nil {
 		return err
 	}
-	if n, _ := c.Snapshot().Node(i); !n.ModTime.IsZero() {
-		_ = os.Chtimes(f.Name(), time.Time{}, n.ModTime) // a file system without times is no reason to fail
+	if !modified.IsZero() {
+		_ = os.Chtimes(f.Name(), time.Time{}, modified) // a file system without times is no reason to fail
 	}
 	return os.Rename(f.Name(), dest)
 }

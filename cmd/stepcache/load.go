@@ -1,6 +1,7 @@
 package main
 
 import (
+	"errors"
 	"fmt"
 	"os"
 	"time"
@@ -51,6 +52,9 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 		defer control.Close()
 		ctx, start := cmd.Context(), time.Now()
 		if unload {
+			if _, err := control.LoadStatus(ctx, r.ID); errors.Is(err, client.ErrNoLoad) {
+				return fmt.Errorf("%w: no worker knows it, so that nothing was ended", err)
+			}
 			if err := control.DeleteLoad(ctx, r.ID); err != nil {
 				return err
 			}

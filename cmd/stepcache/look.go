@@ -115,13 +115,18 @@ func (t *tierFlags) dial(ctx context.Context) (*client.Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, tier.DialTimeout, fmt.Errorf("dataset %s: no worker has a listing after %s; see `stepcache status`", f.Dataset, tier.DialTimeout))
+	ctx, cancel := t.bounded(ctx, f)
 	defer cancel()
 	c, err := f.Dial(ctx)
 	if err != nil && ctx.Err() != nil {
 		err = fmt.Errorf("%w (%w)", context.Cause(ctx), err)
 	}
 	return c, err
+}
+
+// bounded is a context for connecting to a tier.
+func (t *tierFlags) bounded(ctx context.Context, f tier.Folder) (context.Context, context.CancelFunc) {
+	return context.WithTimeoutCause(ctx, tier.DialTimeout, fmt.Errorf("dataset %s: no worker has a listing after %s; see `stepcache status`", f.Dataset, tier.DialTimeout))
 }
 
 // entry is one line of ls.
@@ -140,7 +145,8 @@ func lsCommand() *cobra.Command {
 		Use:   "ls [PATH]",
 		Short: "List files of a dataset",
 		Long: `Lists a folder, or describes a file, as the workers' newest listing of the bucket has it. A Dataset with a refresh
-interval gets newer ones; a mount keeps the one that it began with, so that no file changes under its readers.
+interval gets newer ones; a mount keeps the one that it began with, so that no file changes under its readers. Of a
+Dataset that takes puts it shows what is there now.
 Folders end with a slash; names that would not print are quoted (-o json has them as they are).`,
 		Example: "  stepcache ls -l /shards\n  stepcache ls -R -o json /",
 		Args:    args(cobra.MaximumNArgs(1)),
@@ -153,16 +159,10 @@ Folders end with a slash; names that would not print are quoted (-o json has the
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		c, err := t.dial(cmd.Context())
+		entries, err := t.entries(cmd.Context(), first(a, "/"), recursive)
 		if err != nil {
 			return err
 		}
-		defer c.Close()
-		i, err := lookup(c, first(a, "/"))
-		if err != nil {
-			return err
-		}
-		entries := list(c.Snapshot(), i, recursive)
 		if *output == "json" {
 			return printJSON(cmd.OutOrStdout(), entries)
 		}
@@ -190,11 +190,49 @@ func first(a []string, otherwise string) string {
 	return otherwise
 }
 
+// entries are what ls shows of a path.
+func (t *tierFlags) entries(ctx context.Context, name string, recursive bool) ([]entry, error) {
+	n, err := t.names(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if n != nil {
+		defer n.Close()
+		what, err := lookupName(ctx, n, name)
+		if err != nil {
+			return nil, err
+		}
+		if !what.Dir {
+			return []entry{what.entry()}, nil
+		}
+		entries := []entry{}
+		err = walkNames(ctx, n, what, recursive, func(w named) error {
+			entries = append(entries, w.entry())
+			return nil
+		})
+		return entries, err
+	}
+	c, err := t.dial(ctx)
+	if err != nil {
+		return nil, err
+	}
+	defer c.Close()
+	i, err := lookup(c, name)
+	if err != nil {
+		return nil, err
+	}
+	return list(c.Snapshot(), i, recursive), nil
+}
+
+func noSuchPath(name string) error {
+	return fmt.Errorf("no file or folder %s in the dataset; `stepcache ls` shows what there is", name)
+}
+
 // lookup finds a path, which may be written without the leading slash.
 func lookup(c *client.Client, name string) (catalog.Index, error) {
 	i, ok := c.Snapshot().Lookup(path.Clean("/" + name))
 	if !ok {
-		return 0, fmt.Errorf("no file or folder %s in the dataset; `stepcache ls` shows what there is", name)
+		return 0, noSuchPath(name)
 	}
 	return i, nil
 }

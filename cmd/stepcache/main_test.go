@@ -443,6 +443,9 @@ func TestCommandsBesideATier(t *testing.T) {
 	if stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mine"); status != 0 || !strings.Contains(stdout, "load mine") {
 		t.Errorf("load --unload: status %d, %q: %s", status, stdout, stderr)
 	}
+	if _, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mien"); status != 1 || !strings.Contains(stderr, "load mien") {
+		t.Errorf("unload of what nobody knows: %d %q", status, stderr)
+	}
 	stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--copies", "3", "-o", "json", "dir/**")
 	var loaded struct {
 		Resident int64

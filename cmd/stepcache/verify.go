@@ -74,6 +74,11 @@ The exit status is 1 when anything differs or could not be compared.`,
 			return err
 		}
 		defer c.Close()
+		if writable, err := c.Writable(ctx); err != nil {
+			return err
+		} else if writable {
+			return fmt.Errorf("dataset %s takes puts (access: ReadWrite): it has no listing that holds, so that what was put since would be passed over. The bucket compares each put with its digest, and `stepcache status` counts what was checked", folder.Dataset)
+		}
 		v, err := newVerifier(ctx, c, configs, download)
 		if err != nil {
 			return err

@@ -82,6 +82,13 @@ func TestLocalServesAWritableDataset(t *testing.T) {
 	if at, err := direct.StatObject(t.Context(), "fixture", "out/x", minio.StatObjectOptions{}); err != nil || at.ETag != info.ETag {
 		t.Errorf("in the bucket: %+v, %v", at, err)
 	}
+	if _, err := c.PutObject(t.Context(), bucket, "dir/small", strings.NewReader("anew"), 4, minio.PutObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	if err := c.RemoveObject(t.Context(), bucket, "large", minio.RemoveObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	seesWhatIsThere(t, f, env["STEPCACHE_TIER"], want)
 	reader := client(read("readOnlyAccessKeyID"), read("readOnlySecretAccessKey"), minio.BucketLookupPath)
 	if _, err := reader.PutObject(t.Context(), bucket, "no", bytes.NewReader(want), int64(len(want)), minio.PutObjectOptions{}); minio.ToErrorResponse(err).Code != "AccessDenied" {
 		t.Errorf("a put with the reader's key: %v", err)
@@ -96,4 +103,48 @@ func TestLocalServesAWritableDataset(t *testing.T) {
 		t.Errorf("it ended with %v\n%s", err, stderr)
 	}
 	f.nothingLeft(t)
+}
+
+// seesWhatIsThere has the commands look at a tier in which out/x was put, dir/small replaced and large removed.
+func seesWhatIsThere(t *testing.T, f *fixture, tier string, x []byte) {
+	t.Helper()
+	stdout, stderr, status := run(t, f.dir, "ls", "-R", "--tier", tier)
+	if status != 0 || !strings.Contains(stdout, "/out/\n") || !strings.Contains(stdout, "/out/x\n") || !strings.Contains(stdout, "/dir/small\n") || strings.Contains(stdout, "large") {
+		t.Errorf("ls -R: %d %q %q", status, stdout, stderr)
+	}
+	if stdout, stderr, status = run(t, f.dir, "ls", "--tier", tier); status != 0 || !strings.Contains(stdout, "/out/\n") || strings.Contains(stdout, "/out/x") {
+		t.Errorf("ls: %d %q %q", status, stdout, stderr)
+	}
+	if stdout, stderr, status = run(t, f.dir, "ls", "-l", "--tier", tier, "dir/small"); status != 0 || !strings.HasPrefix(stdout, "4 ") {
+		t.Errorf("ls -l of a file: %d %q %q", status, stdout, stderr)
+	}
+	for _, name := range []string{"/large", "none", "out/x/y"} {
+		if _, stderr, status = run(t, f.dir, "ls", "--tier", tier, name); status != 1 || !strings.Contains(stderr, "no file or folder "+name) {
+			t.Errorf("ls %s: %d %q", name, status, stderr)
+		}
+		if _, stderr, status = run(t, f.dir, "get", "--tier", tier, name, "-"); status != 1 || !strings.Contains(stderr, "no file or folder "+name) {
+			t.Errorf("get %s: %d %q", name, status, stderr)
+		}
+	}
+	if stdout, stderr, status = run(t, f.dir, "get", "--tier", tier, "/dir/small", "-"); status != 0 || stdout != "anew" {
+		t.Errorf("get: %d %q %q", status, stdout, stderr)
+	}
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "/", "-"); status != 1 || !strings.Contains(stderr, "is a folder") {
+		t.Errorf("get of a folder: %d %q", status, stderr)
+	}
+	dest := filepath.Join(f.dir, "all")
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "/", dest); status != 0 {
+		t.Errorf("get of all: %d %q", status, stderr)
+	}
+	for name, want := range map[string][]byte{"out/x": x, "dir/small": []byte("anew")} {
+		if got, err := os.ReadFile(filepath.Join(dest, name)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "out/x", filepath.Join(dest, "out", "x")); status != 1 || !strings.Contains(stderr, "--force") {
+		t.Errorf("get of what exists: %d %q", status, stderr)
+	}
+	if _, stderr, status = run(t, f.dir, "verify", "--tier", tier, "-f", f.manifests); status != 1 || !strings.Contains(stderr, "takes puts") {
+		t.Errorf("verify: %d %q", status, stderr)
+	}
 }
