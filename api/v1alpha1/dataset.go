@@ -164,7 +164,8 @@ type Workers struct {
 	Replicas int32 `json:"replicas,omitempty"`
 
 	// Memory is what each worker may fill with cached data, such as 12Gi. The pod's memory request and
-	// limit follow from it.
+	// limit follow from it. One worker holds all of a file up to 1 GiB, and larger files are spread: give each more
+	// than the largest file up to that has.
 	//
 	// +required
 	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('16Mi')) >= 0",message="memory of a worker must be at least 16Mi, four blocks"

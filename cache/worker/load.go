@@ -186,7 +186,7 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 			}
 		}
 	} else if total, quota := l.current().Total, w.store.Stats().Quota; total > quota {
-		return fmt.Errorf("load %s: %w: its %d bytes on worker %s exceed the cache of %d: load fewer paths, raise the workers' memory or add workers", l.req.ID, errUnfit, total, w.config.ID, quota)
+		return fmt.Errorf("load %s: %w: its %d bytes on worker %s exceed the cache of %d: %s", l.req.ID, errUnfit, total, w.config.ID, quota, wayOut(snap, items, quota))
 	} else {
 		defer w.loads.hold(snap, items, owner)()
 	}
@@ -214,6 +214,21 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 		}
 		l.update(func(s *wire.LoadStatus) { s.Failures, s.FailedFiles = nil, 0 })
 	}
+}
+
+// wayOut says what helps where a load has more bytes for a worker than its cache.
+func wayOut(snap *snapshot, items []item, quota int64) string {
+	var largest ring.Object
+	var path string
+	for _, it := range items {
+		if r, ok := snap.Ring(it.index); ok && r.Size > largest.Size && r.Size <= ring.StripeThreshold {
+			largest, path = r, snap.Path(it.index)
+		}
+	}
+	if largest.Size > quota {
+		return fmt.Sprintf("%s has %d bytes, and one worker holds all of a file up to 1 GiB: raise the workers' memory above that, or leave it out; more workers do not help", path, largest.Size)
+	}
+	return "load fewer paths, raise the workers' memory or add workers"
 }
 
 // snapshot waits for the load's snapshot, saying so meanwhile.

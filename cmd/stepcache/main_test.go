@@ -323,6 +323,10 @@ func TestLocalLoadThatDoesNotFit(t *testing.T) {
 	if status != 0 || !strings.Contains(stderr, "the steps read the rest from the bucket") {
 		t.Errorf("a load that does not fit: status %d:\n%s", status, stderr)
 	}
+	f.server.PutT(t, "fixture", "huge", make([]byte, 17<<20))
+	if _, stderr, _ = run(t, f.dir, "local", "-f", f.manifests, "--", "true"); !strings.Contains(stderr, "/huge has 17825792 bytes") || !strings.Contains(stderr, "more workers do not help") {
+		t.Errorf("a file that fits no worker:\n%s", stderr)
+	}
 	f.nothingLeft(t)
 }
 
