@@ -319,9 +319,38 @@ func (d *dataset) tails(pattern string) string {
 	return b.String()
 }
 
+// mostFailures is how many failed reads are told.
+const mostFailures = 10
+
+// tellFailures says why reads through the mount failed: programs are told a number, such as "Input/output error", and
+// the mount's log goes with the run.
+func (d *dataset) tellFailures() {
+	text, err := os.ReadFile(filepath.Join(d.folder.Dir, mountLog))
+	if err != nil {
+		return
+	}
+	told := map[string]bool{}
+	for line := range strings.Lines(string(text)) {
+		_, why, failed := strings.Cut(strings.TrimSpace(line), " level=ERROR msg=")
+		if !failed || told[why] {
+			continue
+		}
+		told[why] = true
+		if len(told) <= mostFailures {
+			d.tier.logf("dataset %s: mount: %s", name(d.object), why)
+		}
+	}
+	if n := len(told) - mostFailures; n > 0 {
+		d.tier.logf("dataset %s: mount: and %d failures more", name(d.object), n)
+	}
+}
+
+// mountLog is what the mount's process says.
+const mountLog = "mount.log"
+
 // mount runs the process that serves the dataset at its target.
 func (d *dataset) mount(ctx context.Context) error {
-	log := filepath.Join(d.folder.Dir, "mount.log")
+	log := filepath.Join(d.folder.Dir, mountLog)
 	start := func() (*process.Process, error) {
 		return process.Start(exec.Command(d.tier.options.Program, "mount", "--tier", d.folder.Dir, d.target), log)
 	}
@@ -381,6 +410,7 @@ func (d *dataset) close() {
 			k.close()
 		}
 	}
+	d.tellFailures()
 	if d.control != nil {
 		d.control.Close()
 	}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/stepcache/stepcache/local/process"
@@ -15,6 +16,7 @@ type keeper struct {
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
 	logf   func(format string, args ...any)
+	again  atomic.Int64 // how often one was started again
 }
 
 func newKeeper(logf func(string, ...any)) *keeper {
@@ -52,6 +54,8 @@ func (k *keeper) keep(name string, p *process.Process, start func() (*process.Pr
 				var err error
 				if p, err = start(); err != nil {
 					k.logf("%s: %v", name, err)
+				} else {
+					k.again.Add(1)
 				}
 			}
 		}

@@ -271,6 +271,8 @@ type Report struct {
 	Dataset string              `json:"dataset"`
 	Mounted string              `json:"mounted,omitempty"`
 	Status  []wire.WorkerStatus `json:"workers"`
+	// Restarts is how often a worker was started again: what it had counted before is lost.
+	Restarts int64 `json:"restarts,omitempty"`
 }
 
 // Report asks the workers.
@@ -282,7 +284,7 @@ func (t *Tier) Report(ctx context.Context) ([]Report, error) {
 		if err != nil {
 			errs = append(errs, err)
 		}
-		out = append(out, Report{Dataset: name(d.object), Mounted: d.target, Status: s})
+		out = append(out, Report{Dataset: name(d.object), Mounted: d.target, Status: s, Restarts: d.workers.again.Load()})
 	}
 	return out, errors.Join(errs...)
 }

@@ -212,8 +212,9 @@ func runCommand(ctx context.Context, t *local.Tier, command []string) error {
 func writeReports(out io.Writer, before, after []local.Report) {
 	w := tabwriter.NewWriter(out, 0, 8, 3, ' ', 0)
 	fmt.Fprintln(w, "DATASET\tFILES\tBYTES\tIN MEMORY\tFROM BUCKET\tREQUESTS\tOPENED\tHIT RATIO\tREFETCHED")
-	atLeast := false
+	atLeast, restarts := false, int64(0)
 	for i, r := range after {
+		restarts += r.Restarts
 		s := sum(r.Status)
 		var old wire.WorkerStatus
 		if i < len(before) {
@@ -229,6 +230,9 @@ func writeReports(out io.Writer, before, after []local.Report) {
 	w.Flush()
 	if atLeast {
 		fmt.Fprintln(out, "≥: what the kernel has read before it gives out again without asking, and nobody counts that.")
+	}
+	if restarts > 0 {
+		fmt.Fprintf(out, "Workers were started again (%d in all): what they had fetched and served before is not counted.\n", restarts)
 	}
 }
 

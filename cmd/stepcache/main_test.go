@@ -710,6 +710,34 @@ done`
 	if !strings.Contains(stderr, "is started again") {
 		t.Errorf("stderr does not say that a worker was started again:\n%s", stderr)
 	}
+	if !strings.Contains(stderr, "Workers were started again (") {
+		t.Errorf("the table does not say that figures are missing:\n%s", stderr)
+	}
+	f.nothingLeft(t)
+}
+
+// A program is told a number; whoever ran it has to know which object it was, and what to do.
+func TestLocalSaysWhyAReadFailed(t *testing.T) {
+	needMount(t)
+	f := newFixture(t)
+	f.replace(t, "spec: {datasetRef: {name: data},", "spec: {datasetRef: {name: data}, paths: [/large],")
+	mnt := filepath.Join(f.dir, "mnt")
+	cmd, _, stderr := background(t, f, "--mount", mnt)
+	f.server.PutT(t, "fixture", "dir/small", []byte("another version of it"))
+	for range 2 {
+		if _, err := os.ReadFile(filepath.Join(mnt, "data", "dir", "small")); !errors.Is(err, syscall.EIO) {
+			t.Errorf("read of a file that changed: %v", err)
+		}
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("it ended with %v", err)
+	}
+	if said := stderr.String(); strings.Count(said, ": mount: ") != 1 || !strings.Contains(said, "/fixture/dir/small") || !strings.Contains(said, "refresh the dataset") {
+		t.Errorf("it said:\n%s", said)
+	}
 	f.nothingLeft(t)
 }
 
