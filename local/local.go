@@ -48,6 +48,11 @@ type Options struct {
 	// of all Datasets hold together, in bytes; zero: half of what the machine has available.
 	Workers int
 	Memory  int64
+	// Gather gives the workers that Workers leaves of a Dataset the memory of all that its manifest wants, so that the
+	// tier holds what that one would.
+	Gather bool
+	// Flags says that Workers and Memory are the user's --workers and --memory, which are then named as the way out.
+	Flags bool
 	// S3Domain, when not empty, is a host name that leads to this machine with all names below it: the S3
 	// endpoints are told to clients under it, and answer virtual-host style too.
 	S3Domain string
@@ -164,17 +169,27 @@ func (t *Tier) memoryShares(datasets []*v1alpha1.Dataset) ([]int64, error) {
 	} else if limit > available {
 		return nil, fmt.Errorf("--memory %s is more than the %s that this machine has available", humanize.IBytes(uint64(limit)), humanize.IBytes(uint64(available)))
 	}
+	byWorkers, byMemory, raise := "", "", ""
+	if t.options.Flags {
+		byWorkers, byMemory, raise = " (--workers)", " (--memory)", ", or raise --memory"
+	}
 	var total int64
 	shares := make([]int64, len(datasets))
 	for i := range datasets {
 		w := &datasets[i].Spec.Workers
+		memory := w.MemoryBytes()
 		if n := int32(t.options.Workers); w.Replicas > n {
-			t.logf("dataset %s: %s on this machine instead of %d (--workers)", name(datasets[i]), count(int64(n), "worker"), w.Replicas)
+			gathered := ""
+			if t.options.Gather {
+				memory = (w.TotalBytes() + int64(n) - 1) / int64(n)
+				gathered = fmt.Sprintf(", with %s each", humanize.IBytes(uint64(memory)))
+			}
+			t.logf("dataset %s: %s on this machine instead of %d%s%s", name(datasets[i]), count(int64(n), "worker"), w.Replicas, gathered, byWorkers)
 			w.Replicas = n
 			w.Copies = min(w.Copies, n)
 		}
-		shares[i] = w.MemoryBytes()
-		total += w.TotalBytes()
+		shares[i] = memory
+		total += memory * int64(w.Replicas)
 	}
 	if total <= limit {
 		return shares, nil
@@ -183,9 +198,9 @@ func (t *Tier) memoryShares(datasets []*v1alpha1.Dataset) ([]int64, error) {
 	for i := range shares {
 		scaled := int64(float64(shares[i]) * float64(limit) / float64(total))
 		if scaled < least {
-			return nil, fmt.Errorf("the Datasets want %s of memory, and %s is to be had: lower spec.workers, or raise --memory", humanize.IBytes(uint64(total)), humanize.IBytes(uint64(limit)))
+			return nil, fmt.Errorf("the Datasets want %s of memory, and %s is to be had: lower spec.workers%s", humanize.IBytes(uint64(total)), humanize.IBytes(uint64(limit)), raise)
 		}
-		t.logf("dataset %s: %s a worker on this machine instead of %s (--memory)", name(datasets[i]), humanize.IBytes(uint64(scaled)), humanize.IBytes(uint64(shares[i])))
+		t.logf("dataset %s: %s a worker on this machine instead of %s%s", name(datasets[i]), humanize.IBytes(uint64(scaled)), humanize.IBytes(uint64(shares[i])), byMemory)
 		shares[i] = scaled
 	}
 	return shares, nil

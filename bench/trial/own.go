@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -58,6 +59,11 @@ func (o *own) fresh(ctx context.Context, d *Data) (s session, err error) {
 	if d.Puts {
 		return w.endpoint()
 	}
+	folder, err := tier.Open(dir)
+	if err != nil {
+		return nil, err
+	}
+	w.holds = Room(ctx, folder)
 	w.mounts.command = func(at string, _ int) *exec.Cmd {
 		return exec.Command(o.program, "mount", "--tier", dir, at)
 	}
@@ -68,6 +74,29 @@ type ownSession struct {
 	mounts
 	tier    *local.Tier
 	workers []int
+	holds   int64
+}
+
+func (s *ownSession) room() int64 { return s.holds }
+
+// Room is how many bytes of files a tier holds for sure: seven eighths of its memory, since pages, inodes and a journal
+// count, too, and a worker hands out no more of it than that. Of a tier whose workers are not to be asked, which takes a
+// key that not every reader has, nothing is known: it is as large as can be.
+func Room(ctx context.Context, folder tier.Folder) int64 {
+	control, err := folder.Control()
+	if err != nil {
+		return math.MaxInt64
+	}
+	defer control.Close()
+	workers, err := control.Status(ctx)
+	if err != nil {
+		return math.MaxInt64
+	}
+	memory := int64(0)
+	for _, w := range workers {
+		memory += w.Quota
+	}
+	return memory / int64(max(folder.Copies, 1)) / 8 * 7
 }
 
 // manifest is a tier of the data's bucket, in the words of a cluster's.
@@ -109,7 +138,7 @@ func (s *ownSession) start(ctx context.Context, program string, d *Data, manifes
 	before := workersOfThis()
 	log := &bytes.Buffer{}
 	var err error
-	s.tier, err = local.Start(ctx, local.Options{Manifests: manifests, Program: program, Workers: 1, Memory: memory,
+	s.tier, err = local.Start(ctx, local.Options{Manifests: manifests, Program: program, Workers: 1, Memory: memory, Gather: true,
 		Log: log, Problems: time.Minute})
 	if err != nil {
 		return "", fmt.Errorf("tier: %w\n%s", err, log)

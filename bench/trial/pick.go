@@ -9,6 +9,8 @@ import (
 	"path/filepath"
 	"strings"
 
+	"github.com/dustin/go-humanize"
+
 	"github.com/stepcache/stepcache/bench/access"
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/client"
@@ -25,10 +27,14 @@ const (
 	treeFiles  = 100_000
 )
 
+// perFile is what a cache may need for a file beside its bytes.
+const perFile = 8 << 10
+
 // Pick chooses from a running dataset what the sections read, and copies it into dir, which must be in memory: the
-// largest file of up to so many bytes, and files of up to 1 MiB. A section for which there is nothing is left out.
-func Pick(ctx context.Context, c *client.Client, b *Bucket, dir string, largest int64) (in Input, err error) {
-	var large, shared access.File
+// largest file of up to so many bytes, and files of up to 1 MiB, each as far as the tier has room for it: what it does not
+// hold would never be warm. A section for which there is nothing is left out.
+func Pick(ctx context.Context, c *client.Client, b *Bucket, dir string, largest, room int64, log io.Writer) (in Input, err error) {
+	var large, shared, tooLarge access.File
 	var small, tree []access.File
 	smallTotal, entries, total := int64(0), int64(0), int64(0)
 	s := c.Snapshot()
@@ -40,14 +46,18 @@ func Pick(ctx context.Context, c *client.Client, b *Bucket, dir string, largest 
 				return true
 			}
 			f := access.File{Path: path, Size: n.Size}
-			total += n.Size + 8<<10
-			if n.Size <= largest && n.Size > large.Size {
+			total += n.Size + perFile
+			if n.Size <= min(largest, room) && n.Size > large.Size {
 				large = f
 			}
-			if n.Size <= min(mostShared, largest) && n.Size > shared.Size {
+			if n.Size > room && n.Size <= largest && n.Size > tooLarge.Size {
+				tooLarge = f
+			}
+			if n.Size <= min(mostShared, largest, room) && n.Size > shared.Size {
 				shared = f
 			}
-			if n.Size > 0 && n.Size <= mostSmall && len(small) < smallFiles && smallTotal+n.Size <= smallBytes {
+			if n.Size > 0 && n.Size <= mostSmall && len(small) < smallFiles && smallTotal+n.Size <= smallBytes &&
+				smallTotal+n.Size+int64(len(small)+1)*perFile <= room {
 				small = append(small, f)
 				smallTotal += n.Size
 			}
@@ -59,6 +69,10 @@ func Pick(ctx context.Context, c *client.Client, b *Bucket, dir string, largest 
 	})
 	if entries == 0 {
 		return in, errors.New("the dataset has no files")
+	}
+	if tooLarge.Size > 0 {
+		fmt.Fprintf(log, "files of more than %s, such as %s of %s, do not fit the tier's memory and are left out\n",
+			humanize.IBytes(uint64(room)), tooLarge.Path, humanize.IBytes(uint64(tooLarge.Size)))
 	}
 	var copied []access.File
 	data := func(files ...access.File) *Data {

@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"os/exec"
 
+	"github.com/dustin/go-humanize"
+
 	"github.com/stepcache/stepcache/bench/host"
 )
 
@@ -242,6 +244,29 @@ func (d *doing) ready() bool {
 	return true
 }
 
+// roomy is a session that knows how many bytes of files its cache holds.
+type roomy interface{ room() int64 }
+
+// fits says whether the cache holds what a row wants to be cached: else the row has a reason in place of a figure that
+// would not be a warm one.
+func (d *doing) fits(row string) bool {
+	at, ok := d.v.at.(roomy)
+	r := d.v.row(row)
+	if !ok || r.Kind != Warm || d.fill == nil || d.fill.Op == opWalk {
+		return true
+	}
+	size := int64(0)
+	for _, f := range d.fill.Files {
+		size += f.Size
+	}
+	if size <= at.room() {
+		return true
+	}
+	r.of(d.v.c.name()).Reason = fmt.Sprintf("not warm: the %s that are read do not fit the tier's memory, which has room for %s",
+		humanize.IBytes(uint64(size)), humanize.IBytes(uint64(at.room())))
+	return false
+}
+
 // fresh measures a row with nothing cached, on so many mounts.
 func (d *doing) fresh(row string, mounts int, j Job) (r result) {
 	if d.takes(row) && d.begin(mounts) {
@@ -285,7 +310,7 @@ func (d *doing) put(row string, j Job) (r result) {
 
 // here measures a row in the mount that there is.
 func (d *doing) here(row string, j Job) (r result) {
-	if d.takes(row) && d.ready() {
+	if d.takes(row) && d.ready() && d.fits(row) {
 		r = d.measure(row, j)
 	}
 	return r
@@ -304,7 +329,7 @@ func (d *doing) untimed(j Job) (r result) {
 
 // anew measures a row in a mount of which the kernel knows nothing.
 func (d *doing) anew(row string, j Job) {
-	if d.takes(row) && d.ready() {
+	if d.takes(row) && d.ready() && d.fits(row) {
 		if d.stop(d.v.mount(d.ctx, 1)); d.err == nil {
 			d.fills(1, row, j) // the kernel's page cache
 		}

@@ -448,6 +448,48 @@ func TestFailedReading(t *testing.T) {
 	}
 }
 
+// small is a contender whose cache has room for so many bytes.
+type small struct {
+	folder
+	holds int64
+}
+
+func (s *small) name() string                                  { return "small" }
+func (s *small) version(context.Context) string                { return "1" }
+func (s *small) fresh(context.Context, *Data) (session, error) { return s, nil }
+func (s *small) room() int64                                   { return s.holds }
+
+// A row has no warm figure of what the cache does not hold, but a reason.
+func TestWarmRowThatDoesNotFit(t *testing.T) {
+	tr := newTrial(t, time.Minute)
+	d := data(t)
+	read := Job{Op: opSmall, Files: d.Files, Readers: 2, Whole: true}
+	for holds, fits := range map[int64]bool{18000: true, 17999: false} {
+		s := &section{name: "s", data: d, rounds: 1}
+		for name, kind := range map[string]Kind{"cold": Cold, "again": Warm, "anew": Warm, "other": Any} {
+			s.rows = append(s.rows, &Row{Section: "s", Name: name, Unit: PerSecond, Kind: kind})
+		}
+		s.run = func(ctx context.Context, v *visit) error {
+			do := &doing{ctx: ctx, v: v}
+			do.fresh("cold", 1, read)
+			do.warm(read)
+			do.here("again", read)
+			do.anew("anew", read)
+			do.here("other", read)
+			return do.err
+		}
+		if err := tr.visit(t.Context(), s, &small{folder{dir: d.Native}, holds}); err != nil {
+			t.Error(err)
+		}
+		for _, r := range s.rows {
+			want := fits || r.Kind != Warm
+			if f := r.of("small"); f.Failed || (len(f.Samples) == 1) != want || strings.Contains(f.Reason, "do not fit the tier's memory") == want {
+				t.Errorf("room for %d: %s: %+v", holds, r.Name, f)
+			}
+		}
+	}
+}
+
 // A tier that does not come is given up.
 func TestNotReady(t *testing.T) {
 	tr := newTrial(t, time.Millisecond)

@@ -36,8 +36,9 @@ bucket by a parallel client, this project cold and warm, and whichever of rclone
 the PATH. -f takes a Dataset's manifest and makes a tier on this machine for each cold reading, so that everything
 read then is fetched from the bucket, several times; --tier reads a tier that runs, which has no cold figures.
 
-It reads the largest file up to --largest, up to 10,000 files of up to 1 MiB and the whole listing. All of that must
-fit this machine's memory three times. Mounts need root. Other mounts need a bucket with the S3 protocol that is the
+It reads the largest file up to --largest that the tier has room for, up to 10,000 files of up to 1 MiB and the whole
+listing. All of that must fit this machine's memory three times. The tier that -f makes is one worker with the memory
+of all that the manifest wants. Mounts need root. Other mounts need a bucket with the S3 protocol that is the
 Dataset's only mount.`,
 		Example: `  stepcache bench -f genomes.yaml
   stepcache bench --tier "$STEPCACHE_TIER" --only 'large file' --rounds 5
@@ -110,7 +111,7 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 		}
 		o.Manifests = filenames
 		// For the listing and the native copies; each cold reading has a tier of its own.
-		if running, err = local.Start(ctx, local.Options{Manifests: filenames, Program: o.Program, Workers: 1, Log: os.Stderr}); err != nil {
+		if running, err = local.Start(ctx, local.Options{Manifests: filenames, Program: o.Program, Workers: 1, Gather: true, Log: os.Stderr}); err != nil {
 			return err
 		}
 		defer running.Close()
@@ -132,7 +133,7 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 		return err
 	}
 	native := filepath.Join(dir, "native")
-	in, err := trial.Pick(ctx, c, b, native, largest)
+	in, err := trial.Pick(ctx, c, b, native, largest, trial.Room(ctx, folder), o.Log)
 	c.Close()
 	if err != nil {
 		return err

@@ -1,12 +1,14 @@
 package main
 
 import (
+	"bytes"
 	"encoding/json"
 	"os"
 	"strings"
 	"testing"
 
 	"github.com/stepcache/stepcache/bench/trial"
+	"github.com/stepcache/stepcache/test/bucket"
 )
 
 // Both ways to bench one's own data: from manifests, with cold figures, and beside a tier that runs, with warm ones
@@ -55,6 +57,31 @@ func TestBench(t *testing.T) {
 				}
 			}
 		}
+	}
+	f.nothingLeft(t)
+}
+
+// One worker has the memory of all that the manifest wants, and a file that it does not hold is not read as the large one.
+func TestBenchOnOneWorker(t *testing.T) {
+	f := newFixture(t)
+	f.write(t, bucket.SecretKey, "16Mi", false)
+	f.server.PutT(t, "fixture", "larger", bytes.Repeat([]byte("0123456789abcdef"), 24<<16))
+	f.server.PutT(t, "fixture", "largest", bytes.Repeat([]byte("0123456789abcdef"), 30<<16))
+	stdout, stderr, status := run(t, f.dir, "bench", "-f", f.manifests, "--rounds", "1", "--contenders", "stepcache", "--only", "^large file: re-read", "-o", "json")
+	if status != 0 || strings.Contains(stderr, "--workers") || strings.Contains(stderr, "--memory") {
+		t.Errorf("status %d, said %s", status, stderr)
+	}
+	for _, want := range []string{"1 worker on this machine instead of 2, with 32 MiB each", "files of more than 28 MiB, such as largest of 30 MiB"} {
+		if !strings.Contains(stderr, want) {
+			t.Errorf("said %s, want %q", stderr, want)
+		}
+	}
+	var rep trial.Report
+	if err := json.Unmarshal([]byte(stdout), &rep); err != nil || len(rep.Rows) != 1 {
+		t.Fatalf("%v in %q", err, stdout)
+	}
+	if fig := rep.Rows[0].Figures[trial.Own]; fig == nil || (len(fig.Samples) == 1) != (os.Geteuid() == 0) {
+		t.Errorf("%+v", fig)
 	}
 	f.nothingLeft(t)
 }

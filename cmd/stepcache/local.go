@@ -100,7 +100,7 @@ func runLocal(ctx context.Context, o local.Options, command []string) error {
 	// A reader of our output that goes away must not end us before everything is removed. A handler rather
 	// than ignoring it: what we start gets the default back.
 	signal.Notify(make(chan os.Signal, 1), syscall.SIGPIPE)
-	o.Log = os.Stderr
+	o.Log, o.Flags = os.Stderr, true
 	t, err := local.Start(ctx, o)
 	if err != nil {
 		return err
