@@ -16,8 +16,6 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
-	"slices"
-	"strings"
 	"time"
 
 	"github.com/spf13/cobra"
@@ -101,11 +99,8 @@ func (o *options) check() (err error) {
 	if o.match, err = regexp.Compile(o.only); err != nil {
 		return fmt.Errorf("--only: %w", err)
 	}
-	known := append([]string{trial.Native, trial.Direct, trial.Own}, trial.Peers...)
-	for _, c := range o.contenders {
-		if !slices.Contains(known, c) {
-			return fmt.Errorf("--contenders %q: want some of %s", c, strings.Join(known, ", "))
-		}
+	if err := trial.CheckContenders(o.contenders); err != nil {
+		return fmt.Errorf("--contenders %w", err)
 	}
 	for _, p := range []*string{&o.stepcache, &o.out} {
 		if *p, err = filepath.Abs(*p); err != nil {

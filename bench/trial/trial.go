@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"regexp"
 	"slices"
+	"strings"
 	"time"
 
 	"github.com/stepcache/stepcache/bench/host"
@@ -140,6 +141,17 @@ func (t *trial) chosen() (chosen []*section) {
 		}
 	}
 	return chosen
+}
+
+// CheckContenders refuses names that are of no contender, whether or not it is here.
+func CheckContenders(names []string) error {
+	known := append([]string{Native, Direct, Own}, Peers...)
+	for _, n := range names {
+		if !slices.Contains(known, n) {
+			return fmt.Errorf("%q: want some of %s", n, strings.Join(known, ", "))
+		}
+	}
+	return nil
 }
 
 // contenders are those that can be measured here, and the reasons of those that cannot.

@@ -70,6 +70,9 @@ Dataset's only mount.`,
 		if o.Only, err = regexp.Compile(only); err != nil {
 			return usage{fmt.Errorf("bench: --only: %w", err)}
 		}
+		if err := trial.CheckContenders(o.Contenders); err != nil {
+			return usage{fmt.Errorf("bench: --contenders %w", err)}
+		}
 		if cmd.Flags().Changed("filename") && cmd.Flags().Changed("tier") {
 			return usage{errors.New("bench: -f and --tier: choose one")}
 		}

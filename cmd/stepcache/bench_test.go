@@ -89,20 +89,22 @@ func TestBenchOnOneWorker(t *testing.T) {
 func TestBenchWrongUse(t *testing.T) {
 	dir := tempDir(t)
 	for _, c := range []struct {
-		args []string
-		says string
+		args   []string
+		status int
+		says   string
 	}{
-		{[]string{"bench"}, "--tier"},
-		{[]string{"bench", "-f", "a.yaml", "--tier", "/b"}, "choose one"},
-		{[]string{"bench", "-f", "a.yaml", "--largest", "much"}, "--largest"},
-		{[]string{"bench", "-f", "a.yaml", "--rounds", "0"}, "--rounds"},
-		{[]string{"bench", "-f", "a.yaml", "--only", "("}, "--only"},
-		{[]string{"bench", "-f", "/nonexistent/a.yaml"}, "no such file"},
-		{[]string{"bench", "more"}, "unknown command"},
+		{[]string{"bench"}, 1, "--tier"},
+		{[]string{"bench", "-f", "a.yaml", "--contenders", "direct,nope"}, 2, `--contenders "nope": want some of native, direct, stepcache, rclone, s3fs, geesefs, mount-s3`},
+		{[]string{"bench", "-f", "a.yaml", "--tier", "/b"}, 2, "choose one"},
+		{[]string{"bench", "-f", "a.yaml", "--largest", "much"}, 2, "--largest"},
+		{[]string{"bench", "-f", "a.yaml", "--rounds", "0"}, 2, "--rounds"},
+		{[]string{"bench", "-f", "a.yaml", "--only", "("}, 2, "--only"},
+		{[]string{"bench", "-f", "/nonexistent/a.yaml"}, 1, "no such file"},
+		{[]string{"bench", "more"}, 2, "unknown command"},
 	} {
 		stdout, stderr, status := run(t, dir, c.args...)
-		if status == 0 || !strings.Contains(stderr, c.says) || stdout != "" {
-			t.Errorf("%q: status %d, said %q %q, want %q", c.args, status, stdout, stderr, c.says)
+		if status != c.status || !strings.Contains(stderr, c.says) || stdout != "" {
+			t.Errorf("%q: status %d, said %q %q, want %d, %q", c.args, status, stdout, stderr, c.status, c.says)
 		}
 	}
 }
