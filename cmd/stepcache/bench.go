@@ -78,6 +78,8 @@ Dataset's only mount.`,
 		}
 		if len(filenames) > 0 {
 			t.dir = ""
+		} else if t.dir == "" {
+			return usage{fmt.Errorf("bench: -f is missing: name a manifest, or set --tier or %s to the folder of a tier that runs", tier.Env)}
 		}
 		if o.Program, err = os.Executable(); err != nil {
 			return err

@@ -93,7 +93,7 @@ func TestBenchWrongUse(t *testing.T) {
 		status int
 		says   string
 	}{
-		{[]string{"bench"}, 1, "--tier"},
+		{[]string{"bench"}, 2, "-f is missing: name a manifest, or set --tier"},
 		{[]string{"bench", "-f", "a.yaml", "--contenders", "direct,nope"}, 2, `--contenders "nope": want some of native, direct, stepcache, rclone, s3fs, geesefs, mount-s3`},
 		{[]string{"bench", "-f", "a.yaml", "--tier", "/b"}, 2, "choose one"},
 		{[]string{"bench", "-f", "a.yaml", "--largest", "much"}, 2, "--largest"},
