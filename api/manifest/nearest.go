@@ -4,12 +4,10 @@ import (
 	"maps"
 	"slices"
 	"strings"
-
-	structuralschema "k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
 )
 
-// nearest is the name among the properties that a misspelt one most likely means; empty if none is near.
-func nearest(name string, properties map[string]structuralschema.Structural) string {
+// nearest is the name among properties, or kinds, that a misspelt one most likely means; empty if none is near.
+func nearest[V any](name string, properties map[string]V) string {
 	best, distance := "", 1+len(name)/3
 	for _, p := range slices.Sorted(maps.Keys(properties)) {
 		if d := edits(strings.ToLower(name), strings.ToLower(p)); d <= distance && (best == "" || d < distance) {

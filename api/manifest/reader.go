@@ -107,7 +107,7 @@ func (r *reader) own(at place, gv schema.GroupVersion, kindName string, u map[st
 	}
 	load, ok := kinds[kindName]
 	if !ok {
-		r.fail(at.error("", field.NotSupported(field.NewPath("kind"), kindName, []string{v1alpha1.KindDataset, v1alpha1.KindDataLoad})))
+		r.fail(at.error("", noKind(kindName)))
 		return
 	}
 	k, err := load()
@@ -147,6 +147,16 @@ func (r *reader) own(at place, gv schema.GroupVersion, kindName string, u map[st
 		}
 		r.set.DataLoads = append(r.set.DataLoads, l)
 	}
+}
+
+// noKind is the error for a kind that this group does not have. A Secret is read, too, but is of another group.
+func noKind(name string) *field.Error {
+	meant := ""
+	if near := nearest(name, kinds); near != "" {
+		meant = "did you mean " + near + "? "
+	}
+	return field.Forbidden(field.NewPath("kind"), fmt.Sprintf("there is no %q in %s; %swhat is read are %s and %s, and Secret of apiVersion: v1",
+		name, v1alpha1.GroupVersion, meant, v1alpha1.KindDataset, v1alpha1.KindDataLoad))
 }
 
 // identify finds an object's name, sets the default namespace and refuses a second object of the name.
