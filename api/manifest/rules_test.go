@@ -259,13 +259,16 @@ func check(t *testing.T, r rule, manifest string) {
 func TestDatasetNames(t *testing.T) {
 	for name, ok := range map[string]bool{
 		"a": true, "genomes-2": true, strings.Repeat("a", 40): true,
-		strings.Repeat("a", 41): false, "2genomes": false, "a.b": false, "a-": false, "A": false,
+		strings.Repeat("a", 41): false, "2genomes": false, "a.b": false, "a-": false, "A": false, "Genomes_X": false,
 	} {
 		_, err := Parse("m.yaml", []byte(strings.Replace(dataset, "genomes", name, 1)))
 		if ok && err != nil {
 			t.Error(err)
 		} else if !ok {
 			refused(t, err, "metadata: the name of a Dataset also names its workers")
+			if strings.Contains(err.Error(), "metadata.name") {
+				t.Errorf("%s is told by the rule of other objects' names, too: %v", name, err)
+			}
 		}
 	}
 }
