@@ -1,6 +1,7 @@
 package gateway
 
 import (
+	"cmp"
 	"context"
 	"encoding/xml"
 	"errors"
@@ -15,6 +16,7 @@ type Failure struct {
 	Status        int
 	Code, Message string
 	header        map[string]string
+	counted       string // what metrics call it where Code is a bucket's own, of which there may be any number
 }
 
 func (f *Failure) Error() string { return f.Code + ": " + f.Message }
@@ -51,10 +53,13 @@ var kinds = []struct {
 	{source.ErrChanged, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The object changed while it was read. Please try again.")},
 	{source.ErrUnavailable, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The bucket behind this Dataset does not answer. Please try again.")},
 	{source.ErrUnversioned, failure(http.StatusBadRequest, "InvalidRequest", "The object has no version, and its Dataset does not say allowUnversioned.")},
-	{source.ErrInvalid, failure(http.StatusBadRequest, "InvalidRequest", "The request cannot be fulfilled as it stands.")},
+	{source.ErrInvalid, unexplained},
 	{context.Canceled, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The worker is being stopped. Please try again.")},
 	{context.DeadlineExceeded, failure(http.StatusServiceUnavailable, "ServiceUnavailable", "The time was not enough. Please try again.")},
 }
+
+// unexplained does not tell the client what is wrong, so that the log has to.
+var unexplained = failure(http.StatusBadRequest, "InvalidRequest", "The request cannot be fulfilled as it stands.")
 
 var internal = failure(http.StatusInternalServerError, "InternalError", "We encountered an internal error. Please try again.")
 
@@ -65,10 +70,27 @@ func failureOf(err error) *Failure {
 	}
 	for _, k := range kinds {
 		if errors.Is(err, k.kind) {
+			if k.failure == unexplained {
+				return refused(err)
+			}
 			return k.failure
 		}
 	}
 	return internal
+}
+
+// refused is what the bucket said to a request that cannot be fulfilled, where it was the bucket that said so.
+func refused(err error) *Failure {
+	var said *source.Refusal
+	if !errors.As(err, &said) {
+		return unexplained
+	}
+	f := failure(said.Status, said.Code, "%s", said.Message)
+	f.counted = unexplained.Code
+	if f.Message == "" {
+		f.Message = "The bucket behind this Dataset refused the request."
+	}
+	return f
 }
 
 type errorBody struct {
@@ -107,13 +129,13 @@ func (q *request) errorBody(f *Failure) errorBody {
 	return errorBody{Code: f.Code, Message: f.Message, Bucket: q.bucket, Key: xmlText(q.key), Resource: xmlText(q.r.URL.Path), RequestID: q.id, HostID: q.id}
 }
 
-// report counts an error, and logs it if it is not the client's doing. Reads and writes that the client broke
+// report counts an error, and logs it if it is not the client's doing or the client is not told what it is. Reads and writes that the client broke
 // off are its own.
 func (q *request) report(err error, f *Failure) {
 	if f.Status >= http.StatusBadRequest {
-		q.Metrics.errors.WithLabelValues(f.Code).Inc()
+		q.Metrics.errors.WithLabelValues(cmp.Or(f.counted, f.Code)).Inc()
 	}
-	if f.Status < http.StatusInternalServerError || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil || errors.Is(err, ErrLeft) {
+	if f.Status < http.StatusInternalServerError && f != unexplained || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil || errors.Is(err, ErrLeft) {
 		return
 	}
 	q.Logger.Error("s3 request failed", "method", q.r.Method, "bucket", q.bucket, "key", q.key, "code", f.Code, "request", q.id, "err", err)

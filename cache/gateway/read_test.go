@@ -295,7 +295,7 @@ func TestFailuresOfObjectsHaveTheirCodes(t *testing.T) {
 		{source.ErrUnavailable, 503, "ServiceUnavailable", true},
 		{source.ErrChanged, 503, "ServiceUnavailable", true},
 		{source.ErrUnversioned, 400, "InvalidRequest", false},
-		{source.ErrInvalid, 400, "InvalidRequest", false},
+		{source.ErrInvalid, 400, "InvalidRequest", true},
 		{source.ErrReadOnly, 403, "AccessDenied", false},
 		{gateway.ErrBusy, 503, "SlowDown", true},
 		{gateway.ErrTooLarge, 400, "EntityTooLarge", false},
@@ -333,6 +333,32 @@ func TestFailuresOfObjectsHaveTheirCodes(t *testing.T) {
 		if v, err := f.m.get("a/b"); err != nil || string(v.data) != "x" {
 			t.Errorf("%v: the object was changed", c.err)
 		}
+	}
+}
+
+func TestWhatTheBucketRefusesIsTold(t *testing.T) {
+	f := serve(t)
+	f.put(t, "a/b", []byte("x"))
+	for _, c := range []struct {
+		err           source.Error
+		status        int
+		code, message string
+	}{
+		{source.Error{Kind: source.ErrInvalid, Refusal: &source.Refusal{Status: 409, Code: "ObjectParentIsFile", Message: "Object parent <already> exists, 100%d."}},
+			409, "ObjectParentIsFile", "Object parent &lt;already&gt; exists, 100%d."},
+		{source.Error{Kind: source.ErrInvalid, Refusal: &source.Refusal{Status: 400, Code: "Odd"}},
+			400, "Odd", "The bucket behind this Dataset refused the request."},
+		// Codes that clients know stay what they are.
+		{source.Error{Kind: source.ErrNotFound, Refusal: &source.Refusal{Status: 400, Code: "Odd"}}, 404, "NoSuchKey", "The specified key does not exist."},
+	} {
+		f.m.setFail(func(string) error { return &c.err })
+		a := f.do(t, call{method: "PUT", path: object, body: []byte("y")})
+		if a.status != c.status || a.code != c.code || !bytes.Contains(a.body, []byte("<Message>"+c.message+"</Message>")) {
+			t.Errorf("%v: %s %s", &c.err, a, a.body)
+		}
+	}
+	if logged := f.logged.String(); strings.Contains(logged, "failed") {
+		t.Errorf("the client was told, and yet: %s", logged)
 	}
 }
 

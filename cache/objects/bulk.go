@@ -119,7 +119,7 @@ func (n *Names) deleteAt(ctx context.Context, m ring.Member, s state, keys []str
 	}
 	failed = make(map[string]error, len(out.Failed))
 	for key, r := range out.Failed {
-		failed[key] = remote(m, r.Kind, r.Text)
+		failed[key] = remote(m, r)
 	}
 	return failed, nil
 }
@@ -241,7 +241,7 @@ func (n *Names) serveDelete(w http.ResponseWriter, r *http.Request) {
 	}
 	out := outcomesJSON{Failed: map[string]refusal{}}
 	for key, err := range n.removeAll(r.Context(), asked.Keys, s) {
-		out.Failed[key] = refusal{Kind: kindOf(err), Text: err.Error()}
+		out.Failed[key] = refusalOf(err)
 	}
 	answer(w, http.StatusOK, out)
 }

@@ -46,15 +46,24 @@ type remoteError struct {
 	member string
 	text   string
 	kind   error
+	bucket *source.Refusal // what the bucket answered; may be nil
 }
 
 func (e *remoteError) Error() string { return "worker " + e.member + ": " + e.text }
-func (e *remoteError) Unwrap() error { return e.kind }
+func (e *remoteError) Unwrap() []error {
+	if e.bucket == nil {
+		return []error{e.kind}
+	}
+	return []error{e.kind, e.bucket}
+}
 
-func remote(m ring.Member, kind, text string) error {
-	e := &remoteError{member: m.ID, text: text, kind: wire.ErrInternal}
+func remote(m ring.Member, r refusal) error {
+	e := &remoteError{member: m.ID, text: r.Text, kind: wire.ErrInternal}
+	if r.Bucket != nil {
+		e.bucket = &source.Refusal{Status: r.Bucket.Status, Code: r.Bucket.Code, Message: r.Bucket.Message}
+	}
 	for _, k := range kinds {
-		if k.name == kind {
+		if k.name == r.Kind {
 			e.kind = k.err
 		}
 	}

@@ -207,6 +207,28 @@ func TestABucketThatRefusesAPart(t *testing.T) {
 	tr.mustPut(1, "refused", []byte("now"))
 }
 
+// What the bucket does not take is told in its own words, whether the client spoke to the owner or to another worker.
+func TestWhatTheBucketRefusesIsTold(t *testing.T) {
+	f := bucket.Faults(t, theServer(t))
+	tr := newTier(t, f.Endpoint()).start(2)
+	tr.mustPut(0, "conf", []byte("a file"))
+	f.Set(func(r *http.Request) bucket.Fault {
+		if r.Method == http.MethodPut && strings.HasSuffix(r.URL.Path, "/odd") {
+			return bucket.Fault{Status: 422, Code: "OddName"}
+		}
+		return bucket.Fault{}
+	})
+	for i := range 2 {
+		if _, err := tr.put(i, "odd", []byte("x"), minio.PutObjectOptions{}); code(err) != "OddName" || err.Error() != "injected" {
+			t.Errorf("worker %d: %s: %v", i, code(err), err)
+		}
+		_, err := tr.put(i, "conf/x", []byte("x"), minio.PutObjectOptions{})
+		if c := code(err); c == "" || c == "InvalidRequest" || !strings.Contains(err.Error(), "already exists as a file") {
+			t.Errorf("worker %d: %s: %v", i, c, err)
+		}
+	}
+}
+
 func TestWrongCredentialsAndAMissingBucketAreTold(t *testing.T) {
 	tr := newTier(t, "").start(1)
 	tr.mustPut(0, "before", []byte("x"))

@@ -292,6 +292,24 @@ type refusal struct {
 	Kind  string `json:"kind"`
 	Text  string `json:"text"`
 	Epoch uint64 `json:"epoch,omitempty"`
+	// Bucket is what the bucket answered, where that is what the client is told.
+	Bucket *bucketJSON `json:"bucket,omitempty"`
+}
+
+type bucketJSON struct {
+	Status  int    `json:"status"`
+	Code    string `json:"code"`
+	Message string `json:"message,omitempty"`
+}
+
+// refusalOf is an error as other workers are told of it.
+func refusalOf(err error) refusal {
+	r := refusal{Kind: kindOf(err), Text: err.Error()}
+	var said *source.Refusal
+	if errors.As(err, &said) {
+		r.Bucket = &bucketJSON{said.Status, said.Code, said.Message}
+	}
+	return r
 }
 
 func (p *peers) judge(m ring.Member, resp *http.Response) error {
@@ -305,7 +323,7 @@ func (p *peers) judge(m ring.Member, resp *http.Response) error {
 	if resp.StatusCode == http.StatusConflict {
 		return &errStale{m, r.Epoch}
 	}
-	return remote(m, r.Kind, r.Text)
+	return remote(m, r)
 }
 
 // epoch asks which epoch m follows, and tells it ours.

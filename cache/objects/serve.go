@@ -196,7 +196,7 @@ func answer(w http.ResponseWriter, code int, v any) {
 }
 
 func failed(w http.ResponseWriter, err error) {
-	refuse(w, http.StatusUnprocessableEntity, kindOf(err), err.Error())
+	answer(w, http.StatusUnprocessableEntity, refusalOf(err))
 }
 
 // follows is the membership, when it is the sender's; else the request is answered.

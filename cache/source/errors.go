@@ -22,6 +22,8 @@ type Error struct {
 	Err error
 	// Hint says what the user can do; may be empty.
 	Hint string
+	// Refusal is what the store answered where Kind is ErrInvalid and the answer is about the request itself; may be nil.
+	Refusal *Refusal
 	// After is how long the store asked to wait (Retry-After); zero when it did not.
 	After time.Duration
 }
@@ -39,12 +41,16 @@ func (e *Error) Error() string {
 	return b.String()
 }
 
-// Unwrap makes errors.Is and errors.As see both the kind and the cause.
+// Unwrap makes errors.Is and errors.As see the kind, the cause and the store's refusal.
 func (e *Error) Unwrap() []error {
-	if e.Err == nil {
-		return []error{e.Kind}
+	all := []error{e.Kind}
+	if e.Err != nil {
+		all = append(all, e.Err)
 	}
-	return []error{e.Kind, e.Err}
+	if e.Refusal != nil {
+		all = append(all, e.Refusal)
+	}
+	return all
 }
 
 // ContextKind is the Kind of an operation whose context ended: context.Canceled when its owner gave up,

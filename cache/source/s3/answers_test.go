@@ -197,6 +197,28 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 			t.Errorf("want %v and %q: %v", c.kind, c.hint, err)
 		}
 	}
+	for _, c := range []struct {
+		answer http.HandlerFunc
+		want   string
+	}{
+		{xml(400, "KeyTooLongError", ""), "KeyTooLongError: the store's own words"},
+		{xml(403, "InvalidObjectState", ""), "InvalidObjectState: the store's own words"},
+		{xml(400, "AuthorizationHeaderMalformed", "<Region>eu-west-3</Region>"), ""},
+		{xml(403, "AccessDenied", ""), ""},
+		{xml(501, "NotImplemented", ""), ""},
+		{func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "<html>gateway", http.StatusBadRequest) }, ""},
+		{func(w http.ResponseWriter, r *http.Request) {
+			w.WriteHeader(400)
+			fmt.Fprintf(w, `<Error><Code>InvalidArgument</Code><Message>not of %s</Message></Error>`, r.Host)
+		}, "InvalidArgument: "},
+	} {
+		b := answering(t, source.Config{}, c.answer)
+		_, err := b.PutObject(t.Context(), "k", strings.NewReader("x"), 1, source.WriteOptions{})
+		var told *source.Refusal
+		if errors.As(err, &told) != (c.want != "") || told != nil && told.Error() != c.want {
+			t.Errorf("want %q to be passed on, not %v, of: %v", c.want, told, err)
+		}
+	}
 	refused, err := s3.Open(t.Context(), source.Config{URL: "s3://bucket", Endpoint: "http://127.0.0.1:1", Region: "r", Anonymous: true})
 	if err != nil {
 		t.Fatal(err)

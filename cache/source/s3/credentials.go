@@ -70,6 +70,13 @@ func (s *signer) refused() {
 	s.looked = time.Time{}
 }
 
+// value is what requests are signed with.
+func (s *signer) value() credentials.Value {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.last
+}
+
 // RetrieveWithCredContext implements credentials.Provider of minio-go.
 func (s *signer) RetrieveWithCredContext(cc *miniocreds.CredContext) (miniocreds.Value, error) {
 	ctx := context.Background()
