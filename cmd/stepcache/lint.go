@@ -148,11 +148,24 @@ func (l *linting) check(name string, text []byte) {
 		}
 	}
 	mended := 0
+	var left []lint.Finding
 	for _, f := range r.Findings {
 		if f.Fixable && (l.fix || l.output == "yaml") {
 			mended++
-			continue
+		} else {
+			left = append(left, f)
 		}
+	}
+	if l.fix && changed {
+		// What was added moved lines: those that are left are told as the file has them now.
+		now, err := lint.Check(name, r.Fixed)
+		if err != nil {
+			l.fail(err)
+			return
+		}
+		left = now.Findings
+	}
+	for _, f := range left {
 		l.findings = append(l.findings, f)
 		switch l.output {
 		case "text":

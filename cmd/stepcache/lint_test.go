@@ -135,6 +135,33 @@ func TestLint(t *testing.T) {
 	}
 }
 
+// What was added above a finding moved it.
+func TestLintFixTellsLinesAsTheyAreThen(t *testing.T) {
+	dir := t.TempDir()
+	path := filepath.Join(dir, "w.yaml")
+	text := strings.Replace(slowWorkflow, "container: {image: x}", "container:\n      image: x", 1) + `  - name: fan
+    script: {image: x, source: "true"}
+  - name: main
+    steps:
+    - - {name: f, template: fan}
+    - - {name: g, template: m, withParam: "{{steps.f.outputs.result}}"}
+`
+	if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, status := run(t, dir, "lint", "--fix", path)
+	if status != 0 || !strings.Contains(stderr, "2 mended") {
+		t.Errorf("status %d: %s", status, stderr)
+	}
+	fixed, err := os.ReadFile(path)
+	if err != nil || strings.Count(string(fixed), "\n") == strings.Count(text, "\n") {
+		t.Fatalf("no line was added: %v\n%s", err, fixed)
+	}
+	if again, _, _ := run(t, dir, "lint", path); again != stdout || !strings.Contains(stdout, "[stdout]") {
+		t.Errorf("told after the fix:\n%sand by the next run:\n%s", stdout, again)
+	}
+}
+
 func TestLintOfStandardInput(t *testing.T) {
 	dir := t.TempDir()
 	cmd := program(t, dir, "lint", "-o", "yaml", "-")
