@@ -7,8 +7,10 @@ import (
 	"os"
 	"path"
 	"slices"
+	"strconv"
 	"text/tabwriter"
 	"time"
+	"unicode/utf8"
 
 	"github.com/spf13/cobra"
 
@@ -132,6 +134,7 @@ func (t *tierFlags) bounded(ctx context.Context, f tier.Folder) (context.Context
 // entry is one line of ls.
 type entry struct {
 	Path     string    `json:"path"`
+	Quoted   string    `json:"quoted,omitempty"` // of a Path that is not UTF-8, which JSON cannot carry
 	Dir      bool      `json:"dir,omitempty"`
 	Size     int64     `json:"size"`
 	Modified time.Time `json:"modified,omitzero"`
@@ -147,7 +150,8 @@ func lsCommand() *cobra.Command {
 		Long: `Lists a folder, or describes a file, as the workers' newest listing of the bucket has it. A Dataset with a refresh
 interval gets newer ones; a mount keeps the one that it began with, so that no file changes under its readers. Of a
 Dataset that takes puts it shows what is there now.
-Folders end with a slash; names that would not print are quoted (-o json has them as they are).`,
+Folders end with a slash; names that would not print are quoted. -o json has them as they are; of
+a path that is not UTF-8 it has U+FFFD for each byte that is not, and "quoted" as the path itself.`,
 		Example: "  stepcache ls -l /shards\n  stepcache ls -R -o json /",
 		Args:    args(cobra.MaximumNArgs(1)),
 	}
@@ -259,6 +263,9 @@ func list(s *catalog.Snapshot, i catalog.Index, recursive bool) []entry {
 func describe(s *catalog.Snapshot, i catalog.Index) entry {
 	n, _ := s.Node(i)
 	e := entry{Path: s.Path(i), Dir: n.Dir, Size: n.Size, Modified: n.ModTime}
+	if !utf8.ValidString(e.Path) {
+		e.Quoted = strconv.Quote(e.Path)
+	}
 	if _, o, ok := s.Object(i); ok {
 		e.Version = o.Version
 	}

@@ -669,7 +669,8 @@ func TestUnknownCommandIsWrongUsage(t *testing.T) {
 
 func TestPrintable(t *testing.T) {
 	for path, want := range map[string]string{
-		"/a b/ü": "/a b/ü", "/two\nlines": `"/two\nlines"`, "/\x1b[2J": `"/\x1b[2J"`, "/not utf-8 \xff": "/not utf-8 \xff",
+		"/a b/ü": "/a b/ü", "/two\nlines": `"/two\nlines"`, "/\x1b[2J": `"/\x1b[2J"`, "/not utf-8 \xff": `"/not utf-8 \xff"`,
+		"/c1\x9b31mX": `"/c1\x9b31mX"`, "/\u009b31mX": `"/\u009b31mX"`, "/replaced \ufffd": "/replaced \ufffd",
 	} {
 		if got := printable(path); got != want {
 			t.Errorf("printable(%q) = %s, want %s", path, got, want)

@@ -84,9 +84,10 @@ func printJSON(w io.Writer, v any) error {
 	return e.Encode(v)
 }
 
-// printable is a path for people: one with line breaks or the like is quoted, as it would fake other lines.
+// printable is a path for people: one with line breaks or the like is quoted, as it would fake other lines, and one
+// that is not UTF-8, whose bytes a terminal may take for commands.
 func printable(path string) string {
-	if strings.ContainsFunc(path, func(r rune) bool { return !unicode.IsPrint(r) && r != utf8.RuneError }) {
+	if !utf8.ValidString(path) || strings.ContainsFunc(path, func(r rune) bool { return !unicode.IsPrint(r) }) {
 		return strconv.Quote(path)
 	}
 	return path
