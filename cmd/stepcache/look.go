@@ -1,8 +1,11 @@
 package main
 
 import (
+	"bufio"
 	"context"
 	"fmt"
+	"io"
+	"iter"
 	"maps"
 	"os"
 	"path"
@@ -163,26 +166,16 @@ a path that is not UTF-8 it has U+FFFD for each byte that is not, and "quoted" a
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
-		entries, err := t.entries(cmd.Context(), first(a, "/"), recursive)
+		all, done, err := t.entries(cmd.Context(), first(a, "/"), recursive)
 		if err != nil {
 			return err
 		}
+		defer done()
 		if *output == "json" {
-			return printJSON(cmd.OutOrStdout(), entries)
+			entries := []entry{}
+			return printJSON(cmd.OutOrStdout(), slices.AppendSeq(entries, all))
 		}
-		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 2, ' ', 0)
-		for _, e := range entries {
-			name := printable(e.Path)
-			if e.Dir {
-				name += "/"
-			}
-			if long {
-				fmt.Fprintf(w, "%d\t%s\t%s\t%s\n", e.Size, e.Modified.UTC().Format(time.DateTime), e.Version, name)
-			} else {
-				fmt.Fprintln(w, name)
-			}
-		}
-		return w.Flush()
+		return printEntries(cmd.OutOrStdout(), all, long)
 	}
 	return cmd
 }
@@ -194,38 +187,40 @@ func first(a []string, otherwise string) string {
 	return otherwise
 }
 
-// entries are what ls shows of a path.
-func (t *tierFlags) entries(ctx context.Context, name string, recursive bool) ([]entry, error) {
+// entries are what ls shows of a path, until done is called.
+func (t *tierFlags) entries(ctx context.Context, name string, recursive bool) (all iter.Seq[entry], done func(), err error) {
 	n, err := t.names(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	if n != nil {
 		defer n.Close()
 		what, err := lookupName(ctx, n, name)
 		if err != nil {
-			return nil, err
+			return nil, nil, err
 		}
-		if !what.Dir {
-			return []entry{what.entry()}, nil
+		var entries []entry
+		if what.Dir {
+			err = walkNames(ctx, n, what, recursive, func(w named) error {
+				entries = append(entries, w.entry())
+				return nil
+			})
+		} else {
+			entries = append(entries, what.entry())
 		}
-		entries := []entry{}
-		err = walkNames(ctx, n, what, recursive, func(w named) error {
-			entries = append(entries, w.entry())
-			return nil
-		})
-		return entries, err
+		return slices.Values(entries), func() {}, err
 	}
 	c, err := t.dial(ctx)
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
-	defer c.Close()
 	i, err := lookup(c, name)
 	if err != nil {
-		return nil, err
+		c.Close()
+		return nil, nil, err
 	}
-	return list(c.Snapshot(), i, recursive), nil
+	s := c.Snapshot() // once: a newer one may come while this is printed
+	return func(f func(entry) bool) { list(s, i, recursive, f) }, func() { c.Close() }, nil
 }
 
 func noSuchPath(name string) error {
@@ -241,31 +236,60 @@ func lookup(c *client.Client, name string) (catalog.Index, error) {
 	return i, nil
 }
 
-func list(s *catalog.Snapshot, i catalog.Index, recursive bool) []entry {
+// printEntries writes a line for each entry. The columns of a long listing are as wide as the widest of all, which
+// takes a pass of its own: there may be millions of entries, too many to keep as text.
+func printEntries(out io.Writer, all iter.Seq[entry], long bool) error {
+	sizes, versions := 0, 0
+	if long {
+		for e := range all {
+			sizes = max(sizes, len(strconv.FormatInt(e.Size, 10)))
+			versions = max(versions, utf8.RuneCountInString(e.Version))
+		}
+	}
+	w := bufio.NewWriter(out)
+	for e := range all {
+		name := printable(e.Path)
+		if e.Dir {
+			name += "/"
+		}
+		if long {
+			fmt.Fprintf(w, "%-*d  %s  %-*s  ", sizes, e.Size, e.Modified.UTC().Format(time.DateTime), versions, e.Version)
+		}
+		if _, err := fmt.Fprintln(w, name); err != nil {
+			return err // nobody reads on
+		}
+	}
+	return w.Flush()
+}
+
+// list calls f for a file, or for what a folder has, until f returns false.
+func list(s *catalog.Snapshot, i catalog.Index, recursive bool, f func(entry) bool) {
 	n, _ := s.Node(i)
-	if !n.Dir {
-		return []entry{describe(s, i)}
+	switch {
+	case !n.Dir:
+		f(describe(s, i))
+	case recursive:
+		s.Walk(i, func(j catalog.Index) bool { return f(describe(s, j)) })
+	default:
+		for j := n.First; j < n.First+n.Count; j++ {
+			if !f(describe(s, j)) {
+				return
+			}
+		}
 	}
-	entries := []entry{}
-	if recursive {
-		s.Walk(i, func(j catalog.Index) bool {
-			entries = append(entries, describe(s, j))
-			return true
-		})
-		return entries
+}
+
+func newEntry(path string, dir bool, size int64, modified time.Time) entry {
+	e := entry{Path: path, Dir: dir, Size: size, Modified: modified}
+	if !utf8.ValidString(path) {
+		e.Quoted = strconv.Quote(path)
 	}
-	for j := n.First; j < n.First+n.Count; j++ {
-		entries = append(entries, describe(s, j))
-	}
-	return entries
+	return e
 }
 
 func describe(s *catalog.Snapshot, i catalog.Index) entry {
 	n, _ := s.Node(i)
-	e := entry{Path: s.Path(i), Dir: n.Dir, Size: n.Size, Modified: n.ModTime}
-	if !utf8.ValidString(e.Path) {
-		e.Quoted = strconv.Quote(e.Path)
-	}
+	e := newEntry(s.Path(i), n.Dir, n.Size, n.ModTime)
 	if _, o, ok := s.Object(i); ok {
 		e.Version = o.Version
 	}

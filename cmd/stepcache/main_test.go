@@ -13,6 +13,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -674,6 +675,31 @@ func TestPrintable(t *testing.T) {
 	} {
 		if got := printable(path); got != want {
 			t.Errorf("printable(%q) = %s, want %s", path, got, want)
+		}
+	}
+}
+
+// The columns are the same in every line, wherever the widest entry comes.
+func TestColumnsOfALongListing(t *testing.T) {
+	var entries []entry
+	for i := range 200 {
+		entries = append(entries, entry{Path: fmt.Sprintf("/f%03d", i), Size: int64(i), Version: "v"})
+	}
+	entries[5] = entry{Path: "/f005", Dir: true}
+	entries[9].Path = "/f009\xff" // which text/tabwriter takes for the beginning of text to be left alone
+	entries[150].Size, entries[150].Version = 1<<40, strings.Repeat("0", 35)
+	var out bytes.Buffer
+	if err := printEntries(&out, slices.Values(entries), true); err != nil {
+		t.Fatal(err)
+	}
+	lines := strings.Split(strings.TrimSuffix(out.String(), "\n"), "\n")
+	if len(lines) != len(entries) || !strings.HasSuffix(lines[5], "  /f005/") {
+		t.Fatalf("%d lines:\n%s", len(lines), &out)
+	}
+	at := len("1099511627776") + 2 + len(time.DateTime) + 2 + 35 + 2
+	for i, l := range lines {
+		if strings.Contains(l, "\t") || strings.Index(strings.Replace(l, `"`, "", 1), fmt.Sprintf("/f%03d", i)) != at {
+			t.Errorf("line %d: %q, want its name at %d", i, l, at)
 		}
 	}
 }

@@ -48,7 +48,9 @@ type named struct {
 }
 
 func (n named) entry() entry {
-	return entry{Path: "/" + n.path, Dir: n.Dir, Size: n.Size, Modified: n.ModTime, Version: n.Version}
+	e := newEntry("/"+n.path, n.Dir, n.Size, n.ModTime)
+	e.Version = n.Version
+	return e
 }
 
 func lookupName(ctx context.Context, n *client.Names, name string) (named, error) {
