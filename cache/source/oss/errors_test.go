@@ -155,6 +155,11 @@ func TestAnswersOfOthers(t *testing.T) {
 		if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.says) || !strings.Contains(err.Error(), "/genomes/k") {
 			t.Errorf("%d %s: %v, want %v saying %q", c.status, c.body, err, c.want, c.says)
 		}
+		// A client is told what is about its own request, not what is about the Dataset's settings.
+		var told *source.Refusal
+		if wanted := c.body == xml("Whatever", "") || c.body == xml("InvalidObjectState", ""); errors.As(err, &told) != wanted || wanted && (told.Status != c.status || told.Message != "m") {
+			t.Errorf("%d %s: passed on is %v", c.status, c.body, told)
+		}
 		kinds := 0
 		for _, kind := range []error{source.ErrNotFound, source.ErrNoBucket, source.ErrChanged, source.ErrDenied, source.ErrUnversioned,
 			source.ErrThrottled, source.ErrUnavailable, source.ErrInvalid, source.ErrReadOnly} {
