@@ -21,8 +21,10 @@ import (
 
 	"github.com/minio/minio-go/v7"
 
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/test/bucket"
 )
 
@@ -676,6 +678,32 @@ func TestPrintable(t *testing.T) {
 		if got := printable(path); got != want {
 			t.Errorf("printable(%q) = %s, want %s", path, got, want)
 		}
+	}
+}
+
+// Of two names that JSON cannot carry, each has a quoted form of its own.
+func TestJSONTellsNamesApart(t *testing.T) {
+	b := catalog.NewBuilder([]catalog.Mount{{URL: "file:///d", Path: "/"}})
+	for _, key := range []string{"a\xfe", "a\xff", "plain"} {
+		if err := b.Add(0, source.Object{Key: key, Size: 1, Version: "v"}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	text, err := b.Encode(time.Unix(1e9, 0))
+	if err != nil {
+		t.Fatal(err)
+	}
+	s, err := catalog.Open(text)
+	if err != nil {
+		t.Fatal(err)
+	}
+	var quoted []string
+	list(s, 0, false, func(e entry) bool {
+		quoted = append(quoted, e.Quoted)
+		return true
+	})
+	if want := []string{`"/a\xfe"`, `"/a\xff"`, ""}; !slices.Equal(quoted, want) {
+		t.Errorf("%q, want %q", quoted, want)
 	}
 }
 
