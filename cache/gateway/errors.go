@@ -129,8 +129,8 @@ func (q *request) errorBody(f *Failure) errorBody {
 	return errorBody{Code: f.Code, Message: f.Message, Bucket: q.bucket, Key: xmlText(q.key), Resource: xmlText(q.r.URL.Path), RequestID: q.id, HostID: q.id}
 }
 
-// report counts an error, and logs it if it is not the client's doing or the client is not told what it is. Reads and writes that the client broke
-// off are its own.
+// report counts an error, and logs it if it is not the client's doing, or the client is not told what it is. Reads and
+// writes that the client broke off are its own.
 func (q *request) report(err error, f *Failure) {
 	if f.Status >= http.StatusBadRequest {
 		q.Metrics.errors.WithLabelValues(cmp.Or(f.counted, f.Code)).Inc()
