@@ -58,10 +58,7 @@ func (e *remoteError) Unwrap() []error {
 }
 
 func remote(m ring.Member, r refusal) error {
-	e := &remoteError{member: m.ID, text: r.Text, kind: wire.ErrInternal}
-	if r.Bucket != nil {
-		e.bucket = &source.Refusal{Status: r.Bucket.Status, Code: r.Bucket.Code, Message: r.Bucket.Message}
-	}
+	e := &remoteError{member: m.ID, text: r.Text, kind: wire.ErrInternal, bucket: r.Bucket}
 	for _, k := range kinds {
 		if k.name == r.Kind {
 			e.kind = k.err

@@ -293,22 +293,13 @@ type refusal struct {
 	Text  string `json:"text"`
 	Epoch uint64 `json:"epoch,omitempty"`
 	// Bucket is what the bucket answered, where that is what the client is told.
-	Bucket *bucketJSON `json:"bucket,omitempty"`
-}
-
-type bucketJSON struct {
-	Status  int    `json:"status"`
-	Code    string `json:"code"`
-	Message string `json:"message,omitempty"`
+	Bucket *source.Refusal `json:"bucket,omitempty"`
 }
 
 // refusalOf is an error as other workers are told of it.
 func refusalOf(err error) refusal {
 	r := refusal{Kind: kindOf(err), Text: err.Error()}
-	var said *source.Refusal
-	if errors.As(err, &said) {
-		r.Bucket = &bucketJSON{said.Status, said.Code, said.Message}
-	}
+	errors.As(err, &r.Bucket)
 	return r
 }
 

@@ -9,15 +9,21 @@ import (
 // request of us: it tells nothing of our credentials, of the store's address, or of the URL that was asked.
 type Refusal struct {
 	// Status is the answer's, from 400 to 499.
-	Status int
+	Status int `json:"status"`
 	// Code is the store's word for it.
-	Code string
+	Code string `json:"code"`
 	// Message is empty where the store's own says more than a stranger may know.
-	Message string
+	Message string `json:"message,omitempty"`
 }
 
 // Error implements error.
 func (r *Refusal) Error() string { return r.Code + ": " + r.Message }
+
+// Refusable says whether a store's answer with that code, which made the error, is about the request itself: what has a
+// hint is about the Dataset's settings, but for an object that nobody can read as it is stored.
+func (e *Error) Refusable(code string) bool {
+	return e.Kind == ErrInvalid && (e.Hint == "" || code == "InvalidObjectState")
+}
 
 // ours are the codes about how we signed and sent a request, which tell nothing to whoever made it of us.
 var ours = map[string]bool{

@@ -226,7 +226,7 @@ func wayOut(snap *snapshot, items []item, quota int64) string {
 		}
 	}
 	if largest.Size > quota {
-		return fmt.Sprintf("%s has %d bytes, and one worker holds all of a file up to 1 GiB: raise the workers' memory above that, or leave it out; more workers do not help", path, largest.Size)
+		return fmt.Sprintf("%s has %d bytes, and one worker holds all of a file up to %d GiB: raise the workers' memory above that, or leave it out; more workers do not help", path, largest.Size, ring.StripeThreshold>>30)
 	}
 	return "load fewer paths, raise the workers' memory or add workers"
 }

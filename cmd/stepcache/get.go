@@ -37,18 +37,18 @@ that exists is kept unless --force. Pipes and devices are written to.`,
 	cmd.Flags().BoolVar(&force, "force", false, "overwrite files that exist")
 	cmd.RunE = func(cmd *cobra.Command, a []string) error {
 		ctx := cmd.Context()
-		named, err := t.names(ctx)
+		names, err := t.names(ctx)
 		if err != nil {
 			return err
 		}
-		if named != nil {
-			defer named.Close()
-			what, err := lookupName(ctx, named, a[0])
+		if names != nil {
+			defer names.Close()
+			what, err := lookupName(ctx, names, a[0])
 			if err != nil {
 				return err
 			}
-			return copyTo(cmd, a, what.Name.Name, what.Dir, func(w io.Writer) error { return copyName(ctx, named, what, w, nil) },
-				func(dest string) error { return getNames(ctx, named, what, dest, force) })
+			return copyTo(cmd, a, what.Name.Name, what.Dir, func(w io.Writer) error { return copyName(ctx, names, what, w, nil) },
+				func(dest string) error { return getNames(ctx, names, what, dest, force) })
 		}
 		c, err := t.dial(ctx)
 		if err != nil {

@@ -37,8 +37,7 @@ func (b *Bucket) fail(ctx context.Context, r request, resp *sdk.Response, err er
 			e.Hint = hint
 		}
 		e.Err, e.After = said(service), retryAfter(resp.Headers)
-		// What has a hint is about the Dataset's settings.
-		if kind == source.ErrInvalid && (e.Hint == "" || service.Code == "InvalidObjectState") {
+		if e.Refusable(service.Code) {
 			v, _ := b.credentials.Get(ctx) // those of a platform are kept; without any, the request was not signed
 			e.Refusal = source.Refused(service.StatusCode, service.Code, service.Message, b.endpoint.host, v.AccessKeyID, v.AccessKeySecret, v.SessionToken)
 		}

@@ -78,8 +78,8 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 	if e.Hint, e.Kind = b.kind(r); e.Kind == source.ErrDenied {
 		b.signer.refused()
 	}
-	// minio-go refuses some requests itself, without an answer. What has a hint is about the Dataset's settings.
-	if e.Kind == source.ErrInvalid && seen.err == nil && seen.status == r.StatusCode && (e.Hint == "" || r.Code == "InvalidObjectState") {
+	// minio-go refuses some requests itself, without an answer.
+	if e.Refusable(r.Code) && seen.err == nil && seen.status == r.StatusCode {
 		endpoint := b.core.EndpointURL()
 		v := b.signer.value()
 		e.Refusal = source.Refused(r.StatusCode, r.Code, r.Message, endpoint.Host, endpoint.Hostname(), v.AccessKeyID, v.AccessKeySecret, v.SessionToken)
