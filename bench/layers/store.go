@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/bench/access"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -161,7 +162,7 @@ func frames(ctx context.Context, size, n int) (float64, error) {
 	for i := range payload {
 		payload[i] = byte(i * 7)
 	}
-	sums, got := wire.Sums(payload), access.Touched(size)
+	sums, got := checksum.All(payload), access.Touched(size)
 	start := time.Now()
 	g, ctx := errgroup.WithContext(ctx)
 	defer context.AfterFunc(ctx, func() { from.Close(); to.Close() })()

@@ -232,11 +232,11 @@ func (v *view) same(ctx context.Context, name, original string) error {
 		return err
 	}
 	defer v.close()
-	got, err := checksum(ctx, v.dir+"/"+name)
+	got, err := crc32c(ctx, v.dir+"/"+name)
 	if err != nil {
 		return err
 	}
-	want, err := checksum(ctx, original)
+	want, err := crc32c(ctx, original)
 	if err == nil && got != want {
 		err = fmt.Errorf("WRONG BYTES in %s of the mount", name)
 	}
@@ -245,7 +245,7 @@ func (v *view) same(ctx context.Context, name, original string) error {
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-func checksum(ctx context.Context, path string) (uint32, error) {
+func crc32c(ctx context.Context, path string) (uint32, error) {
 	fd, err := access.Open(path)
 	if err != nil {
 		return 0, err

@@ -7,8 +7,8 @@ import (
 	"sync"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
-	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // blockKey names a block of a file.
@@ -82,8 +82,8 @@ type blocks struct {
 const classes = 7
 
 func class(n int) (k, size int) {
-	k = max(0, bits.Len(uint(n-1))-bits.Len(uint(wire.SumSize-1)))
-	return k, wire.SumSize << k
+	k = max(0, bits.Len(uint(n-1))-bits.Len(uint(checksum.Size-1)))
+	return k, checksum.Size << k
 }
 
 func newBlocks(budget int64) *blocks {
@@ -107,7 +107,7 @@ func (b *blocks) peek(key blockKey, lo, hi, end int) *extent {
 	for _, e := range b.extents[key] {
 		if e.covers(lo, hi) && isClosed(e.done) && e.err == nil {
 			b.use(e)
-			e.spent = e.spent || end == e.lo*wire.SumSize+len(e.buf)
+			e.spent = e.spent || end == e.lo*checksum.Size+len(e.buf)
 			return e
 		}
 	}
@@ -244,7 +244,7 @@ func (b *blocks) waste(e *extent) {
 func (b *blocks) shrink(want int64) bool {
 	for _, same := range []bool{false, true} {
 		for k := range b.free {
-			size := int64(wire.SumSize << k)
+			size := int64(checksum.Size << k)
 			if n := len(b.free[k]); n > 0 && (size == want) == same {
 				b.free[k][n-1] = nil
 				b.free[k] = b.free[k][:n-1]

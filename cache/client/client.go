@@ -27,7 +27,7 @@
 // its object, and wrap the source's errors (source.ErrChanged and so on), ErrNoLease, wire.ErrUnauthorized
 // or the context's.
 //
-// It may import cache/catalog, cache/ring, cache/source (for its errors), cache/store and cache/wire.
+// It may import cache/catalog, cache/checksum, cache/ring, cache/source (for its errors), cache/store and cache/wire.
 package client
 
 import (

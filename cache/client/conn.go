@@ -11,6 +11,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -329,7 +330,7 @@ func (c *conn) receive(br *bufio.Reader) error {
 
 // stride is how much of a payload is received before it is compared with its sums and passed on: so much that what
 // arrives meanwhile comes with the same system call, so little that the processor has it at hand still.
-const stride = 16 * wire.SumSize
+const stride = 16 * checksum.Size
 
 // strides are what payloads of calls that have a writer are received through. There are as many as connections that
 // receive such a payload just now, however many workers there are.
@@ -379,8 +380,8 @@ func (c *conn) payload(br *bufio.Reader, k *call, reply wire.Reply) error {
 		if k.bad != nil {
 			continue // the rest must be received all the same
 		}
-		first := off / wire.SumSize
-		if err := wire.CheckSums(p, reply.Sums[first:first+wire.SumCount(part)]); err != nil {
+		first := off / checksum.Size
+		if err := wire.CheckSums(p, reply.Sums[first:first+checksum.Count(part)]); err != nil {
 			k.bad = fmt.Errorf("from byte %d: %w", off, err)
 		} else if k.body == nil {
 			if _, err := k.to.WriteAt(p, int64(off)); err != nil {

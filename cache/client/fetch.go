@@ -25,7 +25,7 @@ type piece struct {
 	off    int64 // from the object's start
 	n      int
 	urgent <-chan struct{} // closed when somebody waits for it
-	sums   *[]uint32       // gets the sums that the bytes came with and were compared with; nil: nobody wants them
+	sums   *[]uint64       // gets the sums that the bytes came with and were compared with; nil: nobody wants them
 	to     io.WriterAt     // gets the bytes, at offsets from off, instead of a buffer; nil: there is one
 }
 

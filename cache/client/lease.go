@@ -14,6 +14,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 )
@@ -158,7 +159,7 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 			key := blockKey{i, block}
 			defer c.fills.begin(key)()
 			for {
-				b, err := c.config.Store.Place(ctx, o, block, func(ctx context.Context, to io.WriterAt) ([]uint32, error) {
+				b, err := c.config.Store.Place(ctx, o, block, func(ctx context.Context, to io.WriterAt) ([]uint64, error) {
 					return c.fillBlock(ctx, piece{index: i, object: o, block: block, off: block * ring.BlockSize, n: blockLen(o.Size, block), urgent: now, to: to})
 				})
 				if errors.Is(err, errClosed) && ctx.Err() == nil && c.ctx.Err() == nil {
@@ -177,7 +178,7 @@ func (c *Client) fill(ctx context.Context, i catalog.Index, o ring.Object, wait 
 
 // fillBlock gets a whole block for the node's store. The store may run it on after who began it has given up,
 // because others wait for the block, so Close must know of it; they are told that it was closed.
-func (c *Client) fillBlock(ctx context.Context, w piece) (sums []uint32, err error) {
+func (c *Client) fillBlock(ctx context.Context, w piece) (sums []uint64, err error) {
 	if !c.begin() {
 		return nil, errClosed
 	}
@@ -197,7 +198,7 @@ func (c *Client) fillBlock(ctx context.Context, w piece) (sums []uint32, err err
 }
 
 // copyBuffered copies a whole block that is in the client's buffers or on its way there; no sums: it is not.
-func (c *Client) copyBuffered(ctx context.Context, w piece) ([]uint32, error) {
+func (c *Client) copyBuffered(ctx context.Context, w piece) ([]uint64, error) {
 	_, hi := span(0, w.n)
 	e := c.cache.find(blockKey{w.index, w.block}, 0, hi)
 	if e == nil {
@@ -216,7 +217,7 @@ func (c *Client) copyBuffered(ctx context.Context, w piece) ([]uint32, error) {
 		return nil, err
 	}
 	c.count.joins.Add(1)
-	return wire.Sums(e.buf), nil
+	return checksum.All(e.buf), nil
 }
 
 // fills are the blocks that are being fetched into the node's store for leases, so that reads wait for them

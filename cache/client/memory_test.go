@@ -9,8 +9,8 @@ import (
 	"time"
 	"unsafe"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
-	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // mapping returns what the kernel tells of the mapping that the bytes begin in.
@@ -118,7 +118,7 @@ func TestMemoryIsGivenBackWhenNobodyReads(t *testing.T) {
 func TestRestLeavesWhatIsInUse(t *testing.T) {
 	b := newBlocks(8 * ring.BlockSize)
 	add := func(block int64, ahead *stream) *extent {
-		e, made := b.add(t.Context(), blockKey{1, block}, 0, 1, wire.SumSize, ahead)
+		e, made := b.add(t.Context(), blockKey{1, block}, 0, 1, checksum.Size, ahead)
 		if !made {
 			t.Fatal("no room")
 		}
@@ -149,7 +149,7 @@ func TestRestLeavesWhatIsInUse(t *testing.T) {
 	if rest(); !there(0) || e.buf == nil || there(1) {
 		t.Fatal("what a reader holds is gone, or what nobody came for is not")
 	}
-	if taken, _ := b.usage(); taken != wire.SumSize {
+	if taken, _ := b.usage(); taken != checksum.Size {
 		t.Fatalf("%d bytes", taken)
 	}
 	b.release(e)
@@ -161,7 +161,7 @@ func TestRestLeavesWhatIsInUse(t *testing.T) {
 		b.release(e)
 		b.rest()
 	}
-	if n := b.rest(); n != wire.SumSize || there(0) {
+	if n := b.rest(); n != checksum.Size || there(0) {
 		t.Fatalf("%d bytes went", n)
 	}
 	if taken, pooled := b.usage(); taken != 0 || pooled != 0 || len(b.extents) != 0 || b.coming != 0 || b.ahead != 0 || b.spentBy != 0 {

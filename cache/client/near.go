@@ -66,7 +66,7 @@ type near struct {
 // arrival is a block that was asked for.
 type arrival struct {
 	done   chan struct{} // closed when sums or err is set
-	sums   []uint32
+	sums   []uint64
 	err    error
 	at     time.Time     // when err was
 	urgent chan struct{} // closed when somebody waits for it
@@ -306,7 +306,7 @@ func (n *near) wanted(block int64) bool {
 }
 
 // ask waits until the worker has a block, and returns its sums.
-func (n *near) ask(block int64, urgent <-chan struct{}) ([]uint32, error) {
+func (n *near) ask(block int64, urgent <-chan struct{}) ([]uint64, error) {
 	c, l := n.c, n.lease.from
 	size := blockLen(n.object.Size, block)
 	slot, err := l.slots.acquire(c.ctx, int64(size), urgent)
@@ -339,7 +339,7 @@ func (n *near) ask(block int64, urgent <-chan struct{}) ([]uint32, error) {
 }
 
 // read reads from off of a block that is there, with those sums. False: it is not what they say.
-func (n *near) read(block int64, sums []uint32, p []byte, off int) bool {
+func (n *near) read(block int64, sums []uint64, p []byte, off int) bool {
 	size := blockLen(n.object.Size, block)
 	err := readSummed(io.NewSectionReader(n.lease.File, block*ring.BlockSize, int64(size)), size, sums, p, off)
 	if err == nil {

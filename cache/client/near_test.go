@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -230,8 +231,8 @@ func TestAFileThatChangedWhileItIsRead(t *testing.T) {
 func TestABadLoanIsReadOverTheNetwork(t *testing.T) {
 	good := func(data []byte) func(r wire.Request) (wire.Reply, []byte) {
 		return func(r wire.Request) (wire.Reply, []byte) {
-			sums := wire.Sums(data[r.Off:][:r.Length])
-			return wire.Reply{Index: r.Index, Off: r.Off}, wire.AppendSumList(nil, sums)
+			sums := checksum.All(data[r.Off:][:r.Length])
+			return wire.Reply{Index: r.Index, Off: r.Off}, checksum.Encode(nil, sums)
 		}
 	}
 	for name, test := range map[string]struct {
@@ -335,7 +336,7 @@ func TestABlockThatTheWorkerDoesNotKeepIsReadOverTheNetwork(t *testing.T) {
 		if full.Load() && block%2 == 1 {
 			return wire.Reply{Status: wire.NotResident, Index: r.Index}, wire.Text("full")
 		}
-		return wire.Reply{Index: r.Index, Off: r.Off}, wire.AppendSumList(nil, wire.Sums(data[r.Off:][:r.Length]))
+		return wire.Reply{Index: r.Index, Off: r.Off}, checksum.Encode(nil, checksum.All(data[r.Off:][:r.Length]))
 	}
 	k.worker("a").socket = l.path
 	k.setMembers()

@@ -8,6 +8,7 @@ import (
 	"sync"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -16,7 +17,7 @@ import (
 
 // chunks of a block, and how many pieces of one read are fetched at once.
 const (
-	blockChunks = ring.BlockSize / wire.SumSize
+	blockChunks = ring.BlockSize / checksum.Size
 	maxPieces   = 8
 )
 
@@ -141,7 +142,7 @@ func (v *View) find(i catalog.Index, off int64, n int) bool {
 			return false
 		}
 		v.extents[v.n] = e
-		from -= e.lo * wire.SumSize
+		from -= e.lo * checksum.Size
 		v.pieces[v.n] = e.buf[from : from+part]
 		at += int64(part)
 		left -= part
@@ -179,7 +180,7 @@ func (r *reading) blockLen(block int64) int { return blockLen(r.object.Size, blo
 
 // span is the run of chunks that covers the bytes [off, off+n) of a block.
 func span(off, n int) (lo, hi int) {
-	return off / wire.SumSize, (off + n + wire.SumSize - 1) / wire.SumSize
+	return off / checksum.Size, (off + n + checksum.Size - 1) / checksum.Size
 }
 
 func (r *reading) read(ctx context.Context, p []byte, off int64) (int, error) {
@@ -268,7 +269,7 @@ func (r *reading) begin(k *part) bool {
 // nil when there is no room. Without ahead the caller owns a reference.
 func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent {
 	c := r.c
-	n := min(hi*wire.SumSize, length) - lo*wire.SumSize
+	n := min(hi*checksum.Size, length) - lo*checksum.Size
 	e, made := c.cache.add(c.ctx, key, lo, hi, n, ahead)
 	if !made {
 		if e != nil && ahead == nil {
@@ -283,10 +284,10 @@ func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent
 	}
 	w := piece{
 		index: r.index, object: r.object, block: key.block,
-		off: key.block*ring.BlockSize + int64(lo)*wire.SumSize, n: n, urgent: e.urgent,
+		off: key.block*ring.BlockSize + int64(lo)*checksum.Size, n: n, urgent: e.urgent,
 	}
 	buf := e.buf
-	var sums []uint32
+	var sums []uint64
 	if n == length && c.config.Store != nil {
 		w.sums = &sums
 	}
@@ -313,12 +314,12 @@ func (r *reading) start(key blockKey, lo, hi, length int, ahead *stream) *extent
 }
 
 // keep puts a whole block into the node's store, with the sums that it came with.
-func (c *Client) keep(w piece, buf []byte, sums []uint32) {
+func (c *Client) keep(w piece, buf []byte, sums []uint64) {
 	if c.config.Store == nil {
 		return
 	}
 	l := loan{p: buf}
-	b, err := c.config.Store.Place(c.ctx, w.object, w.block, func(_ context.Context, to io.WriterAt) ([]uint32, error) {
+	b, err := c.config.Store.Place(c.ctx, w.object, w.block, func(_ context.Context, to io.WriterAt) ([]uint64, error) {
 		return sums, l.write(to)
 	})
 	l.end()
@@ -399,7 +400,7 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 			}
 			e := k.extent
 			if e.err == nil {
-				at := k.off - e.lo*wire.SumSize
+				at := k.off - e.lo*checksum.Size
 				copy(k.p, e.buf[at:])
 				if at+len(k.p) == len(e.buf) {
 					c.cache.finished(e)
@@ -432,7 +433,7 @@ func (r *reading) end(k *part) {
 
 // scratch holds buffers of directSize for readers that found no room: each has one at most, so they are
 // bounded by the number of reads under way.
-const directSize = 2 * wire.SumSize
+const directSize = 2 * checksum.Size
 
 var scratch = sync.Pool{New: func() any { return new([directSize]byte) }}
 
@@ -449,15 +450,15 @@ func (r *reading) direct(ctx context.Context, k *part) error {
 	defer scratch.Put(buf)
 	for done := 0; done < len(k.p); {
 		off := k.off + done
-		lo := off / wire.SumSize * wire.SumSize
+		lo := off / checksum.Size * checksum.Size
 		n := min(directSize, length-lo)
 		// The caller's memory takes the bytes itself where it lies on the boundaries.
 		dst := buf[:n]
-		aligned := off == lo && (len(k.p)-done >= wire.SumSize || off+len(k.p)-done == length)
+		aligned := off == lo && (len(k.p)-done >= checksum.Size || off+len(k.p)-done == length)
 		if aligned {
 			n = len(k.p) - done
 			if off+n != length {
-				n -= n % wire.SumSize
+				n -= n % checksum.Size
 			}
 			dst = k.p[done : done+n]
 		}
@@ -533,23 +534,23 @@ func (c *Client) readStore(b *store.Block, p []byte, off int) bool {
 
 // readSummed reads len(p) bytes from off of a block of the given size and checks the sums of all chunks that it reads
 // of. What differs from them, or is not there, is wire.ErrCorrupt.
-func readSummed(r io.ReaderAt, size int, sums []uint32, p []byte, off int) error {
-	if len(sums) != wire.SumCount(size) {
+func readSummed(r io.ReaderAt, size int, sums []uint64, p []byte, off int) error {
+	if len(sums) != checksum.Count(size) {
 		return fmt.Errorf("%w: %d sums for %d bytes", wire.ErrCorrupt, len(sums), size)
 	}
 	var buf *[directSize]byte
 	for done := 0; done < len(p); {
 		at := off + done
-		k := at / wire.SumSize
-		lo := k * wire.SumSize
-		n := min(wire.SumSize, size-lo)
+		k := at / checksum.Size
+		lo := k * checksum.Size
+		n := min(checksum.Size, size-lo)
 		dst := p[done:]
 		direct := at == lo && len(dst) >= n
 		if direct {
 			// Several whole chunks at once, as many as the processor has at hand when it comes to the sums.
 			n = min(len(dst), summedAtOnce, size-lo)
 			if lo+n < size {
-				n -= n % wire.SumSize
+				n -= n % checksum.Size
 			}
 			dst = dst[:n]
 		} else {
@@ -562,7 +563,7 @@ func readSummed(r io.ReaderAt, size int, sums []uint32, p []byte, off int) error
 		if got, err := r.ReadAt(dst, int64(lo)); got != n {
 			return fmt.Errorf("%w: %d of %d bytes: %v", wire.ErrCorrupt, got, n, err)
 		}
-		if err := wire.CheckSums(dst, sums[k:k+wire.SumCount(n)]); err != nil {
+		if err := wire.CheckSums(dst, sums[k:k+checksum.Count(n)]); err != nil {
 			return err
 		}
 		if direct {

@@ -13,6 +13,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -186,8 +187,8 @@ func TestBytesEqualWhenEveryWorkerButOneHangs(t *testing.T) {
 func TestAWorkerThatAnswersWronglyNeverGivesAWrongByte(t *testing.T) {
 	for what, a := range map[string]*answer{
 		"another file":        {change: func(r *wire.Reply) { r.Index++ }},
-		"another offset":      {change: func(r *wire.Reply) { r.Off += wire.SumSize }},
-		"too few bytes":       {change: func(r *wire.Reply) { r.Length -= wire.SumSize; r.Sums = r.Sums[1:] }},
+		"another offset":      {change: func(r *wire.Reply) { r.Off += checksum.Size }},
+		"too few bytes":       {change: func(r *wire.Reply) { r.Length -= checksum.Size; r.Sums = r.Sums[1:] }},
 		"garbage":             {raw: []byte(strings.Repeat("garbage ", 100))},
 		"nothing but closing": {drop: true},
 		"an unknown status":   {status: 200, text: "what?"},
@@ -521,7 +522,7 @@ func TestABlockIsFetchedOnceHoweverManyReadIt(t *testing.T) {
 	}
 	got := make(map[int64]int)
 	for _, r := range k.owners("f", 0)[0].seen() {
-		for off := r.Off; off < r.Off+int64(r.Length); off += wire.SumSize {
+		for off := r.Off; off < r.Off+int64(r.Length); off += checksum.Size {
 			got[off]++
 		}
 	}
@@ -530,7 +531,7 @@ func TestABlockIsFetchedOnceHoweverManyReadIt(t *testing.T) {
 			t.Fatalf("the bytes at %d were fetched %d times", off, n)
 		}
 	}
-	if len(got) != size/wire.SumSize {
+	if len(got) != size/checksum.Size {
 		t.Fatalf("%d chunks", len(got))
 	}
 }
@@ -550,7 +551,7 @@ func TestRandomSmallReadsFetchSmallRangesAndSequentialOnesWholeBlocks(t *testing
 	}
 	large := 0
 	for _, r := range w.seen() {
-		if r.Length > 2*wire.SumSize {
+		if r.Length > 2*checksum.Size {
 			large++
 		}
 	}

@@ -7,8 +7,8 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
-	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // What the node's store holds has the sums that the worker sent, both when a file is brought in whole and when it
@@ -36,7 +36,7 @@ func TestTheNodeStoreKeepsTheSumsThatCameWithABlock(t *testing.T) {
 			if !ok {
 				t.Fatalf("%s: block %d is gone", name, n)
 			}
-			want := wire.Sums(all[n*ring.BlockSize : min(int64(len(all)), (n+1)*ring.BlockSize)])
+			want := checksum.All(all[n*ring.BlockSize : min(int64(len(all)), (n+1)*ring.BlockSize)])
 			if !slices.Equal(b.Sums(), want) || !st.Verify(b) {
 				t.Errorf("%s: block %d: sums %x, want %x", name, n, b.Sums(), want)
 			}

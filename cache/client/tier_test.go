@@ -19,6 +19,7 @@ import (
 	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -389,7 +390,7 @@ func (w *fake) serve(nc net.Conn) {
 				}
 			}
 			reply.ID, reply.Epoch = r.ID, w.epoch()
-			reply.Length, reply.Sums = int32(len(p)), wire.Sums(p)
+			reply.Length, reply.Sums = int32(len(p)), checksum.All(p)
 			if a != nil && a.flip > 0 {
 				p = bytes.Clone(p)
 				p[a.flip-1] ^= 4
@@ -458,8 +459,8 @@ func (w *fake) answer(r wire.Request) (wire.Reply, []byte, *answer) {
 		return fail(wire.UnknownSnapshot, "no such snapshot")
 	}
 	end := r.Off + int64(r.Length)
-	if r.Off < 0 || r.Length <= 0 || end > o.Size || r.Off%wire.SumSize != 0 ||
-		(end%wire.SumSize != 0 && end != o.Size) || r.Off/ring.BlockSize != (end-1)/ring.BlockSize {
+	if r.Off < 0 || r.Length <= 0 || end > o.Size || r.Off%checksum.Size != 0 ||
+		(end%checksum.Size != 0 && end != o.Size) || r.Off/ring.BlockSize != (end-1)/ring.BlockSize {
 		return fail(wire.Invalid, fmt.Sprintf("range [%d, %d) of %d", r.Off, end, o.Size))
 	}
 	owner := w.tier.membership().Owners(o, r.Off/ring.BlockSize, 1)

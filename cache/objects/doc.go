@@ -129,5 +129,6 @@
 // name (of an upload without parts then), the bucket's own rule for unfinished uploads must remove them; in an
 // exclusive dataset a worker aborts every upload older than UploadAge.
 //
-// It may import cache/objects/journal, cache/gateway (the contract), cache/ring, cache/source, cache/store and cache/wire.
+// It may import cache/objects/journal, cache/gateway (the contract), cache/checksum, cache/ring, cache/source,
+// cache/store and cache/wire.
 package objects

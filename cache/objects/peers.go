@@ -5,7 +5,6 @@ import (
 	"bytes"
 	"context"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -17,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -440,13 +440,13 @@ func (p *peers) bytes(ctx context.Context, m ring.Member, path string, query url
 	}
 	return p.do(ctx, m, req, func(resp *http.Response) error {
 		r := bufio.NewReaderSize(resp.Body, 64<<10)
-		sums := make([]uint32, wire.SumCount(len(into)))
-		if err := binary.Read(r, binary.LittleEndian, sums); err != nil {
-			return err
+		sums := make([]byte, checksum.EncodedSize*checksum.Count(len(into)))
+		if _, err := io.ReadFull(r, sums); err != nil {
+			return cutOff(err)
 		}
 		if _, err := io.ReadFull(r, into); err != nil {
 			return cutOff(err)
 		}
-		return wire.CheckSums(into, sums)
+		return wire.CheckSums(into, checksum.Decode(sums))
 	})
 }

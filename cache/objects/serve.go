@@ -3,7 +3,6 @@ package objects
 import (
 	"context"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +14,7 @@ import (
 	"sync/atomic"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -306,11 +306,7 @@ func (n *Names) serveBlock(w http.ResponseWriter, r *http.Request) {
 
 // sendBlock sends a block after its checksums.
 func (n *Names) sendBlock(w http.ResponseWriter, key string, b *store.Block) {
-	sums := b.Sums()
-	head := make([]byte, 0, 4*len(sums))
-	for _, s := range sums {
-		head = binary.LittleEndian.AppendUint32(head, s)
-	}
+	head := checksum.Encode(nil, b.Sums())
 	w.Header().Set("Content-Length", strconv.Itoa(len(head)+b.Len()))
 	// A worker takes a block at once, or is as good as gone: it must not keep others from memory.
 	http.NewResponseController(w).SetWriteDeadline(time.Now().Add(blockTimeout))

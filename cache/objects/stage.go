@@ -7,9 +7,9 @@ import (
 	"sync"
 	"sync/atomic"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/store"
-	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // stager puts the bytes of puts under way into the store.
@@ -95,9 +95,9 @@ func (t *staged) keep(ctx context.Context) bool {
 		return false
 	}
 	p := t.buf
-	b, err := t.store.Place(ctx, t.object, t.block, func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+	b, err := t.store.Place(ctx, t.object, t.block, func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 		_, err := w.WriteAt(p, 0)
-		return wire.Sums(p), err
+		return checksum.All(p), err
 	})
 	if err != nil {
 		return false

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"os"
 	"sync/atomic"
@@ -12,17 +11,16 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
-
-var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // Block is one block in use: its bytes stay until Release. Whoever is served from heap (not Resident)
 // holds a part of the bounded buffers until then: release it before acquiring another.
 type Block struct {
 	s        *Store
 	b        *block
-	sums     []uint32
+	sums     []uint64
 	file     *os.File
 	heap     *buffer
 	released atomic.Bool
@@ -39,7 +37,7 @@ type flight struct {
 	err     error
 	heap    *buffer  // the result, when it is not resident
 	file    *os.File // and when it is: each waiter has a use of it
-	sums    []uint32
+	sums    []uint64
 	// joined is closed when somebody else than who began it waits; nil where nobody wants to know.
 	joined chan struct{}
 }
@@ -58,7 +56,7 @@ func (fl *flight) join() {
 // leave cancels it. An error of the fill goes to all who wait then; later callers try again. When the
 // policy refuses the block or nothing can be evicted for it, it comes from heap.
 func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) (*Block, error) {
-	return s.AcquireSummed(ctx, o, n, func(ctx context.Context, p []byte) ([]uint32, error) { return nil, fill(ctx, p) })
+	return s.AcquireSummed(ctx, o, n, func(ctx context.Context, p []byte) ([]uint64, error) { return nil, fill(ctx, p) })
 }
 
 // AcquireSummed is Acquire for who receives a block together with its sums.
@@ -196,7 +194,7 @@ func (s *Store) Lookup(o ring.Object, n int64) (*Block, bool) {
 }
 
 // use takes a reference to a resident block and tells the policy.
-func (s *Store) use(b *block) []uint32 {
+func (s *Store) use(b *block) []uint64 {
 	b.refs++
 	b.obj.refs++
 	s.policyAccess(b)
@@ -204,7 +202,7 @@ func (s *Store) use(b *block) []uint32 {
 }
 
 // handle makes the handle of a reference already taken; on an error the reference is given back.
-func (s *Store) handle(b *block, sums []uint32) (*Block, error) {
+func (s *Store) handle(b *block, sums []uint64) (*Block, error) {
 	f, err := s.openFile(b.obj, false)
 	if err != nil {
 		s.unuse(b, false)
@@ -285,7 +283,7 @@ func (s *Store) leave(fl *flight) {
 // run fills, admits and writes one block.
 func (s *Store) run(ctx context.Context, fl *flight, fill FillSummed) {
 	b := fl.b
-	var sums []uint32
+	var sums []uint64
 	buf, err := s.buffers.get(ctx, int(b.size))
 	if err == nil {
 		if sums, err = fill(ctx, buf.p); err != nil {
@@ -299,8 +297,8 @@ func (s *Store) run(ctx context.Context, fl *flight, fill FillSummed) {
 		s.end(fl, nil, nil, wrap(b, err))
 		return
 	}
-	if len(sums) != sumsIn(len(buf.p)) {
-		sums = sumsOf(buf.p)
+	if len(sums) != checksum.Count(len(buf.p)) {
+		sums = checksum.All(buf.p)
 	}
 	if s.reserve(b) && s.write(b, buf.p) {
 		s.end(fl, nil, sums, nil)
@@ -311,7 +309,7 @@ func (s *Store) run(ctx context.Context, fl *flight, fill FillSummed) {
 }
 
 // end publishes a flight's result: an error, a buffer, or a block that was written.
-func (s *Store) end(fl *flight, heap *buffer, sums []uint32, err error) {
+func (s *Store) end(fl *flight, heap *buffer, sums []uint64, err error) {
 	b, o := fl.b, fl.b.obj
 	var unused *os.File
 	s.mu.Lock()
@@ -396,24 +394,11 @@ func (s *Store) wrote(b *block, well bool, refused error) bool {
 	return false
 }
 
-// sumsIn is how many sums a block of that many bytes has.
-func sumsIn(size int) int { return (size + SumSize - 1) / SumSize }
-
-func sumsOf(p []byte) []uint32 {
-	sums := make([]uint32, 0, sumsIn(len(p)))
-	for len(p) > 0 {
-		k := min(len(p), SumSize)
-		sums = append(sums, crc32.Checksum(p[:k], castagnoli))
-		p = p[k:]
-	}
-	return sums
-}
-
 // Len is the block's length in bytes.
 func (b *Block) Len() int { return int(b.b.size) }
 
-// Sums are the CRC32Cs of each SumSize bytes of the block. They must not be changed.
-func (b *Block) Sums() []uint32 { return b.sums }
+// Sums are those of the block (package checksum). They must not be changed.
+func (b *Block) Sums() []uint64 { return b.sums }
 
 // Resident is false when the block is served from heap and nobody will find it again.
 func (b *Block) Resident() bool { return b.heap == nil }

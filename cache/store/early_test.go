@@ -7,6 +7,7 @@ import (
 	"io"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -27,12 +28,12 @@ func reads(t *testing.T, l *Lease, o ring.Object, n int64) {
 	if _, err := l.File.ReadAt(got, n*ring.BlockSize); err != nil && err != io.EOF {
 		t.Fatal(err)
 	}
-	if !bytes.Equal(got, want) || !equalSums(sums, sumsOf(want)) {
+	if !bytes.Equal(got, want) || !equalSums(sums, checksum.All(want)) {
 		t.Errorf("block %d is not the object's", n)
 	}
 }
 
-func equalSums(a, b []uint32) bool {
+func equalSums(a, b []uint64) bool {
 	for i := range a {
 		if len(a) != len(b) || a[i] != b[i] {
 			return false

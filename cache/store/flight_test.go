@@ -7,6 +7,7 @@ import (
 	"sync/atomic"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -23,7 +24,7 @@ func waiters(t *testing.T, s *Store, o ring.Object, n int64, want int) {
 
 func TestABlockIsFilledOnceHoweverManyAsk(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
-	o := anObject(1, SumSize+1)
+	o := anObject(1, checksum.Size+1)
 	var fills atomic.Int32
 	gate := make(chan struct{})
 	fill := func(ctx context.Context, p []byte) error {

@@ -5,6 +5,7 @@ import (
 	"sync"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -46,7 +47,7 @@ func TestHandsAreAsManyAsFills(t *testing.T) {
 // descriptor is closed with the last who uses it, so that the object can be renamed at once.
 func TestWaitersTakeOverTheFillsFile(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
-	o := anObject(1, SumSize+1)
+	o := anObject(1, checksum.Size+1)
 	want := make([]byte, o.Size)
 	content(o, 0, want)
 	const waiters = 4

@@ -9,6 +9,7 @@ import (
 	"os"
 	"sync/atomic"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/source"
 )
 
@@ -20,7 +21,7 @@ import (
 const (
 	journalName  = "journal"
 	journalTemp  = "journal.new"
-	journalMagic = "stepcache journal 1\n"
+	journalMagic = "stepcache journal 2\n"
 	// journalSlack is the garbage that is never worth a rewrite.
 	journalSlack = 16 << 10
 	// A record is: CRC32C of the rest, kind, length of the payload, payload.
@@ -36,8 +37,10 @@ const (
 
 // recordLen is the length of the record that adds a block of that many bytes.
 func recordLen(size int) int64 {
-	return int64(recordHead + 16 + 8 + 8 + 4*((size+SumSize-1)/SumSize))
+	return int64(recordHead + 16 + 8 + 8 + checksum.EncodedSize*checksum.Count(size))
 }
+
+var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 type journal struct {
 	path string
@@ -71,11 +74,7 @@ func appendAdd(p []byte, b *block) []byte {
 	copy(fixed[:], b.obj.id[:])
 	binary.LittleEndian.PutUint64(fixed[16:], uint64(b.obj.size))
 	binary.LittleEndian.PutUint64(fixed[24:], uint64(b.n))
-	sums := make([]byte, 0, 4*len(b.sums))
-	for _, x := range b.sums {
-		sums = binary.LittleEndian.AppendUint32(sums, x)
-	}
-	return appendRecord(p, recordAdd, fixed[:], sums)
+	return appendRecord(p, recordAdd, fixed[:], checksum.Encode(nil, b.sums))
 }
 
 func (j *journal) append(p []byte) {
@@ -198,7 +197,7 @@ func (s *Store) closeJournal() error {
 type found struct {
 	id   source.ID
 	size int64
-	sums map[int64][]uint32
+	sums map[int64][]uint64
 }
 
 // readJournal returns the objects of a journal in the order of their last record. It stops at the first
@@ -227,18 +226,14 @@ func readJournal(r io.Reader) ([]*found, error) {
 		id := source.ID(body[:16])
 		body = body[16:]
 		switch {
-		case kind == recordAdd && len(body) >= 16 && len(body)%4 == 0:
+		case kind == recordAdd && len(body) >= 16 && len(body)%checksum.EncodedSize == 0:
 			size, block := int64(binary.LittleEndian.Uint64(body)), int64(binary.LittleEndian.Uint64(body[8:]))
 			f := objects[id]
 			if f == nil || f.size != size {
-				f = &found{id: id, size: size, sums: make(map[int64][]uint32, 1)}
+				f = &found{id: id, size: size, sums: make(map[int64][]uint64, 1)}
 				objects[id] = f
 			}
-			sums := make([]uint32, 0, len(body)/4-4)
-			for s := body[16:]; len(s) > 0; s = s[4:] {
-				sums = append(sums, binary.LittleEndian.Uint32(s))
-			}
-			f.sums[block] = sums
+			f.sums[block] = checksum.Decode(body[16:])
 			order[id] = i
 		case kind == recordDel && len(body) == 8:
 			if f := objects[id]; f != nil {

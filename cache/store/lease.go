@@ -129,10 +129,10 @@ func (s *Store) lend(o *object) (*Lease, error) {
 	return &Lease{File: f, s: s, o: o}, nil
 }
 
-// Sums are the CRC32Cs of each SumSize bytes of block n, which must not be changed, and true, if the block can be read
-// through File now. Then it can be until Release: nothing of a leased file is evicted, and what turns out to be corrupt
-// is mended in place.
-func (l *Lease) Sums(n int64) ([]uint32, bool) {
+// Sums are those of block n (package checksum), which must not be changed, and true, if the block can be read through
+// File now. Then it can be until Release: nothing of a leased file is evicted, and what turns out to be corrupt is
+// mended in place.
+func (l *Lease) Sums(n int64) ([]uint64, bool) {
 	if l.o == nil {
 		return nil, false
 	}

@@ -43,7 +43,7 @@ type block struct {
 	refs       int32
 	used       int64    // when last, by Store.read
 	uses       uint8    // while it was not in the policy, which is told when it is
-	sums       []uint32 // immutable once set
+	sums       []uint64 // immutable once set
 	flight     *flight
 	done       chan struct{}
 }

@@ -7,12 +7,13 @@ import (
 	"io"
 	"os"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
 // FillPlace writes the whole of a block to w, at offsets within the block, one piece after the other, and returns
 // its sums, with which it has compared what it wrote: nobody looks at that again. It returns soon after ctx ends.
-type FillPlace func(ctx context.Context, w io.WriterAt) ([]uint32, error)
+type FillPlace func(ctx context.Context, w io.WriterAt) ([]uint64, error)
 
 // ErrNoRoom: the policy refuses the block, or nothing can be evicted for it.
 var ErrNoRoom = errors.New("no room in the store")
@@ -37,7 +38,7 @@ func (s *Store) AcquirePlaced(ctx context.Context, o ring.Object, n int64, fill 
 func (s *Store) arrive(ctx context.Context, fl *flight, fill FillPlace) {
 	b := fl.b
 	w := &arriving{placing: placing{b: b}, s: s}
-	filled := func() (sums []uint32, err error) {
+	filled := func() (sums []uint64, err error) {
 		if sums, err = fill(ctx, w); err == nil {
 			err = w.check(sums)
 		}
@@ -119,7 +120,7 @@ func (s *Store) place(ctx context.Context, fl *flight, fill FillPlace) {
 		s.end(fl, nil, nil, wrap(b, ErrNoRoom))
 		return
 	}
-	var sums []uint32
+	var sums []uint64
 	w := &placing{b: b}
 	f, err := s.openFile(b.obj, true) // and left in use for end, as write does
 	if err == nil {
@@ -168,8 +169,8 @@ func (w *placing) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // check refuses what cannot be the whole block with its sums.
-func (w *placing) check(sums []uint32) error {
-	if w.bytes < int64(w.b.size) || len(sums) != sumsIn(int(w.b.size)) {
+func (w *placing) check(sums []uint64) error {
+	if w.bytes < int64(w.b.size) || len(sums) != checksum.Count(int(w.b.size)) {
 		return fmt.Errorf("%d bytes of a block of %d were written, with %d sums: %w", w.bytes, w.b.size, len(sums), ErrInvalid)
 	}
 	return nil

@@ -9,12 +9,13 @@ import (
 	"path/filepath"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
 // placer writes a block in three pieces.
 func placer(o ring.Object, n int64) FillPlace {
-	return func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+	return func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 		p := make([]byte, blockLen(o.Size, n))
 		content(o, n, p)
 		half := max(len(p)/2, 1)
@@ -23,7 +24,7 @@ func placer(o ring.Object, n int64) FillPlace {
 				return nil, err
 			}
 		}
-		return sumsOf(p), nil
+		return checksum.All(p), nil
 	}
 }
 
@@ -40,7 +41,7 @@ func TestAPlacedBlockIsAsGoodAsAnyOther(t *testing.T) {
 
 func testPlaced(t *testing.T, place func(*Store, context.Context, ring.Object, int64, FillPlace) (*Block, error)) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
-	o := anObject(1, ring.BlockSize+SumSize+1)
+	o := anObject(1, ring.BlockSize+checksum.Size+1)
 	for n := range int64(2) {
 		b, err := place(s, t.Context(), o, n, placer(o, n))
 		if err != nil {
@@ -51,7 +52,7 @@ func testPlaced(t *testing.T, place func(*Store, context.Context, ring.Object, i
 		}
 		check(t, o, n, b)
 		b.Release()
-		again, err := place(s, t.Context(), o, n, func(context.Context, io.WriterAt) ([]uint32, error) {
+		again, err := place(s, t.Context(), o, n, func(context.Context, io.WriterAt) ([]uint64, error) {
 			t.Error("a block that is there was filled again")
 			return nil, nil
 		})
@@ -75,25 +76,25 @@ func TestAFailedPlaceLeavesNothing(t *testing.T) {
 		fill FillPlace
 		want error
 	}{
-		"the fill fails halfway": {func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+		"the fill fails halfway": {func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 			_, err := w.WriteAt(make([]byte, mib), 0)
 			return nil, errors.Join(failed, err)
 		}, failed},
-		"not all is written": {func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+		"not all is written": {func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 			p := make([]byte, ring.BlockSize)
 			_, err := w.WriteAt(p[1:], 0)
-			return sumsOf(p), err
+			return checksum.All(p), err
 		}, ErrInvalid},
-		"a sum is missing": {func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+		"a sum is missing": {func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 			p := make([]byte, ring.BlockSize)
 			_, err := w.WriteAt(p, 0)
-			return sumsOf(p)[1:], err
+			return checksum.All(p)[1:], err
 		}, ErrInvalid},
-		"beyond the block": {func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+		"beyond the block": {func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 			_, err := w.WriteAt(make([]byte, 2), ring.BlockSize-1)
 			return nil, err
 		}, ErrInvalid},
-		"before the block": {func(_ context.Context, w io.WriterAt) ([]uint32, error) {
+		"before the block": {func(_ context.Context, w io.WriterAt) ([]uint64, error) {
 			_, err := w.WriteAt(make([]byte, 2), -1)
 			return nil, err
 		}, ErrInvalid},
@@ -133,7 +134,7 @@ func TestPlaceNeedsRoom(t *testing.T) {
 		held = append(held, b) // in use: nothing can be evicted
 	}
 	o := anObject(2, ring.BlockSize)
-	_, err := s.Place(t.Context(), o, 0, func(context.Context, io.WriterAt) ([]uint32, error) {
+	_, err := s.Place(t.Context(), o, 0, func(context.Context, io.WriterAt) ([]uint64, error) {
 		t.Error("filled without room")
 		return nil, nil
 	})
@@ -158,7 +159,7 @@ func TestCloseEndsAPlace(t *testing.T) {
 			begun := make(chan struct{})
 			ended := make(chan error, 1)
 			go func() {
-				_, err := place(s, context.Background(), o, 0, func(ctx context.Context, _ io.WriterAt) ([]uint32, error) {
+				_, err := place(s, context.Background(), o, 0, func(ctx context.Context, _ io.WriterAt) ([]uint64, error) {
 					close(begun)
 					<-ctx.Done()
 					return nil, ctx.Err()
@@ -201,7 +202,7 @@ func TestAPlacedBlockWithoutRoomIsServedFromHeap(t *testing.T) {
 	refused := make(chan struct{})
 	got := make(chan error, 1)
 	go func() {
-		other, err := s.AcquirePlaced(context.Background(), second, 0, func(ctx context.Context, w io.WriterAt) ([]uint32, error) {
+		other, err := s.AcquirePlaced(context.Background(), second, 0, func(ctx context.Context, w io.WriterAt) ([]uint64, error) {
 			calls++
 			sums, err := placer(second, 0)(ctx, w)
 			if err != nil {
@@ -242,7 +243,7 @@ func TestAPlacedBlockThatDoesNotComeEvictsNothing(t *testing.T) {
 	failed := errors.New("the bucket does not answer")
 	for k := range 20 {
 		o := anObject(100+k, ring.BlockSize)
-		if _, err := s.AcquirePlaced(t.Context(), o, 0, func(context.Context, io.WriterAt) ([]uint32, error) { return nil, failed }); !errors.Is(err, failed) {
+		if _, err := s.AcquirePlaced(t.Context(), o, 0, func(context.Context, io.WriterAt) ([]uint64, error) { return nil, failed }); !errors.Is(err, failed) {
 			t.Fatal(err)
 		}
 	}
@@ -262,7 +263,7 @@ func TestAPlacedBlockThatTheFileSystemRefuses(t *testing.T) {
 	for k := range 20 {
 		o := anObject(k, 3*mib)
 		calls := 0
-		b, err := s.AcquirePlaced(t.Context(), o, 0, func(ctx context.Context, w io.WriterAt) ([]uint32, error) {
+		b, err := s.AcquirePlaced(t.Context(), o, 0, func(ctx context.Context, w io.WriterAt) ([]uint64, error) {
 			calls++
 			return placer(o, 0)(ctx, w)
 		})

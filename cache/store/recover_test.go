@@ -11,6 +11,7 @@ import (
 	"strings"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -111,7 +112,7 @@ func TestAJournalTornAtEveryByteOfItsTailIsRead(t *testing.T) {
 	s := open(t, Options{Dir: dir, Quota: 16 * mib})
 	const n = 4
 	for i := range n {
-		load(t, s, anObject(i, 2*SumSize+int64(i)))
+		load(t, s, anObject(i, 2*checksum.Size+int64(i)))
 	}
 	if err := s.Close(); err != nil {
 		t.Fatal(err)
@@ -122,12 +123,12 @@ func TestAJournalTornAtEveryByteOfItsTailIsRead(t *testing.T) {
 	}
 	saved := make(map[string][]byte)
 	for i := range n {
-		path := s.path(anObject(i, 2*SumSize+int64(i)).ID)
+		path := s.path(anObject(i, 2*checksum.Size+int64(i)).ID)
 		if saved[path], err = os.ReadFile(path); err != nil {
 			t.Fatal(err)
 		}
 	}
-	record := int(recordLen(2 * SumSize)) // at the least
+	record := int(recordLen(2 * checksum.Size)) // at the least
 	for cut := len(whole); cut >= len(whole)-2*record-4; cut-- {
 		for path, p := range saved {
 			if err := os.WriteFile(path, p, 0o600); err != nil {
@@ -143,7 +144,7 @@ func TestAJournalTornAtEveryByteOfItsTailIsRead(t *testing.T) {
 			t.Errorf("cut by %d bytes: %d recovered of %d", len(whole)-cut, got, n)
 		}
 		for i := range n {
-			load(t, s, anObject(i, 2*SumSize+int64(i)))
+			load(t, s, anObject(i, 2*checksum.Size+int64(i)))
 		}
 		checkBooks(t, s)
 		if err := s.Close(); err != nil {
@@ -389,7 +390,7 @@ func TestOpenSaysWhatIsWrongWithTheFolder(t *testing.T) {
 
 func FuzzJournal(f *testing.F) {
 	o := &object{id: anObject(1, 1).ID, size: 100}
-	b := &block{obj: o, sums: []uint32{1, 2}}
+	b := &block{obj: o, sums: []uint64{1, 2}}
 	p := appendAdd([]byte(journalMagic), b)
 	f.Add(p)
 	f.Add(appendRecord(p, recordGone, o.id[:]))

@@ -9,7 +9,7 @@ import (
 
 // FillRun is FillPlace for one block of a run. The fills of a run are called at once: how they take turns is theirs.
 // A fill that is called again, as AcquirePlaced says, has the same Part.
-type FillRun func(ctx context.Context, p Part, w io.WriterAt) ([]uint32, error)
+type FillRun func(ctx context.Context, p Part, w io.WriterAt) ([]uint64, error)
 
 // Part is which block of a run a fill is for.
 type Part struct {
@@ -50,7 +50,7 @@ func (s *Store) Begin(ctx context.Context, o ring.Object, n int64, most int, fil
 	for i := range of {
 		joined := make(chan struct{})
 		b := s.start(ctx, ob, n+int64(i), nil, func(ctx context.Context, fl *flight) {
-			s.arrive(ctx, fl, func(ctx context.Context, w io.WriterAt) ([]uint32, error) {
+			s.arrive(ctx, fl, func(ctx context.Context, w io.WriterAt) ([]uint64, error) {
 				return fill(ctx, Part{I: i, Of: of, Joined: joined}, w)
 			})
 		})

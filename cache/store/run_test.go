@@ -15,7 +15,7 @@ func inTurn(o ring.Object, n int64) FillRun {
 	var mu sync.Mutex
 	cond := sync.NewCond(&mu)
 	at := 0
-	return func(ctx context.Context, p Part, w io.WriterAt) ([]uint32, error) {
+	return func(ctx context.Context, p Part, w io.WriterAt) ([]uint64, error) {
 		mu.Lock()
 		for at < p.I {
 			cond.Wait()
@@ -126,7 +126,7 @@ func TestAReaderJoinsABlockOfARun(t *testing.T) {
 	gate := make(chan struct{})
 	joined, cancelled := make(chan int, 3), make(chan int, 3)
 	ctx, cancel := context.WithCancel(context.Background())
-	run, err := s.Begin(ctx, o, 0, 3, func(ctx context.Context, p Part, w io.WriterAt) ([]uint32, error) {
+	run, err := s.Begin(ctx, o, 0, 3, func(ctx context.Context, p Part, w io.WriterAt) ([]uint64, error) {
 		select {
 		case <-p.Joined:
 			joined <- p.I
@@ -182,7 +182,7 @@ func TestAFailedFillOfARunFailsOnlyItsBlock(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 64 * mib})
 	o := anObject(1, 4*ring.BlockSize)
 	failed := errors.New("failed")
-	run, err := s.Begin(t.Context(), o, 0, 4, func(ctx context.Context, p Part, w io.WriterAt) ([]uint32, error) {
+	run, err := s.Begin(t.Context(), o, 0, 4, func(ctx context.Context, p Part, w io.WriterAt) ([]uint64, error) {
 		if p.I == 1 {
 			_, err := w.WriteAt(make([]byte, mib), 0)
 			return nil, errors.Join(failed, err)
@@ -217,7 +217,7 @@ func TestARunWithoutRoomIsServedFromHeap(t *testing.T) {
 		held = append(held, acquire(t, s, full, n)) // in use: nothing can be evicted
 	}
 	o := anObject(2, 4*ring.BlockSize)
-	run, err := s.Begin(t.Context(), o, 0, 4, func(ctx context.Context, p Part, w io.WriterAt) ([]uint32, error) {
+	run, err := s.Begin(t.Context(), o, 0, 4, func(ctx context.Context, p Part, w io.WriterAt) ([]uint64, error) {
 		return placer(o, int64(p.I))(ctx, w)
 	})
 	if err != nil || len(run) != 4 {
@@ -248,7 +248,7 @@ func TestARunWithoutRoomIsServedFromHeap(t *testing.T) {
 func TestCloseEndsARun(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 64 * mib})
 	o := anObject(1, 3*ring.BlockSize)
-	run, err := s.Begin(context.Background(), o, 0, 3, func(ctx context.Context, _ Part, _ io.WriterAt) ([]uint32, error) {
+	run, err := s.Begin(context.Background(), o, 0, 3, func(ctx context.Context, _ Part, _ io.WriterAt) ([]uint64, error) {
 		<-ctx.Done()
 		return nil, ctx.Err()
 	})

@@ -18,7 +18,7 @@
 // a reader (the block is served from heap); an error of a fill goes to those who wait for it and to nobody
 // later; bytes that no longer match their sums are dropped and counted, never returned as good by Verify.
 //
-// It may import cache/ring and cache/source of this module.
+// It may import cache/checksum, cache/ring and cache/source of this module.
 package store
 
 import (
@@ -37,10 +37,6 @@ import (
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 )
-
-// SumSize is the length in bytes that one CRC32C (Castagnoli) covers, the same as wire.SumSize: a
-// block's sums travel with its bytes unchanged.
-const SumSize = 64 << 10
 
 // Errors.
 var (
@@ -76,10 +72,10 @@ type Options struct {
 // of its own.
 type Fill func(ctx context.Context, p []byte) error
 
-// FillSummed is a Fill that also gives the CRC32C of each SumSize bytes of the block, which it has just compared with
-// what is in p, or taken of it as it came: the sums then go with the bytes from where the block was first received,
+// FillSummed is a Fill that also gives the sums of the block (package checksum), which it has just compared with what is
+// in p, or taken of it as it came: the sums then go with the bytes from where the block was first received,
 // and are not taken anew. The store keeps the slice. Nil: there are none, and the store takes them.
-type FillSummed func(ctx context.Context, p []byte) (sums []uint32, err error)
+type FillSummed func(ctx context.Context, p []byte) (sums []uint64, err error)
 
 // Residency is how much of an object the store holds.
 type Residency struct {

@@ -9,12 +9,13 @@ import (
 	"slices"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
 func TestBlocksOfAwkwardSizesAreHeldWhole(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 64 * mib})
-	for i, size := range []int64{1, 4095, 4096, 4097, SumSize, SumSize + 1, ring.BlockSize - 1, ring.BlockSize, ring.BlockSize + 1, 2*ring.BlockSize + 17} {
+	for i, size := range []int64{1, 4095, 4096, 4097, checksum.Size, checksum.Size + 1, ring.BlockSize - 1, ring.BlockSize, ring.BlockSize + 1, 2*ring.BlockSize + 17} {
 		o := anObject(i, size)
 		load(t, s, o)
 		r := s.Residency(o)
@@ -32,7 +33,7 @@ func TestBlocksOfAwkwardSizesAreHeldWhole(t *testing.T) {
 			if _, err := f.ReadAt(p, off); err != nil && err != io.EOF {
 				t.Error(err)
 			}
-			if !slices.Equal(sumsOf(p), b.Sums()) {
+			if !slices.Equal(checksum.All(p), b.Sums()) {
 				t.Error("sums do not match the file")
 			}
 			if k, err := b.ReadAt(make([]byte, 2), int64(b.Len())-1); k != 1 || err != io.EOF {

@@ -3,13 +3,13 @@ package store
 import (
 	"context"
 	"fmt"
-	"hash/crc32"
 	"io"
 	"slices"
 	"time"
 
 	"golang.org/x/time/rate"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -38,14 +38,14 @@ func (s *Store) Verify(b *Block) bool {
 }
 
 // matches compares size bytes of r with their sums.
-func matches(r io.ReaderAt, size int, sums []uint32) bool {
-	if len(sums) != (size+SumSize-1)/SumSize {
+func matches(r io.ReaderAt, size int, sums []uint64) bool {
+	if len(sums) != checksum.Count(size) {
 		return false
 	}
-	buf := make([]byte, min(size, SumSize))
+	buf := make([]byte, min(size, checksum.Size))
 	for i, sum := range sums {
-		p := buf[:min(SumSize, size-i*SumSize)]
-		if k, _ := r.ReadAt(p, int64(i)*SumSize); k < len(p) || crc32.Checksum(p, castagnoli) != sum {
+		p := buf[:min(checksum.Size, size-i*checksum.Size)]
+		if k, _ := r.ReadAt(p, int64(i)*checksum.Size); k < len(p) || checksum.Of(p) != sum {
 			return false
 		}
 	}

@@ -7,11 +7,12 @@ import (
 	"hash/crc32"
 	"io"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
-// RequestSize and ReplySize are the lengths in bytes of the encoded headers; a reply's Sums (four bytes
-// each) and payload follow its header.
+// RequestSize and ReplySize are the lengths in bytes of the encoded headers; a reply's Sums and payload
+// follow its header.
 const (
 	RequestSize = 76
 	ReplySize   = 80
@@ -21,7 +22,7 @@ const (
 const MaxPayload = ring.BlockSize
 
 // maxSums is the number of sums of the largest payload.
-const maxSums = MaxPayload / SumSize
+const maxSums = MaxPayload / checksum.Size
 
 // MaxMessage bounds the text of a reply that is not OK.
 const MaxMessage = 4 << 10
@@ -29,65 +30,26 @@ const MaxMessage = 4 << 10
 // The first four bytes of each frame: they tell a request from a reply, and this version of the
 // protocol from another.
 var (
-	requestMagic = [4]byte{'S', 'C', 'q', '1'}
-	replyMagic   = [4]byte{'S', 'C', 'p', '1'}
+	requestMagic = [4]byte{'S', 'C', 'q', '2'}
+	replyMagic   = [4]byte{'S', 'C', 'p', '2'}
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
-// SumCount is how many sums cover a payload of n bytes.
-func SumCount(n int) int { return (n + SumSize - 1) / SumSize }
-
-// Sums computes the CRC32C of each SumSize bytes of p.
-func Sums(p []byte) []uint32 {
-	if len(p) == 0 {
-		return nil
-	}
-	return AppendSums(make([]uint32, 0, SumCount(len(p))), p)
-}
-
-// AppendSums appends the Sums of p to sums.
-func AppendSums(sums []uint32, p []byte) []uint32 {
-	for len(p) > 0 {
-		n := min(len(p), SumSize)
-		sums = append(sums, crc32.Checksum(p[:n], castagnoli))
-		p = p[n:]
-	}
-	return sums
-}
-
 // CheckSums compares p with its sums. The error wraps ErrCorrupt.
-func CheckSums(p []byte, sums []uint32) error {
-	if len(sums) != SumCount(len(p)) {
-		return fmt.Errorf("%w: %d sums for %d bytes", ErrCorrupt, len(sums), len(p))
-	}
-	for i, want := range sums {
-		off := i * SumSize
-		if got := crc32.Checksum(p[off:min(off+SumSize, len(p))], castagnoli); got != want {
-			return fmt.Errorf("%w: bytes %d to %d have checksum %08x, not %08x", ErrCorrupt, off, min(off+SumSize, len(p)), got, want)
-		}
+func CheckSums(p []byte, of []uint64) error {
+	if err := checksum.Check(p, of); err != nil {
+		return fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	return nil
 }
 
-// AppendSumList appends sums as a payload of their own, four bytes each.
-func AppendSumList(b []byte, sums []uint32) []byte {
-	for _, s := range sums {
-		b = binary.LittleEndian.AppendUint32(b, s)
-	}
-	return b
-}
-
-// SumList decodes the sums of n bytes from what AppendSumList made.
-func SumList(p []byte, n int) ([]uint32, error) {
-	if len(p) != 4*SumCount(n) {
+// SumList decodes the sums of n bytes that are a payload of their own (checksum.Encode).
+func SumList(p []byte, n int) ([]uint64, error) {
+	if len(p) != checksum.EncodedSize*checksum.Count(n) {
 		return nil, fmt.Errorf("%w: %d bytes of sums for %d bytes", ErrCorrupt, len(p), n)
 	}
-	sums := make([]uint32, SumCount(n))
-	for i := range sums {
-		sums[i] = binary.LittleEndian.Uint32(p[4*i:])
-	}
-	return sums, nil
+	return checksum.Decode(p), nil
 }
 
 // AppendRequest appends the encoding of r to b.
@@ -159,7 +121,7 @@ func AppendReply(b []byte, r Reply) []byte {
 	b = binary.LittleEndian.AppendUint32(b, uint32(r.Length))
 	crcAt := len(b)
 	b = append(b, 0, 0, 0, 0)
-	b = AppendSumList(b, r.Sums)
+	b = checksum.Encode(b, r.Sums)
 	crc := crc32.Checksum(b[start:crcAt], castagnoli)
 	crc = crc32.Update(crc, castagnoli, b[crcAt+4:])
 	binary.LittleEndian.PutUint32(b[crcAt:], crc)
@@ -170,7 +132,7 @@ func AppendReply(b []byte, r Reply) []byte {
 // reads and hands to CheckSums. Every length is checked before anything is allocated for it. It is
 // io.EOF when the stream ends before the first byte.
 func ReadReply(r io.Reader) (Reply, error) {
-	var h [ReplySize + 4*maxSums]byte
+	var h [ReplySize + checksum.EncodedSize*maxSums]byte
 	if _, err := io.ReadFull(r, h[:ReplySize]); err != nil {
 		return Reply{}, err
 	}
@@ -178,13 +140,13 @@ func ReadReply(r io.Reader) (Reply, error) {
 	if err != nil {
 		return Reply{}, err
 	}
-	if _, err := io.ReadFull(r, h[ReplySize:ReplySize+4*n]); err != nil {
+	if _, err := io.ReadFull(r, h[ReplySize:ReplySize+checksum.EncodedSize*n]); err != nil {
 		if err == io.EOF {
 			err = io.ErrUnexpectedEOF
 		}
 		return Reply{}, err
 	}
-	return decodeReply(h[:ReplySize+4*n])
+	return decodeReply(h[:ReplySize+checksum.EncodedSize*n])
 }
 
 // sumsLength is the number of sums that follow the header h, or an error if it cannot be right.
@@ -197,7 +159,7 @@ func sumsLength(h []byte) (int, error) {
 	if length < 0 || length > MaxPayload {
 		return 0, fmt.Errorf("%w: reply of %d bytes", ErrCorrupt, length)
 	}
-	if n != SumCount(int(length)) {
+	if n != checksum.Count(int(length)) {
 		return 0, fmt.Errorf("%w: reply of %d bytes with %d sums", ErrCorrupt, length, n)
 	}
 	return n, nil
@@ -223,11 +185,8 @@ func decodeReply(h []byte) (Reply, error) {
 		Body:   Digest(h[40:72]),
 		Length: int32(binary.LittleEndian.Uint32(h[72:])),
 	}
-	if n := (len(h) - ReplySize) / 4; n > 0 {
-		rep.Sums = make([]uint32, n)
-		for i := range rep.Sums {
-			rep.Sums[i] = binary.LittleEndian.Uint32(h[ReplySize+4*i:])
-		}
+	if len(h) > ReplySize {
+		rep.Sums = checksum.Decode(h[ReplySize:])
 	}
 	return rep, nil
 }
@@ -235,7 +194,7 @@ func decodeReply(h []byte) (Reply, error) {
 // AppendFrame appends a whole reply: header, sums computed here, and payload. It is for small payloads
 // and packets; Length and Sums of r are set from p.
 func AppendFrame(b []byte, r Reply, p []byte) []byte {
-	r.Length, r.Sums = int32(len(p)), Sums(p)
+	r.Length, r.Sums = int32(len(p)), checksum.All(p)
 	return append(AppendReply(b, r), p...)
 }
 

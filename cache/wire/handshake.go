@@ -33,7 +33,7 @@ const (
 	welcomeSize   = 1
 )
 
-var helloMagic = [4]byte{'S', 'C', 'h', '1'}
+var helloMagic = [4]byte{'S', 'C', 'h', '2'}
 
 // Verdicts. They are hints for people: they come before the server has proved anything.
 const (
@@ -50,6 +50,8 @@ func verdictError(v byte) error {
 		return fmt.Errorf("%w: the worker serves another dataset", ErrUnauthorized)
 	case verdictUnknownKey:
 		return fmt.Errorf("%w: the worker does not know this key for this role: check that both use the Dataset's current keys", ErrUnauthorized)
+	case verdictBadHello:
+		return fmt.Errorf("%w: the worker speaks another version of the protocol: run the same release on both sides", ErrUnauthorized)
 	}
 	return fmt.Errorf("%w: the worker refused the handshake (verdict %d)", ErrUnauthorized, v)
 }

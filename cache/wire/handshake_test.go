@@ -8,6 +8,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 )
@@ -116,7 +117,7 @@ func TestHandshakeRefusesReflection(t *testing.T) {
 			errs <- err
 		}()
 		if which == "server's proof" {
-			hello := append([]byte("SCh1"), byte(RoleRead))
+			hello := append([]byte("SCh2"), byte(RoleRead))
 			id := keys.Read[0].ID()
 			hello = append(hello, id[:]...)
 			name := append([]byte(nil), sha("d")...)
@@ -144,7 +145,7 @@ func TestHandshakeGarbage(t *testing.T) {
 	for name, garbage := range map[string][]byte{
 		"http": []byte("GET / HTTP/1.1\r\nHost: worker\r\nUser-Agent: something that is long enough to be a hello\r\n\r\n"),
 		"zero": make([]byte, 1<<16),
-		"cut":  []byte("SCh1"),
+		"cut":  []byte("SCh2"),
 	} {
 		client, server := ends(t, "tcp")
 		go func() {
@@ -154,6 +155,28 @@ func TestHandshakeGarbage(t *testing.T) {
 		if _, err := ServerHandshake(server, "d", GenerateKeys()); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
+	}
+}
+
+// TestHandshakeWithAnotherVersion: a worker refuses what it does not speak, and the reader is told why.
+func TestHandshakeWithAnotherVersion(t *testing.T) {
+	client, server := ends(t, "tcp")
+	refused := make(chan error, 1)
+	go func() {
+		hello := make([]byte, helloSize)
+		io.ReadFull(server, hello)
+		there, from := ends(t, "tcp")
+		there.Write(append([]byte("SCh1"), hello[4:]...))
+		_, err := ServerHandshake(from, "d", GenerateKeys())
+		io.CopyN(server, there, challengeSize)
+		refused <- err
+	}()
+	err := ClientHandshake(t.Context(), client, "d", RoleRead, Key{})
+	if !errors.Is(err, ErrUnauthorized) || !strings.Contains(err.Error(), "the same release on both sides") {
+		t.Errorf("the reader is told %v", err)
+	}
+	if err := <-refused; !errors.Is(err, ErrUnauthorized) {
+		t.Errorf("the worker: %v", err)
 	}
 }
 
@@ -168,7 +191,7 @@ func TestClientHandshakeEndsWithItsContext(t *testing.T) {
 
 func FuzzServerHandshake(f *testing.F) {
 	keys := GenerateKeys()
-	f.Add([]byte("SCh1"))
+	f.Add([]byte("SCh2"))
 	f.Add(bytes.Repeat([]byte{0xff}, helloSize+answerSize))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := &script{in: bytes.NewReader(b)}

@@ -9,7 +9,7 @@
 // goroutine at a time. Failure: a frame that does not decode (bad magic, length or checksum) is
 // ErrCorrupt, after which the connection is of no use and must be closed.
 //
-// It may import cache/source and cache/ring .
+// It may import cache/checksum, cache/ring and cache/source.
 package wire
 
 import (
@@ -18,11 +18,6 @@ import (
 
 	"github.com/stepcache/stepcache/cache/source"
 )
-
-// SumSize is the length in bytes that one CRC32C (Castagnoli) covers, aligned to the object's start;
-// the last one of an object covers what is left. Ranges of a Read start on such a boundary and end on
-// one or at the end of the object, so that every byte that travels is checked by its receiver.
-const SumSize = 64 << 10
 
 // The deadlines of the data path, each stated here only. They nest: whoever waits for another waits
 // longer than the other may take.
@@ -51,8 +46,9 @@ type Op uint8
 const (
 	// OpPing is answered at once, by the connection's reader itself.
 	OpPing Op = iota + 1
-	// OpRead asks for bytes of one file of a snapshot: [Off, Off+Length) within one block. The reply
-	// carries one sum for each SumSize of the payload.
+	// OpRead asks for bytes of one file of a snapshot: [Off, Off+Length) within one block, from a multiple of
+	// checksum.Size to another one or the end of the object. The reply carries the sums of the payload, so that every
+	// byte that travels is checked by its receiver.
 	OpRead
 	// OpPrefetch asks a worker to make the blocks that the bytes [Off, Off+Length) of a file touch
 	// resident; answered at once, before they are. A hint: a busy or full worker drops it.
@@ -79,7 +75,7 @@ const (
 	OpObjects
 	// OpBlock (Unix socket only) asks for block Off/BlockSize of a file that was leased with FlagEarly to be readable
 	// through its descriptor: Index is the lease's id, Off and Length are the block. The answer comes once it is, with
-	// the block's sums in the payload (AppendSumList); it stays so until the lease ends. NotResident: it is not
+	// the block's sums in the payload (SumList); it stays so until the lease ends. NotResident: it is not
 	// there, and is not fetched for this since it would take the place of others, or is not kept: OpRead serves it.
 	OpBlock
 )
@@ -172,7 +168,7 @@ type Reply struct {
 	Size   int64 // OpSnapshot: the whole length
 	Body   Digest
 	Length int32
-	Sums   []uint32
+	Sums   []uint64
 }
 
 // Errors.

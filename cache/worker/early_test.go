@@ -20,7 +20,7 @@ func blockOf(lease, size, block int64) wire.Request {
 }
 
 // sums asks for one block of a leased file, and gives its sums.
-func (c *receiver) sums(lease, size, block int64) ([]uint32, error) {
+func (c *receiver) sums(lease, size, block int64) ([]uint64, error) {
 	_, p, _, err := c.exchange(blockOf(lease, size, block))
 	if err != nil {
 		return nil, err
@@ -29,7 +29,7 @@ func (c *receiver) sums(lease, size, block int64) ([]uint32, error) {
 }
 
 // readsThrough compares a block with what can be read through a lease's descriptor.
-func readsThrough(t *testing.T, f *os.File, sums []uint32, want []byte, block int64) {
+func readsThrough(t *testing.T, f *os.File, sums []uint64, want []byte, block int64) {
 	t.Helper()
 	want = want[blockOff(block):][:blockLen(int64(len(want)), block)]
 	got := make([]byte, len(want))
@@ -112,7 +112,7 @@ func TestReadersOfEarlyLeasesShareOneFill(t *testing.T) {
 		}
 	})
 	type answer struct {
-		sums []uint32
+		sums []uint64
 		err  error
 	}
 	const n = 3

@@ -12,6 +12,7 @@ import (
 
 	"golang.org/x/sync/errgroup"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -200,13 +201,13 @@ func (c *leaseConn) block(ctx context.Context, req wire.Request) {
 		c.fail(ctx, req, err)
 		return
 	}
-	if c.reply(ctx, req, wire.Reply{Index: req.Index, Off: req.Off}, wire.AppendSumList(nil, sums), nil) == nil {
+	if c.reply(ctx, req, wire.Reply{Index: req.Index, Off: req.Off}, checksum.Encode(nil, sums), nil) == nil {
 		c.worker.counts.opened.Add(int64(req.Length))
 	}
 }
 
 // block makes a block of a leased file readable through the lease's descriptor.
-func (w *Worker) block(ctx context.Context, req wire.Request, l lent) ([]uint32, error) {
+func (w *Worker) block(ctx context.Context, req wire.Request, l lent) ([]uint64, error) {
 	n := req.Off / ring.BlockSize
 	if req.Off < 0 || req.Off%ring.BlockSize != 0 || req.Off >= l.file.ring.Size || int64(req.Length) != blockLen(l.file.ring.Size, n) {
 		return nil, fmt.Errorf("%w: %s: %d bytes from %d are not one block", source.ErrInvalid, l.file, req.Length, req.Off)

@@ -5,6 +5,7 @@ import (
 	"math"
 	"testing"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -13,7 +14,7 @@ import (
 // FuzzRange: a range that a reader may ask for lies in one block and in the file, and the block's sums cover
 // exactly its bytes; whatever else is asked for is refused.
 func FuzzRange(f *testing.F) {
-	const b, s = ring.BlockSize, wire.SumSize
+	const b, s = ring.BlockSize, checksum.Size
 	for _, r := range []struct {
 		size, off int64
 		length    int32
@@ -42,8 +43,8 @@ func FuzzRange(f *testing.F) {
 		}
 		// As conn.read takes the block and its sums.
 		block := off / b
-		first, count := int((off-blockOff(block))/s), wire.SumCount(int(length))
-		if have := wire.SumCount(int(blockLen(size, block))); block >= ring.Blocks(size) || first+count > have {
+		first, count := int((off-blockOff(block))/s), checksum.Count(int(length))
+		if have := checksum.Count(int(blockLen(size, block))); block >= ring.Blocks(size) || first+count > have {
 			t.Fatalf("bytes %d+%d of %d: sums %d+%d of %d in block %d", off, n, size, first, count, have, block)
 		}
 		if end := off + n; off%s != 0 || end%s != 0 && end != size {

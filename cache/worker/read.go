@@ -8,6 +8,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/store"
@@ -32,8 +33,8 @@ func checkRange(size, off int64, length int32) error {
 		return fmt.Errorf("%w: bytes %d to %d of a file of %d", source.ErrInvalid, off, off+int64(length), size)
 	case off/ring.BlockSize != (off+int64(length)-1)/ring.BlockSize:
 		return fmt.Errorf("%w: bytes %d to %d are in two blocks", source.ErrInvalid, off, off+int64(length))
-	case off%wire.SumSize != 0 || (off+int64(length) != size && length%wire.SumSize != 0):
-		return fmt.Errorf("%w: bytes %d to %d do not start and end on a multiple of %d", source.ErrInvalid, off, off+int64(length), wire.SumSize)
+	case off%checksum.Size != 0 || (off+int64(length) != size && length%checksum.Size != 0):
+		return fmt.Errorf("%w: bytes %d to %d do not start and end on a multiple of %d", source.ErrInvalid, off, off+int64(length), checksum.Size)
 	}
 	return nil
 }
@@ -154,7 +155,7 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 		w.asking.add(key)
 		defer w.asking.remove(key)
 	}
-	fromSource := func(ctx context.Context, to io.WriterAt) ([]uint32, error) {
+	fromSource := func(ctx context.Context, to io.WriterAt) ([]uint64, error) {
 		sums, err := w.readSource(ctx, f, block, to)
 		if err == nil {
 			w.digests.dirty(f.ring.ID)
@@ -164,7 +165,7 @@ func (w *Worker) fill(ctx context.Context, f file, block int64, owners []ring.Me
 	if len(earlier) == 0 {
 		b, err = w.store.AcquirePlaced(ctx, f.ring, block, fromSource)
 	} else {
-		b, err = w.store.AcquireSummed(ctx, f.ring, block, func(ctx context.Context, p []byte) ([]uint32, error) {
+		b, err = w.store.AcquireSummed(ctx, f.ring, block, func(ctx context.Context, p []byte) ([]uint64, error) {
 			err := w.readPeers(ctx, earlier, holders, f, block, p)
 			if errors.Is(err, errNoPeer) {
 				release() // from here on it waits for the bucket

@@ -16,6 +16,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -24,13 +25,13 @@ import (
 func TestReadFilesOfEverySize(t *testing.T) {
 	noGoroutines(t)
 	files := map[string][]byte{}
-	for i, n := range []int64{1, 4095, wire.SumSize, wire.SumSize + 1, ring.BlockSize - 1, ring.BlockSize, ring.BlockSize + 1, 2*ring.BlockSize + 3*wire.SumSize + 5} {
+	for i, n := range []int64{1, 4095, checksum.Size, checksum.Size + 1, ring.BlockSize - 1, ring.BlockSize, ring.BlockSize + 1, 2*ring.BlockSize + 3*checksum.Size + 5} {
 		files[fmt.Sprintf("d/f%d", i)] = content(n, byte(i))
 	}
 	// Holes at the end, within it and in whole blocks are zeros that are in the object.
-	sparse := make([]byte, 4*ring.BlockSize+wire.SumSize+1)
+	sparse := make([]byte, 4*ring.BlockSize+checksum.Size+1)
 	copy(sparse, content(5000, 50))
-	copy(sparse[2*ring.BlockSize+wire.SumSize-7:], content(5000, 51))
+	copy(sparse[2*ring.BlockSize+checksum.Size-7:], content(5000, 51))
 	files["d/sparse"] = sparse
 	tr := newTier(t, files)
 	tr.start(1)
@@ -47,7 +48,7 @@ func TestReadFilesOfEverySize(t *testing.T) {
 	// Ranges within a block.
 	big := files["d/f7"]
 	i := index(t, snap, "/d/f7")
-	for _, r := range [][2]int{{0, wire.SumSize}, {ring.BlockSize + wire.SumSize, 2 * wire.SumSize}, {2*ring.BlockSize + 3*wire.SumSize, 5}} {
+	for _, r := range [][2]int{{0, checksum.Size}, {ring.BlockSize + checksum.Size, 2 * checksum.Size}, {2*ring.BlockSize + 3*checksum.Size, 5}} {
 		got, err := c.read(i, int64(r[0]), r[1], 0)
 		if err != nil || !bytes.Equal(got, big[r[0]:r[0]+r[1]]) {
 			t.Errorf("range %v: %v", r, err)
@@ -84,11 +85,11 @@ func TestHostileRequestsAreInvalid(t *testing.T) {
 		"least length":        {Op: wire.OpRead, Index: f, Length: math.MinInt32},
 		"huge length":         {Op: wire.OpRead, Index: f, Length: math.MaxInt32},
 		"more than a block":   {Op: wire.OpRead, Index: f, Length: ring.BlockSize + 100},
-		"negative offset":     {Op: wire.OpRead, Index: f, Off: -wire.SumSize, Length: wire.SumSize},
+		"negative offset":     {Op: wire.OpRead, Index: f, Off: -checksum.Size, Length: checksum.Size},
 		"offset at the end":   {Op: wire.OpRead, Index: f, Off: ring.BlockSize + 100, Length: 1},
 		"offset overflow":     {Op: wire.OpRead, Index: f, Off: math.MaxInt64 - 10, Length: 100},
-		"two blocks":          {Op: wire.OpRead, Index: f, Off: ring.BlockSize - wire.SumSize, Length: wire.SumSize + 100},
-		"misaligned start":    {Op: wire.OpRead, Index: f, Off: 1, Length: wire.SumSize - 1},
+		"two blocks":          {Op: wire.OpRead, Index: f, Off: ring.BlockSize - checksum.Size, Length: checksum.Size + 100},
+		"misaligned start":    {Op: wire.OpRead, Index: f, Off: 1, Length: checksum.Size - 1},
 		"misaligned end":      {Op: wire.OpRead, Index: f, Length: 1},
 		"beyond the end":      {Op: wire.OpRead, Index: f, Off: ring.BlockSize, Length: 101},
 		"unknown operation":   {Op: 99},

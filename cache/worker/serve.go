@@ -13,6 +13,7 @@ import (
 	"golang.org/x/sync/semaphore"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/objects"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
@@ -299,8 +300,8 @@ func (c *conn) read(ctx context.Context, req wire.Request) error {
 	defer done()
 	defer b.Release()
 	off := req.Off - blockOff(block)
-	first := int(off / wire.SumSize)
-	sums := b.Sums()[first : first+wire.SumCount(int(req.Length))]
+	first := int(off / checksum.Size)
+	sums := b.Sums()[first : first+checksum.Count(int(req.Length))]
 	if err := c.replyBlock(ctx, req, wire.Reply{Index: req.Index, Off: req.Off, Length: req.Length, Sums: sums}, b, off); err != nil {
 		return err
 	}
@@ -427,7 +428,7 @@ var errWrite = errors.New("reply not written")
 
 // reply writes a reply with a payload in memory.
 func (c *conn) reply(ctx context.Context, req wire.Request, rep wire.Reply, p []byte) error {
-	rep.Length, rep.Sums = int32(len(p)), wire.Sums(p)
+	rep.Length, rep.Sums = int32(len(p)), checksum.All(p)
 	return c.write(ctx, req, rep, func(header []byte) error {
 		bufs := net.Buffers{header, p}
 		_, err := bufs.WriteTo(c.Conn)

@@ -13,6 +13,7 @@ import (
 	"github.com/cenkalti/backoff/v5"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/scheme"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -106,8 +107,8 @@ func (w *Worker) sleep(ctx context.Context, d time.Duration) error {
 
 // readSource reads one block of a file from the bucket and writes it piece by piece: one ranged request, which the
 // source itself resumes and retries for as long as the deadline lets it. It returns the block's sums.
-func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.WriterAt) ([]uint32, error) {
-	return w.fromBucket(ctx, f, func(ctx context.Context) ([]uint32, error) {
+func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.WriterAt) ([]uint64, error) {
+	return w.fromBucket(ctx, f, func(ctx context.Context) ([]uint64, error) {
 		size := blockLen(f.ring.Size, block)
 		body, err := w.get(ctx, f, blockOff(block), size)
 		if err != nil {
@@ -119,7 +120,7 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.Writ
 }
 
 // fromBucket reads a block within the time that is allowed for one.
-func (w *Worker) fromBucket(ctx context.Context, f file, read func(context.Context) ([]uint32, error)) ([]uint32, error) {
+func (w *Worker) fromBucket(ctx context.Context, f file, read func(context.Context) ([]uint64, error)) ([]uint64, error) {
 	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
 	defer cancel()
 	sums, err := read(ctx)
@@ -141,8 +142,8 @@ func (w *Worker) get(ctx context.Context, f file, off, length int64) (source.Bod
 }
 
 // receive writes the next size bytes of an answer to where they stay, and returns their sums.
-func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) ([]uint32, error) {
-	sums := make([]uint32, 0, wire.SumCount(int(size)))
+func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) ([]uint64, error) {
+	sums := make([]uint64, 0, checksum.Count(int(size)))
 	// Each piece is summed and written when it has just come, while the processor still has it at hand: a whole
 	// block is larger than that, and would be fetched from memory twice more. And what is received into was used
 	// before: 64 blocks under way, each in memory of its own, would be first touches of 256 MiB.
@@ -156,7 +157,7 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) (
 			}
 			return nil, err
 		}
-		sums = wire.AppendSums(sums, piece)
+		sums = checksum.Append(sums, piece)
 		if _, err := to.WriteAt(piece, off); err != nil {
 			return nil, err
 		}
@@ -167,7 +168,7 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) (
 }
 
 // sumPiece is how much is received at a time, in whole sums.
-const sumPiece = 4 * wire.SumSize
+const sumPiece = 4 * checksum.Size
 
 var pieces = sync.Pool{New: func() any { return new([sumPiece]byte) }}
 
