@@ -168,7 +168,7 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) (
 }
 
 // sumPiece is how much is received at a time, in whole sums.
-const sumPiece = 4 * checksum.Size
+const sumPiece = 2 * checksum.Size
 
 var pieces = sync.Pool{New: func() any { return new([sumPiece]byte) }}
 
