@@ -348,6 +348,8 @@ func failed(err error) error {
 	switch {
 	case errors.Is(err, wire.ErrUnauthorized):
 		code = codes.PermissionDenied
+	case errors.Is(err, wire.ErrVersion):
+		code = codes.FailedPrecondition
 	case errors.Is(err, context.DeadlineExceeded):
 		code = codes.DeadlineExceeded
 	case errors.Is(err, context.Canceled):

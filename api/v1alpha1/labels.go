@@ -49,7 +49,8 @@ const (
 	// AnnotationRotated, on the keys' Secret, is the value of AnnotationRotateKeys that it was made for.
 	AnnotationRotated = Group + "/rotated"
 	// AnnotationRollout is set by users on a Dataset. A new value moves its workers to the image of the
-	// installed version, one at a time; without it an upgrade leaves running workers and their memory alone.
+	// installed version, one at a time; without it an upgrade leaves running workers and their memory alone, which
+	// readers of the new version can use unless its protocol is another (config/README.md, "Upgrading").
 	AnnotationRollout = Group + "/rollout"
 	// AnnotationAcceptLoss is set by users on a Dataset with write policy Back whose change or deletion waits for
 	// the bucket. Its value is the metadata.generation at which writes that the bucket does not have may be lost;

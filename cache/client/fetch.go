@@ -16,7 +16,7 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// piece is a range of one block that is wanted: it starts on a SumSize boundary and ends on one or with
+// piece is a range of one block that is wanted: it starts on a checksum.Size boundary and ends on one or with
 // the object.
 type piece struct {
 	index  catalog.Index

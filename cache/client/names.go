@@ -241,8 +241,8 @@ func (n *Names) round(ctx context.Context, workers []string, what string, query 
 			case errors.Is(err, source.ErrNotFound), errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrInvalid),
 				errors.Is(err, source.ErrDenied), errors.Is(err, ErrNotWritable):
 				return true, err
-			case errors.Is(err, wire.ErrUnauthorized):
-				// One that has not seen the newest keys yet does not speak for the others.
+			case errors.Is(err, wire.ErrUnauthorized), errors.Is(err, wire.ErrVersion):
+				// One that has not seen the newest keys yet, or is not replaced yet, does not speak for the others.
 				if refused++; refused == len(workers) {
 					return true, err
 				}

@@ -200,6 +200,9 @@ type found struct {
 	sums map[int64][]uint64
 }
 
+// errOtherJournal: the journal is of another version, or none at all.
+var errOtherJournal = errors.New("not a journal of this version")
+
 // readJournal returns the objects of a journal in the order of their last record. It stops at the first
 // record that is torn or damaged.
 func readJournal(r io.Reader) ([]*found, error) {
@@ -207,8 +210,11 @@ func readJournal(r io.Reader) ([]*found, error) {
 	if err != nil {
 		return nil, err
 	}
-	if len(p) < len(journalMagic) || string(p[:len(journalMagic)]) != journalMagic {
+	if len(p) == 0 {
 		return nil, nil
+	}
+	if len(p) < len(journalMagic) || string(p[:len(journalMagic)]) != journalMagic {
+		return nil, errOtherJournal
 	}
 	p = p[len(journalMagic):]
 	objects := make(map[source.ID]*found)

@@ -142,7 +142,9 @@ func (s *Store) readDir() ([]*found, error) {
 	if f, err := os.Open(s.journal.path); err == nil {
 		objects, err = readJournal(f)
 		f.Close()
-		if err != nil {
+		if errors.Is(err, errOtherJournal) {
+			s.log.Warn("store: what a former process held is fetched again: its journal is of another version", "dir", s.dir)
+		} else if err != nil {
 			return nil, err
 		}
 	} else if !errors.Is(err, os.ErrNotExist) {

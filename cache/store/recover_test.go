@@ -5,6 +5,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"log/slog"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -178,6 +179,34 @@ func TestAFlippedBitAnywhereInTheJournalHarmsNothing(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+}
+
+func TestWhatAJournalOfAnotherVersionSpeaksOfIsDropped(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 16 * mib})
+	o := anObject(1, 100_000)
+	load(t, s, o)
+	s.Close()
+	p, err := os.ReadFile(s.journal.path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	other := bytes.Replace(p, []byte(journalMagic), []byte("stepcache journal 1\n"), 1)
+	if bytes.Equal(p, other) {
+		t.Fatal("the journal has no magic")
+	}
+	if err := os.WriteFile(s.journal.path, other, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	s = open(t, Options{Dir: s.dir, Quota: 16 * mib, Logger: slog.New(slog.NewTextHandler(&said, nil))})
+	if st := s.Stats(); st.Recovered != 0 || !strings.Contains(said.String(), "another version") {
+		t.Errorf("%+v, and the log says %q", st, said.String())
+	}
+	if _, err := os.Stat(s.path(o.ID)); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its file is still there: %v", err)
+	}
+	load(t, s, o)
+	checkBooks(t, s)
 }
 
 func TestFlippedBitsInFilesAreFoundByRecovery(t *testing.T) {
@@ -398,7 +427,7 @@ func FuzzJournal(f *testing.F) {
 	f.Add(p[:len(p)-1])
 	f.Add(appendRecord([]byte(journalMagic), recordAdd, []byte("short")))
 	f.Fuzz(func(t *testing.T, p []byte) {
-		if _, err := readJournal(bytes.NewReader(p)); err != nil {
+		if _, err := readJournal(bytes.NewReader(p)); err != nil && !errors.Is(err, errOtherJournal) {
 			t.Error(err)
 		}
 	})

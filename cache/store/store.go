@@ -72,8 +72,8 @@ type Options struct {
 // of its own.
 type Fill func(ctx context.Context, p []byte) error
 
-// FillSummed is a Fill that also gives the sums of the block (package checksum), which it has just compared with what is
-// in p, or taken of it as it came: the sums then go with the bytes from where the block was first received,
+// FillSummed is a Fill that also gives the sums of the block (package checksum), which it has just compared with what
+// is in p, or taken of it as it came: the sums then go with the bytes from where the block was first received,
 // and are not taken anew. The store keeps the slice. Nil: there are none, and the store takes them.
 type FillSummed func(ctx context.Context, p []byte) (sums []uint64, err error)
 

@@ -37,8 +37,8 @@ var (
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 
 // CheckSums compares p with its sums. The error wraps ErrCorrupt.
-func CheckSums(p []byte, of []uint64) error {
-	if err := checksum.Check(p, of); err != nil {
+func CheckSums(p []byte, sums []uint64) error {
+	if err := checksum.Check(p, sums); err != nil {
 		return fmt.Errorf("%w: %w", ErrCorrupt, err)
 	}
 	return nil
@@ -106,7 +106,7 @@ func DecodeRequest(h []byte) (Request, error) {
 }
 
 // AppendReply appends the encoding of r's header and sums to b. r.Length is the payload's length and
-// r.Sums must cover it (Sums of the payload, or the stored ones).
+// r.Sums must cover it (checksum.All of the payload, or the stored ones).
 func AppendReply(b []byte, r Reply) []byte {
 	start := len(b)
 	b = append(b, replyMagic[:]...)

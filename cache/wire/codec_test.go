@@ -106,7 +106,8 @@ func TestEveryFlippedBitOfAFrameIsCaught(t *testing.T) {
 
 func TestTruncatedFrames(t *testing.T) {
 	frame := AppendFrame(nil, Reply{}, payload(checksum.Size+5))
-	for _, n := range []int{1, 4, ReplySize - 1, ReplySize, ReplySize + 4, ReplySize + 8, len(frame) - 1} {
+	sums := ReplySize + 2*checksum.EncodedSize // where they end
+	for _, n := range []int{1, 4, ReplySize - 1, ReplySize, ReplySize + 4, sums - checksum.EncodedSize, sums, len(frame) - 1} {
 		if _, _, err := ReadFrame(bytes.NewReader(frame[:n])); !errors.Is(err, io.ErrUnexpectedEOF) {
 			t.Errorf("%d of %d bytes: %v", n, len(frame), err)
 		}

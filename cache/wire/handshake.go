@@ -51,7 +51,7 @@ func verdictError(v byte) error {
 	case verdictUnknownKey:
 		return fmt.Errorf("%w: the worker does not know this key for this role: check that both use the Dataset's current keys", ErrUnauthorized)
 	case verdictBadHello:
-		return fmt.Errorf("%w: the worker speaks another version of the protocol: run the same release on both sides", ErrUnauthorized)
+		return fmt.Errorf("the worker speaks %w: run the same release on both sides", ErrVersion)
 	}
 	return fmt.Errorf("%w: the worker refused the handshake (verdict %d)", ErrUnauthorized, v)
 }
@@ -91,7 +91,8 @@ func Connect(ctx context.Context, dial func(ctx context.Context) (net.Conn, erro
 
 // ClientHandshake proves to the server at conn that this side holds key, and checks that the server
 // does. It takes at most DialTimeout, or as long as ctx lasts. After an error conn must be closed. An
-// error that wraps ErrUnauthorized does not go away by trying again with the same key.
+// error that wraps ErrUnauthorized does not go away by trying again with the same key, one that wraps ErrVersion not
+// with another.
 func ClientHandshake(ctx context.Context, conn net.Conn, dataset string, role Role, key Key) (err error) {
 	ctx, cancel := context.WithTimeout(ctx, DialTimeout)
 	defer cancel()
@@ -179,7 +180,7 @@ func ServerHandshakeKey(conn net.Conn, dataset string, keys Keys) (role Role, id
 		return 0, id, fmt.Errorf("%w: %s", ErrUnauthorized, why)
 	}
 	if !bytes.Equal(hello[:4], helloMagic[:]) {
-		return refuse(challengeSize, verdictBadHello, "not this protocol")
+		return refuse(challengeSize, verdictBadHello, "not this protocol, or another version of it")
 	}
 	role = Role(hello[4])
 	name := sha256.Sum256([]byte(dataset))

@@ -160,22 +160,33 @@ func TestHandshakeGarbage(t *testing.T) {
 
 // TestHandshakeWithAnotherVersion: a worker refuses what it does not speak, and the reader is told why.
 func TestHandshakeWithAnotherVersion(t *testing.T) {
-	client, server := ends(t, "tcp")
+	client, between := ends(t, "tcp")
+	there, server := ends(t, "tcp")
 	refused := make(chan error, 1)
 	go func() {
-		hello := make([]byte, helloSize)
-		io.ReadFull(server, hello)
-		there, from := ends(t, "tcp")
-		there.Write(append([]byte("SCh1"), hello[4:]...))
-		_, err := ServerHandshake(from, "d", GenerateKeys())
-		io.CopyN(server, there, challengeSize)
+		_, err := ServerHandshake(server, "d", GenerateKeys())
+		server.Close()
 		refused <- err
 	}()
-	err := ClientHandshake(t.Context(), client, "d", RoleRead, Key{})
-	if !errors.Is(err, ErrUnauthorized) || !strings.Contains(err.Error(), "the same release on both sides") {
+	go func() { // makes the hello one of the version before
+		defer between.Close()
+		hello := make([]byte, helloSize)
+		if _, err := io.ReadFull(between, hello); err != nil {
+			return
+		}
+		if _, err := there.Write(append([]byte("SCh1"), hello[4:]...)); err == nil {
+			io.Copy(between, there)
+		}
+	}()
+	tries := 0
+	_, err := Connect(t.Context(), func(context.Context) (net.Conn, error) { tries++; return client, nil }, "d", RoleRead, Keys{Read: make([]Key, 2)}, nil)
+	if !errors.Is(err, ErrVersion) || errors.Is(err, ErrUnauthorized) || !strings.Contains(err.Error(), "the same release on both sides") {
 		t.Errorf("the reader is told %v", err)
 	}
-	if err := <-refused; !errors.Is(err, ErrUnauthorized) {
+	if tries != 1 {
+		t.Errorf("%d keys were tried", tries)
+	}
+	if err := <-refused; !errors.Is(err, ErrUnauthorized) || !strings.Contains(err.Error(), "another version") {
 		t.Errorf("the worker: %v", err)
 	}
 }

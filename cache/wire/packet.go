@@ -8,11 +8,13 @@ import (
 	"syscall"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/cache/checksum"
 )
 
-// MaxPacket bounds one message of the SEQPACKET socket: a reply's header, its sums and a message for
+// MaxPacket bounds one message of the SEQPACKET socket: a reply's header, its one sum and a message for
 // people.
-const MaxPacket = ReplySize + 4 + MaxMessage
+const MaxPacket = ReplySize + checksum.EncodedSize + MaxMessage
 
 // SendWithFD sends b as one packet, with a descriptor of f if f is not nil. The caller keeps f.
 func SendWithFD(conn *net.UnixConn, b []byte, f *os.File) error {

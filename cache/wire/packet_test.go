@@ -1,11 +1,13 @@
 package wire
 
 import (
+	"bytes"
 	"errors"
 	"io"
 	"net"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -120,6 +122,21 @@ func TestHostileDescriptorsAreRefusedAndClosed(t *testing.T) {
 		}
 		if after := openFiles(t); after != before {
 			t.Errorf("%d descriptors open, %d before", after, before)
+		}
+	})
+	t.Run("the longest message", func(t *testing.T) {
+		a, b := packets(t)
+		text := Text(strings.Repeat("x", 2*MaxMessage))
+		if err := SendWithFD(a, AppendFrame(nil, Reply{Status: Internal}, text), nil); err != nil {
+			t.Fatal(err)
+		}
+		buf := make([]byte, MaxPacket)
+		n, _, err := ReceiveWithFD(b, buf)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if rep, got, err := ReadFrame(bytes.NewReader(buf[:n])); err != nil || rep.Status != Internal || !bytes.Equal(got, text) {
+			t.Errorf("status %v, %d bytes of %d: %v", rep.Status, len(got), len(text), err)
 		}
 	})
 	if a, _ := packets(t); SendWithFD(a, make([]byte, MaxPacket+1), nil) == nil {

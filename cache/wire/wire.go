@@ -177,6 +177,9 @@ var (
 	ErrCorrupt = errors.New("corrupt frame")
 	// ErrUnauthorized: the handshake failed: unknown dataset, role or key.
 	ErrUnauthorized = errors.New("unauthorized")
+	// ErrVersion: the handshake failed, since the two sides are of releases whose protocols differ. It goes away once
+	// both are replaced by the same.
+	ErrVersion = errors.New("another version of the protocol")
 	// ErrNotOwner, ErrNotResident, ErrUnknownSnapshot, ErrOverloaded, ErrInternal: the statuses.
 	ErrNotOwner        = errors.New("not the owner")
 	ErrNotResident     = errors.New("not resident")

@@ -15,6 +15,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -73,6 +74,7 @@ type tier struct {
 	epoch   uint64
 	joined  map[int]uint64 // the epoch at which a worker came to others, for tell
 	root    string         // of the file source
+	foreign []ring.Member  // of the list too, and none of workers
 }
 
 // newTier prepares workers over a local folder with the given files.
@@ -172,7 +174,7 @@ func (tr *tier) stop(i int) {
 func (tr *tier) setMembers() {
 	tr.t.Helper()
 	tr.epoch++
-	m := ring.Membership{Epoch: tr.epoch}
+	m := ring.Membership{Epoch: tr.epoch, Members: slices.Clone(tr.foreign)}
 	for i, w := range tr.workers {
 		if w != nil {
 			m.Members = append(m.Members, ring.Member{

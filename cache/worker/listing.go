@@ -193,7 +193,8 @@ func (k *snapshotKeeper) adopt(snap *catalog.Snapshot) {
 }
 
 // follow takes over the lister's current snapshot. While the lister does not answer, a worker without any
-// snapshot takes another's.
+// snapshot takes another's. The first one of a new release finds nobody who understands it, and lists: until it has a
+// snapshot none of the others is replaced.
 func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member) {
 	w := k.w
 	err := k.pullCurrent(ctx, lister)
@@ -206,10 +207,21 @@ func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member
 		w.problems.set(problemSnapshot, nil)
 		return
 	}
+	alone := errors.Is(err, wire.ErrVersion)
 	for _, m := range v.Members {
-		if m.ID != w.config.ID && m.ID != lister.ID && k.pullCurrent(ctx, m) == nil {
+		if m.ID == w.config.ID || m.ID == lister.ID {
+			continue
+		}
+		other := k.pullCurrent(ctx, m)
+		if other == nil {
 			return
 		}
+		alone = alone && errors.Is(other, wire.ErrVersion)
+	}
+	if alone {
+		w.log.Info("the other workers are of another release, whose protocol differs: listing without them")
+		k.list(ctx) // it notes what is wrong
+		return
 	}
 	w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: %s %s, which lists: %w", w.config.Dataset, wire.FollowingProblem, lister.ID, err))
 }

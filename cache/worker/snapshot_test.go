@@ -5,7 +5,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -143,6 +145,54 @@ func TestALostListerIsReplacedWithoutListing(t *testing.T) {
 	})
 	if _, n := tr.gates[other].counts(); n != 0 {
 		t.Errorf("it listed %d times", n)
+	}
+}
+
+// TestARolloutPassesAChangeOfTheProtocol: nobody replaces the next worker until this one has a snapshot, and none of
+// those that have one understands it.
+func TestARolloutPassesAChangeOfTheProtocol(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { l.Close() })
+	go func() { // a worker of another release: verdictBadHello to everybody
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go func() {
+				defer c.Close()
+				if _, err := io.CopyN(io.Discard, c, 77); err == nil {
+					c.Write(append([]byte{5}, make([]byte, 64)...))
+				}
+			}()
+		}
+	}()
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	listed := func(i int) int { _, n := tr.gates[i].counts(); return n }
+	// One of the names has the task of listing.
+	for i := 0; tr.foreign == nil; i++ {
+		m := ring.Member{ID: fmt.Sprintf("old%d", i), Node: "old", Addr: l.Addr().String(), State: ring.Ready}
+		of := ring.Membership{Members: []ring.Member{m, {ID: "w0", Addr: "w0:1", State: ring.Ready}, {ID: "w1", Addr: "w1:1", State: ring.Ready}}}
+		if first, ok := of.Lister(dataset); ok && first.ID == m.ID {
+			tr.foreign = []ring.Member{m}
+		}
+	}
+	tr.start(1)
+	tr.snapshot()
+	if n := listed(0); n != 1 {
+		t.Errorf("the first one listed %d times", n)
+	}
+	tr.add(1)
+	tr.setMembers()
+	tr.snapshot()
+	if n := listed(1); n != 0 {
+		t.Errorf("the second one listed %d times, and could have asked the first", n)
+	}
+	if n := listed(0); n != 1 {
+		t.Errorf("the first one listed %d times by then", n)
 	}
 }
 
