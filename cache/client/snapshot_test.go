@@ -5,6 +5,8 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"io"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -82,6 +84,36 @@ func TestAWrongKeyIsRefusedAtOnce(t *testing.T) {
 	// During a rotation the new key is tried first and the old one serves.
 	config = k.config()
 	config.Keys.Read = append(wire.GenerateKeys().Read, config.Keys.Read...)
+	c, err := dial(testContext(t), config, quick())
+	if err != nil {
+		t.Fatal(err)
+	}
+	c.Close()
+}
+
+// TestWorkersOfAnotherReleaseAreToldAtOnce: as a wrong key is, and one of this release among them is enough.
+func TestWorkersOfAnotherReleaseAreToldAtOnce(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": nil})
+	k.start("a", "b")
+	others := map[string]bool{k.worker("a").addr: true, k.worker("b").addr: true}
+	config := k.config()
+	config.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		if !others[addr] {
+			return (&net.Dialer{}).DialContext(ctx, network, addr)
+		}
+		here, there := net.Pipe()
+		go func() {
+			defer there.Close()
+			if _, err := io.CopyN(io.Discard, there, 77); err == nil {
+				there.Write(append([]byte{5}, make([]byte, 64)...)) // verdictBadHello
+			}
+		}()
+		return here, nil
+	}
+	if _, err := dial(testContext(t), config, quick()); !errors.Is(err, wire.ErrVersion) || errors.Is(err, wire.ErrUnauthorized) {
+		t.Fatal(err)
+	}
+	delete(others, k.worker("b").addr)
 	c, err := dial(testContext(t), config, quick())
 	if err != nil {
 		t.Fatal(err)
