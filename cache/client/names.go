@@ -241,7 +241,7 @@ func (n *Names) round(ctx context.Context, workers []string, what string, query 
 			case errors.Is(err, source.ErrNotFound), errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrInvalid),
 				errors.Is(err, source.ErrDenied), errors.Is(err, ErrNotWritable):
 				return true, err
-			case errors.Is(err, wire.ErrUnauthorized), errors.Is(err, wire.ErrVersion):
+			case wire.Refused(err):
 				// One that has not seen the newest keys yet, or is not replaced yet, does not speak for the others.
 				if refused++; refused == len(workers) {
 					return true, err

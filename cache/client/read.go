@@ -180,7 +180,7 @@ func (r *reading) blockLen(block int64) int { return blockLen(r.object.Size, blo
 
 // span is the run of chunks that covers the bytes [off, off+n) of a block.
 func span(off, n int) (lo, hi int) {
-	return off / checksum.Size, (off + n + checksum.Size - 1) / checksum.Size
+	return off / checksum.Size, checksum.Count(off + n)
 }
 
 func (r *reading) read(ctx context.Context, p []byte, off int64) (int, error) {

@@ -71,7 +71,7 @@ func (c *Client) fromAny(ctx context.Context, get func(*peer) error) error {
 			if says := !errors.Is(err, errDown); says || !answered {
 				last, answered = fmt.Errorf("worker %s: %w", p.member.ID, err), says
 			}
-			if errors.Is(err, wire.ErrUnauthorized) || errors.Is(err, wire.ErrVersion) {
+			if wire.Refused(err) {
 				refused++
 			}
 		}

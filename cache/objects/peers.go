@@ -195,8 +195,7 @@ func (p *peers) do(ctx context.Context, m ring.Member, req *http.Request, read f
 		return ctx.Err()
 	}
 	var dial *net.OpError
-	if errors.Is(err, errHung) || errors.As(err, &dial) && dial.Op == "dial" || errors.Is(err, wire.ErrUnauthorized) ||
-		errors.Is(err, wire.ErrVersion) || isTimeout(err) {
+	if errors.Is(err, errHung) || errors.As(err, &dial) && dial.Op == "dial" || wire.Refused(err) || isTimeout(err) {
 		p.mu.Lock()
 		p.down[m.Addr] = down{p.n.c.Clock.Now().Add(downFor), err}
 		p.mu.Unlock()

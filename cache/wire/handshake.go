@@ -56,6 +56,9 @@ func verdictError(v byte) error {
 	return fmt.Errorf("%w: the worker refused the handshake (verdict %d)", ErrUnauthorized, v)
 }
 
+// Refused says whether err is of a handshake that the other side refused, whatever for.
+func Refused(err error) bool { return errors.Is(err, ErrUnauthorized) || errors.Is(err, ErrVersion) }
+
 func proof(key Key, direction string, hello, serverNonce []byte) []byte {
 	mac := hmac.New(sha256.New, key[:])
 	// Every part has a fixed length but the label, which is ended by a byte that it cannot hold.

@@ -92,12 +92,10 @@ func (k *snapshotKeeper) step(ctx context.Context) time.Duration {
 	if !ok || m.ID != w.config.ID {
 		k.lister = false
 		w.snapshots.setSettled(true)
-		if ok {
-			k.follow(ctx, v, m)
+		if !ok || !k.follow(ctx, v, m) {
+			return pollInterval
 		}
-		return pollInterval
-	}
-	if !k.lister {
+	} else if !k.lister {
 		// A lister that restarts, or that has just become it, first asks the others what is current, so
 		// that neither its restart nor a move of the task lists the bucket again.
 		w.snapshots.setSettled(false)
@@ -193,37 +191,37 @@ func (k *snapshotKeeper) adopt(snap *catalog.Snapshot) {
 }
 
 // follow takes over the lister's current snapshot. While the lister does not answer, a worker without any
-// snapshot takes another's. The first one of a new release finds nobody who understands it, and lists: until it has a
-// snapshot none of the others is replaced.
-func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member) {
+// snapshot takes another's. The first one of a new release finds nobody who understands it, and has to list itself
+// (alone): until it has a snapshot none of the others is replaced.
+func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member) (alone bool) {
 	w := k.w
 	err := k.pullCurrent(ctx, lister)
 	if err == nil {
 		w.problems.set(problemSnapshot, nil)
-		return
+		return false
 	}
 	if cur, ok := w.snapshots.get(wire.Digest{}); ok {
 		cur.release()
 		w.problems.set(problemSnapshot, nil)
-		return
+		return false
 	}
-	alone := errors.Is(err, wire.ErrVersion)
+	alone = errors.Is(err, wire.ErrVersion)
 	for _, m := range v.Members {
 		if m.ID == w.config.ID || m.ID == lister.ID {
 			continue
 		}
 		other := k.pullCurrent(ctx, m)
 		if other == nil {
-			return
+			return false
 		}
 		alone = alone && errors.Is(other, wire.ErrVersion)
 	}
 	if alone {
 		w.log.Info("the other workers are of another release, whose protocol differs: listing without them")
-		k.list(ctx) // it notes what is wrong
-		return
+		return true
 	}
 	w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: %s %s, which lists: %w", w.config.Dataset, wire.FollowingProblem, lister.ID, err))
+	return false
 }
 
 // newest makes the newest of what this worker and its peers hold current, if it is of the mounts as they
