@@ -3,6 +3,7 @@ package worker
 import (
 	"bytes"
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -353,11 +355,24 @@ func TestGarbageInDirIsRemoved(t *testing.T) {
 		}
 	}
 	tr.start(1)
-	tr.snapshot()
-	entries, err := os.ReadDir(dir)
-	if err != nil || len(entries) != 2 { // the snapshot and which is current
-		t.Errorf("%v, %v", entries, err)
-	}
+	d := tr.snapshot().Digest()
+	want := []string{filepath.Base(tr.workers[0].snapshotPath(d)), "current"}
+	slices.Sort(want)
+	// A snapshot is given out before it is kept as the current one, so that may still be under way.
+	eventually(t, "only the snapshot and which is current are left", func() error {
+		entries, err := os.ReadDir(dir)
+		var got []string
+		for _, e := range entries { // in the order of their names
+			got = append(got, e.Name())
+		}
+		if err != nil || !slices.Equal(got, want) {
+			return fmt.Errorf("%q, %w", got, err)
+		}
+		if b, err := os.ReadFile(filepath.Join(dir, "current")); err != nil || string(b) != hex.EncodeToString(d[:])+"\n" {
+			return fmt.Errorf("current is %q, %w", b, err)
+		}
+		return nil
+	})
 }
 
 // lines is a log.
