@@ -20,6 +20,9 @@ const (
 	handOverAsks = 16
 	// handOverTries is how often a successor that is not ready yet is asked for one block.
 	handOverTries = 5
+	// handOverTriesBehind is how often while it follows an older membership: two minutes with the waits
+	// between them, since that is what a kubelet may take to update a mounted list.
+	handOverTriesBehind = 16
 )
 
 // keepHandingOver gives this worker's blocks to their new owners whenever the membership says that it
@@ -129,19 +132,23 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, block int64) error {
 	wait := newBackoff()
 	for try := 1; ; try++ {
-		err := func() error {
+		rep, err := func() (wire.Reply, error) {
 			ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			defer cancel()
 			req := wire.Request{
 				Op: wire.OpPrefetch, Flags: wire.FlagHandOver, Epoch: v.Epoch, Snapshot: f.snapshot, Index: f.index,
 				Off: blockOff(block), Length: int32(blockLen(f.ring.Size, block)),
 			}
-			_, _, err := w.peers.frame(ctx, m, req)
-			return err
+			rep, _, err := w.peers.frame(ctx, m, req)
+			return rep, err
 		}()
+		tries := handOverTries
+		if errors.Is(err, wire.ErrNotOwner) && rep.Epoch < v.Epoch {
+			tries = handOverTriesBehind
+		}
 		// No room is final. A member that does not follow this membership yet, or does not have the
 		// snapshot, will soon.
-		if err == nil || errors.Is(err, wire.ErrNotResident) || try == handOverTries {
+		if err == nil || errors.Is(err, wire.ErrNotResident) || try >= tries {
 			return err
 		}
 		if w.sleep(ctx, wait.NextBackOff()) != nil {
