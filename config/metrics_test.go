@@ -8,7 +8,6 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
-	"net"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -44,6 +43,7 @@ import (
 	"github.com/stepcache/stepcache/controllers"
 	"github.com/stepcache/stepcache/controllers/dataset"
 	nodeservice "github.com/stepcache/stepcache/csi"
+	"github.com/stepcache/stepcache/test/ports"
 	"github.com/stepcache/stepcache/webhook"
 )
 
@@ -363,12 +363,7 @@ func workerAndNode(t *testing.T) (ofWorker, ofNode map[string]*dto.MetricFamily)
 		return nil
 	})
 
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	listen := l.Addr().String()
-	l.Close()
+	listen := ports.Free(t, 1)[0]
 	c := nodeservice.Config{
 		NodeName: "n1", KubeletDir: filepath.Join(dir, "kubelet"), SocketDir: filepath.Join(dir, "sockets"), CacheDir: filepath.Join(dir, "cache"),
 		KeeperWait: time.Millisecond, Listen: listen, Logger: quiet,
@@ -454,7 +449,7 @@ func writableWorker(t *testing.T) map[string]*dto.MetricFamily {
 	var all map[string]*dto.MetricFamily
 	eventually(t, "the request is counted", func() error {
 		all = scrape(t, w.ControlAddr().String())
-		if all["stepcache_gateway_requests_total"] == nil {
+		if all["stepcache_gateway_request_seconds"] == nil { // it is the last one that a request brings
 			return errors.New("not yet")
 		}
 		return nil
@@ -489,12 +484,7 @@ func controlPlane(t *testing.T, cluster *rest.Config) map[string]*dto.MetricFami
 		t.Fatal(err)
 	}
 	start(t, "controller", m.Start)
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	port := l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	port := ports.FreeNumber(t)
 	h, err := webhook.New(cluster, webhook.Options{
 		Namespace: "stepcache-system", Image: "stepcache:test", StageLimit: 1 << 30, Host: "127.0.0.1", Port: port, Metrics: "0", Probes: "0",
 		Logger: slog.New(slog.DiscardHandler),

@@ -29,6 +29,7 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/csi/keeper"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 const nodeName = "node-1"
@@ -123,9 +124,9 @@ func (k *tier) useKeys(keys wire.Keys) {
 
 func (k *tier) start(socket string) {
 	k.t.Helper()
-	listen := "127.0.0.1:0"
-	if k.config.Listen != "" {
-		listen = k.config.Listen // as it was, since readers know it
+	listen := k.config.Listen // as it was, since readers know it
+	if listen == "" {
+		listen = ports.Free(k.t, 1)[0]
 	}
 	k.config = worker.Config{
 		Dataset: testDataset, ID: "genomes-worker-0", Memory: 128 << 20, Dir: filepath.Join(k.state, "store"),

@@ -11,7 +11,6 @@ import (
 	"io"
 	"log/slog"
 	"maps"
-	"net"
 	"os"
 	"path/filepath"
 	"slices"
@@ -41,6 +40,7 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/controllers/envtest"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 // patience bounds what normally takes milliseconds.
@@ -203,12 +203,7 @@ func (a *apiServer) typed(u *unstructured.Unstructured) *corev1.Pod {
 // replica runs a webhook process's manager with the rights that config/webhook gives, until stop.
 func (a *apiServer) replica(o Options) (port int, stop func()) {
 	a.t.Helper()
-	l, err := net.Listen("tcp", "localhost:0")
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	port = l.Addr().(*net.TCPAddr).Port
-	l.Close()
+	port = ports.FreeNumber(a.t)
 	limited := rest.CopyConfig(a.cluster)
 	limited.Impersonate = rest.ImpersonationConfig{UserName: "system:serviceaccount:" + system + ":stepcache-webhook", Groups: []string{"system:serviceaccounts", "system:authenticated"}}
 	o.Namespace, o.Host, o.Port, o.Hosts, o.Metrics, o.Probes, o.Again = system, "localhost", port, []string{"localhost"}, "0", "0", true
@@ -341,12 +336,21 @@ func TestAgainstAPIServer(t *testing.T) {
 	})
 	// From here on nothing is let in that nobody answered for.
 	a.await("the configurations trust the webhook", func() error {
-		c := &admissionregistrationv1.MutatingWebhookConfiguration{}
-		if err := a.c.Get(a.ctx, types.NamespacedName{Name: InjectConfiguration}, c); err != nil {
+		mutating := &admissionregistrationv1.MutatingWebhookConfiguration{}
+		for _, name := range []string{InjectConfiguration, LocalityConfiguration} {
+			if err := a.c.Get(a.ctx, types.NamespacedName{Name: name}, mutating); err != nil {
+				return err
+			}
+			if len(mutating.Webhooks[0].ClientConfig.CABundle) == 0 {
+				return fmt.Errorf("%s has no bundle", name)
+			}
+		}
+		validating := &admissionregistrationv1.ValidatingWebhookConfiguration{}
+		if err := a.c.Get(a.ctx, types.NamespacedName{Name: ValidationConfiguration}, validating); err != nil {
 			return err
 		}
-		if len(c.Webhooks[0].ClientConfig.CABundle) == 0 {
-			return errors.New("no bundle")
+		if len(validating.Webhooks[0].ClientConfig.CABundle) == 0 {
+			return fmt.Errorf("%s has no bundle", ValidationConfiguration)
 		}
 		return nil
 	})

@@ -13,7 +13,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -35,6 +34,7 @@ import (
 	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/local/process"
 	"github.com/stepcache/stepcache/test/bucket"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 // patience is how long a test waits for what normally takes milliseconds.
@@ -191,38 +191,6 @@ func (tr *tier) files(dir string, files map[string]string) {
 }
 
 // nextPort is the port that is tried next.
-var nextPort atomic.Int64
-
-// freePorts are addresses that nobody listens at. They are none of those that the kernel gives to whoever asks
-// for any: such a one may have become the near end of a connection by the time that a worker that was killed
-// starts again.
-func freePorts(t testing.TB, n int) []string {
-	t.Helper()
-	const first = 10000
-	low := 0
-	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
-		fmt.Sscan(string(b), &low)
-	}
-	nextPort.CompareAndSwap(0, int64(os.Getpid())*97)
-	var out []string
-	for tries := 0; len(out) < n; tries++ {
-		address := "127.0.0.1:0"
-		if low >= first+5000 && tries < low-first {
-			address = fmt.Sprintf("127.0.0.1:%d", first+nextPort.Add(1)%int64(low-first))
-		}
-		l, err := net.Listen("tcp", address)
-		if errors.Is(err, syscall.EADDRINUSE) {
-			continue
-		}
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		out = append(out, l.Addr().String())
-	}
-	return out
-}
-
 func (tr *tier) config(i int) worker.Config {
 	w := tr.workers[i]
 	gateway := &worker.GatewayConfig{Listen: w.gateway, Bucket: "data", Credentials: tr.path("s3")}
@@ -239,7 +207,7 @@ func (tr *tier) config(i int) worker.Config {
 // add makes worker number len(workers), with addresses of its own, not running and not yet a member.
 func (tr *tier) add() int {
 	tr.t.Helper()
-	p := freePorts(tr.t, 3)
+	p := ports.Free(tr.t, 3)
 	i := len(tr.workers)
 	tr.workers = append(tr.workers, &member{
 		m:       ring.Member{ID: fmt.Sprintf("w%d", i), Addr: p[0], Control: p[1], Node: fmt.Sprintf("n%d", i), State: ring.Ready},

@@ -11,7 +11,6 @@ import (
 	"io"
 	"log/slog"
 	"math/rand/v2"
-	"net"
 	"net/http"
 	"os"
 	"os/exec"
@@ -32,6 +31,7 @@ import (
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/test/bucket"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 const cgroupRoot = "/sys/fs/cgroup"
@@ -286,16 +286,9 @@ func startWorker(t *testing.T, program string, group *memoryGroup, d *v1alpha1.D
 	if err != nil {
 		t.Fatal(err)
 	}
-	free := func() string {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close()
-		return l.Addr().String()
-	}
+	free := ports.Free(t, 2)
 	c.ID, c.Dir, c.KeysDir, c.MembershipFile, c.Socket = "genomes-worker-0", filepath.Join(dir, "store"), filepath.Join(dir, "keys"), "", filepath.Join(dir, "w.sock")
-	c.Listen, c.Control = free(), free()
+	c.Listen, c.Control = free[0], free[1]
 	for i := range c.Mounts {
 		c.Mounts[i].CredentialsDir = filepath.Join(dir, "credentials", "access-key")
 	}

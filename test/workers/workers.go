@@ -4,7 +4,7 @@
 // It owns the workers and their folder, which end with the test. Concurrency: functions are for the test's
 // goroutine. Failure: the test fails.
 //
-// It may import cache/..., and test/bucket.
+// It may import cache/..., test/bucket and test/ports.
 package workers
 
 import (
@@ -12,7 +12,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"log/slog"
-	"net"
 	"os"
 	"path/filepath"
 	"testing"
@@ -26,6 +25,7 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/test/bucket"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 // What clients of the endpoints need.
@@ -89,13 +89,13 @@ func StartTier(t testing.TB, server *bucket.Server, bucketName, prefix string, n
 	if err := wire.WriteKeys(filepath.Join(dir, "keys"), keys); err != nil {
 		t.Fatal(err)
 	}
-	ports := freePorts(t, 3*n)
+	addresses := ports.Free(t, 3*n)
 	members := ring.Membership{Epoch: 1}
 	for i := range n {
 		members.Members = append(members.Members, ring.Member{
-			ID: fmt.Sprintf("w%d", i), Addr: ports[3*i], Control: ports[3*i+1], Node: fmt.Sprintf("n%d", i), State: ring.Ready,
+			ID: fmt.Sprintf("w%d", i), Addr: addresses[3*i], Control: addresses[3*i+1], Node: fmt.Sprintf("n%d", i), State: ring.Ready,
 		})
-		endpoints = append(endpoints, ports[3*i+2])
+		endpoints = append(endpoints, addresses[3*i+2])
 	}
 	list, err := json.Marshal(members)
 	if err != nil {
@@ -150,18 +150,4 @@ func answers(t testing.TB, endpoint string) {
 			t.Fatalf("the worker at %s does not answer: %v", endpoint, err)
 		}
 	}
-}
-
-// freePorts are addresses that nobody listens at.
-func freePorts(t testing.TB, n int) (ports []string) {
-	t.Helper()
-	for range n {
-		l, err := net.Listen("tcp", "127.0.0.1:0")
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer l.Close() // held until all are known, so that they differ
-		ports = append(ports, l.Addr().String())
-	}
-	return ports
 }
