@@ -218,11 +218,11 @@ func TestLoadIsDeletedAfterItsTimeToLive(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 1, 2, 1000)
 	l := w.load(d, "brief", func(l *v1alpha1.DataLoad) {
-		l.Spec.Pin, l.Spec.TTLSecondsAfterFinished = true, ptr.To[int32](3600)
+		l.Spec.Pin, l.Spec.TTLSecondsAfterFinished = true, ptr.To[int32](60)
 	})
 	kept := w.load(d, "kept", nil)
 	w.stopManager()
-	w.clock.advance(2 * time.Hour)
+	w.clock.advance(time.Minute)
 	w.start()
 	w.gone(l)
 	if got := w.pinned(); got != 0 {

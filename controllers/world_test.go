@@ -124,6 +124,7 @@ type world struct {
 	image  string
 	bucket *bucket.Server
 	subnet string
+	ips    int // addresses given to pods
 	dir    string
 
 	stopManager func()
@@ -517,16 +518,16 @@ func writeAll(dir string, files map[string][]byte) error {
 	return nil
 }
 
+// run starts a pod's worker; nil when what it mounts is not there yet. Callers hold mu.
 func (w *world) run(ctx context.Context, pod *corev1.Pod) *running {
 	r := &running{uid: string(pod.UID), dir: filepath.Join(w.dir, string(pod.UID)), done: make(chan struct{})}
 	c, err := w.project(ctx, pod, r.dir)
 	if err != nil {
 		return nil // what it mounts is not there yet
 	}
-	var n int
-	fmt.Sscanf(pod.Name[strings.LastIndex(pod.Name, "-")+1:], "%d", &n)
 	// A pod that is made anew has another address.
-	r.ip = fmt.Sprintf("%s.%d", w.subnet, 1+n+10*int(podNumber.Add(1)%24))
+	r.ip = fmt.Sprintf("%s.%d", w.subnet, 1+w.ips%250)
+	w.ips++
 	c.Listen, c.Control = r.ip+c.Listen, r.ip+c.Control
 	if c.Gateway != nil {
 		c.Gateway.Listen = r.ip + c.Gateway.Listen
@@ -565,8 +566,6 @@ func (w *world) dial(ctx context.Context, network, addr string) (net.Conn, error
 	}
 	return (&net.Dialer{}).DialContext(ctx, network, addr)
 }
-
-var podNumber atomic.Int32
 
 func (r *running) stop() {
 	r.cancel()

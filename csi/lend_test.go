@@ -360,11 +360,12 @@ func TestLentMountsOutliveNodeServices(t *testing.T) {
 	needMounts(t)
 	k := newTier(t, someFiles())
 	m := newMachine(t, k)
-	m.startKeeper()
+	keeper := m.startKeeper()
 	first, kube := m.startNode()
 	p := m.borrow(kube, "pod-1")
 	s := p.serve()
 	p.served(s)
+	keeper.parked(t, 1)
 	f, err := os.Open(filepath.Join(p.data, "big"))
 	if err != nil {
 		t.Fatal(err)

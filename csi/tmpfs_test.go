@@ -249,9 +249,7 @@ func TestNodeCacheIsSharedAndGivenBack(t *testing.T) {
 	if cache == nil || cache.store.Stats().Quota != leastSlice {
 		t.Fatalf("cache %+v", cache)
 	}
-	if got := cache.store.Stats().Used; got == 0 {
-		t.Error("nothing of the file is in the node's cache")
-	}
+	eventually(t, "the file to be in the node's cache", func() bool { return cache.store.Stats().Used > 0 })
 	n.unpublish("pod")
 	if err := n.s.reap(-1); err != nil {
 		t.Fatal(err)

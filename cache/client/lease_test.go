@@ -332,6 +332,7 @@ func TestAWorkerThatHangsOnItsSocketIsLeftAloneForAWhile(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
+	eventually(t, "the question to be seen", func() bool { return asked.Load() > 0 })
 	if asked.Load() != 1 {
 		t.Fatalf("asked %d times", asked.Load())
 	}

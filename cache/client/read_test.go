@@ -456,7 +456,7 @@ func TestABucketThatStallsEndsTheReadAtTheDeadlineWithTheReason(t *testing.T) {
 	k := newTier(t, map[string][]byte{"f": content(1, 1<<20)})
 	k.start("a", "b")
 	timing := quick()
-	timing.client = 300 * timing.retry // nobody answers before it: the deadline is what is tested
+	timing.client = 1000 * timing.retry // nobody answers before it: the deadline is what is tested
 	c, err := dial(testContext(t), k.config(), timing)
 	if err != nil {
 		t.Fatal(err)

@@ -227,7 +227,7 @@ func TestWaysToReadAFile(t *testing.T) {
 	s := snapshotOf(t, all)
 	for _, mode := range []Mode{NoOpen, Passthrough} {
 		r := newLeasing(t, s, all)
-		m := mounted(t, s, r, Options{Mode: mode})
+		m := mounted(t, s, r, Options{Mode: mode, IdleTime: time.Hour})
 		if mode == Passthrough {
 			needPassthrough(t, m)
 		}

@@ -55,11 +55,16 @@ func (bt *backTier) accept() { bt.refuses.Store(nil) }
 // mustPut puts until that is acknowledged: on a slow machine another worker may seem not to answer for a moment, and
 // then a put goes through, to a bucket that may refuse it.
 func (bt *backTier) mustPut(i int, key string, p []byte) {
+	bt.mustPutAs(i, key, p, minio.PutObjectOptions{})
+}
+
+func (bt *backTier) mustPutAs(i int, key string, p []byte, as minio.PutObjectOptions) (info minio.UploadInfo) {
 	bt.t.Helper()
-	eventually(bt.t, "put "+key, func() error {
-		_, err := bt.put(i, key, p, minio.PutObjectOptions{})
+	eventually(bt.t, "put "+key, func() (err error) {
+		info, err = bt.put(i, key, p, as)
 		return err
 	})
+	return info
 }
 
 // writesBack waits until every worker has seen a put of a name that it owns acknowledged before the bucket had it.
@@ -166,9 +171,9 @@ func TestBackReadsWhatTheBucketDoesNotHaveYet(t *testing.T) {
 	p := content(5<<20, 3)
 	etag := md5Hex(string(p))
 	key := bt.keyOwnedBy(1, "dir/new")
-	info, err := bt.put(0, key, p, minio.PutObjectOptions{ContentType: "text/x", UserMetadata: map[string]string{"Who": "me"}, CacheControl: "no-store"})
-	if err != nil || info.ETag != etag {
-		t.Fatalf("ETag %s, %v", info.ETag, err)
+	info := bt.mustPutAs(0, key, p, minio.PutObjectOptions{ContentType: "text/x", UserMetadata: map[string]string{"Who": "me"}, CacheControl: "no-store"})
+	if info.ETag != etag {
+		t.Fatalf("ETag %s", info.ETag)
 	}
 	if _, _, err := bt.inBucket(key); code(err) != "NoSuchKey" {
 		t.Fatalf("the bucket has it: %v", err)

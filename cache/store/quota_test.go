@@ -247,6 +247,18 @@ func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
 	wg.Wait()
 	cancel()
 	back.Wait()
+	eventually(t, func() bool { // fills that were left go on to their end
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		for _, o := range s.objects {
+			for _, b := range o.blocks {
+				if b.flight != nil {
+					return false
+				}
+			}
+		}
+		return true
+	})
 	checkBooks(t, s)
 	if st := s.Stats(); st.Corrupt != 0 || st.Pinned != 0 || st.Leases != 0 || st.Zombie != 0 {
 		t.Errorf("%+v", st)

@@ -95,9 +95,12 @@ func TestALeaseHandsOutAWholeFile(t *testing.T) {
 		t.Errorf("flags %o, %v", fl, err)
 	}
 	w := tr.workers[0]
-	if s := w.Status(); s.OpenedBytes != int64(len(want)) {
-		t.Errorf("%d bytes opened", s.OpenedBytes)
-	}
+	eventually(t, "they are counted as opened", func() error { // after the answer
+		if got := w.Status().OpenedBytes; got != int64(len(want)) {
+			return fmt.Errorf("%d bytes", got)
+		}
+		return nil
+	})
 	second, _, err := tr.receive(0).ask(wire.Request{Op: wire.OpLease, Index: i})
 	if err != nil {
 		t.Fatalf("a second receiver: %v", err)

@@ -308,7 +308,7 @@ func TestAReadThatWaitsTooLongIsUnavailable(t *testing.T) {
 	tr.start(1)
 	i := index(t, tr.snapshot(), "/f")
 	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { <-ctx.Done(); return ctx.Err() })
-	_, _, err := tr.dial(0).ask(wire.Request{Op: wire.OpRead, Index: i, Length: 1000, WaitMillis: 10})
+	_, _, err := tr.dial(0).ask(wire.Request{Op: wire.OpRead, Index: i, Length: 1000, WaitMillis: 1000})
 	if !errors.Is(err, source.ErrUnavailable) {
 		t.Fatal(err)
 	}
