@@ -16,7 +16,7 @@ import (
 )
 
 // errDown: the worker could not be reached lately and is being redialled; the error wraps why.
-var errDown = errors.New("worker is down")
+var errDown = errors.New("no connection to the worker")
 
 // connsPerPeer bounds the connections to one worker: a second one is opened once the first has more
 // than a block under way.
