@@ -240,14 +240,25 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 	})
 	limit := time.NewTimer(s.config.KeeperWait)
 	defer limit.Stop()
-	select {
-	case <-connected:
-		// Without a keeper nobody could tell what is left from what is parked.
+	// Without a keeper nobody could tell what is left from what is parked.
+	sweep := func() {
 		if err := s.sweep(ctx); err != nil {
 			s.log.Warn("mounts of former node services are not looked after", "error", err)
 		}
 		s.trim()
+	}
+	select {
+	case <-connected:
+		sweep()
 	case <-limit.C:
+		g.Go(func() error {
+			select {
+			case <-connected:
+				sweep()
+			case <-ctx.Done():
+			}
+			return nil
+		})
 	case <-ctx.Done():
 		return nil
 	}

@@ -167,6 +167,8 @@ func TestAReaderGoesOnWhenTheWorkerThatLendsTheFileIsGone(t *testing.T) {
 	k.start("a", "b")
 	k.settled()
 	c := k.dial(nil)
+	var far atomic.Int64
+	c.now = func() time.Time { return time.Now().Add(time.Duration(far.Load())) } // before anybody reads
 	i, _ := c.Snapshot().Lookup("/f")
 	o, _ := c.Snapshot().Ring(i)
 	owner := k.membership().Owners(o, 0, 1)[0].ID
@@ -185,8 +187,6 @@ func TestAReaderGoesOnWhenTheWorkerThatLendsTheFileIsGone(t *testing.T) {
 	}
 	k.start(owner)
 	k.settled()
-	var far atomic.Int64
-	c.now = func() time.Time { return time.Now().Add(time.Duration(far.Load())) }
 	eventually(t, "it is read where the worker keeps it again", func() bool {
 		far.Add(int64(nearAgainMax))
 		c.Forget(i)
