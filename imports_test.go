@@ -38,7 +38,8 @@ var mayImport = map[string][]string{
 	"config":                  {}, // tests only
 	"test/bucket":             {"local/process"},
 	"test/s3clients":          {},
-	"test/workers":            {"cache", "test/bucket", "local/process"},
+	"test/ports":              {},
+	"test/workers":            {"cache", "test/bucket", "test/ports", "local/process"},
 	"test/e2e":                {"test/bucket", "local/process"},
 	"bench":                   {"api", "cache", "tier", "local", "test"},
 	"cmd":                     {""},

@@ -18,6 +18,7 @@ import (
 	"github.com/stepcache/stepcache/artifact"
 	"github.com/stepcache/stepcache/artifact/plugin"
 	"github.com/stepcache/stepcache/test/bucket"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 func TestConfigurationThatIsRefused(t *testing.T) {
@@ -324,12 +325,7 @@ func TestNodeLocalService(t *testing.T) {
 	}
 	node := bucket.FaultsAt(t, s.Direct())
 	far := bucket.FaultsAt(t, s.Direct())
-	down, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	nobody := down.Addr().String()
-	down.Close()
+	nobody := ports.Free(t, 1)[0]
 	for address, wantFar := range map[string]bool{strings.TrimPrefix(node.Endpoint(), "http://"): false, nobody: true, "unix:///none/socket": true} {
 		before, beforeNode := far.Requests(), node.Requests()
 		f := &fixture{argoexec: connect(t, serve(t, artifact.Options{Getenv: keys, NodeAddress: address})), dir: t.TempDir()}

@@ -240,24 +240,29 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 	})
 	limit := time.NewTimer(s.config.KeeperWait)
 	defer limit.Stop()
-	// Without a keeper nobody could tell what is left from what is parked.
+	former, err := mountinfo.Below(s.mountsDir)
+	if err != nil {
+		s.log.Warn("mounts of former node services are not looked after", "error", err)
+	}
 	sweep := func() {
-		if err := s.sweep(ctx); err != nil {
+		if err := s.sweep(ctx, former); err != nil {
 			s.log.Warn("mounts of former node services are not looked after", "error", err)
 		}
 		s.trim()
 	}
+	// Without a keeper nobody could tell what is left from what is parked.
 	select {
 	case <-connected:
 		sweep()
 	case <-limit.C:
-		g.Go(func() error {
+		s.work.Go(func() {
 			select {
 			case <-connected:
-				sweep()
+				if ctx.Err() == nil && !s.superseded() {
+					sweep()
+				}
 			case <-ctx.Done():
 			}
-			return nil
 		})
 	case <-ctx.Done():
 		return nil

@@ -468,8 +468,9 @@ func (s *service) reap(linger time.Duration) error {
 	return g.Wait()
 }
 
-// sweep looks, once, for mounts of former node services that nobody serves nor keeps any more.
-func (s *service) sweep(ctx context.Context) error {
+// sweep looks, once, for mounts of former node services, which were there before this one made any, that nobody
+// serves nor keeps any more.
+func (s *service) sweep(ctx context.Context, former []mountinfo.Mount) error {
 	all, err := mountinfo.Below(s.mountsDir)
 	if err != nil {
 		return err
@@ -487,7 +488,8 @@ func (s *service) sweep(ctx context.Context) error {
 	}
 	s.mu.Unlock()
 	for _, m := range all {
-		if m.Type != mount.FSType || ours[m.Point] {
+		was := func(f mountinfo.Mount) bool { return f.Point == m.Point && deviceOf(f) == deviceOf(m) }
+		if m.Type != mount.FSType || ours[m.Point] || !slices.ContainsFunc(former, was) {
 			continue
 		}
 		if !s.dead(ctx, m.Point) {

@@ -23,6 +23,7 @@ import (
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 const testDataset = "argo/test"
@@ -148,7 +149,7 @@ func (k *tier) start(ids ...string) {
 	k.t.Helper()
 	for _, id := range ids {
 		w := &fake{tier: k, id: id, node: "node-" + id}
-		w.listen("127.0.0.1:0")
+		w.listen(ports.Free(k.t, 1)[0])
 		k.mu.Lock()
 		k.workers[id] = w
 		k.mu.Unlock()

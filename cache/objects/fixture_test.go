@@ -190,7 +190,6 @@ func (tr *tier) files(dir string, files map[string]string) {
 	}
 }
 
-// nextPort is the port that is tried next.
 func (tr *tier) config(i int) worker.Config {
 	w := tr.workers[i]
 	gateway := &worker.GatewayConfig{Listen: w.gateway, Bucket: "data", Credentials: tr.path("s3")}

@@ -116,6 +116,9 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 			return false
 		}
 		if err := w.giveTo(ctx, v, m, f, block); err != nil {
+			if ctx.Err() != nil {
+				return false // which says nothing of m
+			}
 			var unreachable *errPeer
 			if errors.As(err, &unreachable) || errors.Is(err, wire.ErrNotOwner) || errors.Is(err, wire.ErrUnknownSnapshot) {
 				if _, known := lost.LoadOrStore(m.ID, true); !known {
@@ -131,7 +134,7 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 
 func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, block int64) error {
 	wait := newBackoff()
-	for try := 1; ; try++ {
+	for tries, behind := 0, 0; ; {
 		rep, err := func() (wire.Reply, error) {
 			ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			defer cancel()
@@ -142,13 +145,19 @@ func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, blo
 			rep, _, err := w.peers.frame(ctx, m, req)
 			return rep, err
 		}()
-		tries := handOverTries
-		if errors.Is(err, wire.ErrNotOwner) && rep.Epoch < v.Epoch {
-			tries = handOverTriesBehind
-		}
 		// No room is final. A member that does not follow this membership yet, or does not have the
 		// snapshot, will soon.
-		if err == nil || errors.Is(err, wire.ErrNotResident) || try >= tries {
+		switch {
+		case err == nil || errors.Is(err, wire.ErrNotResident):
+			return err
+		case rep.Epoch < v.Epoch && (errors.Is(err, wire.ErrNotOwner) || errors.Is(err, wire.ErrUnknownSnapshot)):
+			behind++
+		default:
+			if tries++; tries == 1 {
+				wait.Reset() // it follows now: what is missing still will not take long
+			}
+		}
+		if tries == handOverTries || behind == handOverTriesBehind {
 			return err
 		}
 		if w.sleep(ctx, wait.NextBackOff()) != nil {

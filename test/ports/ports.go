@@ -1,8 +1,8 @@
 // Package ports finds ports for tests whose servers are told where to listen, or listen there again after they
 // were stopped.
 //
-// It owns nothing: a port is free when it is looked for, and until somebody else takes it. Concurrency: all
-// functions are for any number of goroutines. Failure: the test fails. It imports nothing of this project.
+// It owns nothing: a port is free when it is looked for, and until somebody else takes it. Concurrency: functions are
+// for a test's goroutine; tests may run at the same time. Failure: the test fails. It imports nothing of this project.
 package ports
 
 import (
@@ -27,7 +27,7 @@ func Free(t testing.TB, n int) []string {
 	if b, err := os.ReadFile("/proc/sys/net/ipv4/ip_local_port_range"); err == nil {
 		fmt.Sscan(string(b), &low)
 	}
-	next.CompareAndSwap(0, int64(os.Getpid())*97) // processes begin far from each other
+	next.CompareAndSwap(0, int64(os.Getpid())*7919) // processes begin far from each other
 	var out []string
 	for tries := 0; len(out) < n; tries++ {
 		address := "127.0.0.1:0"
@@ -35,7 +35,7 @@ func Free(t testing.TB, n int) []string {
 			address = fmt.Sprintf("127.0.0.1:%d", first+next.Add(1)%int64(low-first))
 		}
 		l, err := net.Listen("tcp", address)
-		if errors.Is(err, syscall.EADDRINUSE) {
+		if errors.Is(err, syscall.EADDRINUSE) && address != "127.0.0.1:0" {
 			continue
 		}
 		if err != nil {

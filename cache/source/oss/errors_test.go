@@ -15,6 +15,7 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/credentials"
 	"github.com/stepcache/stepcache/cache/source/oss/osstest"
+	"github.com/stepcache/stepcache/test/ports"
 )
 
 // withHandler opens a bucket whose server is h.
@@ -187,12 +188,7 @@ func TestRetryAfter(t *testing.T) {
 
 // TestNoStore: nobody listens, no such host, and TLS spoken to one that does not.
 func TestNoStore(t *testing.T) {
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	closed := l.Addr().String()
-	l.Close()
+	closed := ports.Free(t, 1)[0]
 	plain := osstest.StartT(t, osstest.Options{})
 	for endpoint, c := range map[string]struct {
 		want error
