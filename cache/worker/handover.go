@@ -18,11 +18,9 @@ import (
 const (
 	// handOverAsks is how many blocks a leaving worker has its successors take at once.
 	handOverAsks = 16
-	// handOverTries is how often a successor that is not ready yet is asked for one block.
-	handOverTries = 5
-	// handOverTriesBehind is how often while it follows an older membership: two minutes with the waits
-	// between them, since that is what a kubelet may take to update a mounted list.
-	handOverTriesBehind = 16
+	// handOverTries is how often a new owner that is not ready yet is asked for one block: for two minutes with the
+	// waits between, which is what a kubelet may take to update its mounted list, and more than a restart takes.
+	handOverTries = 16
 )
 
 // keepHandingOver gives this worker's blocks to their new owners whenever the membership says that it
@@ -66,9 +64,15 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 	}
 	tell(false)
 	snap, ok := w.snapshots.get(wire.Digest{})
-	if !ok {
-		tell(true)
-		return
+	for ; !ok; snap, ok = w.snapshots.get(wire.Digest{}) {
+		// One that restarted while it leaves holds what it held, and will know of what snapshot.
+		if w.store.Stats().Blocks == 0 {
+			tell(true)
+			return
+		}
+		if w.sleep(ctx, pollInterval) != nil {
+			return
+		}
 	}
 	defer snap.release()
 	var lost sync.Map // ids of members that take nothing: nobody waits for them block by block
@@ -111,9 +115,11 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 // give has one block's new owners take it; false when not all of them did.
 func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, block int64) bool {
 	owners := v.Owners(f.ring, block, w.config.Copies)
+	given := len(owners) > 0
 	for _, m := range owners {
 		if _, ok := lost.Load(m.ID); ok {
-			return false
+			given = false
+			continue
 		}
 		if err := w.giveTo(ctx, v, m, f, block); err != nil {
 			if ctx.Err() != nil {
@@ -126,38 +132,28 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 				}
 			}
 			w.log.Debug("block not handed over", "to", m.ID, "object", f.String(), "block", block, "error", err)
-			return false
+			given = false
 		}
 	}
-	return len(owners) > 0
+	return given
 }
 
 func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, block int64) error {
 	wait := newBackoff()
-	for tries, behind := 0, 0; ; {
-		rep, err := func() (wire.Reply, error) {
+	for try := 1; ; try++ {
+		err := func() error {
 			ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			defer cancel()
 			req := wire.Request{
 				Op: wire.OpPrefetch, Flags: wire.FlagHandOver, Epoch: v.Epoch, Snapshot: f.snapshot, Index: f.index,
 				Off: blockOff(block), Length: int32(blockLen(f.ring.Size, block)),
 			}
-			rep, _, err := w.peers.frame(ctx, m, req)
-			return rep, err
-		}()
-		// No room is final. A member that does not follow this membership yet, or does not have the
-		// snapshot, will soon.
-		switch {
-		case err == nil || errors.Is(err, wire.ErrNotResident):
+			_, _, err := w.peers.frame(ctx, m, req)
 			return err
-		case rep.Epoch < v.Epoch && (errors.Is(err, wire.ErrNotOwner) || errors.Is(err, wire.ErrUnknownSnapshot)):
-			behind++
-		default:
-			if tries++; tries == 1 {
-				wait.Reset() // it follows now: what is missing still will not take long
-			}
-		}
-		if tries == handOverTries || behind == handOverTriesBehind {
+		}()
+		// No room is final. A member that does not follow this membership yet, does not have the snapshot, or
+		// restarts, will soon.
+		if err == nil || errors.Is(err, wire.ErrNotResident) || try == handOverTries {
 			return err
 		}
 		if w.sleep(ctx, wait.NextBackOff()) != nil {

@@ -2,6 +2,7 @@ package worker
 
 import (
 	"bytes"
+	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
@@ -15,6 +16,8 @@ import (
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/scheme"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -186,7 +189,7 @@ func TestALeavingWorkerWaitsForANewOwnerThatFollowsAnOlderMembership(t *testing.
 			handed := int64(0)
 			if follows {
 				eventually(t, "it is asked again and again", func() error {
-					if n := tr.workers[heir].counts.statuses[wire.NotOwner].Load(); n <= handOverTries {
+					if n := tr.workers[heir].counts.statuses[wire.NotOwner].Load(); n <= 5 {
 						return fmt.Errorf("%d times", n)
 					}
 					return nil
@@ -201,6 +204,41 @@ func TestALeavingWorkerWaitsForANewOwnerThatFollowsAnOlderMembership(t *testing.
 				t.Errorf("the bucket was asked %d times", gets)
 			}
 		})
+	}
+}
+
+// Who restarts while it leaves holds what it held, but does not know of what snapshot until its sources are open.
+func TestALeavingWorkerThatRestartsHandsOverOnceItHasItsSnapshot(t *testing.T) {
+	files := manyFiles(20, 1000)
+	tr := newTier(t, files)
+	tr.start(2)
+	snap := tr.snapshot()
+	tr.all(0, snap, files)
+	held := tr.workers[0].store.Stats().Bytes
+	tr.stop(0)
+
+	open := make(chan struct{})
+	tr.deps = func(int) Deps {
+		return Deps{OpenSource: func(ctx context.Context, c source.Config) (*scheme.Source, error) {
+			select {
+			case <-open:
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
+			return scheme.Open(ctx, c)
+		}}
+	}
+	tr.add(0)
+	tr.tell(nil, 0)
+	for range 20 { // many times as long as it takes to look
+		if h := tr.workers[0].Status().HandOver; h != nil && h.Done {
+			t.Fatalf("before it knows its snapshot: %+v", h)
+		}
+		time.Sleep(pollInterval / 50)
+	}
+	close(open)
+	if h := tr.handedOver(0); h.Total != held || h.Handed != held || held == 0 {
+		t.Errorf("%+v of %d bytes", h, held)
 	}
 }
 
@@ -327,7 +365,7 @@ func TestAHandOverDisplacesNothing(t *testing.T) {
 
 // A new owner that cannot be reached costs its own blocks, once, and not the wait of every one of them.
 func TestAHandOverDoesNotWaitForAMemberThatIsGoneBlockByBlock(t *testing.T) {
-	files := manyFiles(1000, 100)
+	files := manyFiles(2000, 100)
 	tr := newTier(t, files)
 	tr.start(1)
 	snap := tr.snapshot()
@@ -353,7 +391,7 @@ func TestAHandOverDoesNotWaitForAMemberThatIsGoneBlockByBlock(t *testing.T) {
 		t.Errorf("%+v", h)
 	}
 	// The worker's own questions for snapshots are among them, hence the slack.
-	if n := dials.Load(); n > 500 {
+	if n := dials.Load(); n > 1000 {
 		t.Errorf("%d attempts to reach a member that is gone, for %d blocks", n, len(files))
 	}
 }
