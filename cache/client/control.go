@@ -440,11 +440,11 @@ func (k *Control) Wait(ctx context.Context, r wire.LoadRequest, every time.Durat
 	}
 }
 
-// settled says whether every worker that answered is done, or has said why it cannot be, or has gone over
-// everything and failed at some of it.
+// settled says whether every worker that answered is done, or can do no more for now. One that says what it waits for
+// is not.
 func settled(s LoadSum) bool {
 	for _, p := range s.Workers {
-		if !p.Done && p.Problem == "" && p.Finished.IsZero() {
+		if !p.Done && p.Finished.IsZero() {
 			return false
 		}
 	}

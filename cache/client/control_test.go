@@ -206,7 +206,7 @@ func TestWaitTellsAWorkerThatLostTheLoadAgain(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.set("", func(id string, _ *http.Request) (int, any) {
-		return 200, wire.LoadStatus{ID: "warm", Done: id == "a", Problem: "does not fit memory"}
+		return 200, wire.LoadStatus{ID: "warm", Done: id == "a", Finished: time.Now(), Problem: "does not fit memory"}
 	})
 	if _, err = ctl.Wait(ctx, req, time.Millisecond, nil); err == nil || !strings.Contains(err.Error(), "does not fit memory") {
 		t.Fatal(err)

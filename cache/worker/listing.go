@@ -198,6 +198,7 @@ func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member
 	err := k.pullCurrent(ctx, lister)
 	if err == nil {
 		w.problems.set(problemSnapshot, nil)
+		w.problems.set(problemRefresh, nil) // of a time when this worker was the lister
 		return false
 	}
 	if cur, ok := w.snapshots.get(wire.Digest{}); ok {

@@ -36,6 +36,11 @@ const (
 	maxFailures = 100
 	// residentEvery is how often a finished load looks again at what is still resident.
 	residentEvery = 5 * time.Second
+	// pinAgain is how long after it failed a load that pins is tried again: what it pins is promised until it is
+	// deleted, and a worker that restarts while the bucket refuses must not be without it for ever.
+	pinAgain = time.Minute
+	// snapshotPatience is how long a load waits for a snapshot that another worker may hold, once this one has one.
+	snapshotPatience = 2 * time.Minute
 )
 
 // load pulls the blocks that this worker owns of the files that match.
@@ -78,7 +83,7 @@ func (l *load) update(f func(*wire.LoadStatus)) {
 }
 
 // run loads until everything is resident, or it cannot be, and again whenever the membership changes, since
-// other blocks are this worker's then, until the load is deleted.
+// other blocks are this worker's then, and what it pins from time to time, until the load is deleted.
 func (l *load) run(ctx context.Context) {
 	w := l.w
 	var pinned string // the owner of the pins in force
@@ -87,7 +92,7 @@ func (l *load) run(ctx context.Context) {
 			w.store.Unpin(pinned)
 		}
 	}()
-	for {
+	for again := false; ; {
 		v := w.members.view()
 		owner := fmt.Sprintf("load/%s/%d", l.req.ID, v.Epoch)
 		pctx, cancel := context.WithCancelCause(ctx)
@@ -100,7 +105,7 @@ func (l *load) run(ctx context.Context) {
 			case <-stop:
 			}
 		})
-		err := l.attempt(pctx, v, owner, pinned)
+		err := l.attempt(pctx, v, owner, pinned, again)
 		close(stop)
 		watch.Wait()
 		replaced := errors.Is(context.Cause(pctx), errReplaced)
@@ -113,11 +118,11 @@ func (l *load) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		if replaced {
+		if again = false; replaced {
 			continue
 		}
 		l.update(func(s *wire.LoadStatus) {
-			s.Done = err == nil
+			s.Done, s.Problem = err == nil, ""
 			s.Finished = w.clock.Now()
 			if err != nil && !errors.Is(err, errFailures) {
 				s.Problem = err.Error()
@@ -128,10 +133,16 @@ func (l *load) run(ctx context.Context) {
 		} else {
 			w.log.Info("load done", "load", l.req.ID, "bytes", l.resident.Load())
 		}
+		var soon <-chan time.Time
+		if err != nil && l.req.Pin && !errors.Is(err, errFinal) {
+			soon = w.clock.After(pinAgain)
+		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-v.replaced:
+		case <-soon:
+			again = true
 		}
 	}
 }
@@ -139,15 +150,19 @@ func (l *load) run(ctx context.Context) {
 var (
 	errReplaced = errors.New("the membership changed")
 	errFailures = errors.New("some files could not be loaded")
+	// errFinal is errFailures where trying again helps none of them.
+	errFinal = fmt.Errorf("%w, and cannot be", errFailures)
 )
 
 // attempt goes over the load's blocks under one membership until they are resident. Its pins are owner's;
-// those of previous, from the membership before, make room for them if they must.
-func (l *load) attempt(ctx context.Context, v *view, owner, previous string) error {
+// those of previous, from the membership before, make room for them if they must. While it is tried again it stays
+// finished, so that nobody waits for it.
+func (l *load) attempt(ctx context.Context, v *view, owner, previous string, again bool) error {
 	w := l.w
 	l.update(func(s *wire.LoadStatus) {
-		s.Done, s.Finished, s.Problem = false, time.Time{}, ""
-		s.Failures, s.FailedFiles = nil, 0
+		if s.Failures, s.FailedFiles = nil, 0; !again {
+			s.Done, s.Finished, s.Problem = false, time.Time{}, ""
+		}
 	})
 	if !slices.ContainsFunc(v.Members, func(m ring.Member) bool { return m.ID == w.config.ID }) {
 		// It would own nothing and be done at once: what it will own is not known yet.
@@ -192,7 +207,7 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 	}
 	wait := newBackoff()
 	for pass := 1; ; pass++ {
-		again := l.pass(ctx, snap, v, items)
+		more := l.pass(ctx, snap, v, items)
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -202,7 +217,9 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string) err
 		case missing == 0:
 			l.update(func(s *wire.LoadStatus) { s.Failures, s.FailedFiles = nil, 0 })
 			return nil
-		case failures > 0 && (!again || pass >= maxPasses):
+		case failures > 0 && !more:
+			return fmt.Errorf("load %s: %d files: %w", l.req.ID, failures, errFinal)
+		case failures > 0 && pass >= maxPasses:
 			return fmt.Errorf("load %s: %d files: %w", l.req.ID, failures, errFailures)
 		case pass >= maxPasses:
 			return fmt.Errorf("load %s: %w: %d of its bytes were loaded but not kept beside what else is cached: load fewer paths, pin it, or raise the workers' memory", l.req.ID, errUnfit, missing)
@@ -231,7 +248,8 @@ func wayOut(snap *snapshot, items []item, quota int64) string {
 	return "load fewer paths, raise the workers' memory or add workers"
 }
 
-// snapshot waits for the load's snapshot, saying so meanwhile.
+// snapshot waits for the load's snapshot, saying so meanwhile. Once this worker has another, it may be that nobody holds
+// the load's any more: all workers lost their memory, or did without it for long.
 func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 	w := l.w
 	d, err := parseDigest(l.req.Snapshot)
@@ -241,7 +259,7 @@ func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 	if l.digest != (wire.Digest{}) {
 		d = l.digest // what was current when the load began
 	}
-	for {
+	for waited := time.Duration(0); ; {
 		if snap, ok := w.snapshots.get(d); ok {
 			l.mu.Lock()
 			l.digest = snap.Digest()
@@ -251,6 +269,12 @@ func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 		}
 		w.wantSnapshot(d)
 		l.update(func(s *wire.LoadStatus) { s.Problem = w.unknownSnapshot(d).Error() })
+		if cur, ok := w.snapshots.get(wire.Digest{}); ok {
+			cur.release()
+			if waited += pollInterval; waited > snapshotPatience {
+				return nil, fmt.Errorf("load %s: %w, nor does another: load the current one", l.req.ID, w.unknownSnapshot(d))
+			}
+		}
 		if err := w.sleep(ctx, pollInterval); err != nil {
 			return nil, err
 		}

@@ -248,6 +248,54 @@ func TestALoadTriesAgainWhatFailedForAWhile(t *testing.T) {
 	}
 }
 
+// What is pinned is promised until the load is deleted: a bucket that refuses for longer than a load tries must not end it.
+func TestALoadThatPinsIsTriedAgainAfterItFailed(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.start(1)
+	tr.snapshot()
+	tr.gates[0].set(func(context.Context, source.Object, int64) error { return source.ErrThrottled })
+	for _, pin := range []bool{true, false} {
+		tr.load(wire.LoadRequest{ID: fmt.Sprint("pin-", pin), Pin: pin})
+		if s := tr.waitLoad(0, fmt.Sprint("pin-", pin)); s.Done || s.FailedFiles != 1 {
+			t.Errorf("%+v", s)
+		}
+	}
+	gets, _ := tr.gates[0].counts()
+	eventually(t, "it is tried again, and stays finished", func() error {
+		s, err := tr.workers[0].loads.get("pin-true")
+		if err != nil || s.Done || s.Finished.IsZero() {
+			t.Fatalf("%+v, %v", s, err)
+		}
+		if now, _ := tr.gates[0].counts(); now == gets {
+			return errors.New("nobody asks the bucket")
+		}
+		return nil
+	})
+	tr.gates[0].set(nil)
+	eventually(t, "it is done", func() error {
+		if s, err := tr.workers[0].loads.get("pin-true"); err != nil || !s.Done || s.Resident != 1000 || s.FailedFiles != 0 || s.Problem != "" {
+			return fmt.Errorf("%+v, %v", s, err)
+		}
+		return nil
+	})
+	if s, err := tr.workers[0].loads.get("pin-false"); err != nil || s.Done {
+		t.Errorf("a load that failed and pins nothing: %+v, %v", s, err)
+	}
+}
+
+// A snapshot that all workers have lost is not waited for without end.
+func TestALoadOfASnapshotThatNobodyHoldsSaysSo(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.start(2)
+	tr.snapshot()
+	tr.load(wire.LoadRequest{ID: "old", Snapshot: strings.Repeat("ab", 32), Pin: true})
+	for i := range tr.workers {
+		if s := tr.waitLoad(i, "old"); s.Done || !strings.Contains(s.Problem, "abababababab") || !strings.Contains(s.Problem, "load the current one") {
+			t.Errorf("worker %d: %+v", i, s)
+		}
+	}
+}
+
 func TestALoadFollowsTheMembership(t *testing.T) {
 	files := map[string][]byte{}
 	var total int64
