@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -197,13 +198,7 @@ func TestScheduledLoadRunsAgain(t *testing.T) {
 		w.stopManager()
 		w.clock.advance(time.Hour)
 		w.start()
-		w.eventually("a run completes", func() error {
-			w.must(w.Get(t.Context(), client.ObjectKeyFromObject(l), l))
-			if l.Status.Phase != v1alpha1.DataLoadComplete || l.Status.StartTime.Equal(last) {
-				return fmt.Errorf("status %s", asJSON(l.Status))
-			}
-			return nil
-		})
+		w.runs(l, last)
 		last = l.Status.StartTime
 		if !l.Status.NextScheduleTime.After(w.clock.Now()) {
 			t.Errorf("next run at %v", l.Status.NextScheduleTime)
@@ -211,6 +206,62 @@ func TestScheduledLoadRunsAgain(t *testing.T) {
 	}
 	if got := w.pinned(); got < 2000 || got > 100_000 {
 		t.Errorf("%d bytes pinned after two runs of 2000 bytes", got)
+	}
+}
+
+// later has the time of the next run come, and waits until the load says why that is put off.
+func (w *world) later(l *v1alpha1.DataLoad, reason string, parts ...string) {
+	w.Helper()
+	w.stopManager()
+	w.clock.advance(time.Hour)
+	w.start()
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, reason, parts...)
+	if l.Status.Phase != v1alpha1.DataLoadPending {
+		w.Errorf("status %s", asJSON(l.Status))
+	}
+}
+
+// runs waits until a load has completed a run other than one that began at last.
+func (w *world) runs(l *v1alpha1.DataLoad, last *metav1.Time) {
+	w.Helper()
+	w.eventually("a run completes", func() error {
+		w.must(w.Get(w.Context(), client.ObjectKeyFromObject(l), l))
+		if l.Status.Phase != v1alpha1.DataLoadComplete || l.Status.StartTime.Equal(last) {
+			return fmt.Errorf("status %s", asJSON(l.Status))
+		}
+		return nil
+	})
+}
+
+func TestRunThatIsPutOffLeavesNoPinsOfTheLastOne(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 2, 1000)
+	l := w.dataload("hourly", "genomes")
+	l.Spec.Schedule, l.Spec.Pin = "@hourly", true
+	w.must(w.Create(t.Context(), l))
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting")
+	w.clock.advance(time.Hour)
+	w.stopManager()
+	w.start()
+	w.runs(l, nil)
+	last := l.Status.StartTime
+	// The Dataset is not ready when the next time comes: its second worker has no node.
+	w.set(func(w *world) { w.pending = true })
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Workers.Replicas = 2 })
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting")
+	w.later(l, "DatasetNotReady", "1 of 2 workers")
+	w.set(func(w *world) { w.pending = false })
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker-1"}}
+	w.must(client.IgnoreNotFound(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0))))
+	w.waitReady(d)
+	w.runs(l, last)
+	if got := w.pinned(); got < 2000 {
+		t.Errorf("%d bytes pinned after a run of 2000 bytes", got)
+	}
+	w.must(w.Delete(t.Context(), l))
+	w.gone(l)
+	if got := w.pinned(); got != 0 {
+		t.Errorf("%d bytes pinned after their load was deleted", got)
 	}
 }
 

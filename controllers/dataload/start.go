@@ -95,13 +95,12 @@ func (r *Reconciler) start(ctx context.Context, p *pass) error {
 			return nil
 		}
 	}
-	st := &p.load.Status
-	if st.StartTime != nil && st.Phase == v1alpha1.DataLoadComplete || st.Phase == v1alpha1.DataLoadFailed {
-		// The pins of the last run make way for this one's: most are for the same blocks.
-		if err := r.forgetRun(ctx, p); err != nil {
-			return err
-		}
+	// The pins of the last run make way for this one's: most are for the same blocks. Once this run's start is
+	// written down nobody knows the last one's id any more.
+	if err := r.forgetRun(ctx, p); err != nil {
+		return err
 	}
+	st := &p.load.Status
 	began := metav1.NewTime(p.now.Truncate(time.Second))
 	st.Phase, st.StartTime, st.CompletionTime = v1alpha1.DataLoadRunning, &began, nil
 	st.Snapshot, st.Progress, st.Failures, st.FailedFiles = d.Status.Snapshot, v1alpha1.Progress{}, nil, 0
