@@ -265,6 +265,20 @@ func TestRunThatIsPutOffLeavesNoPinsOfTheLastOne(t *testing.T) {
 	}
 }
 
+func TestScheduleThatIsEditedCountsAtOnce(t *testing.T) {
+	w := newWorld(t)
+	w.ready("genomes", 1, 2, 1000)
+	l := w.dataload("yearly", "genomes")
+	l.Spec.Schedule = "@yearly"
+	w.must(w.Create(t.Context(), l))
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", "-01-01T00:00:00Z")
+	update(w, l, func(l *v1alpha1.DataLoad) { l.Spec.Schedule = "30 * * * *" })
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", ":30:00Z")
+	if next := l.Status.NextScheduleTime; next.Sub(w.clock.Now()) > time.Hour || l.Status.ObservedGeneration != l.Generation {
+		t.Errorf("status %s", asJSON(l.Status))
+	}
+}
+
 func TestLoadIsDeletedAfterItsTimeToLive(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 1, 2, 1000)

@@ -194,8 +194,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if gone, err := r.expired(ctx, p); gone || err != nil {
 		return reconcile.Result{}, err
 	}
-	p.load.Status.ObservedGeneration = p.load.Generation
 	err = r.advance(ctx, p)
+	p.load.Status.ObservedGeneration = p.load.Generation // what advance has seen before tells it of an edit
 	if !equality.Semantic.DeepEqual(have.Status, p.load.Status) {
 		// With the lock: a run that another pass wrote down must not be written over from a stale cache.
 		want := have.DeepCopy()

@@ -35,7 +35,7 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 		return r.start(ctx, p)
 	case st.Phase == v1alpha1.DataLoadComplete:
 		return r.keep(ctx, p)
-	case st.Phase == "" && p.load.Spec.Schedule != "":
+	case p.load.Spec.Schedule != "" && (st.Phase == "" || st.Phase == v1alpha1.DataLoadPending):
 		r.wait(p, ReasonWaiting, "its first run is at %s", st.NextScheduleTime.UTC().Format(time.RFC3339))
 	}
 	return nil
