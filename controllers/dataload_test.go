@@ -1,8 +1,11 @@
 package controllers_test
 
 import (
+	"errors"
 	"fmt"
+	"net/http"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -277,6 +280,33 @@ func TestScheduleThatIsEditedCountsAtOnce(t *testing.T) {
 	if next := l.Status.NextScheduleTime; next.Sub(w.clock.Now()) > time.Hour || l.Status.ObservedGeneration != l.Generation {
 		t.Errorf("status %s", asJSON(l.Status))
 	}
+}
+
+func TestRunIsPutOffUntilTheLastOneIsForgotten(t *testing.T) {
+	w := newWorld(t)
+	w.ready("genomes", 1, 2, 1000)
+	l := w.dataload("hourly", "genomes")
+	l.Spec.Schedule, l.Spec.Pin = "@hourly", true
+	w.must(w.Create(t.Context(), l))
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting")
+	w.clock.advance(time.Hour)
+	w.stopManager()
+	w.start()
+	w.runs(l, nil)
+	last := l.Status.StartTime
+	var lost atomic.Bool
+	lost.Store(true)
+	w.between(func(r *http.Response) error {
+		if r.Request.Method == http.MethodDelete && lost.Load() {
+			return errors.New("the answer is lost")
+		}
+		return nil
+	})
+	w.later(l, "WorkersMissing", "genomes-worker-0")
+	lost.Store(false)
+	w.stopManager()
+	w.start()
+	w.runs(l, last)
 }
 
 func TestLoadIsDeletedAfterItsTimeToLive(t *testing.T) {

@@ -24,7 +24,7 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// control is how the controllers reach workers: through what tells them of writes, where a test has that.
+// control is how the controllers reach workers: through what changes their answers, where a test has that.
 func (w *world) control(ctx context.Context, network, addr string) (net.Conn, error) {
 	w.mu.Lock()
 	if w.teller != "" {
@@ -34,44 +34,51 @@ func (w *world) control(ctx context.Context, network, addr string) (net.Conn, er
 	return (&net.Dialer{}).DialContext(ctx, network, addr)
 }
 
-// tell has the workers of a Dataset be such as acknowledge writes before the bucket has them: their pods say so,
-// and their real answers to the controllers are told again with what lags says.
-func (w *world) tell(d *v1alpha1.Dataset) {
+// between has the workers' answers to the controllers go through change first.
+func (w *world) between(change func(*http.Response) error) {
 	w.Helper()
 	l, err := net.Listen("tcp", "127.0.0.1:0")
 	w.must(err)
 	proxy := &httputil.ReverseProxy{
-		Rewrite:  func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", r.In.Host },
-		ErrorLog: log.New(io.Discard, "", 0),
-		ModifyResponse: func(r *http.Response) error {
-			if r.Request.URL.Path != wire.PathStatus || r.StatusCode != http.StatusOK {
-				return nil
-			}
-			b, err := io.ReadAll(r.Body)
-			if err != nil {
-				return err
-			}
-			r.Body.Close()
-			var s wire.WorkerStatus
-			if err := json.Unmarshal(b, &s); err != nil {
-				return err
-			}
-			w.mu.Lock()
-			s.Unflushed = w.lags[s.ID]
-			w.mu.Unlock()
-			if b, err = json.Marshal(s); err != nil {
-				return err
-			}
-			r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
-			r.Header.Del("Content-Length")
-			return nil
-		},
+		Rewrite:        func(r *httputil.ProxyRequest) { r.Out.URL.Scheme, r.Out.URL.Host = "http", r.In.Host },
+		ErrorLog:       log.New(io.Discard, "", 0),
+		ModifyResponse: change,
 	}
 	server := &http.Server{Handler: proxy, ErrorLog: log.New(io.Discard, "", 0)}
 	done := make(chan struct{})
 	go func() { defer close(done); _ = server.Serve(l) }()
 	w.Cleanup(func() { server.Close(); <-done })
-	w.set(func(w *world) { w.teller, w.lags = l.Addr().String(), make(map[string]wire.Unflushed) })
+	w.set(func(w *world) { w.teller = l.Addr().String() })
+}
+
+// tell has the workers of a Dataset be such as acknowledge writes before the bucket has them: their pods say so,
+// and their real answers to the controllers are told again with what lags says.
+func (w *world) tell(d *v1alpha1.Dataset) {
+	w.Helper()
+	w.set(func(w *world) { w.lags = make(map[string]wire.Unflushed) })
+	w.between(func(r *http.Response) error {
+		if r.Request.URL.Path != wire.PathStatus || r.StatusCode != http.StatusOK {
+			return nil
+		}
+		b, err := io.ReadAll(r.Body)
+		if err != nil {
+			return err
+		}
+		r.Body.Close()
+		var s wire.WorkerStatus
+		if err := json.Unmarshal(b, &s); err != nil {
+			return err
+		}
+		w.mu.Lock()
+		s.Unflushed = w.lags[s.ID]
+		w.mu.Unlock()
+		if b, err = json.Marshal(s); err != nil {
+			return err
+		}
+		r.Body, r.ContentLength = io.NopCloser(bytes.NewReader(b)), int64(len(b))
+		r.Header.Del("Content-Length")
+		return nil
+	})
 	pods := &corev1.PodList{}
 	w.must(w.List(w.Context(), pods, client.InNamespace(w.ns), client.MatchingLabels{v1alpha1.LabelDataset: d.Name}))
 	for i := range pods.Items {

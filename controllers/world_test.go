@@ -136,7 +136,8 @@ type world struct {
 	pending bool
 	// deaf keeps killed pods' workers from starting again.
 	deaf bool
-	// lags is what workers say that the bucket does not have, by pod name, once teller is there.
+	// lags is what workers say that the bucket does not have, by pod name, once teller, which tells the
+	// controllers the workers' answers, is there.
 	lags   map[string]wire.Unflushed
 	teller string
 }

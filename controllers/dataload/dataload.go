@@ -10,7 +10,7 @@
 // the workers are told: a controller that restarts goes on with the same run.
 //
 // Concurrency: passes of different loads run at once, of one load never. Failure: workers that do not answer
-// are waited for while a load runs, and for a bounded time when it is deleted.
+// are waited for while a load runs and before it runs again, and for a bounded time when it is deleted.
 //
 // It may import api, cache, tier and controllers/dataset.
 package dataload

@@ -52,7 +52,7 @@ func (r *Reconciler) due(p *pass) (bool, error) {
 	if err != nil {
 		return false, fmt.Errorf("schedule %q: %w", p.load.Spec.Schedule, err)
 	}
-	due := st.Phase == v1alpha1.DataLoadPending && st.StartTime != nil // put off for want of a Dataset
+	due := st.Phase == v1alpha1.DataLoadPending && st.StartTime != nil // put off
 	if st.NextScheduleTime != nil && !st.NextScheduleTime.After(p.now) {
 		due = true
 	}
@@ -98,7 +98,8 @@ func (r *Reconciler) start(ctx context.Context, p *pass) error {
 	// The pins of the last run make way for this one's: most are for the same blocks. Once this run's start is
 	// written down nobody knows the last one's id any more.
 	if err := r.forgetRun(ctx, p); err != nil {
-		return err
+		r.putOff(p, ReasonWorkersMissing, "begins once the workers have let go of the last run: %v", err)
+		return nil
 	}
 	st := &p.load.Status
 	began := metav1.NewTime(p.now.Truncate(time.Second))
