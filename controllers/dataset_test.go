@@ -262,6 +262,56 @@ func TestNameThatIsTakenIsToldAndLeftAlone(t *testing.T) {
 	}
 }
 
+func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	pv := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.VolumeName(w.ns, "genomes")}}
+	claim := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes"}}
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(claim), claim))
+	// What the cluster writes when it binds: the reference first, the phase after it.
+	refer := func() {
+		w.Helper()
+		update(w, pv, func(pv *corev1.PersistentVolume) {
+			pv.Spec.ClaimRef.UID, pv.Spec.ClaimRef.ResourceVersion = claim.UID, claim.ResourceVersion
+		})
+	}
+	phase := func(phase corev1.PersistentVolumePhase) {
+		w.Helper()
+		w.eventually("the volume is "+string(phase), func() error {
+			w.must(w.Get(t.Context(), client.ObjectKeyFromObject(pv), pv))
+			pv.Status.Phase = phase
+			return w.Status().Update(t.Context(), pv)
+		})
+	}
+	refer()
+	phase(corev1.VolumeBound)
+	old := claim.UID
+	w.must(w.Delete(t.Context(), claim))
+	w.eventually("the claim is made anew", func() error {
+		err := w.Get(t.Context(), client.ObjectKeyFromObject(claim), claim)
+		if err != nil || claim.UID != old {
+			return err
+		}
+		claim.Finalizers = nil // no pod uses it
+		return errors.Join(errors.New("it is the old one"), w.Update(t.Context(), claim))
+	})
+	phase(corev1.VolumeReleased)
+	w.eventually("the volume is free for the new claim", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(pv), pv))
+		if ref := pv.Spec.ClaimRef; ref == nil || ref.Namespace != w.ns || ref.Name != "genomes" || ref.UID != "" || ref.ResourceVersion != "" {
+			return fmt.Errorf("claimRef %s", asJSON(ref))
+		}
+		return nil
+	})
+	// A claim whose volume does not have its UID any more is Lost, also while the volume is not called Bound yet.
+	refer()
+	w.passes(d, 3)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(pv), pv))
+	if pv.Spec.ClaimRef.UID != claim.UID {
+		t.Errorf("claimRef %s of claim %s", asJSON(pv.Spec.ClaimRef), claim.UID)
+	}
+}
+
 // pod is a user's, admitted in the test's namespace.
 func (w *world) pod(name string, v corev1.VolumeSource) *corev1.Pod {
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: corev1.PodSpec{

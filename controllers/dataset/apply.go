@@ -74,7 +74,11 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	if !ours {
 		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
 	}
-	if have.GetAnnotations()[annotationApplied] == hash {
+	free, err := r.free(ctx, have)
+	if err != nil {
+		return err
+	}
+	if have.GetAnnotations()[annotationApplied] == hash && !free {
 		same, err := unchanged(want, have)
 		if err != nil {
 			return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)
@@ -103,15 +107,28 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 		want.Spec.ClusterIP, want.Spec.ClusterIPs = have.(*corev1.Service).Spec.ClusterIP, have.(*corev1.Service).Spec.ClusterIPs
 	case *corev1.PersistentVolume:
 		// The cluster writes the claim's UID into the reference when it binds the two, and calls a claim Lost
-		// whose volume does not have it any more. Once that claim is gone (Released) the next one may bind.
-		if have := have.(*corev1.PersistentVolume); have.Status.Phase != corev1.VolumeReleased {
-			want.Spec.ClaimRef = have.Spec.ClaimRef
+		// whose volume does not have it any more. Once that claim is gone the next one may bind.
+		if !free {
+			want.Spec.ClaimRef = have.(*corev1.PersistentVolume).Spec.ClaimRef
 		}
 	}
 	if err := r.client.Update(ctx, want); err != nil {
 		return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)
 	}
 	return nil
+}
+
+// free says whether an object is a volume whose reference still names a claim that is gone, which keeps the next
+// one from binding. That it is Released does not tell: the next claim's UID is written before the phase changes.
+// The claim is read past the cache, which may not have the next one yet.
+func (r *Reconciler) free(ctx context.Context, have client.Object) (bool, error) {
+	pv, ok := have.(*corev1.PersistentVolume)
+	if !ok || pv.Status.Phase != corev1.VolumeReleased || pv.Spec.ClaimRef == nil || pv.Spec.ClaimRef.UID == "" {
+		return false, nil
+	}
+	claim := &corev1.PersistentVolumeClaim{}
+	err := r.live.Get(ctx, client.ObjectKey{Namespace: pv.Spec.ClaimRef.Namespace, Name: pv.Spec.ClaimRef.Name}, claim)
+	return claim.UID != pv.Spec.ClaimRef.UID, client.IgnoreNotFound(err)
 }
 
 // unchanged says whether have is as want says; what want leaves open may be anything, and its status is not ours.
