@@ -42,8 +42,6 @@ const (
 	Buffers = 32 << 20
 	// dialWithin bounds one wait for a snapshot; the caller tries again.
 	dialWithin = 15 * time.Second
-	// lookAgain is how often at most a version that is not the current one makes it ask for a newer snapshot.
-	lookAgain = time.Second
 )
 
 // Opener opens sources, the upstream ones here and all others with scheme.Open. Its fields are not changed
@@ -116,11 +114,11 @@ type Dataset struct {
 	dial                  func(ctx context.Context, network, addr string) (net.Conn, error)
 	log                   *slog.Logger
 
-	turn chan struct{} // held by who connects
+	turn   chan struct{} // held by who looks for the newest snapshot or connects
+	looked time.Time     // when the last look that ended well began; it belongs to who has the turn
 
 	mu     sync.Mutex
 	cur    *reader
-	looked time.Time
 	closed bool
 }
 
@@ -148,8 +146,11 @@ func (d *Dataset) Close() {
 	}
 }
 
-// use returns a reader, of the newest snapshot where fresh is set.
+// use returns a reader; where fresh is set, of the snapshot that the upstream gives after the call began. To
+// look is one small request, and one at a time: of the readers of many changed files, those that waited for another's
+// look, which began after they came, take what that found.
 func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) {
+	called := time.Now()
 	d.mu.Lock()
 	if r := d.cur; r != nil && !fresh {
 		r.users++
@@ -168,6 +169,7 @@ func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) 
 	if err != nil {
 		return nil, nil, err
 	}
+	began := time.Now()
 	d.mu.Lock()
 	r := d.cur
 	if r != nil {
@@ -175,7 +177,7 @@ func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) 
 	}
 	d.mu.Unlock()
 	if r != nil {
-		if !fresh { // somebody connected meanwhile
+		if !fresh || d.looked.After(called) { // somebody connected or looked meanwhile
 			return r, func() { d.leave(r) }, nil
 		}
 		current, err := r.Current(ctx)
@@ -184,6 +186,7 @@ func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) 
 				d.leave(r)
 				return nil, nil, err
 			}
+			d.looked = began
 			return r, func() { d.leave(r) }, nil
 		}
 		d.leave(r)
@@ -214,6 +217,7 @@ func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) 
 		idle = last.users == 0
 	}
 	d.mu.Unlock()
+	d.looked = began
 	if idle {
 		last.Client.Close()
 	}
@@ -352,26 +356,14 @@ func (d *Dataset) Get(ctx context.Context, o source.Object, off, length int64) (
 			return source.Body{ReadCloser: &body{d: d, r: r, done: done, ctx: ctx, key: o.Key, i: i, off: off, left: length}, Digest: have.Digest}, nil
 		}
 		done()
-		if !fresh && d.mayLook() {
-			continue // the upstream may have a newer listing than this reader's
-		}
-		if !ok {
+		switch {
+		case !fresh: // the upstream may have a newer listing than this reader's
+		case !ok:
 			return source.Body{}, d.fail(ctx, "get", o.Key, source.ErrNotFound)
+		default:
+			return source.Body{}, d.fail(ctx, "get", o.Key, source.ErrChanged)
 		}
-		return source.Body{}, d.fail(ctx, "get", o.Key, source.ErrChanged)
 	}
-}
-
-// mayLook keeps the readers of many changed files from asking for a newer snapshot each.
-func (d *Dataset) mayLook() bool {
-	d.mu.Lock()
-	defer d.mu.Unlock()
-	now := time.Now()
-	if now.Sub(d.looked) < lookAgain {
-		return false
-	}
-	d.looked = now
-	return true
 }
 
 // body reads a range of one file.

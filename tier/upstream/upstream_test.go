@@ -5,11 +5,13 @@ import (
 	"context"
 	"encoding/hex"
 	"errors"
+	"fmt"
 	"io"
 	"log/slog"
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -233,6 +235,62 @@ func TestAReaderOfAnOldListingFindsWhatANewOneHas(t *testing.T) {
 	must(t, err)
 	if got, err := read(t, old, b); err != nil || got != "2" {
 		t.Errorf("%q, %v", got, err)
+	}
+}
+
+// Many readers that miss at once all wait for the listing that one of them looks for, also where the last look was a
+// moment ago. What is no more is still said to be so.
+func TestManyReadersOfAnOldListingFindWhatANewOneHas(t *testing.T) {
+	w := newWorld(t)
+	const files = 32
+	name := func(n int) string { return fmt.Sprintf("f%02d", n) }
+	for n := range files {
+		w.write(name(n), "0")
+	}
+	w.write("gone", "0")
+	w.refresh()
+	old, err := w.opener.Dataset(w.config())
+	must(t, err)
+	other, err := w.opener.Dataset(w.config())
+	must(t, err)
+	gone, err := old.Stat(t.Context(), "gone")
+	must(t, err)
+	must(t, os.Remove(filepath.Join(w.root, "gone")))
+	changed, err := old.Stat(t.Context(), name(0))
+	must(t, err)
+	for round := range 3 {
+		want := fmt.Sprint("round ", round)
+		for n := range files {
+			w.write(name(n), want)
+		}
+		w.refresh()
+		var objects []source.Object
+		must(t, other.List(t.Context(), "f", func(o source.Object) error {
+			objects = append(objects, o)
+			return nil
+		}))
+		if len(objects) != files {
+			t.Fatalf("%d files are listed", len(objects))
+		}
+		var wg sync.WaitGroup
+		for _, o := range objects {
+			wg.Go(func() {
+				if got, err := read(t, old, o); err != nil || got != want {
+					t.Errorf("%s, %s: %q, %v", want, o.Key, got, err)
+				}
+			})
+		}
+		wg.Go(func() {
+			if got, err := read(t, old, gone); !errors.Is(err, source.ErrNotFound) {
+				t.Errorf("%s, what was deleted: %q, %v", want, got, err)
+			}
+		})
+		wg.Go(func() {
+			if got, err := read(t, old, changed); !errors.Is(err, source.ErrChanged) {
+				t.Errorf("%s, what was changed: %q, %v", want, got, err)
+			}
+		})
+		wg.Wait()
 	}
 }
 
