@@ -207,6 +207,43 @@ func TestABucketThatRefusesAPart(t *testing.T) {
 	tr.mustPut(1, "refused", []byte("now"))
 }
 
+// Parts that cannot be removed when their put fails are removed once the bucket lets them.
+func TestABucketThatRefusesToAbort(t *testing.T) {
+	f := bucket.Faults(t, theServer(t))
+	tr := newTier(t, f.Endpoint()).start(1)
+	var aborts atomic.Int64
+	f.Set(func(r *http.Request) bucket.Fault {
+		q := r.URL.Query()
+		if r.Method == http.MethodDelete && q.Has("uploadId") {
+			aborts.Add(1)
+			return bucket.Fault{Status: 403, Code: "AccessDenied"}
+		}
+		if r.Method == http.MethodPut && q.Get("partNumber") == "2" {
+			return bucket.Fault{Status: 403, Code: "AccessDenied"}
+		}
+		return bucket.Fault{}
+	})
+	if _, err := tr.put(0, "refused", content(40<<20, 1), minio.PutObjectOptions{}); code(err) != "AccessDenied" {
+		t.Errorf("%v", err)
+	}
+	eventually(t, "the abort is tried again", func() error {
+		if n := aborts.Load(); n < 2 {
+			return fmt.Errorf("%d requests", n)
+		}
+		return nil
+	})
+	if u, err := tr.withParts(); err != nil || len(u) != 1 {
+		t.Errorf("parts are left of %q, %v", u, err)
+	}
+	f.Set(nil)
+	eventually(t, "the parts are removed", func() error {
+		if u := tr.uploads(); len(u) > 0 {
+			return fmt.Errorf("%q", u)
+		}
+		return nil
+	})
+}
+
 // What the bucket does not take is told in its own words, whether the client spoke to the owner or to another worker.
 func TestWhatTheBucketRefusesIsTold(t *testing.T) {
 	f := bucket.Faults(t, theServer(t))

@@ -202,7 +202,7 @@ func (b *back) send(ctx context.Context, p *pending, at place, s state, e *unsen
 	o := source.WriteOptions{
 		Attributes: e.Attrs,
 		Begun:      func(upload string) { b.n.uploads.begun(at, upload) },
-		Ended:      func(upload string) { b.n.uploads.ended(at, upload) },
+		Ended:      func(upload string, gone bool) { b.n.uploads.ended(at, upload, gone) },
 	}
 	got, err := b.putOver(ctx, p, at, content, now.object.Version, err == nil, o, e)
 	if err != nil {

@@ -169,7 +169,7 @@ func (n *Names) putThrough(ctx context.Context, key string, p place, s state, ow
 	t := &tee{ctx: ctx, r: r, staged: n.stage.begin(size), now: n.c.Clock.Now}
 	defer t.staged.end()
 	options.Begun = func(upload string) { n.uploads.begun(p, upload) }
-	options.Ended = func(upload string) { n.uploads.ended(p, upload) }
+	options.Ended = func(upload string, gone bool) { n.uploads.ended(p, upload, gone) }
 	object, err := p.writer.PutObject(ctx, p.key, t, size, options)
 	if err != nil {
 		w.end()

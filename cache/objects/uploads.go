@@ -30,14 +30,15 @@ type uploads struct {
 
 	mu     sync.Mutex
 	f      *os.File
-	left   map[uploadRecord]bool // by a former process, to be aborted
+	left   map[uploadRecord]bool // by a former process or a put that could not abort it, to be aborted
 	live   map[uploadRecord]bool
+	more   chan struct{} // holds one when left has more
 	lines  int
 	broken error // why the journal cannot be written
 }
 
 func openUploads(path string) (*uploads, error) {
-	u := &uploads{path: path, left: make(map[uploadRecord]bool), live: make(map[uploadRecord]bool)}
+	u := &uploads{path: path, left: make(map[uploadRecord]bool), live: make(map[uploadRecord]bool), more: make(chan struct{}, 1)}
 	f, err := os.Open(path)
 	if err == nil {
 		s := bufio.NewScanner(f)
@@ -98,8 +99,21 @@ func (u *uploads) rewrite() error {
 
 func (u *uploads) begun(p place, id string) { u.note(uploadRecord{URL: p.URL(), Key: p.key, ID: id}) }
 
-func (u *uploads) ended(p place, id string) {
-	u.note(uploadRecord{URL: p.URL(), Key: p.key, ID: id, Ended: true})
+// ended forgets an upload that is gone, and keeps another to be aborted: in the journal it is one that did not end.
+func (u *uploads) ended(p place, id string, gone bool) {
+	r := uploadRecord{URL: p.URL(), Key: p.key, ID: id, Ended: gone}
+	if gone {
+		u.note(r)
+		return
+	}
+	u.mu.Lock()
+	delete(u.live, r)
+	u.left[r] = true
+	u.mu.Unlock()
+	select {
+	case u.more <- struct{}{}:
+	default:
+	}
 }
 
 // note writes a line. It is a small write to memory: the one I/O that is done under a lock here, since the
@@ -137,7 +151,7 @@ func (u *uploads) close() {
 	}
 }
 
-// remains are what a former process left.
+// remains are what is left to be aborted.
 func (u *uploads) remains() []uploadRecord {
 	u.mu.Lock()
 	defer u.mu.Unlock()
@@ -155,7 +169,7 @@ const (
 	sweepEvery = time.Hour
 )
 
-// keepUploads aborts what a former process left and, in an exclusive dataset, what everybody left.
+// keepUploads aborts what a former process or a put left and, in an exclusive dataset, what everybody left.
 func (n *Names) keepUploads(ctx context.Context) {
 	var swept time.Time
 	for {
@@ -175,6 +189,7 @@ func (n *Names) keepUploads(ctx context.Context) {
 		select {
 		case <-ctx.Done():
 			return
+		case <-n.uploads.more:
 		case <-n.c.Clock.After(every):
 		}
 	}
@@ -194,10 +209,10 @@ func (n *Names) clean(ctx context.Context) {
 			known = true
 			err = m.writer.AbortUpload(ctx, r.Key, r.ID)
 			if err == nil || errors.Is(err, source.ErrNoUpload) {
-				n.uploads.ended(place{m, r.Key}, r.ID)
-				n.log.Info("removed the parts of a put that a former process left", "key", r.Key)
+				n.uploads.ended(place{m, r.Key}, r.ID, true)
+				n.log.Info("removed the parts that a put left", "key", r.Key)
 			} else if ctx.Err() == nil {
-				n.log.Warn("the parts of a put that a former process left cannot be removed yet", "key", r.Key, "upload", r.ID, "error", err)
+				n.log.Warn("the parts that a put left cannot be removed yet", "key", r.Key, "upload", r.ID, "error", err)
 			}
 			break
 		}

@@ -37,9 +37,11 @@ type WriteOptions struct {
 	IfAbsent bool
 	// Sums are those of the content, for PutObject.
 	Sums Sums
-	// Begun is told of each upload in parts that is begun for the object, before its first byte is sent,
-	// and Ended of its end, so that somebody can remove the parts when this process dies between the two.
-	Begun, Ended func(upload string)
+	// Begun is told of each upload in parts that is begun for the object, before its first byte is sent, so
+	// that somebody can remove the parts when this process dies. Ended is told when nothing is done with it any
+	// more, and whether it is gone for sure: otherwise somebody must abort it.
+	Begun func(upload string)
+	Ended func(upload string, gone bool)
 }
 
 // Sums are what the sender of content said of it before its first byte; nil is what he did not say. The reader of

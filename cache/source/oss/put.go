@@ -196,9 +196,10 @@ func (p *put) parts(ctx context.Context, first []byte) (o source.Object, err err
 	if err != nil {
 		return source.Object{}, err
 	}
+	gone := false
 	if p.options.Begun != nil {
 		p.options.Begun(id)
-		defer p.options.Ended(id)
+		defer func() { p.options.Ended(id, gone) }()
 	}
 	etags, err := p.sendParts(ctx, id, first)
 	if err == nil {
@@ -209,14 +210,17 @@ func (p *put) parts(ctx context.Context, first []byte) (o source.Object, err err
 		var h http.Header
 		var etag string
 		if etag, h, err = p.complete(ctx, id, parts); err == nil {
+			gone = true
 			return p.done(ctx, etag, h)
 		}
-		// The store may have completed it although its answer did not come, or came too late.
+		// The store may have completed it although its answer did not come, or came too late. That does not
+		// say that the upload is gone: the same bytes may be another put's.
 		if o, err = p.settle(ctx, err); err == nil {
 			return o, nil
 		}
 	}
-	return source.Object{}, p.abort(ctx, id, err)
+	gone, err = p.abort(ctx, id, err)
+	return source.Object{}, err
 }
 
 func (p *put) initiate(ctx context.Context) (id string, err error) {
@@ -373,8 +377,9 @@ func (p *put) settle(ctx context.Context, failed error) (source.Object, error) {
 	return source.Object{}, failed
 }
 
-// abort gives up an upload, so that its parts are neither kept nor paid for. It returns the put's error.
-func (p *put) abort(ctx context.Context, id string, failed error) error {
+// abort gives up an upload, so that its parts are neither kept nor paid for. It says whether they are gone, and
+// returns the put's error.
+func (p *put) abort(ctx context.Context, id string, failed error) (gone bool, _ error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), cleanTimeout)
 	defer cancel()
 	err := source.Try(ctx, source.RetryOptions{Elapsed: cleanTimeout}, func(ctx context.Context) error {
@@ -385,7 +390,7 @@ func (p *put) abort(ctx context.Context, id string, failed error) error {
 		return err
 	})
 	if err == nil || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrNoUpload) {
-		return failed
+		return true, failed
 	}
-	return fmt.Errorf("%w; the parts of upload %s are left in the bucket, since giving it up failed too (%v): a lifecycle rule removes them", failed, id, err)
+	return false, fmt.Errorf("%w; the parts of upload %s are left in the bucket, since giving it up failed too (%v): a lifecycle rule removes them", failed, id, err)
 }

@@ -43,3 +43,45 @@ func TestOfTwoConditionalPutsOfTheSameBytesOneIsTold(t *testing.T) {
 		}
 	}
 }
+
+// Who began an upload for a put is told whether it is gone, so that somebody aborts one that is not.
+func TestAPutTellsWhetherItsUploadIsGone(t *testing.T) {
+	denied := func(op string) osstest.Fault { return osstest.Fault{Kind: osstest.Refused, Op: op} }
+	for _, c := range []struct {
+		what   string
+		faults []osstest.Fault
+		fails  bool
+		gone   bool
+		left   int
+	}{
+		{"it succeeds", []osstest.Fault{denied("AbortMultipartUpload")}, false, true, 0},
+		{"it fails", []osstest.Fault{denied("UploadPart")}, true, true, 0},
+		{"it fails and cannot abort", []osstest.Fault{denied("UploadPart"), denied("AbortMultipartUpload")}, true, false, 1},
+		{"it finds its very bytes there", []osstest.Fault{{Kind: osstest.LoseAnswer, Op: "CompleteMultipartUpload", Times: 1}}, false, false, 0},
+	} {
+		s, b := start(t, osstest.Options{}, deps{part: smallPart})
+		content := bytesOf(3*smallPart + 1)
+		if _, err := s.Put(testBucket, "k", content); err != nil {
+			t.Fatal(err)
+		}
+		for _, f := range c.faults {
+			s.Inject(f)
+		}
+		var begun string
+		told := 0
+		_, err := b.PutObject(t.Context(), "k", bytes.NewReader(content), int64(len(content)), source.WriteOptions{
+			Begun: func(upload string) { begun = upload },
+			Ended: func(upload string, gone bool) {
+				if told++; upload != begun || gone != c.gone {
+					t.Errorf("%s: ended %q of %q, gone %v", c.what, upload, begun, gone)
+				}
+			},
+		})
+		if told != 1 || (err != nil) != c.fails {
+			t.Errorf("%s: told %d times, %v", c.what, told, err)
+		}
+		if n := s.Uploads(testBucket); n != c.left {
+			t.Errorf("%s: %d uploads are left", c.what, n)
+		}
+	}
+}

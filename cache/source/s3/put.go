@@ -202,10 +202,11 @@ func (b *Bucket) putParts(ctx context.Context, key string, first []byte, r io.Re
 	}
 	w.begun(upload)
 	defer func() {
+		gone := true
 		if err != nil {
-			err = b.abort(ctx, key, upload, err)
+			gone, err = b.abort(ctx, key, upload, err)
 		}
-		w.ended(upload)
+		w.ended(upload, gone)
 	}()
 	parts, sums, total, err := b.sendParts(ctx, key, upload, first, r, part, size)
 	if err != nil {
@@ -337,9 +338,9 @@ func (b *Bucket) complete(ctx context.Context, key, upload string, parts []minio
 	return etag, err
 }
 
-// abort removes the parts of an upload that failed with err, and returns err, with a word about what is
-// left where that failed too.
-func (b *Bucket) abort(ctx context.Context, key, upload string, err error) error {
+// abort removes the parts of an upload that failed with err, says whether they are gone, and returns err, with a
+// word about what is left where that failed too.
+func (b *Bucket) abort(ctx context.Context, key, upload string, err error) (gone bool, _ error) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortTimeout)
 	defer cancel()
 	aerr := source.Try(ctx, source.RetryOptions{Elapsed: abortTimeout}, func(ctx context.Context) error {
@@ -353,7 +354,7 @@ func (b *Bucket) abort(ctx context.Context, key, upload string, err error) error
 		return nil
 	})
 	if aerr != nil && !errors.Is(aerr, source.ErrNotFound) && !errors.Is(aerr, source.ErrNoUpload) {
-		return fmt.Errorf("%w; its parts (upload %s) could not be removed: %v", err, upload, aerr)
+		return false, fmt.Errorf("%w; its parts (upload %s) could not be removed: %v", err, upload, aerr)
 	}
-	return err
+	return true, err
 }

@@ -96,9 +96,9 @@ func (o *putOptions) begun(upload string) {
 	}
 }
 
-func (o *putOptions) ended(upload string) {
+func (o *putOptions) ended(upload string, gone bool) {
 	if o.Ended != nil {
-		o.Ended(upload)
+		o.Ended(upload, gone)
 	}
 }
 

@@ -103,3 +103,49 @@ func TestOfTwoConditionalPutsOfTheSameBytesOneIsTold(t *testing.T) {
 		}
 	}
 }
+
+// Who began an upload for a put is told whether it is gone, so that somebody aborts one that is not.
+func TestAPutTellsWhetherItsUploadIsGone(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{})
+	config := fixture(t, s)
+	f := bucket.Faults(t, s)
+	config.Endpoint = f.Endpoint()
+	b, err := s3.Open(t.Context(), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	denied := bucket.Fault{Status: 403, Code: "AccessDenied"}
+	for _, c := range []struct {
+		what        string
+		part, abort bucket.Fault
+		gone        bool
+	}{
+		{"it succeeds", bucket.Fault{}, denied, true},
+		{"it fails", denied, bucket.Fault{}, true},
+		{"it fails and there is no upload", denied, bucket.Fault{Status: 404, Code: "NoSuchUpload"}, true},
+		{"it fails and cannot abort", denied, denied, false},
+	} {
+		f.Set(func(r *http.Request) bucket.Fault {
+			switch q := r.URL.Query(); {
+			case r.Method == http.MethodPut && q.Get("partNumber") == "2":
+				return c.part
+			case r.Method == http.MethodDelete && q.Has("uploadId"):
+				return c.abort
+			}
+			return bucket.Fault{}
+		})
+		var begun string
+		told := 0
+		_, err := b.PutObject(t.Context(), "k", bytes.NewReader(make([]byte, 20<<20)), 20<<20, source.WriteOptions{
+			Begun: func(upload string) { begun = upload },
+			Ended: func(upload string, gone bool) {
+				if told++; upload != begun || gone != c.gone {
+					t.Errorf("%s: ended %q of %q, gone %v", c.what, upload, begun, gone)
+				}
+			},
+		})
+		if told != 1 || (err == nil) != (c.part.Status == 0) {
+			t.Errorf("%s: told %d times, %v", c.what, told, err)
+		}
+	}
+}
