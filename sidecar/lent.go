@@ -331,7 +331,10 @@ func (m *lentMount) Register(fd int) (int32, error) {
 		return 0, broker.ErrGone
 	}
 	id, err := conn.Register(m.volume, fd)
-	if errno := syscall.Errno(0); err != nil && !errors.As(err, &errno) && !errors.Is(err, broker.ErrGone) {
+	if errors.Is(err, broker.ErrGone) {
+		return 0, broker.ErrGone // without what broke the connection, an errno that would pass for the kernel's
+	}
+	if errno := syscall.Errno(0); err != nil && !errors.As(err, &errno) {
 		m.refused.Do(func() {
 			m.a.o.Logger.Info("files are read through this process: the node service does not register them for passthrough", "dataset", m.dataset, "reason", err)
 		})

@@ -119,8 +119,8 @@ func Resend(conn *os.File) error {
 }
 
 // A Registrar registers files for passthrough with the kernel on behalf of a process that has not the right to.
-// An error that is a syscall.Errno is the kernel's refusal, after which no more files are registered; any other
-// means that this file is not registered now.
+// An error that is a syscall.Errno is the kernel's refusal, after which no more files are registered, unless it is
+// one that passes (no memory, no descriptor); any other means that this file is not registered now.
 type Registrar interface {
 	Register(fd int) (id int32, err error)
 	// Unregister ends what Register began, if not now then later.

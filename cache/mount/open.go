@@ -435,11 +435,12 @@ func (p *passthrough) register(ctx context.Context, i catalog.Index, size int64,
 		return nil
 	}
 	id, errno := p.kernel.RegisterBackingFd(&fuse.BackingMap{Fd: int32(lease.File().Fd())})
-	if errno == unix.EAGAIN {
+	switch errno {
+	case 0:
+	case unix.EAGAIN, unix.ENOMEM, unix.ENFILE, unix.EMFILE:
 		p.f.count.leaseMisses.Add(1)
-		return errno // the Registrar: not this one, or not now
-	}
-	if errno != 0 {
+		return errno // not this one, or not now: the Registrar's word, or a want that passes
+	default:
 		if p.off.CompareAndSwap(false, true) && p.f.ctx.Err() == nil {
 			p.f.log.Warn("files are read through this process from now on: the kernel refused passthrough", "error", explain(errno))
 		}

@@ -378,6 +378,31 @@ func TestARefusalSwitchesPassthroughOff(t *testing.T) {
 	}
 }
 
+func TestAWantThatPassesLeavesPassthroughOn(t *testing.T) {
+	var k refusing
+	all, r, m := passthroughFixture(t, Options{wrap: func(r registrar) registrar { k.registrar = r; return &k }})
+	for _, errno := range []syscall.Errno{unix.ENOMEM, unix.ENFILE, unix.EMFILE} {
+		k.errno.Store(uint32(errno))
+		if err := sameBytes(filepath.Join(m.Dir(), "big"), all["big"]); err != nil {
+			t.Error(err)
+		}
+		if st := m.Stats(); !st.Passthrough || st.PassthroughOpens != 0 || st.Leased != 0 {
+			t.Errorf("after %v: %+v", errno, st)
+		}
+		checkQuiet(t, m) // a file that still counts as open stays as it is
+	}
+	if r.given.Load() != 3 {
+		t.Errorf("%d leases given back", r.given.Load())
+	}
+	k.errno.Store(0)
+	if err := sameBytes(filepath.Join(m.Dir(), "big"), all["big"]); err != nil {
+		t.Error(err)
+	}
+	if st := m.Stats(); st.PassthroughOpens != 1 {
+		t.Errorf("once there is room: %+v", st)
+	}
+}
+
 func TestReaderWithoutLeasesIsNoOpen(t *testing.T) {
 	all := files{"big": content("big", 5<<20)}
 	s := snapshotOf(t, all)
