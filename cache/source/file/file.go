@@ -33,10 +33,10 @@ const maxKey = 1024
 // unfinished starts the names of files that a Put is writing or left behind when the process died.
 const unfinished = ".stepcache-put-"
 
-// Folder is one local folder.
+// Folder is one local folder, by its name: it is opened for each operation and not held, so that a folder that
+// takes its place, or is mounted there, is seen, and the one before can be unmounted.
 type Folder struct {
-	root *os.Root
-	url  string
+	dir, url string
 }
 
 var _ source.Source = (*Folder)(nil)
@@ -51,16 +51,27 @@ func Open(_ context.Context, c source.Config) (*Folder, error) {
 		return nil, &source.Error{Op: "open", Name: c.URL, Kind: source.ErrInvalid, Err: errors.New("not a file:// URL"), Hint: "write file:///folder"}
 	}
 	dir = filepath.Clean(dir)
-	root, err := os.OpenRoot(dir)
+	f := &Folder{dir: dir, url: "file://" + dir}
+	root, err := f.open("open")
 	if err != nil {
-		e := &source.Error{Op: "open", Name: c.URL, Kind: kind(err), Err: err}
-		info, serr := os.Stat(dir)
-		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || serr == nil && !info.IsDir() {
-			e.Kind, e.Hint = source.ErrNoBucket, "make the folder, or correct its name"
-		}
-		return nil, e
+		return nil, err
 	}
-	return &Folder{root: root, url: "file://" + dir}, nil
+	_ = root.Close() // nothing was done with it
+	return f, nil
+}
+
+// open opens the folder for one operation. While there is none nothing is said of its files: they may come back.
+func (f *Folder) open(op string) (*os.Root, error) {
+	root, err := os.OpenRoot(f.dir)
+	if err == nil {
+		return root, nil
+	}
+	e := &source.Error{Op: op, Name: f.url, Kind: kind(err), Err: err}
+	info, serr := os.Stat(f.dir)
+	if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || serr == nil && !info.IsDir() {
+		e.Kind, e.Hint = source.ErrNoBucket, "make the folder, or correct its name"
+	}
+	return nil, e
 }
 
 // URL implements source.Source.
@@ -130,7 +141,12 @@ func (f *Folder) Stat(ctx context.Context, key string) (source.Object, error) {
 	if err := ctx.Err(); err != nil {
 		return source.Object{}, &source.Error{Op: "stat", Name: f.url + "/" + key, Kind: source.ContextKind(ctx), Err: err}
 	}
-	info, err := f.root.Stat(key)
+	root, err := f.open("stat")
+	if err != nil {
+		return source.Object{}, err
+	}
+	defer root.Close()
+	info, err := root.Stat(key)
 	if err != nil {
 		return source.Object{}, f.fail("stat", key, err)
 	}
@@ -186,16 +202,21 @@ func (f *Folder) Get(ctx context.Context, o source.Object, off, length int64) (s
 	if length == 0 {
 		return source.Body{ReadCloser: io.NopCloser(strings.NewReader(""))}, nil
 	}
+	root, err := f.open("get")
+	if err != nil {
+		return source.Body{}, err
+	}
+	defer root.Close()
 	b := &body{folder: f, ctx: ctx, key: o.Key, version: o.Version, off: off, left: length}
 	// Looked at before it is opened, since opening a device or a pipe does something.
-	info, err := f.root.Stat(o.Key)
+	info, err := root.Stat(o.Key)
 	if err != nil {
 		return source.Body{}, f.fail("get", o.Key, err)
 	}
 	if !info.Mode().IsRegular() {
 		return source.Body{}, f.special("get", o.Key, info.Mode())
 	}
-	if b.file, err = f.root.OpenFile(o.Key, os.O_RDONLY|syscall.O_NONBLOCK, 0); err != nil {
+	if b.file, err = root.OpenFile(o.Key, os.O_RDONLY|syscall.O_NONBLOCK, 0); err != nil {
 		return source.Body{}, f.fail("get", o.Key, err)
 	}
 	if err := b.check(); err != nil {
@@ -268,22 +289,27 @@ func (f *Folder) Put(ctx context.Context, key string, r io.Reader, size int64) (
 	if err := f.checkKey("put", key); err != nil {
 		return o, err
 	}
+	root, err := f.open("put")
+	if err != nil {
+		return o, err
+	}
+	defer root.Close()
 	dir := path.Dir(key)
-	if err := f.root.MkdirAll(dir, 0o755); err != nil {
+	if err := root.MkdirAll(dir, 0o755); err != nil {
 		return o, f.conflict("put", key, err)
 	}
-	if info, err := f.root.Stat(key); err == nil && info.IsDir() {
+	if info, err := root.Stat(key); err == nil && info.IsDir() {
 		return o, f.conflict("put", key, syscall.EISDIR)
 	}
 	temp := path.Join(dir, unfinished+rand.Text())
-	file, err := f.root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
+	file, err := root.OpenFile(temp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
 	if err != nil {
 		return o, f.fail("put", key, err)
 	}
 	defer func() {
 		if err != nil {
 			_ = file.Close() // it is removed
-			if rerr := f.root.Remove(temp); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
+			if rerr := root.Remove(temp); rerr != nil && !errors.Is(rerr, fs.ErrNotExist) {
 				err = fmt.Errorf("%w; %s could not be removed: %v", err, temp, rerr)
 			}
 		}
@@ -307,7 +333,7 @@ func (f *Folder) Put(ctx context.Context, key string, r io.Reader, size int64) (
 	if err := file.Sync(); err != nil {
 		return o, f.fail("put", key, err)
 	}
-	if err := f.root.Rename(temp, key); err != nil {
+	if err := root.Rename(temp, key); err != nil {
 		return o, f.conflict("put", key, err)
 	}
 	info, err := file.Stat() // after the rename, which changes the ctime
@@ -353,12 +379,17 @@ func (f *Folder) Delete(ctx context.Context, key string) error {
 	if err := f.checkKey("delete", key); err != nil {
 		return err
 	}
-	info, err := f.root.Lstat(key)
+	root, err := f.open("delete")
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	info, err := root.Lstat(key)
 	if err == nil && info.IsDir() {
 		return nil // no object of this name
 	}
 	if err == nil {
-		err = f.root.Remove(key)
+		err = root.Remove(key)
 	}
 	if err == nil || kind(err) == source.ErrNotFound {
 		return nil

@@ -223,6 +223,74 @@ func TestChangesAreSeen(t *testing.T) {
 	}
 }
 
+// A folder that is replaced, or removed and made again, is the new one for every operation, and while there is none
+// nothing is said of its files.
+func TestAFolderThatTakesThePlace(t *testing.T) {
+	root, f := folder(t)
+	must := func(err error) {
+		t.Helper()
+		if err != nil {
+			t.Fatal(err)
+		}
+	}
+	list := func() (names []string, err error) {
+		err = f.List(t.Context(), "", func(o source.Object) error {
+			names = append(names, o.Key)
+			return nil
+		})
+		return names, err
+	}
+	must(os.WriteFile(filepath.Join(root, "k"), []byte("old"), 0o644))
+	old, err := f.Stat(t.Context(), "k")
+	must(err)
+	for how, replace := range map[string]func(next string) error{
+		"moved":   func(next string) error { return errors.Join(os.Rename(root, next+"-before"), os.Rename(next, root)) },
+		"removed": func(next string) error { return errors.Join(os.RemoveAll(root), os.Rename(next, root)) },
+		"a link":  func(next string) error { return errors.Join(os.RemoveAll(root), os.Symlink(next, root)) },
+	} {
+		next := filepath.Join(t.TempDir(), "next")
+		must(os.Mkdir(next, 0o755))
+		must(os.WriteFile(filepath.Join(next, "k"), []byte(how), 0o644))
+		must(os.WriteFile(filepath.Join(next, "new"), []byte(how), 0o644))
+		must(replace(next))
+		// Not listed before: another process may have listed it.
+		if _, err := f.Get(t.Context(), old, 0, old.Size); !errors.Is(err, source.ErrChanged) {
+			t.Errorf("%s: the old file: %v", how, err)
+		}
+		if names, err := list(); err != nil || len(names) != 2 {
+			t.Errorf("%s: listed %q, %v", how, names, err)
+		}
+		o, err := f.Stat(t.Context(), "new")
+		must(err)
+		b, err := f.Get(t.Context(), o, 0, o.Size)
+		must(err)
+		if got, err := io.ReadAll(b); err != nil || string(got) != how {
+			t.Errorf("%s: %q, %v", how, got, err)
+		}
+		b.Close()
+		_, err = f.Put(t.Context(), "put", strings.NewReader("x"), 1)
+		must(err)
+		if _, err := os.Stat(filepath.Join(root, "put")); err != nil {
+			t.Errorf("%s: %v", how, err)
+		}
+		must(f.Delete(t.Context(), "put"))
+	}
+	must(os.RemoveAll(root))
+	_, statErr := f.Stat(t.Context(), "k")
+	_, getErr := f.Get(t.Context(), old, 0, old.Size)
+	_, putErr := f.Put(t.Context(), "k", strings.NewReader("x"), 1)
+	_, listErr := list()
+	for op, err := range map[string]error{"stat": statErr, "get": getErr, "put": putErr, "list": listErr, "delete": f.Delete(t.Context(), "k")} {
+		if !errors.Is(err, source.ErrNoBucket) || !strings.Contains(err.Error(), "make the folder") {
+			t.Errorf("%s without a folder: %v", op, err)
+		}
+	}
+	must(os.Mkdir(root, 0o755))
+	if names, err := list(); err != nil || len(names) != 0 {
+		t.Errorf("made again: listed %q, %v", names, err)
+	}
+}
+
 func TestOpenRefuses(t *testing.T) {
 	dir := t.TempDir()
 	if err := os.WriteFile(filepath.Join(dir, "file"), nil, 0o644); err != nil {

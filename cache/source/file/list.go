@@ -18,7 +18,12 @@ const listBatch = 1024
 // List implements source.Lister, in the order in which folders hold their entries. Memory holds a batch
 // of entries a level.
 func (f *Folder) List(ctx context.Context, prefix string, yield func(source.Object) error) error {
-	l := lister{folder: f, ctx: ctx, prefix: prefix, yield: yield}
+	root, err := f.open("list")
+	if err != nil {
+		return err
+	}
+	defer root.Close()
+	l := lister{folder: f, root: root, ctx: ctx, prefix: prefix, yield: yield}
 	// The folder part of the prefix need not exist, and one that could not be a path has no keys.
 	dir := "."
 	if i := strings.LastIndexByte(prefix, '/'); i >= 0 {
@@ -30,7 +35,7 @@ func (f *Folder) List(ctx context.Context, prefix string, yield func(source.Obje
 	if dir != "." {
 		// Links are followed nowhere below the root while listing, so not here either.
 		for d := dir; d != "."; d = path.Dir(d) {
-			info, err := f.root.Lstat(d)
+			info, err := root.Lstat(d)
 			if err != nil && kind(err) == source.ErrNotFound || err == nil && !info.IsDir() {
 				return nil
 			}
@@ -39,22 +44,23 @@ func (f *Folder) List(ctx context.Context, prefix string, yield func(source.Obje
 			}
 		}
 	}
-	err := l.list(dir)
+	err = l.list(dir)
 	if e := (*source.Error)(nil); errors.As(err, &e) && e.Kind == source.ErrNotFound && dir == "." {
-		e.Kind, e.Hint = source.ErrNoBucket, "the folder was removed"
+		e.Kind, e.Hint = source.ErrNoBucket, "the folder was removed meanwhile"
 	}
 	return err
 }
 
 type lister struct {
 	folder *Folder
+	root   *os.Root
 	ctx    context.Context
 	prefix string
 	yield  func(source.Object) error
 }
 
 func (l *lister) list(dir string) error {
-	d, err := l.folder.root.OpenFile(dir, os.O_RDONLY, 0)
+	d, err := l.root.OpenFile(dir, os.O_RDONLY, 0)
 	if err != nil {
 		return l.unreadable(dir, err)
 	}
@@ -107,7 +113,7 @@ func (l *lister) entry(dir string, e fs.DirEntry) error {
 	info, err := e.Info()
 	if err == nil && info.Mode()&fs.ModeSymlink != 0 {
 		// A link to a file below the root is an object; one to a folder could make a loop.
-		if info, err = l.folder.root.Stat(key); err != nil {
+		if info, err = l.root.Stat(key); err != nil {
 			if errors.Is(err, fs.ErrNotExist) {
 				return skip("a link to nothing")
 			}
