@@ -109,6 +109,33 @@ func TestPinsLastAsLongAsTheirLoad(t *testing.T) {
 	}
 }
 
+// All workers lose their memory, and with it the snapshot that was pinned: the bucket has another one by then.
+func TestPinsOfASnapshotThatNobodyHoldsAreThoseOfTheCurrentOne(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 6, 10_000)
+	l := w.load(d, "pin", func(l *v1alpha1.DataLoad) { l.Spec.Pin = true })
+	before := l.Status.Snapshot
+	w.bucket.PutT(t, "data", "dir0/new", make([]byte, 5000))
+	w.set(func(w *world) {
+		r := w.workers["genomes-worker-0"]
+		r.stop()
+		delete(w.workers, "genomes-worker-0")
+	})
+	w.clock.advance(time.Minute)
+	w.event("LoadsAgain", "lost what was pinned")
+	w.eventually("it is complete again", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(l), l))
+		if st := l.Status; st.Phase != v1alpha1.DataLoadComplete || st.Snapshot == before || st.Snapshot != d.Status.Snapshot || st.Progress.Bytes != 65_000 {
+			return fmt.Errorf("status %s", asJSON(st))
+		}
+		return nil
+	})
+	if got := w.pinned(); got < 65_000 {
+		t.Errorf("%d bytes pinned", got)
+	}
+}
+
 func TestLoadThatCannotSucceedSaysWhy(t *testing.T) {
 	w := newWorld(t)
 	p := make([]byte, 4<<20)

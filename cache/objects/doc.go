@@ -125,9 +125,10 @@
 // of them, and to the calls that began them. No lock is held over I/O. Failure: errors wrap those of
 // packages source and gateway. A put that fails leaves nothing visible, nothing staged and no parts: those
 // that it cannot remove, since the bucket is away, are removed once it is back. Parts of a put that the death of
-// the process cut off are removed by the next one in the same folder, which finds their names in a journal. Where the folder is lost too, or the process died while the bucket told it the
-// name (of an upload without parts then), the bucket's own rule for unfinished uploads must remove them; in an
-// exclusive dataset a worker aborts every upload older than UploadAge.
+// the process cut off are removed by the next one in the same folder, which finds their names in a journal. Where
+// the folder is lost too, or the process died while the bucket told it the name (of an upload without parts then),
+// the bucket's own rule for unfinished uploads must remove them; in an exclusive dataset a worker aborts every
+// upload older than UploadAge.
 //
 // It may import cache/objects/journal, cache/gateway (the contract), cache/checksum, cache/ring, cache/source,
 // cache/store and cache/wire.

@@ -81,10 +81,7 @@ func (r *Reconciler) follow(ctx context.Context, p *pass) error {
 	}
 	r.progress(p, sum)
 	st := &p.load.Status
-	settled := len(sum.Missing) == 0 && len(sum.Workers) > 0
-	for _, w := range sum.Workers {
-		settled = settled && (w.Done || !w.Finished.IsZero())
-	}
+	settled := settled(sum)
 	switch {
 	case sum.Done && sum.Resident == sum.Total:
 		st.Phase = v1alpha1.DataLoadComplete
@@ -109,6 +106,13 @@ func (r *Reconciler) follow(ctx context.Context, p *pass) error {
 		p.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, ReasonLoading, "the workers load")
 	}
 	return nil
+}
+
+// settled says whether every worker is done, or can do no more for now.
+func settled(sum tierclient.LoadSum) bool {
+	return len(sum.Missing) == 0 && len(sum.Workers) > 0 && !slices.ContainsFunc(slices.Collect(maps.Values(sum.Workers)), func(w wire.LoadStatus) bool {
+		return !w.Done && w.Finished.IsZero()
+	})
 }
 
 func missing(sum tierclient.LoadSum) string {
@@ -171,7 +175,9 @@ func (r *Reconciler) rate(p *pass, bytes int64) int64 {
 	return int64(now)
 }
 
-// keep looks after the pins of a complete load, and tells how much of it is held still.
+// keep looks after the pins of a complete load, and tells how much of it is held still. Workers that lost their
+// memory load it again. What they cannot have any more, since it is another snapshot's by now, is loaded from the
+// Dataset's current one.
 func (r *Reconciler) keep(ctx context.Context, p *pass) error {
 	if !p.load.Spec.Pin || p.dataset == nil || !p.dataset.DeletionTimestamp.IsZero() || p.load.Status.StartTime == nil {
 		return nil
@@ -185,6 +191,10 @@ func (r *Reconciler) keep(ctx context.Context, p *pass) error {
 		complete := p.load.Status.Progress.EstimatedCompletion
 		r.progress(p, sum)
 		p.load.Status.Progress.BytesPerSecond, p.load.Status.Progress.EstimatedCompletion = 0, complete
+	}
+	if settled(sum) && !sum.Done && p.dataset.Status.Snapshot != p.load.Status.Snapshot {
+		p.note("LoadsAgain", "Load", "workers lost what was pinned, of a snapshot that is not current any more")
+		return r.start(ctx, p)
 	}
 	return nil
 }

@@ -392,5 +392,5 @@ func (p *put) abort(ctx context.Context, id string, failed error) (gone bool, _ 
 	if err == nil || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrNoUpload) {
 		return true, failed
 	}
-	return false, fmt.Errorf("%w; the parts of upload %s are left in the bucket, since giving it up failed too (%v): a lifecycle rule removes them", failed, id, err)
+	return false, fmt.Errorf("%w; the parts of upload %s could not be removed from the bucket: %v", failed, id, err)
 }
