@@ -312,6 +312,27 @@ func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
 	}
 }
 
+func TestWhatTheAPIServerRefusesIsTold(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	none := corev1.ResourceList{"count/poddisruptionbudgets.policy": resource.MustParse("0")}
+	quota := &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "none"}, Spec: corev1.ResourceQuotaSpec{Hard: none}}
+	w.must(w.Create(t.Context(), quota))
+	quota.Status = corev1.ResourceQuotaStatus{Hard: none, Used: none}
+	w.must(w.Status().Update(t.Context(), quota))
+	w.eventually("the quota holds", func() error {
+		err := w.Create(t.Context(), &policyv1.PodDisruptionBudget{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "other"}}, client.DryRunAll)
+		if err == nil || !strings.Contains(err.Error(), "exceeded quota") {
+			return fmt.Errorf("refused with %v", err)
+		}
+		return nil
+	})
+	w.must(w.DeleteAllOf(t.Context(), &policyv1.PodDisruptionBudget{}, client.InNamespace(w.ns)))
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", `"genomes-worker"`, "exceeded quota: none")
+	w.must(w.Delete(t.Context(), quota))
+	w.waitReady(d)
+}
+
 // pod is a user's, admitted in the test's namespace.
 func (w *world) pod(name string, v corev1.VolumeSource) *corev1.Pod {
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: corev1.PodSpec{

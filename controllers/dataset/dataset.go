@@ -3,8 +3,9 @@
 //
 // It owns one reconciler. Each file named after a phase holds that phase; phases run in the order of
 // Reconcile, each on a pass that holds what the earlier ones found. A phase that cannot go on returns a
-// *blocked error, which names the condition that says why; anything else that fails is tried again with
-// backoff. There is one write of the status per pass, and Events are sent after it.
+// *blocked error, which names the condition that says why; what the API server does not allow is told in
+// Ready; anything else that fails is tried again with backoff. There is one write of the status per pass, and
+// Events are sent after it.
 //
 // Buckets and the Secrets of their credentials are read by the workers only: what the controller says of
 // them it was told by a worker over the control endpoint, for which it uses the Dataset's control key.
@@ -216,6 +217,7 @@ type pass struct {
 	members ring.Membership
 	status  map[string]wire.WorkerStatus // by member id
 	missing map[string]error             // members that did not answer
+	refused error                        // what ended the pass because the API server does not allow it
 	again   time.Duration                // when to come again, if that is before the usual interval; 0: then
 	notices []notice
 }
@@ -251,6 +253,10 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
 			// The cache is behind; the change that it waits for brings the next pass.
 			p.again = time.Second
+		case have.DeletionTimestamp.IsZero() && (apierrors.IsForbidden(err) || apierrors.IsInvalid(err)):
+			// Only somebody who changes a quota, a policy, a right or the Dataset helps, and a pass at the usual
+			// interval sees it sooner than one that is backed off.
+			p.refused = err
 		default:
 			failed = append(failed, err)
 		}

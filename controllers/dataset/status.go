@@ -362,7 +362,7 @@ func (p *pass) summarize() {
 		}
 	}
 	before := meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionReady)
-	if first == nil {
+	if first == nil && p.refused == nil {
 		text := "the data can be read"
 		if all := p.dataset.Spec.Workers.TotalBytes() / int64(max(1, p.dataset.Spec.Workers.Copies)); st.Bytes > all {
 			text = fmt.Sprintf("the data can be read; of its %s the workers can hold %s at a time", st.Size, size(all))
@@ -375,7 +375,12 @@ func (p *pass) summarize() {
 		return
 	}
 	delete(p.said, "Ready")
-	p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, first.Reason, "%s: %s", first.Type, first.Message)
+	if p.refused != nil {
+		// The others are as far as the pass came.
+		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", "the API server refuses what the Dataset needs; it is asked again until it allows that: %v", p.refused)
+	} else {
+		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, first.Reason, "%s: %s", first.Type, first.Message)
+	}
 	switch {
 	case invalid:
 		st.Phase = v1alpha1.DatasetFailed
