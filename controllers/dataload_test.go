@@ -302,9 +302,9 @@ func TestScheduleThatIsEditedCountsAtOnce(t *testing.T) {
 	l.Spec.Schedule = "@yearly"
 	w.must(w.Create(t.Context(), l))
 	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", "-01-01T00:00:00Z")
-	update(w, l, func(l *v1alpha1.DataLoad) { l.Spec.Schedule = "30 * * * *" })
-	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", ":30:00Z")
-	if next := l.Status.NextScheduleTime; next.Sub(w.clock.Now()) > time.Hour || l.Status.ObservedGeneration != l.Generation {
+	update(w, l, func(l *v1alpha1.DataLoad) { l.Spec.Schedule = "0 0 1 7 *" })
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", "-07-01T00:00:00Z")
+	if next := l.Status.NextScheduleTime; next.UTC().Month() != time.July || l.Status.ObservedGeneration != l.Generation {
 		t.Errorf("status %s", asJSON(l.Status))
 	}
 }
