@@ -9,12 +9,14 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 	"golang.org/x/sync/errgroup"
+	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
@@ -156,14 +158,19 @@ type service struct {
 	made []made              // the sockets of this process
 }
 
-// made is a file that this process made and a successor replaces.
+// made is a socket that this process made and a successor replaces.
 type made struct {
-	path string
-	info fs.FileInfo
+	path   string
+	server *grpc.Server // answers there
+	info   fs.FileInfo  // of the file
 }
 
-// tick is how often the house is kept: idle mounts, and mounts parked by somebody else.
-const tick = 3 * time.Second
+const (
+	// tick is how often the house is kept: idle mounts, and mounts parked by somebody else.
+	tick = 3 * time.Second
+	// desertedTicks in a row without anybody at the sockets are no restart of a successor.
+	desertedTicks = 3
+)
 
 // Run is a node service until ctx ends. Mounts that pods have are left as they are then, parked; the others are
 // taken away.
@@ -287,21 +294,14 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 		}},
 		{s.config.registrationSocket(), func(g *grpc.Server) { registration.RegisterRegistrationServer(g, s) }},
 	} {
-		l, err := s.listen(e.path)
-		if err != nil {
-			return err
-		}
 		server := grpc.NewServer(grpc.UnaryInterceptor(s.call))
 		e.register(server)
-		g.Go(func() error {
-			if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
-				return err
-			}
-			return nil
-		})
 		*servers = append(*servers, server)
+		if err := s.serve(g, e.path, server); err != nil {
+			return err
+		}
 	}
-	g.Go(func() error { s.housekeep(ctx); return nil })
+	g.Go(func() error { s.housekeep(ctx, g); return nil })
 	g.Go(func() error { s.announce(ctx); return nil })
 	s.log.Info("serving", "node", s.config.NodeName, "socket", s.config.csiSocket())
 	return nil
@@ -340,43 +340,102 @@ func stopGracefully(g *grpc.Server) {
 	g.GracefulStop()
 }
 
+// serve answers at a socket, in place of whoever did.
+func (s *service) serve(g *errgroup.Group, path string, server *grpc.Server) error {
+	l, info, err := listen(path)
+	if err != nil {
+		return err
+	}
+	s.mu.Lock()
+	s.made = append(slices.DeleteFunc(s.made, func(m made) bool { return m.path == path }), made{path, server, info})
+	s.mu.Unlock()
+	g.Go(func() error {
+		if err := server.Serve(l); !errors.Is(err, grpc.ErrServerStopped) {
+			return err
+		}
+		return nil
+	})
+	return nil
+}
+
 // listen makes a socket in place of a predecessor's, with no moment without one. The name meanwhile begins with a
 // dot: the kubelet's watcher of the registry overlooks such.
-func (s *service) listen(path string) (net.Listener, error) {
+func listen(path string) (net.Listener, fs.FileInfo, error) {
 	if err := os.MkdirAll(filepath.Dir(path), 0o750); err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	tmp := filepath.Join(filepath.Dir(path), "."+filepath.Base(path))
 	if err := os.Remove(tmp); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return nil, err
+		return nil, nil, err
 	}
 	l, err := net.ListenUnix("unix", &net.UnixAddr{Name: tmp, Net: "unix"})
 	if err != nil {
-		return nil, err
+		return nil, nil, err
 	}
 	l.SetUnlinkOnClose(false)
 	info, err := os.Lstat(tmp)
 	if err = errors.Join(err, os.Chmod(tmp, 0o600), os.Rename(tmp, path)); err != nil {
 		l.Close()
-		return nil, err
+		return nil, nil, err
 	}
+	return l, info, nil
+}
+
+func (s *service) sockets() []made {
 	s.mu.Lock()
-	s.made = append(s.made, made{path, info})
-	s.mu.Unlock()
-	return l, nil
+	defer s.mu.Unlock()
+	return slices.Clone(s.made)
 }
 
 // superseded says whether another node service has taken this one's place.
 func (s *service) superseded() bool {
-	s.mu.Lock()
-	sockets := s.made
-	s.mu.Unlock()
-	for _, m := range sockets {
+	for _, m := range s.sockets() {
 		if now, err := os.Lstat(m.path); err == nil && !os.SameFile(m.info, now) {
 			return true
 		}
 	}
 	return false
+}
+
+// deserted are the sockets at which nobody answers any more: a successor, of an update that was undone perhaps, has
+// taken them and is gone. They are none while a successor answers at any.
+func (s *service) deserted() (gone []made) {
+	for _, m := range s.sockets() {
+		now, err := os.Lstat(m.path)
+		switch {
+		case err == nil && os.SameFile(m.info, now):
+			continue
+		case err == nil:
+			c, err := s.dialer.Dial("unix", m.path)
+			if err == nil {
+				c.Close()
+			}
+			if !errors.Is(err, unix.ECONNREFUSED) {
+				return nil
+			}
+		case !errors.Is(err, fs.ErrNotExist):
+			return nil
+		}
+		gone = append(gone, m)
+	}
+	return gone
+}
+
+// takeBack makes deserted sockets anew, this process's part being its own again. The kubelet registers the driver
+// again, by which the node is labelled.
+func (s *service) takeBack(ctx context.Context, g *errgroup.Group, gone []made) {
+	for _, m := range gone {
+		if err := s.serve(g, m.path, m.server); err != nil {
+			s.log.Error("nobody answers the kubelet: a socket that a later node service left is not made again", "socket", m.path, "error", err)
+			return
+		}
+	}
+	if ctx.Err() != nil {
+		s.removeSockets() // the end may not have seen them
+		return
+	}
+	s.lender.again()
+	s.log.Warn("the node service that took over is gone: serving again", "node", s.config.NodeName, "socket", s.config.csiSocket())
 }
 
 func (s *service) removeSockets() {
@@ -391,15 +450,20 @@ func (s *service) removeSockets() {
 	}
 }
 
-// housekeep looks after the mounts until ctx ends.
-func (s *service) housekeep(ctx context.Context) {
+// housekeep looks after the sockets and the mounts until ctx ends.
+func (s *service) housekeep(ctx context.Context, g *errgroup.Group) {
 	t := time.NewTicker(tick)
 	defer t.Stop()
-	for {
+	for empty := 0; ; {
 		select {
 		case <-ctx.Done():
 			return
 		case <-t.C:
+		}
+		if gone := s.deserted(); len(gone) == 0 {
+			empty = 0
+		} else if empty++; empty >= desertedTicks {
+			s.takeBack(ctx, g, gone)
 		}
 		if s.superseded() {
 			continue // the successor does

@@ -375,6 +375,22 @@ func (l *lender) unpublish(ctx context.Context, target string, at []mountinfo.Mo
 	return err
 }
 
+// again gives up what another node service had taken and left: its sockets in pods, in which look listens anew, and
+// the mounts that it ended. What it made in their place is at the keeper.
+func (l *lender) again() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	for target, p := range l.pods {
+		p.close()
+		delete(l.pods, target)
+	}
+	for _, v := range l.volumes {
+		if v.conn != nil && !mount.Alive(v.conn) {
+			v.forget()
+		}
+	}
+}
+
 // lentAt says whether a mount is of a pod that serves by itself.
 func lentAt(at []mountinfo.Mount) bool {
 	return len(at) > 0 && (strings.HasPrefix(at[0].Source, lentSource) || strings.HasPrefix(at[0].Source, lenderSource))

@@ -274,6 +274,102 @@ func TestALaterNodeServiceTakesOverFromAnEarlierOne(t *testing.T) {
 	}
 }
 
+// An update may be undone while both node services are there: the later one goes, and the earlier one stays.
+func TestAnEarlierNodeServiceTakesItsPlaceBackWhenTheLaterOneGoes(t *testing.T) {
+	for _, c := range []struct {
+		how   string
+		end   func(*testing.T, *process)
+		label string
+	}{
+		{"terminated", func(t *testing.T, p *process) { p.terminate(t) }, "ready false\n"},
+		{"killed", func(_ *testing.T, p *process) { p.kill() }, ""},
+	} {
+		t.Run(c.how, func(t *testing.T) { takenBack(t, c.end, c.label) })
+	}
+}
+
+func takenBack(t *testing.T, end func(*testing.T, *process), label string) {
+	needMounts(t)
+	files := someFiles()
+	k := newTier(t, files)
+	k.publish(1, "")
+	m := newMachine(t, k)
+	keeper := m.startKeeper()
+	first, kube := m.startNode()
+	dir := kube.publish("step")
+	early := m.borrow(kube, "early")
+	s := early.serve()
+	early.served(s)
+	keeper.parked(t, 2)
+
+	second, kube := m.startNode()
+	early.k = kube
+	other := kube.publish("other")
+	late := m.borrow(kube, "late") // its socket is the later one's
+	s2 := late.serve()
+	late.served(s2)
+	keeper.parked(t, 3)
+	// The later one ends a mount of which the earlier one has the connection, and makes it anew.
+	s.kill()
+	s = early.serve()
+	early.served(s)
+	s.terminate(t)
+	s = early.serve()
+	early.served(s)
+
+	socket := m.config().withDefaults().registrationSocket()
+	before, err := os.Lstat(socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end(t, second)
+	eventually(t, "the earlier one's sockets", func() bool {
+		now, err := os.Lstat(socket)
+		return err == nil && !os.SameFile(before, now) || exited(first)
+	})
+	kube = m.kubelet()
+	kube.register()
+	for _, target := range []string{dir, other, kube.publish("new")} {
+		if deviceAt(t, target) != deviceAt(t, dir) {
+			t.Errorf("%s is another mount", target)
+		}
+		for name, want := range files {
+			sameFile(t, filepath.Join(target, name), want)
+		}
+	}
+	if got, want := m.events(), "ready true\nready true\n"+label; !strings.HasPrefix(got, want) {
+		t.Errorf("the node was told %q", got)
+	}
+	// What pods serve by themselves goes on, and has the earlier one for a successor of its server.
+	for p, server := range map[*borrowing]*process{early: s, late: s2} {
+		p.k = kube
+		f, err := os.Open(filepath.Join(p.data, "big"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer f.Close()
+		p.served(server)
+		server.kill()
+		p.served(p.serve())
+		if got, err := io.ReadAll(f); err != nil || !bytes.Equal(got, files["big"]) {
+			t.Errorf("a file that pod %s had open: %d bytes, %v", p.uid, len(got), err)
+		}
+		p.check()
+	}
+	for _, pod := range []string{"step", "other", "new"} {
+		kube.unpublish(pod)
+	}
+	early.unpublish()
+	late.unpublish()
+	first.terminate(t)
+	if n := fuseMounts(t, m.base); n != 0 {
+		t.Errorf("%d mounts are left", n)
+	}
+	if got := m.events(); !strings.HasSuffix(got, "ready false\n") || strings.Contains(got, "event") {
+		t.Errorf("the node was told %q", got)
+	}
+}
+
 func TestANewPodGetsANewMountWhenNodeServiceAndKeeperAreBothKilled(t *testing.T) {
 	t.Run("the keeper is back first", func(t *testing.T) { bothKilled(t, false) })
 	t.Run("the keeper is back later than it is waited for", func(t *testing.T) { bothKilled(t, true) })
