@@ -148,9 +148,9 @@ type service struct {
 	left chan struct{}
 	work sync.WaitGroup // of mounts being followed and Events being sent
 
-	adopted    atomic.Bool // what was parked is served
-	registered chan struct{}
-	once       sync.Once
+	adopted    atomic.Bool   // what was parked is served
+	registered atomic.Bool   // the kubelet has taken the driver
+	known      chan struct{} // holds one when it has since the last announcement
 
 	mu   sync.Mutex
 	sets map[string]*dataset // by namespace/name
@@ -188,7 +188,7 @@ func Run(ctx context.Context, config Config) error {
 func newService(c Config) *service {
 	s := &service{
 		config: c, log: c.Logger, now: time.Now, patience: patience, mountsDir: filepath.Join(c.Dir, "mounts"),
-		budget: newBudget(c.CacheDir, c.NodeMemory, c.Logger), left: make(chan struct{}), registered: make(chan struct{}),
+		budget: newBudget(c.CacheDir, c.NodeMemory, c.Logger), left: make(chan struct{}), known: make(chan struct{}, 1),
 		sets: map[string]*dataset{}, busy: map[string]bool{},
 	}
 	s.keeping = &keeping{s: s}
@@ -494,23 +494,38 @@ func (s *service) takeRenewed() bool {
 	return any
 }
 
-// announce labels the node once the kubelet knows the driver: only then can a pod have its volume here.
+// announceAgain is the pause after which the node is labelled again: what makes the node's object anew, or prunes
+// its labels, tells nobody.
+const announceAgain = 5 * time.Minute
+
+// announce labels the node once the kubelet knows the driver, since only then can a pod have its volume here, and
+// sees to it that the label stays.
 func (s *service) announce(ctx context.Context) {
-	select {
-	case <-s.registered:
-	case <-ctx.Done():
-		return
-	}
 	if s.config.Node == nil {
 		return
 	}
-	for pause := time.Second; ctx.Err() == nil; pause = min(2*pause, 30*time.Second) {
-		err := s.config.Node.Ready(ctx, true)
-		if err == nil {
+	var again <-chan time.Time
+	for pause := time.Second; ; {
+		select {
+		case <-s.known:
+		case <-again:
+		case <-ctx.Done():
+		}
+		if ctx.Err() != nil {
 			return
 		}
+		again = time.After(announceAgain)
+		if s.superseded() {
+			continue // the label is the successor's
+		}
+		err := s.config.Node.Ready(ctx, true)
+		if err == nil {
+			pause = time.Second
+			continue
+		}
 		s.log.Error("the node is not labelled: no pod that needs it is placed here", "error", err)
-		wait(ctx, pause)
+		again = time.After(pause)
+		pause = min(2*pause, 30*time.Second)
 	}
 }
 
@@ -542,7 +557,11 @@ func (s *service) NotifyRegistrationStatus(_ context.Context, r *registration.Re
 		return &registration.RegistrationStatusResponse{}, nil
 	}
 	s.log.Info("registered with the kubelet")
-	s.once.Do(func() { close(s.registered) })
+	s.registered.Store(true)
+	select {
+	case s.known <- struct{}{}:
+	default:
+	}
 	return &registration.RegistrationStatusResponse{}, nil
 }
 

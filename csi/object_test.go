@@ -5,15 +5,18 @@ import (
 	"errors"
 	"io"
 	"net/http"
+	"os"
 	"slices"
 	"strings"
 	"testing"
+	"testing/synctest"
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/client-go/kubernetes/fake"
+	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
@@ -89,6 +92,58 @@ func TestTheLabelComesOnceTheKubeletKnowsTheDriverAndTheAPIServerAnswers(t *test
 	n := m.run(func(c *Config) { c.Node, c.Listen = told, "127.0.0.1:0" })
 	eventually(t, "the label", func() bool { return slices.Equal(told.all(), []string{"ready true"}) })
 	_ = n
+}
+
+func TestTheLabelIsSaidAgain(t *testing.T) {
+	m := &machine{t: t, base: shortDir(t)} // no node service runs on it
+	synctest.Test(t, func(t *testing.T) {
+		told := &flakyNode{}
+		c := m.config()
+		c.Node = told
+		s := newService(c.withDefaults())
+		ctx, cancel := context.WithCancel(t.Context())
+		defer cancel()
+		go s.announce(ctx)
+		said := func(what string, n int) {
+			t.Helper()
+			synctest.Wait()
+			if got := told.all(); len(got) != n || slices.Contains(got, "ready false") {
+				t.Errorf("%s: the node was told %v", what, got)
+			}
+		}
+		register := func() {
+			if _, err := s.NotifyRegistrationStatus(ctx, &registration.RegistrationStatus{PluginRegistered: true}); err != nil {
+				t.Error(err)
+			}
+		}
+		time.Sleep(2 * announceAgain)
+		said("before the kubelet knows the driver", 0)
+		register()
+		said("registered", 1)
+		register()
+		said("registered again", 2)
+		time.Sleep(announceAgain)
+		said("later", 3)
+		told.mu.Lock()
+		told.refuse = 2
+		told.mu.Unlock()
+		time.Sleep(announceAgain)
+		said("refused", 3)
+		time.Sleep(3 * time.Second)
+		said("after two tries", 4)
+		time.Sleep(announceAgain)
+		said("later", 5)
+		// Another node service takes the place.
+		mine, err := os.Stat(m.base)
+		if err != nil {
+			t.Fatal(err)
+		}
+		s.mu.Lock()
+		s.made = []made{{path: os.DevNull, info: mine}}
+		s.mu.Unlock()
+		time.Sleep(2 * announceAgain)
+		said("superseded", 5)
+	})
 }
 
 func TestHealthAndMetrics(t *testing.T) {

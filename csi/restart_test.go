@@ -337,9 +337,7 @@ func takenBack(t *testing.T, end func(*testing.T, *process), label string) {
 			sameFile(t, filepath.Join(target, name), want)
 		}
 	}
-	if got, want := m.events(), "ready true\nready true\n"+label; !strings.HasPrefix(got, want) {
-		t.Errorf("the node was told %q", got)
-	}
+	eventually(t, "the label again", func() bool { return m.events() == "ready true\nready true\n"+label+"ready true\n" })
 	// What pods serve by themselves goes on, and has the earlier one for a successor of its server.
 	for p, server := range map[*borrowing]*process{early: s, late: s2} {
 		p.k = kube
