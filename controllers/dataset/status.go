@@ -31,6 +31,7 @@ const (
 	ReasonNodeUnreachable = "NodeUnreachable"
 	ReasonNotAnswering    = "NotAnswering"
 	ReasonNotReady        = "NotReady"
+	ReasonRefused         = "Refused" // of Ready: the API server does not allow what the Dataset needs
 )
 
 // maxMessage bounds a condition's message, well below what the API server takes.
@@ -377,7 +378,7 @@ func (p *pass) summarize() {
 	delete(p.said, "Ready")
 	if p.refused != nil {
 		// The others are as far as the pass came.
-		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", "the API server refuses what the Dataset needs; it is asked again until it allows that: %v", p.refused)
+		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, ReasonRefused, "the API server refuses what the Dataset needs; it is asked again until it allows that: %v", p.refused)
 	} else {
 		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, first.Reason, "%s: %s", first.Type, first.Message)
 	}
