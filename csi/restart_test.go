@@ -310,7 +310,11 @@ func takenBack(t *testing.T, end func(*testing.T, *process), label string) {
 	late.served(s2)
 	keeper.parked(t, 3)
 	// The later one ends a mount of which the earlier one has the connection, and makes it anew.
+	missed := func(p *borrowing) { // or the next one is taken for serving before it does
+		eventually(t, "the killed server is missed", func() bool { return p.ready() != nil })
+	}
 	s.kill()
+	missed(early)
 	s = early.serve()
 	early.served(s)
 	s.terminate(t)
@@ -348,6 +352,7 @@ func takenBack(t *testing.T, end func(*testing.T, *process), label string) {
 		defer f.Close()
 		p.served(server)
 		server.kill()
+		missed(p)
 		p.served(p.serve())
 		if got, err := io.ReadAll(f); err != nil || !bytes.Equal(got, files["big"]) {
 			t.Errorf("a file that pod %s had open: %d bytes, %v", p.uid, len(got), err)
