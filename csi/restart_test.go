@@ -320,6 +320,7 @@ func takenBack(t *testing.T, end func(*testing.T, *process), label string) {
 	s.terminate(t)
 	s = early.serve()
 	early.served(s)
+	keeper.parked(t, 3)
 
 	socket := m.config().withDefaults().registrationSocket()
 	before, err := os.Lstat(socket)
