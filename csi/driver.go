@@ -422,20 +422,21 @@ func (s *service) deserted() (gone []made) {
 }
 
 // takeBack makes deserted sockets anew, this process's part being its own again. The kubelet registers the driver
-// again, by which the node is labelled.
-func (s *service) takeBack(ctx context.Context, g *errgroup.Group, gone []made) {
+// again, by which the node is labelled. False: not yet.
+func (s *service) takeBack(ctx context.Context, g *errgroup.Group, gone []made) bool {
 	for _, m := range gone {
 		if err := s.serve(g, m.path, m.server); err != nil {
 			s.log.Error("nobody answers the kubelet: a socket that a later node service left is not made again", "socket", m.path, "error", err)
-			return
+			return false
 		}
 	}
 	if ctx.Err() != nil {
 		s.removeSockets() // the end may not have seen them
-		return
+		return false
 	}
 	s.lender.again()
 	s.log.Warn("the node service that took over is gone: serving again", "node", s.config.NodeName, "socket", s.config.csiSocket())
+	return true
 }
 
 func (s *service) removeSockets() {
@@ -462,8 +463,8 @@ func (s *service) housekeep(ctx context.Context, g *errgroup.Group) {
 		}
 		if gone := s.deserted(); len(gone) == 0 {
 			empty = 0
-		} else if empty++; empty >= desertedTicks {
-			s.takeBack(ctx, g, gone)
+		} else if empty++; empty < desertedTicks || !s.takeBack(ctx, g, gone) {
+			continue // what this process knows of the mounts may be of before the other one
 		}
 		if s.superseded() {
 			continue // the successor does

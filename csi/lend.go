@@ -376,7 +376,8 @@ func (l *lender) unpublish(ctx context.Context, target string, at []mountinfo.Mo
 }
 
 // again gives up what another node service had taken and left: its sockets in pods, in which look listens anew, and
-// the mounts that it ended. What it made in their place is at the keeper.
+// the mounts that it ended. What it made in their place is at the keeper. Servers that connected to it connect anew, and
+// have the time for it that any has.
 func (l *lender) again() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -387,6 +388,9 @@ func (l *lender) again() {
 	for _, v := range l.volumes {
 		if v.conn != nil && !mount.Alive(v.conn) {
 			v.forget()
+		}
+		if v.server == nil {
+			v.since = l.s.now()
 		}
 	}
 }

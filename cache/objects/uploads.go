@@ -163,8 +163,8 @@ func (u *uploads) remains() []uploadRecord {
 }
 
 const (
-	// cleanEvery is how often what is left is tried again, sweepEvery how often an exclusive dataset's
-	// uploads are looked at.
+	// cleanEvery is how often what is left is tried again at first, sweepEvery how often in the end, and how often
+	// an exclusive dataset's uploads are looked at.
 	cleanEvery = 5 * time.Second
 	sweepEvery = time.Hour
 )
@@ -172,24 +172,32 @@ const (
 // keepUploads aborts what a former process or a put left and, in an exclusive dataset, what everybody left.
 func (n *Names) keepUploads(ctx context.Context) {
 	var swept time.Time
+	pause := cleanEvery
 	for {
-		every := sweepEvery
-		if len(n.uploads.remains()) > 0 {
+		every, more := sweepEvery, n.uploads.more
+		if before := len(n.uploads.remains()); before > 0 {
 			n.clean(ctx)
-			every = cleanEvery
+			left := len(n.uploads.remains())
+			if left < before {
+				pause = cleanEvery
+			}
+			if left > 0 { // the bucket is away, or refuses it: more of them make nothing quicker
+				every, more = pause, nil
+				pause = min(2*pause, sweepEvery)
+			}
 		}
 		if now := n.c.Clock.Now(); n.c.Exclusive && now.Sub(swept) >= sweepEvery {
 			if err := n.sweep(ctx, now); err == nil {
 				swept = now
 			} else {
-				every = cleanEvery
+				every = min(every, cleanEvery)
 				n.log.Debug("old uploads were not looked at", "error", err)
 			}
 		}
 		select {
 		case <-ctx.Done():
 			return
-		case <-n.uploads.more:
+		case <-more:
 		case <-n.c.Clock.After(every):
 		}
 	}

@@ -112,8 +112,11 @@ type LoadRequest struct {
 
 // LoadStatus is one worker's part of a load.
 type LoadStatus struct {
-	ID       string    `json:"id"`
-	Snapshot string    `json:"snapshot"`
+	ID       string `json:"id"`
+	Snapshot string `json:"snapshot"`
+	// Lost is set where what is missing cannot be had any more: nobody holds the snapshot, or the bucket has
+	// other versions than it names.
+	Lost     bool      `json:"lost,omitempty"`
 	Started  time.Time `json:"started"`
 	Finished time.Time `json:"finished,omitzero"`
 	// Total is what this worker has to hold, Resident what it holds now of that, Fetched what it has read

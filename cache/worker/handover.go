@@ -18,10 +18,19 @@ import (
 const (
 	// handOverAsks is how many blocks a leaving worker has its successors take at once.
 	handOverAsks = 16
-	// handOverTries is how often a new owner that is not ready yet is asked for one block: for two minutes with the
-	// waits between, which is what a kubelet may take to update its mounted list, and more than a restart takes.
-	handOverTries = 16
+	// handOverTries is how often a new owner is asked for one block.
+	handOverTries = 5
+	// handOverTriesUnready is how often one that is not ready yet is: the waits between are two minutes, which a
+	// kubelet may take to update its mounted list, and more than a restart takes.
+	handOverTriesUnready = 16
 )
+
+// unready says whether a new owner does not answer, does not follow the membership yet or has no such snapshot yet,
+// all of which passes.
+func unready(err error) bool {
+	var unreachable *errPeer
+	return errors.As(err, &unreachable) || errors.Is(err, wire.ErrNotOwner) || errors.Is(err, wire.ErrUnknownSnapshot)
+}
 
 // keepHandingOver gives this worker's blocks to their new owners whenever the membership says that it
 // leaves. The new owners pull: what a load pins there is pinned before it is pulled and makes room for
@@ -125,8 +134,7 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 			if ctx.Err() != nil {
 				return false // which says nothing of m
 			}
-			var unreachable *errPeer
-			if errors.As(err, &unreachable) || errors.Is(err, wire.ErrNotOwner) || errors.Is(err, wire.ErrUnknownSnapshot) {
+			if unready(err) {
 				if _, known := lost.LoadOrStore(m.ID, true); !known {
 					w.log.Warn("a new owner takes nothing of what this worker hands over", "to", m.ID, "error", err)
 				}
@@ -151,9 +159,11 @@ func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, blo
 			_, _, err := w.peers.frame(ctx, m, req)
 			return err
 		}()
-		// No room is final. A member that does not follow this membership yet, does not have the snapshot, or
-		// restarts, will soon.
-		if err == nil || errors.Is(err, wire.ErrNotResident) || try == handOverTries {
+		tries := handOverTries
+		if unready(err) {
+			tries = handOverTriesUnready
+		}
+		if err == nil || errors.Is(err, wire.ErrNotResident) || try >= tries { // no room is final
 			return err
 		}
 		if w.sleep(ctx, wait.NextBackOff()) != nil {

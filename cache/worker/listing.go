@@ -354,6 +354,9 @@ func (k *snapshotKeeper) fetch(ctx context.Context, d wire.Digest) {
 		w.snapshots.put(snap, k.src).release()
 		return
 	}
+	if ctx.Err() == nil {
+		w.snapshots.miss(d)
+	}
 }
 
 // pullSnapshot fetches a snapshot by its digest into this worker's folder.

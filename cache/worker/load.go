@@ -36,9 +36,10 @@ const (
 	maxFailures = 100
 	// residentEvery is how often a finished load looks again at what is still resident.
 	residentEvery = 5 * time.Second
-	// pinAgain is how long after it failed a load that pins is tried again: what it pins is promised until it is
-	// deleted, and a worker that restarts while the bucket refuses must not be without it for ever.
-	pinAgain = time.Minute
+	// pinAgain is how long after it failed a load that pins is tried again, and pinAgainMax after it failed often: what
+	// it pins is promised until it is deleted, and a worker that restarts while the bucket refuses must not be without
+	// it for ever.
+	pinAgain, pinAgainMax = time.Minute, 30 * time.Minute
 	// snapshotPatience is how long a load waits for a snapshot that another worker may hold, once this one has one.
 	snapshotPatience = 2 * time.Minute
 )
@@ -92,7 +93,8 @@ func (l *load) run(ctx context.Context) {
 			w.store.Unpin(pinned)
 		}
 	}()
-	for again := false; ; {
+	pause, again := pinAgain, false
+	for {
 		v := w.members.view()
 		owner := fmt.Sprintf("load/%s/%d", l.req.ID, v.Epoch)
 		pctx, cancel := context.WithCancelCause(ctx)
@@ -118,11 +120,12 @@ func (l *load) run(ctx context.Context) {
 		if ctx.Err() != nil {
 			return
 		}
-		if again = false; replaced {
+		if replaced {
+			pause, again = pinAgain, false
 			continue
 		}
 		l.update(func(s *wire.LoadStatus) {
-			s.Done, s.Problem = err == nil, ""
+			s.Done, s.Problem, s.Lost = err == nil, "", errors.Is(err, errFinal) || errors.Is(err, errUnheld)
 			s.Finished = w.clock.Now()
 			if err != nil && !errors.Is(err, errFailures) {
 				s.Problem = err.Error()
@@ -135,14 +138,15 @@ func (l *load) run(ctx context.Context) {
 		}
 		var soon <-chan time.Time
 		if err != nil && l.req.Pin && !errors.Is(err, errFinal) {
-			soon = w.clock.After(pinAgain)
+			soon = w.clock.After(pause)
 		}
 		select {
 		case <-ctx.Done():
 			return
 		case <-v.replaced:
+			pause, again = pinAgain, false
 		case <-soon:
-			again = true
+			pause, again = min(2*pause, pinAgainMax), true
 		}
 	}
 }
@@ -152,6 +156,8 @@ var (
 	errFailures = errors.New("some files could not be loaded")
 	// errFinal is errFailures where trying again helps none of them.
 	errFinal = fmt.Errorf("%w, and cannot be", errFailures)
+	// errUnheld: no worker has the load's snapshot any more.
+	errUnheld = errors.New("no worker holds the snapshot any more: load the current one")
 )
 
 // attempt goes over the load's blocks under one membership until they are resident. Its pins are owner's;
@@ -161,7 +167,7 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string, aga
 	w := l.w
 	l.update(func(s *wire.LoadStatus) {
 		if s.Failures, s.FailedFiles = nil, 0; !again {
-			s.Done, s.Finished, s.Problem = false, time.Time{}, ""
+			s.Done, s.Finished, s.Problem, s.Lost = false, time.Time{}, "", false
 		}
 	})
 	if !slices.ContainsFunc(v.Members, func(m ring.Member) bool { return m.ID == w.config.ID }) {
@@ -189,7 +195,7 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string, aga
 				w.store.Unpin(previous)
 				err = w.store.Pin(r, int64(it.block), owner)
 			}
-			if errors.Is(err, store.ErrFull) && w.loads.giveWay() {
+			if errors.Is(err, store.ErrFull) && !again && w.loads.giveWay() {
 				err = w.store.Pin(r, int64(it.block), owner)
 			}
 			if err != nil {
@@ -205,7 +211,10 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string, aga
 	} else {
 		defer w.loads.hold(snap, items, owner)()
 	}
-	wait := newBackoff()
+	wait, passes := newBackoff(), maxPasses
+	if again {
+		passes = 1
+	}
 	for pass := 1; ; pass++ {
 		more := l.pass(ctx, snap, v, items)
 		if ctx.Err() != nil {
@@ -219,9 +228,9 @@ func (l *load) attempt(ctx context.Context, v *view, owner, previous string, aga
 			return nil
 		case failures > 0 && !more:
 			return fmt.Errorf("load %s: %d files: %w", l.req.ID, failures, errFinal)
-		case failures > 0 && pass >= maxPasses:
+		case failures > 0 && pass >= passes:
 			return fmt.Errorf("load %s: %d files: %w", l.req.ID, failures, errFailures)
-		case pass >= maxPasses:
+		case pass >= passes:
 			return fmt.Errorf("load %s: %w: %d of its bytes were loaded but not kept beside what else is cached: load fewer paths, pin it, or raise the workers' memory", l.req.ID, errUnfit, missing)
 		}
 		if failures > 0 {
@@ -259,7 +268,9 @@ func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 	if l.digest != (wire.Digest{}) {
 		d = l.digest // what was current when the load began
 	}
-	for waited := time.Duration(0); ; {
+	var waited time.Duration
+	asked := 0 // how often everybody had been
+	for {
 		if snap, ok := w.snapshots.get(d); ok {
 			l.mu.Lock()
 			l.digest = snap.Digest()
@@ -271,8 +282,12 @@ func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 		l.update(func(s *wire.LoadStatus) { s.Problem = w.unknownSnapshot(d).Error() })
 		if cur, ok := w.snapshots.get(wire.Digest{}); ok {
 			cur.release()
-			if waited += pollInterval; waited > snapshotPatience {
-				return nil, fmt.Errorf("load %s: %w, nor does another: load the current one", l.req.ID, w.unknownSnapshot(d))
+			// Nobody is asked while a listing goes on: it counts only if everybody was, after that time.
+			switch waited += pollInterval; {
+			case waited <= snapshotPatience:
+				asked = w.snapshots.asked(d)
+			case w.snapshots.asked(d) > asked:
+				return nil, fmt.Errorf("load %s: %w: %w", l.req.ID, w.unknownSnapshot(d), errUnheld)
 			}
 		}
 		if err := w.sleep(ctx, pollInterval); err != nil {

@@ -290,7 +290,7 @@ func TestALoadOfASnapshotThatNobodyHoldsSaysSo(t *testing.T) {
 	tr.snapshot()
 	tr.load(wire.LoadRequest{ID: "old", Snapshot: strings.Repeat("ab", 32), Pin: true})
 	for i := range tr.workers {
-		if s := tr.waitLoad(i, "old"); s.Done || !strings.Contains(s.Problem, "abababababab") || !strings.Contains(s.Problem, "load the current one") {
+		if s := tr.waitLoad(i, "old"); s.Done || !strings.Contains(s.Problem, "abababababab") || !strings.Contains(s.Problem, "load the current one") || !s.Lost {
 			t.Errorf("worker %d: %+v", i, s)
 		}
 	}

@@ -79,6 +79,7 @@ type snapshots struct {
 	mu      sync.Mutex
 	held    map[wire.Digest]*snapshot
 	current *snapshot
+	misses  map[wire.Digest]int // how often all others were asked for one that none gave
 	// settled is set once this worker, if it is the lister, has made sure that no peer has a newer
 	// snapshot; until then it does not tell others that its own is the current one.
 	settled bool
@@ -194,6 +195,26 @@ func (w *Worker) unknownSnapshot(d wire.Digest) error {
 		return fmt.Errorf("%w: worker %s: %v", wire.ErrUnknownSnapshot, w.config.ID, err)
 	}
 	return fmt.Errorf("%w: worker %s has none yet", wire.ErrUnknownSnapshot, w.config.ID)
+}
+
+// miss notes that every other worker was asked for a snapshot, and none gave it.
+func (s *snapshots) miss(d wire.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if len(s.misses) >= 64 { // digests are the readers' to choose
+		clear(s.misses)
+	}
+	if s.misses == nil {
+		s.misses = make(map[wire.Digest]int)
+	}
+	s.misses[d]++
+}
+
+// asked is how often all were asked for a snapshot that none gave.
+func (s *snapshots) asked(d wire.Digest) int {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.misses[d]
 }
 
 // clearCurrent forgets which snapshot is current.

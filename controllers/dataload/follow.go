@@ -192,9 +192,11 @@ func (r *Reconciler) keep(ctx context.Context, p *pass) error {
 		r.progress(p, sum)
 		p.load.Status.Progress.BytesPerSecond, p.load.Status.Progress.EstimatedCompletion = 0, complete
 	}
-	if settled(sum) && !sum.Done && p.dataset.Status.Snapshot != p.load.Status.Snapshot {
-		p.note("LoadsAgain", "Load", "workers lost what was pinned, of a snapshot that is not current any more")
-		return r.start(ctx, p)
+	lost := settled(sum) && slices.ContainsFunc(slices.Collect(maps.Values(sum.Workers)), func(w wire.LoadStatus) bool { return w.Lost })
+	if lost && p.dataset.Status.Snapshot != p.load.Status.Snapshot && notReady(p.dataset) == "" && p.load.CopiesOf(p.dataset) <= p.dataset.Spec.Workers.Replicas {
+		if r.begin(ctx, p) == nil { // or the next pass does
+			p.note("LoadsAgain", "Load", "workers lost what was pinned, of a snapshot that is not current any more")
+		}
 	}
 	return nil
 }

@@ -85,31 +85,45 @@ func (r *Reconciler) start(ctx context.Context, p *pass) error {
 	if ok, err := r.after(ctx, p); !ok || err != nil {
 		return err
 	}
-	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady} {
-		if c := meta.FindStatusCondition(d.Status.Conditions, kind); c == nil || c.Status != metav1.ConditionTrue {
-			text := "its controller has not looked at it yet"
-			if c != nil {
-				text = c.Message
-			}
-			r.putOff(p, ReasonDatasetNotReady, "dataset %q is not ready: %s", ref, text)
-			return nil
-		}
+	if text := notReady(d); text != "" {
+		r.putOff(p, ReasonDatasetNotReady, "dataset %q is not ready: %s", ref, text)
+		return nil
 	}
+	if err := r.begin(ctx, p); err != nil {
+		r.putOff(p, ReasonWorkersMissing, "begins once the workers have let go of the last run: %v", err)
+	}
+	return nil
+}
+
+// begin writes a new run down, of the Dataset's current snapshot, once the workers have let go of the last one.
+func (r *Reconciler) begin(ctx context.Context, p *pass) error {
 	// The pins of the last run make way for this one's: most are for the same blocks. Once this run's start is
 	// written down nobody knows the last one's id any more.
 	if err := r.forgetRun(ctx, p); err != nil {
-		r.putOff(p, ReasonWorkersMissing, "begins once the workers have let go of the last run: %v", err)
-		return nil
+		return err
 	}
-	st := &p.load.Status
+	st, d := &p.load.Status, p.dataset
 	began := metav1.NewTime(p.now.Truncate(time.Second))
 	st.Phase, st.StartTime, st.CompletionTime = v1alpha1.DataLoadRunning, &began, nil
 	st.Snapshot, st.Progress, st.Failures, st.FailedFiles = d.Status.Snapshot, v1alpha1.Progress{}, nil, 0
 	p.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, ReasonLoading, "the workers are being told")
 	p.condition(v1alpha1.ConditionFailed, metav1.ConditionFalse, conditionNotApplicable, "nothing has failed")
-	p.note("Started", "Load", "loads snapshot %.12s of dataset %s", st.Snapshot, ref)
+	p.note("Started", "Load", "loads snapshot %.12s of dataset %s", st.Snapshot, d.Name)
 	p.soon(time.Millisecond)
 	return nil
+}
+
+// notReady is why a Dataset cannot be loaded yet; empty: it can.
+func notReady(d *v1alpha1.Dataset) string {
+	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady} {
+		switch c := meta.FindStatusCondition(d.Status.Conditions, kind); {
+		case c == nil:
+			return "its controller has not looked at it yet"
+		case c.Status != metav1.ConditionTrue:
+			return c.Message
+		}
+	}
+	return ""
 }
 
 // after says whether the load that this one runs after is complete.
