@@ -418,9 +418,9 @@ func (k *Control) Wait(ctx context.Context, r wire.LoadRequest, every time.Durat
 			switch {
 			case sum.Done:
 				return sum, nil
-			case sum.Problem != "" && settled(sum):
+			case sum.Problem != "" && sum.Settled():
 				return sum, fmt.Errorf("dataset %s: load %s: %s", k.config.Dataset, r.ID, sum.Problem)
-			case sum.FailedFiles > 0 && len(sum.Missing) == 0 && settled(sum):
+			case sum.FailedFiles > 0 && len(sum.Missing) == 0 && sum.Settled():
 				// Failures has fewer than FailedFiles where there are many, and is never empty.
 				return sum, fmt.Errorf("dataset %s: load %s: %d of %d files could not be loaded; the first: %s: %s",
 					k.config.Dataset, r.ID, sum.FailedFiles, sum.Files, sum.Failures[0].Path, sum.Failures[0].Reason)
@@ -440,9 +440,9 @@ func (k *Control) Wait(ctx context.Context, r wire.LoadRequest, every time.Durat
 	}
 }
 
-// settled says whether every worker that answered is done, or can do no more for now. One that says what it waits for
+// Settled says whether every worker that answered is done, or can do no more for now. One that says what it waits for
 // is not.
-func settled(s LoadSum) bool {
+func (s *LoadSum) Settled() bool {
 	for _, p := range s.Workers {
 		if !p.Done && p.Finished.IsZero() {
 			return false

@@ -110,9 +110,7 @@ func (r *Reconciler) follow(ctx context.Context, p *pass) error {
 
 // settled says whether every worker is done, or can do no more for now.
 func settled(sum tierclient.LoadSum) bool {
-	return len(sum.Missing) == 0 && len(sum.Workers) > 0 && !slices.ContainsFunc(slices.Collect(maps.Values(sum.Workers)), func(w wire.LoadStatus) bool {
-		return !w.Done && w.Finished.IsZero()
-	})
+	return len(sum.Missing) == 0 && len(sum.Workers) > 0 && sum.Settled()
 }
 
 func missing(sum tierclient.LoadSum) string {
@@ -192,8 +190,11 @@ func (r *Reconciler) keep(ctx context.Context, p *pass) error {
 		r.progress(p, sum)
 		p.load.Status.Progress.BytesPerSecond, p.load.Status.Progress.EstimatedCompletion = 0, complete
 	}
-	lost := settled(sum) && slices.ContainsFunc(slices.Collect(maps.Values(sum.Workers)), func(w wire.LoadStatus) bool { return w.Lost })
-	if lost && p.dataset.Status.Snapshot != p.load.Status.Snapshot && notReady(p.dataset) == "" && p.load.CopiesOf(p.dataset) <= p.dataset.Spec.Workers.Replicas {
+	lost := false
+	for _, w := range sum.Workers {
+		lost = lost || w.Lost
+	}
+	if lost && settled(sum) && p.dataset.Status.Snapshot != p.load.Status.Snapshot && notReady(p.dataset) == "" && p.load.CopiesOf(p.dataset) <= p.dataset.Spec.Workers.Replicas {
 		if r.begin(ctx, p) == nil { // or the next pass does
 			p.note("LoadsAgain", "Load", "workers lost what was pinned, of a snapshot that is not current any more")
 		}
