@@ -263,17 +263,24 @@ func (w *world) runs(l *v1alpha1.DataLoad, last *metav1.Time) {
 	})
 }
 
-func TestRunThatIsPutOffLeavesNoPinsOfTheLastOne(t *testing.T) {
-	w := newWorld(t)
-	d := w.ready("genomes", 1, 2, 1000)
+// hourly is a load that pins and has completed its first run.
+func (w *world) hourly() *v1alpha1.DataLoad {
+	w.Helper()
 	l := w.dataload("hourly", "genomes")
 	l.Spec.Schedule, l.Spec.Pin = "@hourly", true
-	w.must(w.Create(t.Context(), l))
+	w.must(w.Create(w.Context(), l))
 	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting")
 	w.clock.advance(time.Hour)
 	w.stopManager()
 	w.start()
 	w.runs(l, nil)
+	return l
+}
+
+func TestRunThatIsPutOffLeavesNoPinsOfTheLastOne(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 2, 1000)
+	l := w.hourly()
 	last := l.Status.StartTime
 	// The Dataset is not ready when the next time comes: its second worker has no node.
 	w.set(func(w *world) { w.pending = true })
@@ -312,14 +319,7 @@ func TestScheduleThatIsEditedCountsAtOnce(t *testing.T) {
 func TestRunIsPutOffUntilTheLastOneIsForgotten(t *testing.T) {
 	w := newWorld(t)
 	w.ready("genomes", 1, 2, 1000)
-	l := w.dataload("hourly", "genomes")
-	l.Spec.Schedule, l.Spec.Pin = "@hourly", true
-	w.must(w.Create(t.Context(), l))
-	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting")
-	w.clock.advance(time.Hour)
-	w.stopManager()
-	w.start()
-	w.runs(l, nil)
+	l := w.hourly()
 	last := l.Status.StartTime
 	var lost atomic.Bool
 	lost.Store(true)

@@ -384,6 +384,7 @@ func (s *LoadSum) add(id string, p wire.LoadStatus) {
 	s.Resident += p.Resident
 	s.Fetched += p.Fetched
 	s.FailedFiles += p.FailedFiles
+	s.Lost = s.Lost || p.Lost
 	s.Failures = append(s.Failures, p.Failures...)
 	if p.Problem != "" {
 		if s.Problem != "" {

@@ -189,7 +189,7 @@ func TestALeavingWorkerWaitsForANewOwnerThatFollowsAnOlderMembership(t *testing.
 			handed := int64(0)
 			if follows {
 				eventually(t, "it is asked again and again", func() error {
-					if n := tr.workers[heir].counts.statuses[wire.NotOwner].Load(); n <= 5 {
+					if n := tr.workers[heir].counts.statuses[wire.NotOwner].Load(); n <= handOverTries {
 						return fmt.Errorf("%d times", n)
 					}
 					return nil
@@ -391,7 +391,7 @@ func TestAHandOverDoesNotWaitForAMemberThatIsGoneBlockByBlock(t *testing.T) {
 		t.Errorf("%+v", h)
 	}
 	// The worker's own questions for snapshots are among them, hence the slack.
-	if n := dials.Load(); n > 1000 {
+	if n := dials.Load(); n > int64(len(files))/2 {
 		t.Errorf("%d attempts to reach a member that is gone, for %d blocks", n, len(files))
 	}
 }

@@ -190,11 +190,7 @@ func (r *Reconciler) keep(ctx context.Context, p *pass) error {
 		r.progress(p, sum)
 		p.load.Status.Progress.BytesPerSecond, p.load.Status.Progress.EstimatedCompletion = 0, complete
 	}
-	lost := false
-	for _, w := range sum.Workers {
-		lost = lost || w.Lost
-	}
-	if lost && settled(sum) && p.dataset.Status.Snapshot != p.load.Status.Snapshot && notReady(p.dataset) == "" && p.load.CopiesOf(p.dataset) <= p.dataset.Spec.Workers.Replicas {
+	if sum.Lost && settled(sum) && p.dataset.Status.Snapshot != p.load.Status.Snapshot && notReady(p.dataset) == "" && p.load.CopiesOf(p.dataset) <= p.dataset.Spec.Workers.Replicas {
 		if r.begin(ctx, p) == nil { // or the next pass does
 			p.note("LoadsAgain", "Load", "workers lost what was pinned, of a snapshot that is not current any more")
 		}
