@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -20,9 +21,9 @@ const (
 	handOverAsks = 16
 	// handOverTries is how often a new owner is asked for one block.
 	handOverTries = 5
-	// handOverTriesUnready is how often one that is not ready yet is: the waits between are two minutes, which a
-	// kubelet may take to update its mounted list, and more than a restart takes.
-	handOverTriesUnready = 16
+	// handOverPatience is how long one that is not ready yet is asked for one block: what a kubelet may take to update
+	// its mounted list, and more than a restart takes.
+	handOverPatience = 2 * time.Minute
 )
 
 // unready says whether a new owner does not answer, does not follow the membership yet or has no such snapshot yet,
@@ -130,7 +131,7 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 			given = false
 			continue
 		}
-		if err := w.giveTo(ctx, v, m, f, block); err != nil {
+		if err := w.giveTo(ctx, v, lost, m, f, block); err != nil {
 			if ctx.Err() != nil {
 				return false // which says nothing of m
 			}
@@ -146,9 +147,12 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 	return given
 }
 
-func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, block int64) error {
+// giveTo has one new owner take a block, and ends also once another found that the owner takes nothing.
+func (w *Worker) giveTo(ctx context.Context, v *view, lost *sync.Map, m ring.Member, f file, block int64) error {
 	wait := newBackoff()
+	var waited time.Duration
 	for try := 1; ; try++ {
+		asked := w.clock.Now()
 		err := func() error {
 			ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			defer cancel()
@@ -159,16 +163,19 @@ func (w *Worker) giveTo(ctx context.Context, v *view, m ring.Member, f file, blo
 			_, _, err := w.peers.frame(ctx, m, req)
 			return err
 		}()
-		tries := handOverTries
+		if err == nil || errors.Is(err, wire.ErrNotResident) { // no room is final
+			return err
+		}
+		again := try < handOverTries
 		if unready(err) {
-			tries = handOverTriesUnready
+			_, known := lost.Load(m.ID)
+			again = !known && waited < handOverPatience
 		}
-		if err == nil || errors.Is(err, wire.ErrNotResident) || try >= tries { // no room is final
+		pause := wait.NextBackOff()
+		if !again || w.sleep(ctx, pause) != nil {
 			return err
 		}
-		if w.sleep(ctx, wait.NextBackOff()) != nil {
-			return err
-		}
+		waited += w.clock.Now().Sub(asked)
 	}
 }
 

@@ -40,8 +40,8 @@ import (
 const (
 	// Buffers is the memory of one upstream's client: what is on its way to the store of this worker.
 	Buffers = 32 << 20
-	// dialWithin bounds one wait for a snapshot; the caller tries again.
-	dialWithin = 15 * time.Second
+	// lookWithin bounds one look for a snapshot; the caller tries again.
+	lookWithin = 15 * time.Second
 )
 
 // Opener opens sources, the upstream ones here and all others with scheme.Open. Its fields are not changed
@@ -115,7 +115,8 @@ type Dataset struct {
 	log                   *slog.Logger
 
 	turn   chan struct{} // held by who looks for the newest snapshot or connects
-	looked time.Time     // when the last look that ended well began; it belongs to who has the turn
+	looked time.Time     // when the last look began that found anything out; these two belong to who has the turn
+	failed error         // how it ended
 
 	mu     sync.Mutex
 	cur    *reader
@@ -146,68 +147,78 @@ func (d *Dataset) Close() {
 	}
 }
 
-// use returns a reader; where fresh is set, of the snapshot that the upstream gives after the call began. To
-// look is one small request, and one at a time: of the readers of many changed files, those that waited for another's
-// look, which began after they came, take what that found.
-func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) {
+// use returns a reader, which leave gives back; where fresh is set, of the snapshot that the upstream gives after the
+// call began. To look is one small request, and one at a time: of the readers of many changed files, those that waited for
+// another's look, which began after they came, take what that found, also where it was nothing.
+func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, error) {
 	called := time.Now()
-	d.mu.Lock()
-	if r := d.cur; r != nil && !fresh {
-		r.users++
-		d.mu.Unlock()
-		return r, func() { d.leave(r) }, nil
+	if r := d.join(); r != nil {
+		if !fresh {
+			return r, nil
+		}
+		d.leave(r)
 	}
-	d.mu.Unlock()
-
 	select {
 	case d.turn <- struct{}{}:
 		defer func() { <-d.turn }()
 	case <-ctx.Done():
-		return nil, nil, ctx.Err()
+		return nil, ctx.Err()
 	}
-	config, err := d.config()
-	if err != nil {
-		return nil, nil, err
+	r := d.join()
+	if meanwhile := d.looked.After(called); r != nil && (!fresh || meanwhile && d.failed == nil) {
+		return r, nil
+	} else if meanwhile && d.failed != nil {
+		if r != nil {
+			d.leave(r)
+		}
+		return nil, d.failed
 	}
 	began := time.Now()
-	d.mu.Lock()
-	r := d.cur
-	if r != nil {
-		r.users++
+	r, err := d.look(ctx, r)
+	if err == nil || ctx.Err() == nil { // who gave up found nothing out
+		d.looked, d.failed = began, err
 	}
-	d.mu.Unlock()
+	return r, err
+}
+
+// look asks for the newest snapshot, and connects where that is not r's. It gives r back, or returns it. The caller has
+// the turn.
+func (d *Dataset) look(ctx context.Context, r *reader) (next *reader, err error) {
+	ctx, cancel := context.WithTimeout(ctx, lookWithin)
+	defer cancel()
+	defer func() {
+		if r != nil && next != r {
+			d.leave(r)
+		}
+	}()
+	config, err := d.config()
+	if err != nil {
+		return nil, err
+	}
 	if r != nil {
-		if !fresh || d.looked.After(called) { // somebody connected or looked meanwhile
-			return r, func() { d.leave(r) }, nil
-		}
 		current, err := r.Current(ctx)
-		if err != nil || current == r.Snapshot().Digest() {
-			if err != nil {
-				d.leave(r)
-				return nil, nil, err
-			}
-			d.looked = began
-			return r, func() { d.leave(r) }, nil
+		if err != nil {
+			return nil, err
 		}
-		d.leave(r)
+		if current == r.Snapshot().Digest() {
+			return r, nil
+		}
 	}
 	waiting := ""
 	config.Progress = func(p client.Progress) { waiting = p.Waiting }
-	within, cancel := context.WithTimeout(ctx, dialWithin)
-	defer cancel()
-	c, err := client.Dial(within, config)
+	c, err := client.Dial(ctx, config)
 	if err != nil {
 		if waiting != "" {
 			err = fmt.Errorf("%s: %w", waiting, err)
 		}
-		return nil, nil, err
+		return nil, err
 	}
-	next := &reader{Client: c, users: 1}
+	next = &reader{Client: c, users: 1}
 	d.mu.Lock()
 	if d.closed {
 		d.mu.Unlock()
 		c.Close()
-		return nil, nil, errors.New("closed")
+		return nil, errors.New("closed")
 	}
 	last := d.cur
 	d.cur = next
@@ -217,11 +228,20 @@ func (d *Dataset) use(ctx context.Context, fresh bool) (*reader, func(), error) 
 		idle = last.users == 0
 	}
 	d.mu.Unlock()
-	d.looked = began
 	if idle {
 		last.Client.Close()
 	}
-	return next, func() { d.leave(next) }, nil
+	return next, nil
+}
+
+// join counts one more user of the reader that there is; nil where there is none.
+func (d *Dataset) join() *reader {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	if d.cur != nil {
+		d.cur.users++
+	}
+	return d.cur
 }
 
 func (d *Dataset) leave(r *reader) {
@@ -295,11 +315,11 @@ func object(s *catalog.Snapshot, i catalog.Index) (source.Object, bool) {
 
 // List implements source.Lister: the upstream's current snapshot.
 func (d *Dataset) List(ctx context.Context, prefix string, yield func(source.Object) error) error {
-	r, done, err := d.use(ctx, true)
+	r, err := d.use(ctx, true)
 	if err != nil {
 		return d.fail(ctx, "list", prefix, err)
 	}
-	defer done()
+	defer d.leave(r)
 	s := r.Snapshot()
 	for i := range s.Len() {
 		if i%4096 == 0 && ctx.Err() != nil {
@@ -326,11 +346,11 @@ func find(s *catalog.Snapshot, key string) (catalog.Index, source.Object, bool) 
 
 // Stat implements source.Stater.
 func (d *Dataset) Stat(ctx context.Context, key string) (source.Object, error) {
-	r, done, err := d.use(ctx, true)
+	r, err := d.use(ctx, true)
 	if err != nil {
 		return source.Object{}, d.fail(ctx, "stat", key, err)
 	}
-	defer done()
+	defer d.leave(r)
 	_, o, ok := find(r.Snapshot(), key)
 	if !ok {
 		return source.Object{}, d.fail(ctx, "stat", key, source.ErrNotFound)
@@ -347,15 +367,15 @@ func (d *Dataset) Get(ctx context.Context, o source.Object, off, length int64) (
 		return source.Body{ReadCloser: io.NopCloser(strings.NewReader(""))}, nil
 	}
 	for fresh := false; ; fresh = true {
-		r, done, err := d.use(ctx, fresh)
+		r, err := d.use(ctx, fresh)
 		if err != nil {
 			return source.Body{}, d.fail(ctx, "get", o.Key, err)
 		}
 		i, have, ok := find(r.Snapshot(), o.Key)
 		if ok && have.Version == o.Version {
-			return source.Body{ReadCloser: &body{d: d, r: r, done: done, ctx: ctx, key: o.Key, i: i, off: off, left: length}, Digest: have.Digest}, nil
+			return source.Body{ReadCloser: &body{d: d, r: r, ctx: ctx, key: o.Key, i: i, off: off, left: length}, Digest: have.Digest}, nil
 		}
-		done()
+		d.leave(r)
 		switch {
 		case !fresh: // the upstream may have a newer listing than this reader's
 		case !ok:
@@ -370,7 +390,6 @@ func (d *Dataset) Get(ctx context.Context, o source.Object, off, length int64) (
 type body struct {
 	d         *Dataset
 	r         *reader
-	done      func()
 	ctx       context.Context
 	key       string
 	i         catalog.Index
@@ -402,9 +421,9 @@ func (b *body) Read(p []byte) (int, error) {
 }
 
 func (b *body) Close() error {
-	if b.done != nil {
-		b.done()
-		b.done, b.err = nil, io.ErrClosedPipe
+	if b.r != nil {
+		b.d.leave(b.r)
+		b.r, b.err = nil, io.ErrClosedPipe
 	}
 	return nil
 }

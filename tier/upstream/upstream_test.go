@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"os"
 	"path/filepath"
 	"strings"
@@ -336,5 +337,50 @@ func TestItIsNotWritten(t *testing.T) {
 	}
 	if _, err := w.opener.Open(t.Context(), source.Config{URL: "dataset://ref"}); !errors.Is(err, source.ErrInvalid) {
 		t.Errorf("no name: %v", err)
+	}
+}
+
+// Many readers that wait for an upstream that then refuses them do not each ask it in turn.
+func TestALookThatFailsIsForAllWhoWaited(t *testing.T) {
+	const readers = 16
+	w := newWorld(t)
+	c := w.config()
+	c.CredentialsDir = t.TempDir()
+	must(t, wire.WriteKeys(c.CredentialsDir, wire.Keys{Read: wire.GenerateKeys().Read}))
+	var looks atomic.Int64
+	var hold atomic.Pointer[chan struct{}]
+	w.opener.Dial = func(ctx context.Context, network, addr string) (net.Conn, error) {
+		looks.Add(1)
+		select {
+		case <-*hold.Load():
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	denied, err := w.opener.Dataset(c)
+	must(t, err)
+	round := func() int64 {
+		open := make(chan struct{})
+		hold.Store(&open)
+		looks.Store(0)
+		var wg sync.WaitGroup
+		for range readers {
+			wg.Go(func() {
+				if _, err := denied.Stat(t.Context(), "a"); !errors.Is(err, source.ErrDenied) {
+					t.Error(err)
+				}
+			})
+		}
+		time.Sleep(20 * time.Millisecond) // so that most have come; those that have not look once more
+		close(open)
+		wg.Wait()
+		return looks.Load()
+	}
+	n := round()
+	for end := time.Now().Add(time.Minute); n > readers/2 && time.Now().Before(end); n = round() {
+	}
+	if n > readers/2 {
+		t.Errorf("%d readers asked %d times", readers, n)
 	}
 }
