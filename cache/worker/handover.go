@@ -163,6 +163,7 @@ func (w *Worker) giveTo(ctx context.Context, v *view, lost *sync.Map, m ring.Mem
 			_, _, err := w.peers.frame(ctx, m, req)
 			return err
 		}()
+		waited += w.clock.Now().Sub(asked)
 		if err == nil || errors.Is(err, wire.ErrNotResident) { // no room is final
 			return err
 		}
@@ -175,7 +176,7 @@ func (w *Worker) giveTo(ctx context.Context, v *view, lost *sync.Map, m ring.Mem
 		if !again || w.sleep(ctx, pause) != nil {
 			return err
 		}
-		waited += w.clock.Now().Sub(asked)
+		waited += pause
 	}
 }
 
