@@ -9,10 +9,12 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"reflect"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -21,7 +23,13 @@ import (
 	"github.com/go-logr/logr"
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
+	appsv1 "k8s.io/api/apps/v1"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/selection"
+	"k8s.io/apimachinery/pkg/util/intstr"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
@@ -382,5 +390,102 @@ func TestMonitorsFindPods(t *testing.T) {
 		if !found[component] {
 			t.Errorf("%s has no port named metrics in a pod that is labelled so", component)
 		}
+	}
+}
+
+// A pod of a DaemonSet that could never run stays Pending on its node, and no update goes on past it. Every other node
+// has one, tainted ones too.
+func TestWhereTheNodeServiceRuns(t *testing.T) {
+	linux := func(more map[string]string) map[string]string {
+		l := map[string]string{corev1.LabelOSStable: "linux"}
+		maps.Copy(l, more)
+		return l
+	}
+	nodes := map[string]struct {
+		labels map[string]string
+		runs   bool
+	}{
+		"plain":            {linux(nil), true},
+		"with other types": {linux(map[string]string{"type": "gpu", "eks.amazonaws.com/compute-type": "ec2", "kubernetes.io/role": "node"}), true},
+		"Windows":          {map[string]string{corev1.LabelOSStable: "windows"}, false},
+		"Fargate":          {linux(map[string]string{"eks.amazonaws.com/compute-type": "fargate"}), false},
+		"virtual kubelet":  {linux(map[string]string{"type": "virtual-kubelet"}), false},
+		"virtual agent":    {linux(map[string]string{"kubernetes.io/role": "agent-virtual"}), false},
+		"virtual node":     {linux(map[string]string{"alibabacloud.com/virtual-node": "true"}), false},
+	}
+	found := 0
+	for _, u := range build(t, "default") {
+		if u.GetKind() != "DaemonSet" {
+			continue
+		}
+		found++
+		var d appsv1.DaemonSet
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &d); err != nil {
+			t.Fatal(err)
+		}
+		spec := d.Spec.Template.Spec
+		if !slices.Contains(spec.Tolerations, corev1.Toleration{Operator: corev1.TolerationOpExists}) {
+			t.Errorf("%s does not tolerate every taint", d.Name)
+		}
+		terms := spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+		if len(terms) != 1 {
+			t.Fatalf("%s has %d alternatives", d.Name, len(terms))
+		}
+		for name, node := range nodes {
+			if runs := matches(t, terms[0], node.labels); runs != node.runs {
+				t.Errorf("%s on a node that is %s: %v, want %v", d.Name, name, runs, node.runs)
+			}
+		}
+		if u := d.Spec.UpdateStrategy.RollingUpdate; u != nil && u.MaxSurge.Type != intstr.String {
+			t.Errorf("%s: a surge of %v nodes in all is held up by as many that are not ready", d.Name, u.MaxSurge)
+		}
+	}
+	if found != 2 {
+		t.Errorf("%d DaemonSets", found)
+	}
+}
+
+func matches(t *testing.T, term corev1.NodeSelectorTerm, node map[string]string) bool {
+	t.Helper()
+	for _, e := range term.MatchExpressions {
+		op, ok := map[corev1.NodeSelectorOperator]selection.Operator{corev1.NodeSelectorOpIn: selection.In, corev1.NodeSelectorOpNotIn: selection.NotIn}[e.Operator]
+		if !ok {
+			t.Fatalf("an operator that this test does not know: %s", e.Operator)
+		}
+		r, err := labels.NewRequirement(e.Key, op, e.Values)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if !r.Matches(labels.Set(node)) {
+			return false
+		}
+	}
+	return true
+}
+
+// GKE admits the priority classes of the system only where a quota selects them.
+func TestAQuotaLetsTheSystemsPriorityClassesIn(t *testing.T) {
+	wanted, selected := map[string]bool{}, map[string]bool{}
+	for _, u := range build(t, "default") {
+		if class, ok, _ := unstructured.NestedString(u.Object, "spec", "template", "spec", "priorityClassName"); ok {
+			wanted[u.GetNamespace()+"/"+class] = true
+		}
+		if u.GetKind() != "ResourceQuota" {
+			continue
+		}
+		var q corev1.ResourceQuota
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &q); err != nil {
+			t.Fatal(err)
+		}
+		for _, e := range q.Spec.ScopeSelector.MatchExpressions {
+			if e.ScopeName == corev1.ResourceQuotaScopePriorityClass && e.Operator == corev1.ScopeSelectorOpIn {
+				for _, class := range e.Values {
+					selected[q.Namespace+"/"+class] = true
+				}
+			}
+		}
+	}
+	if !maps.Equal(wanted, selected) || len(wanted) != 2 {
+		t.Errorf("pods want %v, the quota selects %v", wanted, selected)
 	}
 }

@@ -33,6 +33,7 @@ var (
 	rights = []object{
 		{kind("policy", "PodDisruptionBudget"), "stepcache-controller", false},
 		{kind("policy", "PodDisruptionBudget"), "stepcache-webhook", false},
+		{kind("", "ResourceQuota"), "stepcache-critical", false},
 		{kind("", "Service"), "stepcache-controller-metrics", false},
 		{kind("", "Service"), "stepcache-webhook", false},
 		{kind("", "Secret"), "stepcache-webhook-cert", false},
