@@ -284,22 +284,8 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 		s.log.Warn("mounts that pods serve are not looked after", "error", err)
 	}
 
-	for _, e := range []struct {
-		path     string
-		register func(*grpc.Server)
-	}{
-		{s.config.csiSocket(), func(g *grpc.Server) {
-			csi.RegisterIdentityServer(g, s)
-			csi.RegisterNodeServer(g, s)
-		}},
-		{s.config.registrationSocket(), func(g *grpc.Server) { registration.RegisterRegistrationServer(g, s) }},
-	} {
-		server := grpc.NewServer(grpc.UnaryInterceptor(s.call))
-		e.register(server)
-		*servers = append(*servers, server)
-		if err := s.serve(g, e.path, server); err != nil {
-			return err
-		}
+	if *servers, err = s.serveAll(g); err != nil {
+		return err
 	}
 	g.Go(func() error { s.housekeep(ctx, g); return nil })
 	g.Go(func() error { s.announce(ctx); return nil })
@@ -340,7 +326,48 @@ func stopGracefully(g *grpc.Server) {
 	g.GracefulStop()
 }
 
-// serve answers at a socket, in place of whoever did.
+// serveAll answers at both sockets. The servers are told also where one of them is not to be made.
+func (s *service) serveAll(g *errgroup.Group) (servers []*grpc.Server, err error) {
+	unlock, err := s.lockSockets(unix.LOCK_EX)
+	if err != nil {
+		return nil, err
+	}
+	defer unlock()
+	for _, e := range []struct {
+		path     string
+		register func(*grpc.Server)
+	}{
+		{s.config.csiSocket(), func(g *grpc.Server) {
+			csi.RegisterIdentityServer(g, s)
+			csi.RegisterNodeServer(g, s)
+		}},
+		{s.config.registrationSocket(), func(g *grpc.Server) { registration.RegisterRegistrationServer(g, s) }},
+	} {
+		server := grpc.NewServer(grpc.UnaryInterceptor(s.call))
+		e.register(server)
+		servers = append(servers, server)
+		if err := s.serve(g, e.path, server); err != nil {
+			return servers, err
+		}
+	}
+	return servers, nil
+}
+
+// lockSockets keeps other node services of this node from making sockets meanwhile: of two that make theirs at the same
+// time each could end with one.
+func (s *service) lockSockets(how int) (unlock func(), err error) {
+	f, err := os.Open(s.config.Dir) // whose lock leaves nothing behind
+	if err != nil {
+		return nil, err
+	}
+	if err := unix.Flock(int(f.Fd()), how); err != nil {
+		f.Close()
+		return nil, &fs.PathError{Op: "lock", Path: f.Name(), Err: err}
+	}
+	return func() { f.Close() }, nil
+}
+
+// serve answers at a socket, in place of whoever did. The caller has the sockets locked.
 func (s *service) serve(g *errgroup.Group, path string, server *grpc.Server) error {
 	l, info, err := listen(path)
 	if err != nil {
@@ -423,7 +450,17 @@ func (s *service) deserted() (gone []made) {
 
 // takeBack makes deserted sockets anew, this process's part being its own again. The kubelet registers the driver
 // again, by which the node is labelled. False: not yet.
-func (s *service) takeBack(ctx context.Context, g *errgroup.Group, gone []made) bool {
+func (s *service) takeBack(ctx context.Context, g *errgroup.Group) bool {
+	unlock, err := s.lockSockets(unix.LOCK_EX | unix.LOCK_NB)
+	if err != nil {
+		s.log.Warn("sockets that a later node service left are not made again yet", "error", err)
+		return false
+	}
+	defer unlock()
+	gone := s.deserted() // as of now, when nobody makes any
+	if len(gone) == 0 {
+		return false
+	}
 	for _, m := range gone {
 		if err := s.serve(g, m.path, m.server); err != nil {
 			s.log.Error("nobody answers the kubelet: a socket that a later node service left is not made again", "socket", m.path, "error", err)
@@ -461,9 +498,9 @@ func (s *service) housekeep(ctx context.Context, g *errgroup.Group) {
 			return
 		case <-t.C:
 		}
-		if gone := s.deserted(); len(gone) == 0 {
+		if len(s.deserted()) == 0 {
 			empty = 0
-		} else if empty++; empty < desertedTicks || !s.takeBack(ctx, g, gone) {
+		} else if empty++; empty < desertedTicks || !s.takeBack(ctx, g) {
 			continue // what this process knows of the mounts may be of before the other one
 		}
 		if s.superseded() {

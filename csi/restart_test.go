@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -15,6 +16,7 @@ import (
 	"sync"
 	"testing"
 
+	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
 
@@ -490,4 +492,51 @@ func TestWithoutAKeeperEverythingIsServedAndParkedOnceThereIsOne(t *testing.T) {
 	}
 	kube.unpublish("step")
 	second.terminate(t)
+}
+
+// Of node services that start in the same instant one has both sockets.
+func TestNodeServicesMakeTheirSocketsOneAfterTheOther(t *testing.T) {
+	dir, err := os.MkdirTemp("", "s") // short, for the sockets' paths
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { os.RemoveAll(dir) })
+	config := Config{NodeName: "n", KubeletDir: dir, Dir: filepath.Join(dir, "d"), SocketDir: filepath.Join(dir, "s"), Logger: slog.New(slog.DiscardHandler)}.withDefaults()
+	if err := os.Mkdir(config.Dir, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for range 20 {
+		var g, starts errgroup.Group
+		services := make([]*service, 4)
+		var mu sync.Mutex
+		var all []*grpc.Server
+		for i := range services {
+			services[i] = newService(config)
+			starts.Go(func() error {
+				servers, err := services[i].serveAll(&g)
+				mu.Lock()
+				defer mu.Unlock()
+				all = append(all, servers...)
+				return err
+			})
+		}
+		if err := starts.Wait(); err != nil {
+			t.Error(err)
+		}
+		whole := 0
+		for _, s := range services {
+			if !s.superseded() {
+				whole++
+			}
+		}
+		if whole != 1 {
+			t.Errorf("%d of %d node services have both sockets", whole, len(services))
+		}
+		for _, s := range all {
+			s.Stop()
+		}
+		if err := g.Wait(); err != nil {
+			t.Error(err)
+		}
+	}
 }
