@@ -43,9 +43,7 @@ func (h *Inject) Handle(ctx context.Context, r admission.Request) admission.Resp
 		}
 		return refused(err)
 	}
-	if !serverless(p.pod, nil) { // such a node holds nothing
-		h.Place(ctx, r.Namespace, p, h.loads(ctx, r.Namespace, p.pod, needs))
-	}
+	draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)
 }
 
@@ -81,9 +79,19 @@ func (h *Locality) Handle(ctx context.Context, r admission.Request) admission.Re
 	}
 	needs, err := h.needs(ctx, r.Namespace, p.pod)
 	if err == nil {
-		h.Place(ctx, r.Namespace, p, h.loads(ctx, r.Namespace, p.pod, needs))
+		draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)
 	}
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)
+}
+
+// draw places a pod on the nodes that hold what it reads, unless it runs on one that is made for it and holds
+// nothing.
+func draw(ctx context.Context, j *Injector, l *Placer, namespace string, p *patch, needs []*need) {
+	labels, err := j.Cluster.NamespaceLabels(ctx, namespace)
+	if err != nil || serverless(p.pod, labels) {
+		return
+	}
+	l.Place(ctx, namespace, p, j.loads(ctx, namespace, p.pod, needs))
 }
 
 // podOf reads the pod of a request; nil where there is nothing to do, with an error if it cannot be read.

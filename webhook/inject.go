@@ -163,6 +163,15 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 		if ok, err := j.Cluster.NodeService(ctx); err != nil || !ok {
 			return warnings, err // the claim that the pod has works; ours would not
 		}
+		labels, err := j.Cluster.NamespaceLabels(ctx, namespace)
+		if err != nil {
+			return warnings, err
+		}
+		if serverless(p.pod, labels) {
+			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, whose volume cannot be on a serverless node: the pod keeps the claim that it has; with label %s: auto it gets the Dataset there",
+				c.ClaimName, d.Namespace, d.Name, v1alpha1.LabelInject))
+			continue
+		}
 		p.source(i, claim(d))
 		p.annotate(AnnotationInjected, string(csi))
 	}

@@ -15,6 +15,7 @@ import (
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -549,6 +550,50 @@ func TestLocalityHandler(t *testing.T) {
 	r = localityHandler(t, w).Handle(ctx, request("argo", raw))
 	if pod := decodePod(t, apply(t, raw, r)); pod.Spec.Volumes[2].PersistentVolumeClaim.ClaimName != "oss-data" {
 		t.Errorf("the claim is replaced: %+v", pod.Spec.Volumes[2])
+	}
+}
+
+// A node that is made for one pod mounts no Dataset and holds nothing: the pod keeps its claim, and goes where it
+// would go without us.
+func TestServerlessPodsKeepTheirClaims(t *testing.T) {
+	none := func(map[string]any) {}
+	for _, c := range []struct {
+		name   string
+		change func(map[string]any)
+		labels map[string]string // the namespace's
+	}{
+		{"ECI", put("labels", "alibabacloud.com/eci", "true"), nil},
+		{"Fargate", put("labels", "eks.amazonaws.com/fargate-profile", "steps"), nil},
+		{"ECI namespace", none, map[string]string{"alibabacloud.com/eci": "true"}},
+	} {
+		w := newWorld()
+		w.namespaces["argo"] = c.labels
+		w.datasets[0].Spec.Locality = v1alpha1.LocalityRequire
+		h := localityHandler(t, w)
+		r := h.Handle(t.Context(), request("argo", readPod(t, "argo-v3.7", c.change)))
+		if !r.Allowed || len(r.Patches) > 0 {
+			t.Errorf("%s: patched: %v %v", c.name, r.Patches, r.Result)
+		}
+		if len(r.Warnings) != 1 || !strings.Contains(r.Warnings[0], "the pod keeps the claim that it has") {
+			t.Errorf("%s: warnings %q", c.name, r.Warnings)
+		}
+		raw := readPod(t, "plain", inject("stage"), c.change)
+		if pod := decodePod(t, apply(t, raw, injectHandler(t, w).Handle(t.Context(), request("argo", raw)))); pod.Spec.Affinity != nil {
+			t.Errorf("%s: a staged pod is drawn to %+v", c.name, pod.Spec.Affinity)
+		}
+		// Nor is a step that loads artifacts drawn anywhere.
+		w.datasets = append(w.datasets, dataset("argo", "results", func(d *v1alpha1.Dataset) { d.Spec.Access = v1alpha1.ReadWrite }))
+		h.Holdings.set(types.NamespacedName{Namespace: "argo", Name: "results"}, &holding{members: members("n1", "n2")})
+		step := map[string]any{}
+		if err := json.Unmarshal(stepPod(t, "results-s3.argo.svc:9000", "results", "out"), &step); err != nil {
+			t.Fatal(err)
+		}
+		c.change(step)
+		if raw, err := json.Marshal(step); err != nil {
+			t.Fatal(err)
+		} else if r := h.Handle(t.Context(), request("argo", raw)); len(r.Patches) > 0 {
+			t.Errorf("%s: a step that loads artifacts is patched: %v", c.name, r.Patches)
+		}
 	}
 }
 
