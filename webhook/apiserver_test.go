@@ -281,7 +281,7 @@ func (a *apiServer) genomesWorker(d *v1alpha1.Dataset) func(file string) string 
 		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.ReaderName("genomes"), Labels: labels}, Data: map[string][]byte{v1alpha1.KeyRead: read}},
 		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.TierName("genomes"), Labels: labels}, Data: map[string]string{v1alpha1.KeyMembership: string(list)}},
 	)
-	d.Status.Snapshot, d.Status.Bytes = w.Status().Snapshot, 5<<30
+	d.Status.Phase, d.Status.Snapshot, d.Status.Bytes = v1alpha1.DatasetReady, w.Status().Snapshot, 5<<30
 	if err := a.c.Status().Update(a.ctx, d); err != nil {
 		a.t.Fatal(err)
 	}

@@ -8,8 +8,9 @@
 // mode: csi (the claim as it is), sidecar (a FUSE server in the pod: without any right where a node service lends
 // it its mounts, privileged elsewhere) or stage (an init container that
 // copies). A mode only changes where a volume comes from: names and mounts stay, since Argo's wait
-// container repeats main's. Pods of workflows in watched namespaces get replaced claims and node affinity
-// with no label of ours; node affinity also for input artifacts that they load from a Dataset's S3 endpoint.
+// container repeats main's. Pods of workflows in watched namespaces get replaced claims (of Datasets that serve)
+// and node affinity with no label of ours; node affinity also for input artifacts that they load from a Dataset's
+// S3 endpoint.
 //
 // There are two mutating endpoints because they fail differently. PathInject fails closed: a pod without
 // its data is worse than a refused one. PathLocality fails open: a pod on another node is only slower.

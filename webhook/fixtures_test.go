@@ -78,7 +78,7 @@ func dataset(namespace, name string, change ...func(*v1alpha1.Dataset)) *v1alpha
 			Access:   v1alpha1.ReadOnly,
 			Locality: v1alpha1.LocalityPrefer,
 		},
-		Status: v1alpha1.DatasetStatus{Bytes: 3 << 30},
+		Status: v1alpha1.DatasetStatus{Phase: v1alpha1.DatasetReady, Bytes: 3 << 30},
 	}
 	for _, c := range change {
 		c(d)

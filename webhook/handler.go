@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"log/slog"
 	"net/http"
+	"slices"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	corev1 "k8s.io/api/core/v1"
@@ -79,6 +80,7 @@ func (h *Locality) Handle(ctx context.Context, r admission.Request) admission.Re
 	}
 	needs, err := h.needs(ctx, r.Namespace, p.pod)
 	if err == nil {
+		needs = slices.DeleteFunc(needs, func(n *need) bool { return kept(p.pod, n) })
 		draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)
 	}
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)

@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -138,7 +139,7 @@ func (j *Injector) Inject(ctx context.Context, namespace string, p *patch) (need
 }
 
 // Replace gives a pod that asks for nothing the claims of Datasets for those that they replace. It does
-// so only where the claims can be mounted.
+// so only where the claims can be mounted and the Datasets serve.
 func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (warnings []string, err error) {
 	if _, ok, err := asks(p.pod); ok || err != nil {
 		return nil, nil // Inject's
@@ -172,10 +173,29 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 				c.ClaimName, d.Namespace, d.Name, v1alpha1.LabelInject))
 			continue
 		}
+		if !serves(d) {
+			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, which is %s and serves nobody now: the pod keeps the claim that it has; kubectl describe dataset %s says why",
+				c.ClaimName, d.Namespace, d.Name, cmp.Or(d.Status.Phase, v1alpha1.DatasetPending), d.Name))
+			continue
+		}
 		p.source(i, claim(d))
 		p.annotate(AnnotationInjected, string(csi))
 	}
 	return warnings, nil
+}
+
+// serves says whether pods that mount the Dataset can start. A Dataset of which a worker is moved or missing, or whose
+// bucket does not answer, is Degraded: the other workers serve, and what is cached.
+func serves(d *v1alpha1.Dataset) bool {
+	return d.Status.Phase == v1alpha1.DatasetReady || d.Status.Phase == v1alpha1.DatasetDegraded
+}
+
+// kept says whether the pod has no more of the Dataset than claims that were not replaced: it reads nothing of it.
+func kept(pod *corev1.Pod, n *need) bool {
+	return !slices.ContainsFunc(n.volumes, func(i int) bool {
+		c := pod.Spec.Volumes[i].PersistentVolumeClaim
+		return c == nil || c.ClaimName == v1alpha1.ClaimName(n.dataset.Name)
+	})
 }
 
 // replaceable says why pods cannot get the Dataset in the place of a claim: who has written to the claim so

@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -544,12 +545,42 @@ func TestLocalityHandler(t *testing.T) {
 	if len(r.Warnings) != 1 || !strings.Contains(r.Warnings[0], "access: ReadWrite") {
 		t.Errorf("warnings %q", r.Warnings)
 	}
+	if len(r.Patches) > 0 {
+		t.Errorf("a pod that reads nothing of the Dataset is placed: %v", r.Patches)
+	}
 	// Without a node service the claim that the pod has works, and ours would not.
 	w := newWorld()
 	w.service = false
 	r = localityHandler(t, w).Handle(ctx, request("argo", raw))
 	if pod := decodePod(t, apply(t, raw, r)); pod.Spec.Volumes[2].PersistentVolumeClaim.ClaimName != "oss-data" {
 		t.Errorf("the claim is replaced: %+v", pod.Spec.Volumes[2])
+	}
+}
+
+// A workflow that worked with the claim that it has is not stopped by a Dataset that does not work yet, or no more.
+func TestOnlyDatasetsThatServeReplaceClaims(t *testing.T) {
+	for phase, want := range map[v1alpha1.DatasetPhase]bool{
+		"": false, v1alpha1.DatasetPending: false, v1alpha1.DatasetFailed: false, v1alpha1.DatasetDeleting: false,
+		v1alpha1.DatasetReady: true, v1alpha1.DatasetDegraded: true,
+	} {
+		w := newWorld()
+		w.datasets[0].Status.Phase, w.datasets[0].Spec.Locality = phase, v1alpha1.LocalityRequire
+		raw := readPod(t, "argo-v3.7")
+		r := localityHandler(t, w).Handle(t.Context(), request("argo", raw))
+		claim := decodePod(t, apply(t, raw, r)).Spec.Volumes[2].PersistentVolumeClaim.ClaimName
+		if want {
+			if claim != "genomes" || len(r.Warnings) > 0 {
+				t.Errorf("phase %q: claim %s, warnings %q", phase, claim, r.Warnings)
+			}
+			continue
+		}
+		if len(r.Patches) > 0 {
+			t.Errorf("phase %q: patched: %v", phase, r.Patches)
+		}
+		says := []string{"Dataset argo/genomes", string(cmp.Or(phase, v1alpha1.DatasetPending)), "the pod keeps the claim that it has"}
+		if len(r.Warnings) != 1 || slices.ContainsFunc(says, func(s string) bool { return !strings.Contains(r.Warnings[0], s) }) {
+			t.Errorf("phase %q: warnings %q, want %q", phase, r.Warnings, says)
+		}
 	}
 }
 

@@ -113,7 +113,7 @@ type DatasetSpec struct {
 	Locality Locality `json:"locality,omitempty"`
 
 	// Replaces lists claims that workflow pods of this namespace already use; they are given this
-	// Dataset's claim instead, with no change to the workflow.
+	// Dataset's claim instead, with no change to the workflow, as long as the Dataset is Ready or Degraded.
 	//
 	// +optional
 	// +listType=map
