@@ -276,6 +276,27 @@ func (j *Injector) tier(p *patch, d *v1alpha1.Dataset) corev1.VolumeMount {
 	return corev1.VolumeMount{Name: name, MountPath: path.Join(tierDir, d.Name), ReadOnly: true}
 }
 
+// Annotations of service meshes: the outbound ports of a pod that they leave alone, with commas between.
+const (
+	istioPorts   = "traffic.sidecar.istio.io/excludeOutboundPorts"
+	linkerdPorts = "config.linkerd.io/skip-outbound-ports"
+)
+
+// pastMesh lets what is added reach the workers in a pod of a service mesh. It runs before the mesh's proxy, to which
+// the mesh's CNI plugin has all of the pod's connections redirected from the start: the pod would never start
+// (github.com/istio/istio issue 23802, github.com/linkerd/linkerd2 issue 4788). Readers connect to the workers' data
+// port alone. The meshes' webhooks are called before ours, by the order of their configurations' names, so that ports
+// which they take from the namespace or their own configuration are on the pod by now and stay.
+func pastMesh(p *patch) {
+	port := strconv.Itoa(v1alpha1.PortData)
+	for _, key := range []string{istioPorts, linkerdPorts} {
+		ports := strings.FieldsFunc(p.pod.Annotations[key], func(r rune) bool { return r == ',' || r == ' ' })
+		if !slices.Contains(ports, port) {
+			p.annotate(key, strings.Join(append(ports, port), ","))
+		}
+	}
+}
+
 func (j *Injector) container(name string, args ...string) corev1.Container {
 	return corev1.Container{Name: name, Image: j.Image, ImagePullPolicy: j.PullPolicy, Command: []string{"/stepcache"}, Args: args}
 }

@@ -134,6 +134,7 @@ func (j *Injector) Inject(ctx context.Context, namespace string, p *patch) (need
 	if m != csi {
 		p.label(v1alpha1.LabelReader, "true")
 		p.pullSecrets(j.PullSecrets)
+		pastMesh(p)
 	}
 	return needs, warnings, nil
 }

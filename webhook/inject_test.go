@@ -347,6 +347,34 @@ func TestPullSecrets(t *testing.T) {
 	}
 }
 
+// What is added runs before a mesh's proxy, and so must not be redirected to it; what the user excludes stays.
+func TestWhatIsAddedPassesTheMesh(t *testing.T) {
+	for _, c := range []struct{ mode, has, want string }{
+		{"stage", "", "7070"},
+		{"sidecar", "", "7070"},
+		{"stage", "443, 17070,", "443,17070,7070"},
+		{"sidecar", "7070,443", "7070,443"},
+		{"csi", "", ""},
+		{"csi", "443", "443"},
+	} {
+		for _, lent := range []bool{true, false} {
+			w := newWorld()
+			w.service = lent
+			h := injectHandler(t, w)
+			raw := readPod(t, "plain", inject(c.mode), put("annotations", istioPorts, c.has), put("annotations", linkerdPorts, c.has))
+			after := apply(t, raw, h.Handle(t.Context(), request("argo", raw)))
+			for _, key := range []string{istioPorts, linkerdPorts} {
+				if got := decodePod(t, after).Annotations[key]; got != c.want {
+					t.Errorf("%s, lent %v: %s is %q, was %q, want %q", c.mode, lent, key, got, c.has, c.want)
+				}
+			}
+			if again := h.Handle(t.Context(), request("argo", after)); len(again.Patches) > 0 {
+				t.Errorf("%s, lent %v: patched again: %v", c.mode, lent, again.Patches)
+			}
+		}
+	}
+}
+
 // Another webhook adds containers after ours, in front and behind, and the API server asks again.
 func TestReinvocation(t *testing.T) {
 	for _, m := range []string{"csi", "sidecar", "stage"} {
