@@ -13,10 +13,14 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/client-go/tools/events"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/controllers/dataload"
+	"github.com/stepcache/stepcache/controllers/dataset"
 )
 
 func (w *world) dataload(name, dataset string) *v1alpha1.DataLoad {
@@ -133,6 +137,21 @@ func TestPinsOfASnapshotThatNobodyHoldsAreThoseOfTheCurrentOne(t *testing.T) {
 	})
 	if got := w.pinned(); got < 65_000 {
 		t.Errorf("%d bytes pinned", got)
+	}
+}
+
+// A Dataset that is deleted may be made anew: what its loads pin is looked after then as well.
+func TestAPinnedLoadIsLookedAtWithoutItsDataset(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 10_000)
+	l := w.load(d, "pin", func(l *v1alpha1.DataLoad) { l.Spec.Pin = true })
+	w.must(w.Delete(t.Context(), d))
+	w.gone(d)
+	w.stopManager()
+	r := dataload.New(w.Client, w.Client, events.NewFakeRecorder(100), dataset.Options{Clock: w.clock})
+	got, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: client.ObjectKeyFromObject(l)})
+	if err != nil || got.RequeueAfter == 0 {
+		t.Errorf("%+v, %v", got, err)
 	}
 }
 

@@ -177,10 +177,13 @@ func (r *Reconciler) rate(p *pass, bytes int64) int64 {
 // memory load it again. What they cannot have any more, since it is another snapshot's by now, is loaded from the
 // Dataset's current one.
 func (r *Reconciler) keep(ctx context.Context, p *pass) error {
-	if !p.load.Spec.Pin || p.dataset == nil || !p.dataset.DeletionTimestamp.IsZero() || p.load.Status.StartTime == nil {
+	if !p.load.Spec.Pin || p.load.Status.StartTime == nil {
 		return nil
 	}
 	p.soon(keepPoll)
+	if p.dataset == nil || !p.dataset.DeletionTimestamp.IsZero() {
+		return nil // it may be made anew
+	}
 	sum, err := r.sum(ctx, p)
 	if err != nil {
 		return nil // the Dataset's own conditions tell; it is asked again
