@@ -140,6 +140,11 @@ func (b *Bucket) Copy(ctx context.Context, from source.Object, key string, o sou
 		if err != nil {
 			return b.fail(ctx, "put", key, seen, err)
 		}
+		// A store that fails after it began to answer says so under a status of success, which minio-go reads as
+		// an answer without ETag.
+		if info.ETag == "" {
+			return &source.Error{Op: "put", Name: b.object(key), Kind: source.ErrUnavailable, Err: errors.New("the answer does not say that it was copied")}
+		}
 		return nil
 	})
 	if err != nil {

@@ -2,6 +2,7 @@ package s3_test
 
 import (
 	"bytes"
+	"context"
 	"errors"
 	"fmt"
 	"maps"
@@ -9,6 +10,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/s3"
@@ -146,6 +148,53 @@ func TestAPutTellsWhetherItsUploadIsGone(t *testing.T) {
 		})
 		if told != 1 || (err == nil) != (c.part.Status == 0) {
 			t.Errorf("%s: told %d times, %v", c.what, told, err)
+		}
+	}
+}
+
+// A store that fails after it began to answer says so under a status of success. That is tried again, and what was there
+// before is never told as what was made.
+func TestAFailureUnderAStatusOfSuccess(t *testing.T) {
+	const failed = `<?xml version="1.0"?><Error><Code>InternalError</Code><Message>the store's own words</Message></Error>`
+	from := source.Object{Key: "from", Size: 10, Version: etag}
+	for what, c := range map[string]struct {
+		done string
+		make func(context.Context, *s3.Bucket) (source.Object, error)
+	}{
+		"copy": {`<CopyObjectResult><ETag>"made"</ETag></CopyObjectResult>`, func(ctx context.Context, b *s3.Bucket) (source.Object, error) {
+			return b.Copy(ctx, from, "k", source.WriteOptions{})
+		}},
+		"complete": {`<CompleteMultipartUploadResult><Bucket>bucket</Bucket><Key>k</Key><ETag>"made"</ETag></CompleteMultipartUploadResult>`,
+			func(ctx context.Context, b *s3.Bucket) (source.Object, error) {
+				return b.CompleteUpload(ctx, "k", "u", []source.Part{{Number: 1, Version: etag}}, source.WriteOptions{})
+			}},
+	} {
+		var asked atomic.Int32
+		b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				w.Header().Set("ETag", `"old"`)
+				w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+				w.Header().Set("Content-Length", "10")
+				return
+			}
+			if asked.Add(1) <= 2 {
+				fmt.Fprint(w, failed)
+				return
+			}
+			fmt.Fprint(w, c.done)
+		})
+		var errs []error
+		o, err := c.make(source.NotifyTries(t.Context(), func(err error) { errs = append(errs, err) }), b)
+		if err != nil || o.Version != "made" || asked.Load() != 3 {
+			t.Errorf("%s: %+v after %d requests, %v", what, o, asked.Load(), err)
+		}
+		for _, err := range errs {
+			if !source.Temporary(err) {
+				t.Errorf("%s: %v", what, err)
+			}
+		}
+		if len(errs) != 2 {
+			t.Errorf("%s: %d tries failed", what, len(errs))
 		}
 	}
 }
