@@ -323,7 +323,10 @@ func (p *put) complete(ctx context.Context, id string, parts []source.Part) (eta
 		header: map[string]string{"Content-Type": "application/xml"}, body: content}
 	_ = p.condition(p.key, p.options, r.header) // checked before
 	err = source.Try(ctx, source.RetryOptions{Slack: finishTimeout}, func(ctx context.Context) error {
-		var out struct{ ETag string }
+		var out struct {
+			XMLName xml.Name `xml:"CompleteMultipartUploadResult"`
+			ETag    string
+		}
 		header, err = p.exchange(ctx, r, maxAnswer, &out)
 		etag = out.ETag
 		return err

@@ -78,6 +78,11 @@ func (b *Bucket) exchange(ctx context.Context, r request, limit int64, out any) 
 	if int64(len(text)) > limit {
 		return nil, b.strange(r, a, fmt.Sprintf("it is longer than %d bytes", limit), "")
 	}
+	// A store that fails after it began to answer says so under a status of success: judged as the 500 that it is.
+	failed := sdk.ServiceError{StatusCode: http.StatusInternalServerError}
+	if xml.Unmarshal(text, &failed) == nil {
+		return nil, b.fail(ctx, r, &sdk.Response{Headers: a.header}, failed)
+	}
 	if err := xml.Unmarshal(text, out); err != nil {
 		return nil, b.strange(r, a, err.Error(), fmt.Sprintf("is %s the endpoint of an OSS bucket?", b.endpoint.host))
 	}

@@ -2,6 +2,7 @@ package oss
 
 import (
 	"context"
+	"encoding/xml"
 	"errors"
 	"fmt"
 	"io"
@@ -103,6 +104,7 @@ func (b *Bucket) Copy(ctx context.Context, from source.Object, key string, o sou
 	h["x-oss-copy-source-if-match"] = `"` + from.Version + `"`
 	h["x-oss-metadata-directive"] = "REPLACE"
 	var out struct {
+		XMLName      xml.Name `xml:"CopyObjectResult"`
 		ETag         string
 		LastModified time.Time
 	}

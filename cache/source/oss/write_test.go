@@ -2,9 +2,15 @@ package oss
 
 import (
 	"bytes"
+	"context"
 	"errors"
+	"fmt"
 	"maps"
+	"net/http"
+	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/oss/osstest"
@@ -82,6 +88,50 @@ func TestAPutTellsWhetherItsUploadIsGone(t *testing.T) {
 		}
 		if n := s.Uploads(testBucket); n != c.left {
 			t.Errorf("%s: %d uploads are left", c.what, n)
+		}
+	}
+}
+
+// A store that fails after it began to answer says so under a status of success. That is tried again, and what was there
+// before is never told as what was made; nor is what something before the store answers.
+func TestAFailureUnderAStatusOfSuccess(t *testing.T) {
+	const failure = `<?xml version="1.0"?><Error><Code>InternalError</Code><Message>the store's own words</Message></Error>`
+	from := source.Object{Key: "from", Size: 10, Version: "v"}
+	for what, c := range map[string]struct {
+		done string
+		make func(context.Context, *Bucket) (source.Object, error)
+	}{
+		"copy": {`<CopyObjectResult><ETag>"made"</ETag></CopyObjectResult>`, func(ctx context.Context, b *Bucket) (source.Object, error) {
+			return b.Copy(ctx, from, "k", source.WriteOptions{})
+		}},
+		"complete": {`<CompleteMultipartUploadResult><ETag>"made"</ETag></CompleteMultipartUploadResult>`,
+			func(ctx context.Context, b *Bucket) (source.Object, error) {
+				return b.CompleteUpload(ctx, "k", "u", []source.Part{{Number: 1, Version: "v"}}, source.WriteOptions{})
+			}},
+	} {
+		var asked atomic.Int32
+		answers := []string{failure, failure, c.done}
+		b := withHandler(t, func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				w.Header().Set("ETag", `"old"`)
+				w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+				w.Header().Set("Content-Length", "10")
+				return
+			}
+			fmt.Fprint(w, answers[min(int(asked.Add(1)), len(answers))-1])
+		})
+		failed := 0
+		o, err := c.make(source.NotifyTries(t.Context(), func(err error) {
+			if failed++; !source.Temporary(err) || !strings.Contains(err.Error(), "InternalError") {
+				t.Errorf("%s: %v", what, err)
+			}
+		}), b)
+		if err != nil || o.Version != "made" || asked.Load() != 3 || failed != 2 {
+			t.Errorf("%s: %+v after %d requests of which %d failed, %v", what, o, asked.Load(), failed, err)
+		}
+		answers = []string{"<html>log in</html>"}
+		if o, err := c.make(t.Context(), b); !errors.Is(err, source.ErrInvalid) {
+			t.Errorf("%s: a page of HTML: %+v, %v", what, o, err)
 		}
 	}
 }
