@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net/http"
 	"net/url"
 	"strconv"
 	"strings"
@@ -43,7 +44,7 @@ func attributes(a source.Attributes) map[string]string {
 		h[k] = v
 	}
 	for k, v := range a.Metadata {
-		h[metaPrefix+k] = v
+		h[http.CanonicalHeaderKey(metaPrefix+k)] = v // so that a put's nonce takes the place of one of its name
 	}
 	return h
 }

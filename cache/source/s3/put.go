@@ -11,6 +11,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"strings"
 	"time"
 
@@ -133,16 +134,16 @@ const maxMetadata = 2 << 10
 // is told that another was first.
 func mark(o *minio.PutObjectOptions) (nonce string) {
 	nonce = rand.Text()
-	total := len(nonceMetadata) + len(nonce)
 	marked := make(map[string]string, len(o.UserMetadata)+1)
-	for k, v := range o.UserMetadata {
-		marked[k] = v
-		total += len(k) + len(v)
+	maps.Copy(marked, o.UserMetadata)
+	marked[metaPrefix+nonceMetadata] = nonce // also in the place of a user's own of that name
+	total := 0
+	for k, v := range marked {
+		total += len(strings.TrimPrefix(k, metaPrefix)) + len(v)
 	}
 	if total > maxMetadata {
 		return ""
 	}
-	marked[nonceMetadata] = nonce
 	o.UserMetadata = marked
 	return nonce
 }

@@ -29,13 +29,20 @@ const maxCopy = 5 << 30
 // keptHeaders are the headers that the protocol keeps with an object besides Content-Type.
 var keptHeaders = []string{"Cache-Control", "Content-Disposition", "Content-Encoding", "Content-Language", "Expires"}
 
+// metaPrefix begins the headers of the user's own metadata. minio-go adds it too, but not to names that it takes for
+// headers: those would be told to the store as such, and set what the user may not.
+const metaPrefix = "X-Amz-Meta-"
+
 // options are the attributes and conditions of o for the client library.
 func (b *Bucket) options(o source.WriteOptions) (minio.PutObjectOptions, error) {
 	p := minio.PutObjectOptions{
 		ContentType:  o.ContentType,
 		CacheControl: o.Headers["Cache-Control"], ContentDisposition: o.Headers["Content-Disposition"],
 		ContentEncoding: o.Headers["Content-Encoding"], ContentLanguage: o.Headers["Content-Language"],
-		UserMetadata: o.Metadata,
+		UserMetadata: make(map[string]string, len(o.Metadata)),
+	}
+	for k, v := range o.Metadata {
+		p.UserMetadata[http.CanonicalHeaderKey(metaPrefix+k)] = v
 	}
 	if e := o.Headers["Expires"]; e != "" {
 		at, err := http.ParseTime(e)

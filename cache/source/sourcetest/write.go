@@ -32,7 +32,8 @@ func Writer(t *testing.T, src source.Source, conditions bool) {
 var someAttributes = source.Attributes{
 	ContentType: "text/x-step",
 	Headers:     map[string]string{"Cache-Control": "no-cache", "Content-Disposition": `attachment; filename="x"`},
-	Metadata:    map[string]string{"step": "map", "run-id": "7"},
+	// Also of the names of headers that say something of the object themselves, or to the store.
+	Metadata: map[string]string{"step": "map", "run-id": "7", "content-type": "x", "cache-control": "y", "x-amz-acl": "public-read", "x-amz-storage-class": "COLD"},
 }
 
 func hasAttributes(t *testing.T, w source.Writer, key string, want source.Attributes) source.Object {
