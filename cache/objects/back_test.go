@@ -18,6 +18,7 @@ import (
 	"github.com/minio/minio-go/v7"
 
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source/s3"
 	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/test/bucket"
 )
@@ -218,6 +219,29 @@ func TestBackReadsWhatTheBucketDoesNotHaveYet(t *testing.T) {
 		}
 		if got, _, err := bt.get(i, key); err != nil || !bytes.Equal(got, p) {
 			t.Errorf("worker %d: %d bytes, %v", i, len(got), err)
+		}
+	}
+}
+
+// What is acknowledged with a header whose value only browsers understand is brought to the bucket, and holds up nothing
+// that is done to its name.
+func TestBackAnExpiresThatIsNoDate(t *testing.T) {
+	bt := newBackTier(t)
+	bt.start(2)
+	bt.writesBack()
+	b, err := s3.Open(t.Context(), bt.mounts[0].Config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for i, expires := range []string{"0", "-1"} {
+		key := bt.keyOwnedBy(i, "expired")
+		bt.mustPutAs(0, key, []byte("x"), minio.PutObjectOptions{UserMetadata: map[string]string{"Expires": expires}})
+		bt.nothingHeld()
+		if _, a, err := b.Describe(t.Context(), bt.prefix+key); err != nil || a.Headers["Expires"] != expires {
+			t.Errorf("Expires %q: the bucket has %+v, %v", expires, a, err)
+		}
+		if err := bt.client(1).RemoveObject(t.Context(), "data", key, minio.RemoveObjectOptions{}); err != nil {
+			t.Errorf("Expires %q: %v", expires, err)
 		}
 	}
 }

@@ -17,10 +17,11 @@ import (
 )
 
 // answer is what the transport saw of a call's last request: minio-go keeps neither the status of a
-// success, nor Retry-After, nor the type of a network error.
+// success, nor Retry-After, nor the type of a network error, and fails on an Expires that is no date.
 type answer struct {
 	status       int
 	after        time.Duration
+	expires      string // taken out of the header
 	uncompressed bool
 	err          error
 }
@@ -42,6 +43,8 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 		*a = answer{err: err}
 		if err == nil {
 			a.status, a.after, a.uncompressed = resp.StatusCode, retryAfter(resp), resp.Uncompressed
+			a.expires = resp.Header.Get("Expires")
+			resp.Header.Del("Expires")
 		}
 	}
 	return resp, err

@@ -139,7 +139,9 @@ func mark(o *minio.PutObjectOptions) (nonce string) {
 	marked[metaPrefix+nonceMetadata] = nonce // also in the place of a user's own of that name
 	total := 0
 	for k, v := range marked {
-		total += len(strings.TrimPrefix(k, metaPrefix)) + len(v)
+		if name, ok := strings.CutPrefix(k, metaPrefix); ok {
+			total += len(name) + len(v)
+		}
 	}
 	if total > maxMetadata {
 		return ""

@@ -180,6 +180,7 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 		}
 		return source.Object{}, o, err
 	}
+	o.Headers.Set("Expires", seen.expires)
 	b.exists.Store(true)
 	version, err := b.version("stat", key, o)
 	if err != nil {

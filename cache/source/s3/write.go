@@ -33,23 +33,19 @@ var keptHeaders = []string{"Cache-Control", "Content-Disposition", "Content-Enco
 // headers: those would be told to the store as such, and set what the user may not.
 const metaPrefix = "X-Amz-Meta-"
 
-// options are the attributes and conditions of o for the client library.
-func (b *Bucket) options(o source.WriteOptions) (minio.PutObjectOptions, error) {
+// optionsOf are the attributes and conditions of o for the client library.
+func optionsOf(o source.WriteOptions) minio.PutObjectOptions {
 	p := minio.PutObjectOptions{
 		ContentType:  o.ContentType,
 		CacheControl: o.Headers["Cache-Control"], ContentDisposition: o.Headers["Content-Disposition"],
 		ContentEncoding: o.Headers["Content-Encoding"], ContentLanguage: o.Headers["Content-Language"],
-		UserMetadata: make(map[string]string, len(o.Metadata)),
+		UserMetadata: make(map[string]string, len(o.Metadata)+1),
+	}
+	if e := o.Headers["Expires"]; e != "" {
+		p.UserMetadata["Expires"] = e // the field for it takes dates only; this is sent as it is
 	}
 	for k, v := range o.Metadata {
 		p.UserMetadata[http.CanonicalHeaderKey(metaPrefix+k)] = v
-	}
-	if e := o.Headers["Expires"]; e != "" {
-		at, err := http.ParseTime(e)
-		if err != nil {
-			return p, fmt.Errorf("the header Expires: %w", err)
-		}
-		p.Expires = at
 	}
 	if o.IfMatch != "" {
 		p.SetMatchETag(o.IfMatch)
@@ -57,7 +53,7 @@ func (b *Bucket) options(o source.WriteOptions) (minio.PutObjectOptions, error) 
 	if o.IfAbsent {
 		p.SetMatchETagExcept("*")
 	}
-	return p, nil
+	return p
 }
 
 // Describe implements source.Writer.
@@ -68,7 +64,7 @@ func (b *Bucket) Describe(ctx context.Context, key string) (source.Object, sourc
 	}
 	a := source.Attributes{ContentType: info.ContentType, Headers: map[string]string{}, Metadata: map[string]string{}}
 	for _, h := range keptHeaders {
-		if v := info.Metadata.Get(h); v != "" {
+		if v := info.Headers.Get(h); v != "" {
 			a.Headers[h] = v
 		}
 	}
@@ -82,11 +78,7 @@ func (b *Bucket) Describe(ctx context.Context, key string) (source.Object, sourc
 
 // PutObject implements source.Writer.
 func (b *Bucket) PutObject(ctx context.Context, key string, r io.Reader, size int64, o source.WriteOptions) (source.Object, error) {
-	options, err := b.options(o)
-	if err != nil {
-		return source.Object{}, b.invalid("put", key, err)
-	}
-	return b.putWith(ctx, key, r, size, &putOptions{PutObjectOptions: options, WriteOptions: o})
+	return b.putWith(ctx, key, r, size, &putOptions{PutObjectOptions: optionsOf(o), WriteOptions: o})
 }
 
 // putOptions are those of one Put, for the client library and as they were given.
@@ -129,19 +121,15 @@ func (b *Bucket) Copy(ctx context.Context, from source.Object, key string, o sou
 	if o.IfMatch != "" || o.IfAbsent {
 		return source.Object{}, b.invalid("put", key, errors.New("a copy has no conditions"))
 	}
-	options, err := b.options(o)
-	if err != nil {
-		return source.Object{}, b.invalid("put", key, err)
-	}
 	headers := map[string]string{
 		"x-amz-metadata-directive":   "REPLACE",
 		"x-amz-copy-source-if-match": `"` + from.Version + `"`,
 	}
-	for k, v := range options.Header() {
+	for k, v := range optionsOf(o).Header() {
 		headers[k] = v[0]
 	}
 	var info minio.ObjectInfo
-	err = source.Try(ctx, source.RetryOptions{Slack: copySlack}, func(ctx context.Context) (err error) {
+	err := source.Try(ctx, source.RetryOptions{Slack: copySlack}, func(ctx context.Context) (err error) {
 		ctx, seen := watch(ctx)
 		info, err = b.core.CopyObject(ctx, b.name, from.Key, b.name, key, headers, minio.CopySrcOptions{}, minio.PutObjectOptions{})
 		if err != nil {
@@ -165,11 +153,7 @@ const copySlack = 5 * time.Minute
 
 // BeginUpload implements source.Writer. A try whose answer is lost may leave an upload without parts.
 func (b *Bucket) BeginUpload(ctx context.Context, key string, a source.Attributes) (string, error) {
-	options, err := b.options(source.WriteOptions{Attributes: a})
-	if err != nil {
-		return "", b.invalid("put", key, err)
-	}
-	return b.begin(ctx, key, options)
+	return b.begin(ctx, key, optionsOf(source.WriteOptions{Attributes: a}))
 }
 
 func (b *Bucket) begin(ctx context.Context, key string, options minio.PutObjectOptions) (upload string, err error) {

@@ -31,7 +31,8 @@ func Writer(t *testing.T, src source.Source, conditions bool) {
 
 var someAttributes = source.Attributes{
 	ContentType: "text/x-step",
-	Headers:     map[string]string{"Cache-Control": "no-cache", "Content-Disposition": `attachment; filename="x"`},
+	// An Expires that is no date is what says "already".
+	Headers: map[string]string{"Cache-Control": "no-cache", "Content-Disposition": `attachment; filename="x"`, "Expires": "0"},
 	// Also of the names of headers that say something of the object themselves, or to the store.
 	Metadata: map[string]string{"step": "map", "run-id": "7", "content-type": "x", "cache-control": "y", "x-amz-acl": "public-read", "x-amz-storage-class": "COLD"},
 }
