@@ -2,11 +2,14 @@ package objects_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
 	"net/http"
 	"slices"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/minio/minio-go/v7"
 
@@ -44,6 +47,35 @@ func (u *upload) complete(i int) error {
 	slices.SortFunc(u.parts, func(a, b minio.CompletePart) int { return a.PartNumber - b.PartNumber })
 	_, err := u.tr.client(i).CompleteMultipartUpload(u.tr.t.Context(), "data", u.key, u.id, u.parts, minio.PutObjectOptions{})
 	return err
+}
+
+// A client that is slow to send a large part holds up nobody else's: it is passed on as it comes, and takes the memory of
+// what is held of it only.
+func TestALargePartThatComesSlowlyHoldsUpNoOther(t *testing.T) {
+	tr := newTier(t, "").start(1)
+	u := tr.upload("large")
+	slow, feed := io.Pipe()
+	began, ended := make(chan struct{}), make(chan error, 1)
+	go func() {
+		_, err := tr.client(0).PutObjectPart(t.Context(), "data", u.key, u.id, 1, slow, 64<<20, minio.PutObjectPartOptions{DisableContentSha256: true})
+		ended <- err
+	}()
+	go func() {
+		_, _ = feed.Write(make([]byte, 8<<20)) // more than lies in buffers on the way
+		close(began)
+	}()
+	<-began
+	defer time.AfterFunc(patience, func() { feed.CloseWithError(errors.New("nothing else went on")) }).Stop()
+	u.part(0, 2, content(32<<20, 2))
+	select {
+	case err := <-ended:
+		t.Errorf("the slow part ended meanwhile: %v", err)
+	default:
+	}
+	feed.CloseWithError(errors.New("given up"))
+	if err := <-ended; err == nil {
+		t.Error("a part that was given up was put")
+	}
 }
 
 // readsAll reads an object a few times through every worker.

@@ -40,7 +40,8 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 	if err != nil {
 		return gateway.Part{}, err
 	}
-	release, err := n.hold(ctx, size)
+	// Of one that is passed on as it comes a block is held all the same, which is staged.
+	release, err := n.hold(ctx, max(p.writer.PartHeld(size), min(size, ring.BlockSize)))
 	if err != nil {
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, err)
 	}

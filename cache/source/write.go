@@ -81,6 +81,8 @@ type Writer interface {
 	// be held is sent again while that helps; a larger one is sent once. An r that fails, ends before size or does
 	// not end there leaves no part.
 	PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64, sums Sums) (Part, error)
+	// PartHeld is how many bytes of a part of that size PutPart holds in memory at once; zero where it passes it on.
+	PartHeld(size int64) int64
 	// Parts lists up to max parts with a number above after, and says whether there are more.
 	Parts(ctx context.Context, key, upload string, after, max int) ([]Part, bool, error)
 	// CompleteUpload makes the object of the parts, of which Number and Version matter. Of o only the
@@ -211,6 +213,8 @@ func (d *decorated) PutPart(ctx context.Context, key, upload string, number int,
 	})
 	return p, err
 }
+
+func (d *decorated) PartHeld(size int64) int64 { return d.w.PartHeld(size) }
 
 func (d *decorated) Parts(ctx context.Context, key, upload string, after, max int) (parts []Part, more bool, err error) {
 	err = d.do(ctx, opList, key, true, func(ctx context.Context) error {

@@ -145,6 +145,9 @@ func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r 
 	return source.Part{Number: number, Version: strings.Trim(h.Get("ETag"), `"`), Size: size, ModTime: b.deps.now().UTC()}, nil
 }
 
+// PartHeld implements source.Writer.
+func (b *Bucket) PartHeld(size int64) int64 { return size }
+
 // Parts implements source.Writer.
 func (b *Bucket) Parts(ctx context.Context, key, upload string, after, max int) ([]source.Part, bool, error) {
 	var out struct {

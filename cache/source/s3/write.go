@@ -197,6 +197,14 @@ func (b *Bucket) PutPart(ctx context.Context, key, upload string, number int, r 
 	return source.Part{Number: number, Version: etag, Size: size, ModTime: time.Now().UTC()}, nil
 }
 
+// PartHeld implements source.Writer.
+func (b *Bucket) PartHeld(size int64) int64 {
+	if size > partSize {
+		return 0
+	}
+	return size
+}
+
 // passOn sends what is too large to be held: once, as it comes, and its last byte only once r has ended well.
 func (b *Bucket) passOn(ctx context.Context, key string, r io.Reader, size int64, sums source.Sums, send func(context.Context, sent) error) error {
 	c := &careful{r: r, left: size}
