@@ -110,7 +110,9 @@ func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
 	if len(np.Spec.Ingress) != 3 {
 		t.Errorf("policy %s", asJSON(np.Spec))
 	}
-	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, &policyv1.PodDisruptionBudget{}))
+	if got := w.evictsUnhealthy(); got != policyv1.AlwaysAllow {
+		t.Errorf("pods that are not ready are evicted by policy %q", got)
+	}
 	svc := &corev1.Service{}
 	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, svc))
 	if svc.Spec.ClusterIP != corev1.ClusterIPNone || !svc.Spec.PublishNotReadyAddresses {
@@ -134,6 +136,14 @@ func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// evictsUnhealthy is what the workers' budget says of pods that are not ready; empty where it says nothing.
+func (w *world) evictsUnhealthy() policyv1.UnhealthyPodEvictionPolicyType {
+	w.Helper()
+	pdb := &policyv1.PodDisruptionBudget{}
+	w.must(w.Get(w.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, pdb))
+	return ptr.Deref(pdb.Spec.UnhealthyPodEvictionPolicy, "")
 }
 
 func TestDatasetNamesWhatIsWrongWithItsSourceAndRecovers(t *testing.T) {

@@ -16,6 +16,7 @@ import (
 
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -214,6 +215,12 @@ func TestARolloutWaitsUntilTheBucketHasEverything(t *testing.T) {
 	before := asJSON(uids())
 	w.lag("genomes-worker-0", wire.Unflushed{Objects: 1, Bytes: 10, Oldest: w.clock.Now()})
 	w.condition(d, v1alpha1.ConditionFlushed, metav1.ConditionFalse, "Pending")
+	w.eventually("a drain of nodes waits too", func() error {
+		if got := w.evictsUnhealthy(); got != "" {
+			return fmt.Errorf("pods that are not ready are evicted by policy %q", got)
+		}
+		return nil
+	})
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "1")
 	})
@@ -237,6 +244,9 @@ func TestARolloutWaitsUntilTheBucketHasEverything(t *testing.T) {
 		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
 		if c := meta.FindStatusCondition(d.Status.Conditions, v1alpha1.ConditionFlushed); c != nil || d.Status.Unflushed.Objects != 0 {
 			return fmt.Errorf("%s", asJSON(d.Status))
+		}
+		if got := w.evictsUnhealthy(); got != policyv1.AlwaysAllow {
+			return fmt.Errorf("pods that are not ready are evicted by policy %q", got)
 		}
 		return nil
 	})

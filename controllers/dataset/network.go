@@ -27,9 +27,12 @@ func (r *Reconciler) network(ctx context.Context, p *pass) error {
 	}}); err != nil {
 		return err
 	}
-	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &policyv1.PodDisruptionBudget{ObjectMeta: meta(), Spec: policyv1.PodDisruptionBudgetSpec{
-		MaxUnavailable: ptr.To(intstr.FromInt32(1)), Selector: &metav1.LabelSelector{MatchLabels: selector(d)},
-	}}); err != nil {
+	budget := policyv1.PodDisruptionBudgetSpec{MaxUnavailable: ptr.To(intstr.FromInt32(1)), Selector: &metav1.LabelSelector{MatchLabels: selector(d)}}
+	if !p.back() {
+		// While the bucket cannot be read no worker is ready, and nodes are to be drained all the same.
+		budget.UnhealthyPodEvictionPolicy = ptr.To(policyv1.AlwaysAllow)
+	}
+	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &policyv1.PodDisruptionBudget{ObjectMeta: meta(), Spec: budget}); err != nil {
 		return err
 	}
 	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &networkingv1.NetworkPolicy{ObjectMeta: meta(), Spec: r.policy(d)})
