@@ -561,6 +561,23 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 		t.Errorf("an upgrade changed the membership from %s to %s", asJSON(members), asJSON(now))
 	}
 
+	// What a new version says of new workers' pods does not touch those that run.
+	w.stopManager()
+	const mesh = "sidecar.istio.io/inject"
+	update(w, set, func(s *appsv1.StatefulSet) { delete(s.Spec.Template.Labels, mesh) })
+	w.start()
+	w.eventually("new workers are kept out of a mesh", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
+		if got := set.Spec.Template.Labels[mesh]; got != "false" {
+			return fmt.Errorf("label %q", got)
+		}
+		return nil
+	})
+	w.passes(d, 3)
+	if after := uids(); fmt.Sprint(after) != fmt.Sprint(before) {
+		t.Errorf("a label changed the workers: %v to %v", before, after)
+	}
+
 	// The user asks: one after the other, and what they hold is kept.
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "v2")

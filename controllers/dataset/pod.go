@@ -2,6 +2,7 @@ package dataset
 
 import (
 	"fmt"
+	"maps"
 	"strconv"
 
 	corev1 "k8s.io/api/core/v1"
@@ -24,6 +25,12 @@ const (
 	credentials = "/etc/stepcache/credentials"
 	storeDir    = "/var/lib/stepcache"
 	socketDir   = "/run/stepcache"
+)
+
+// What the injectors of service meshes ask of a pod.
+const (
+	injectIstio   = "sidecar.istio.io/inject"
+	injectLinkerd = "linkerd.io/inject"
 )
 
 // user is who workers run as; its group owns their volumes.
@@ -85,6 +92,27 @@ func apart(a *corev1.Affinity, labels map[string]string) *corev1.Affinity {
 	a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution = append(a.PodAntiAffinity.RequiredDuringSchedulingIgnoredDuringExecution,
 		corev1.PodAffinityTerm{TopologyKey: corev1.LabelHostname, LabelSelector: &metav1.LabelSelector{MatchLabels: labels}})
 	return a
+}
+
+// podMeta is what users and others read of the workers' pods, beside what the controller says of them. A service
+// mesh's proxy in front of a worker would refuse the controller and the node service, which are outside of the mesh:
+// the workers stay out of it too, unless the Dataset's author says otherwise.
+func podMeta(d *v1alpha1.Dataset) (labels, annotations map[string]string) {
+	labels, annotations = make(map[string]string), make(map[string]string)
+	if t := d.Spec.Workers.Template; t != nil {
+		for k, v := range t.Metadata.Labels {
+			labels[k] = string(v)
+		}
+		maps.Copy(annotations, t.Metadata.Annotations)
+	}
+	// Istio reads both, and the label first.
+	if _, ok := annotations[injectIstio]; !ok && labels[injectIstio] == "" {
+		labels[injectIstio] = "false"
+	}
+	if annotations[injectLinkerd] == "" {
+		annotations[injectLinkerd] = "disabled"
+	}
+	return labels, annotations
 }
 
 // podSpec is the workers' pod: admitted under the restricted level, without an API token.

@@ -1,6 +1,7 @@
 package dataset
 
 import (
+	"maps"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
@@ -40,6 +41,28 @@ func TestSizesAreInTheUnitsOfManifests(t *testing.T) {
 	for bytes, want := range map[int64]string{0: "0", 1023: "1023", 1024: "1Ki", 1536: "1.5Ki", 12 << 30: "12Gi", 1 << 62: "4Ei"} {
 		if got := size(bytes); got != want {
 			t.Errorf("%d: %s, want %s", bytes, got, want)
+		}
+	}
+}
+
+func TestWorkersStayOutOfServiceMeshesUnlessAskedIn(t *testing.T) {
+	type texts = map[string]string
+	for name, c := range map[string]struct {
+		template            *v1alpha1.WorkerTemplate
+		labels, annotations texts
+	}{
+		"nothing asked": {nil, texts{injectIstio: "false"}, texts{injectLinkerd: "disabled"}},
+		"others": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Labels: map[string]v1alpha1.LabelValue{"team": "a"}, Annotations: texts{"b": "c"}}},
+			texts{"team": "a", injectIstio: "false"}, texts{"b": "c", injectLinkerd: "disabled"}},
+		"by label": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Labels: map[string]v1alpha1.LabelValue{injectIstio: "true"}}},
+			texts{injectIstio: "true"}, texts{injectLinkerd: "disabled"}},
+		"by annotation": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Annotations: texts{injectIstio: "true", injectLinkerd: "enabled"}}},
+			texts{}, texts{injectIstio: "true", injectLinkerd: "enabled"}},
+	} {
+		d := &v1alpha1.Dataset{}
+		d.Spec.Workers.Template = c.template
+		if labels, annotations := podMeta(d); !maps.Equal(labels, c.labels) || !maps.Equal(annotations, c.annotations) {
+			t.Errorf("%s: labels %v, annotations %v", name, labels, annotations)
 		}
 	}
 }

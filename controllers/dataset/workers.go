@@ -139,13 +139,7 @@ func (r *Reconciler) workers(ctx context.Context, p *pass) error {
 	}
 	labels := selector(d)
 	template := corev1.PodTemplateSpec{Spec: r.podSpec(p, image)}
-	template.Labels, template.Annotations = map[string]string{}, map[string]string{}
-	if t := d.Spec.Workers.Template; t != nil {
-		for k, v := range t.Metadata.Labels {
-			template.Labels[k] = string(v)
-		}
-		maps.Copy(template.Annotations, t.Metadata.Annotations)
-	}
+	template.Labels, template.Annotations = podMeta(d)
 	meta := p.object(v1alpha1.WorkersName(d.Name), v1alpha1.ComponentWorker)
 	maps.Copy(template.Labels, meta.Labels)
 	if upstreams(d) > 0 {
