@@ -322,21 +322,30 @@ func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
 	}
 }
 
-func TestWhatTheAPIServerRefusesIsTold(t *testing.T) {
-	w := newWorld(t)
-	d := w.ready("genomes", 1, 1, 1000)
-	none := corev1.ResourceList{"count/poddisruptionbudgets.policy": resource.MustParse("0")}
-	quota := &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "none"}, Spec: corev1.ResourceQuotaSpec{Hard: none}}
-	w.must(w.Create(t.Context(), quota))
+// allowNone has a quota refuse objects of the kind of o in a namespace.
+func (w *world) allowNone(namespace string, what corev1.ResourceName, o client.Object) *corev1.ResourceQuota {
+	w.Helper()
+	none := corev1.ResourceList{what: resource.MustParse("0")}
+	quota := &corev1.ResourceQuota{ObjectMeta: metav1.ObjectMeta{Namespace: namespace, Name: "none"}, Spec: corev1.ResourceQuotaSpec{Hard: none}}
+	w.must(w.Create(w.Context(), quota))
 	quota.Status = corev1.ResourceQuotaStatus{Hard: none, Used: none}
-	w.must(w.Status().Update(t.Context(), quota))
+	w.must(w.Status().Update(w.Context(), quota))
+	o.SetNamespace(namespace)
+	o.SetName("other")
 	w.eventually("the quota holds", func() error {
-		err := w.Create(t.Context(), &policyv1.PodDisruptionBudget{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "other"}}, client.DryRunAll)
+		err := w.Create(w.Context(), o, client.DryRunAll)
 		if err == nil || !strings.Contains(err.Error(), "exceeded quota") {
 			return fmt.Errorf("refused with %v", err)
 		}
 		return nil
 	})
+	return quota
+}
+
+func TestWhatTheAPIServerRefusesIsTold(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	quota := w.allowNone(w.ns, "count/poddisruptionbudgets.policy", &policyv1.PodDisruptionBudget{})
 	w.must(w.DeleteAllOf(t.Context(), &policyv1.PodDisruptionBudget{}, client.InNamespace(w.ns)))
 	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", `"genomes-worker"`, "exceeded quota: none")
 	w.must(w.Delete(t.Context(), quota))

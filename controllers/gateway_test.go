@@ -208,9 +208,7 @@ func TestWritableDatasetWhoseNameIsNoBucketsIsRefused(t *testing.T) {
 // again in every pass.
 func TestAnOlderAPIServerGetsAServiceThatItKnows(t *testing.T) {
 	w := newWorld(t)
-	w.requests.mu.Lock()
-	w.requests.refuse = "PreferSameNode"
-	w.requests.mu.Unlock()
+	w.requests.refusing("PreferSameNode")
 	w.bucket.PutT(t, "data", "old", []byte("old"))
 	w.must(w.Create(t.Context(), w.secret("access-key")))
 	d := w.dataset("artifacts", 1)

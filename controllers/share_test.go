@@ -14,6 +14,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -227,6 +228,46 @@ func TestSharedWritableDatasetHasItsReadOnlyAccessKeysInTheOtherNamespaces(t *te
 		}
 	}
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(theirs), theirs))
+}
+
+// What another namespace does not take is told, and is no reason for the Dataset's own to go without.
+func TestNamespaceThatRefusesItsCopyIsToldAndKeepsNobodyWaiting(t *testing.T) {
+	w := newWorld(t)
+	full, there := w.ns+"-full", w.ns+"-there"
+	w.namespace(full)
+	w.namespace(there)
+	quota := w.allowNone(full, corev1.ResourceSecrets, &corev1.Secret{})
+	w.bucket.PutT(t, "data", "file", []byte("content"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	d := w.dataset("genomes", 1)
+	d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(full), v1alpha1.Namespace(there)}
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionFalse, "Refused", full, w.ns+".genomes-reader", "exceeded quota: none", "mount the Dataset")
+	w.event("ShareBlocked", full, "exceeded quota: none")
+	s := w.copyOf(d, there)
+	w.waitReady(d)
+
+	w.must(w.Delete(t.Context(), quota))
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionTrue, "Shared", "2 other namespaces")
+
+	// A copy that nobody may change.
+	update(w, s, func(s *corev1.Secret) {
+		s.Data["read"], s.Immutable = []byte("else"), ptr.To(true)
+	})
+	w.clock.advance(2 * time.Minute)
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionFalse, "Refused", there, "immutable")
+	w.waitReady(d)
+	w.must(w.Delete(t.Context(), s))
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionTrue, "Shared")
+
+	// A namespace that does not let its copy go is remembered until it does.
+	w.requests.refusing(string(w.copyOf(d, there).UID))
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(full)} })
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionFalse, "Refused", there, "not supported")
+	w.waitReady(d)
+	w.requests.refusing("")
+	w.noCopy(d, there)
+	w.condition(d, v1alpha1.ConditionShared, metav1.ConditionTrue, "Shared", "1 other namespaces")
 }
 
 func TestDatasetThatIsSharedNoMoreSaysNothingOfIt(t *testing.T) {

@@ -243,7 +243,7 @@ func (w *world) start() {
 type requests struct {
 	mu  sync.Mutex
 	all []string
-	// refuse is what an older API server takes for invalid.
+	// refuse is what an older API server, or a policy, takes for invalid.
 	refuse string
 }
 
@@ -264,7 +264,7 @@ func (q *requests) count(next http.RoundTripper) http.RoundTripper {
 				return nil, err
 			}
 			if bytes.Contains(b, []byte(refuse)) {
-				status, _ := json.Marshal(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: metav1.StatusReasonInvalid, Code: http.StatusUnprocessableEntity, Message: refuse + " is not supported"})
+				status, _ := json.Marshal(metav1.Status{TypeMeta: metav1.TypeMeta{Kind: "Status", APIVersion: "v1"}, Status: metav1.StatusFailure, Reason: metav1.StatusReasonInvalid, Code: http.StatusUnprocessableEntity, Message: "it holds what is not supported"})
 				return &http.Response{StatusCode: http.StatusUnprocessableEntity, Header: http.Header{"Content-Type": {"application/json"}}, Body: io.NopCloser(bytes.NewReader(status)), Request: r}, nil
 			}
 			r = r.Clone(r.Context())
@@ -272,6 +272,13 @@ func (q *requests) count(next http.RoundTripper) http.RoundTripper {
 		}
 		return next.RoundTrip(r)
 	})
+}
+
+// refusing has the API server not take what holds a text; nothing: it takes all again.
+func (q *requests) refusing(text string) {
+	q.mu.Lock()
+	defer q.mu.Unlock()
+	q.refuse = text
 }
 
 // since are the requests after the first n, and how many there are in all.

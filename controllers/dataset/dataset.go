@@ -203,6 +203,9 @@ func block(condition, reason, format string, a ...any) error {
 	return &blocked{condition, reason, fmt.Errorf(format, a...)}
 }
 
+// refuses says whether an error is the API server's word that it does not allow what it was asked for.
+func refuses(err error) bool { return apierrors.IsForbidden(err) || apierrors.IsInvalid(err) }
+
 // pass is one reconciliation of one Dataset: what its phases find, for the phases after them.
 type pass struct {
 	*memory
@@ -253,7 +256,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
 			// The cache is behind; the change that it waits for brings the next pass.
 			p.again = time.Second
-		case have.DeletionTimestamp.IsZero() && (apierrors.IsForbidden(err) || apierrors.IsInvalid(err)):
+		case have.DeletionTimestamp.IsZero() && refuses(err):
 			// Only somebody who changes a quota, a policy, a right or the Dataset helps, and a pass at the usual
 			// interval sees it sooner than one that is backed off.
 			p.refused = err

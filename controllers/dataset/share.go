@@ -57,10 +57,14 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 	copies := copiesOf(p)
 	var missing []string
 	taken := make(map[string][]string) // the namespaces, by the name that is somebody else's
+	var refused []string               // what a quota, a policy or the copy itself (immutable) does not allow
 	gone := make(map[v1alpha1.Namespace]bool)
 	for _, ns := range d.Status.SharedWith {
 		if !slices.Contains(wanted, ns) {
-			if err := removeCopies(ctx, r.client, r.live, d, string(ns)); err != nil {
+			if err := removeCopies(ctx, r.client, r.live, d, string(ns)); refuses(err) {
+				refused = append(refused, fmt.Sprintf("namespace %s does not let its copy go: %v", ns, err))
+				continue
+			} else if err != nil {
 				return err
 			}
 			p.forgetCopies(string(ns))
@@ -83,6 +87,8 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 		}
 		for _, c := range copies {
 			switch ok, err := r.putCopy(ctx, p, string(ns), c.name, c.data); {
+			case refuses(err):
+				refused = append(refused, fmt.Sprintf("namespace %s does not take its copy, and until it does pods there cannot %s: %v", ns, c.use, err))
 			case err != nil:
 				return err
 			case !ok:
@@ -92,19 +98,21 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 	}
 	d.Status.SharedWith = slices.DeleteFunc(d.Status.SharedWith, func(ns v1alpha1.Namespace) bool { return gone[ns] })
 	switch {
-	case len(wanted) == 0:
-		meta.RemoveStatusCondition(&d.Status.Conditions, v1alpha1.ConditionShared)
-	case len(taken) > 0:
+	case len(taken) > 0 || len(refused) > 0:
 		var texts []string
+		reason := ReasonRefused
 		for _, c := range copies {
 			if in := taken[c.name]; len(in) > 0 {
+				reason = ReasonNameTaken
 				texts = append(texts, fmt.Sprintf("secret %q exists in %s and is not this Dataset's copy: delete or rename it there; until then pods there cannot %s",
 					c.name, strings.Join(in, ", "), c.use))
 			}
 		}
-		text := strings.Join(texts, "; ")
-		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, ReasonNameTaken, "%s", text)
+		text := strings.Join(append(texts, refused...), "; ")
+		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, reason, "%s", text)
 		p.warn("ShareBlocked", "Share", "%s", text)
+	case len(wanted) == 0:
+		meta.RemoveStatusCondition(&d.Status.Conditions, v1alpha1.ConditionShared)
 	case len(missing) > 0:
 		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, ReasonNamespaceMissing, "there is no namespace %s yet; once it is there its pods can mount the Dataset", strings.Join(missing, ", "))
 	default:

@@ -31,7 +31,7 @@ const (
 	ReasonNodeUnreachable = "NodeUnreachable"
 	ReasonNotAnswering    = "NotAnswering"
 	ReasonNotReady        = "NotReady"
-	ReasonRefused         = "Refused" // of Ready: the API server does not allow what the Dataset needs
+	ReasonRefused         = "Refused" // the API server does not allow what the Dataset needs; of Ready and Shared too
 )
 
 // maxMessage bounds a condition's message, well below what the API server takes.
