@@ -352,6 +352,25 @@ func TestWhatTheAPIServerRefusesIsTold(t *testing.T) {
 	w.waitReady(d)
 }
 
+// The label of a namespace is needed for replaced artifacts; that pods are drawn to their data can wait for it.
+func TestNamespaceThatMayNotBeLabelledIsTold(t *testing.T) {
+	w := newWorld(t)
+	w.requests.refusing(v1alpha1.LabelWatched + `":"true"`) // the patch, and not what is said of it
+	d := w.ready("genomes", 1, 1, 1000)
+	w.event("NamespaceNotLabelled", w.ns, "spec.locality", "not supported")
+	update(w, d, func(d *v1alpha1.Dataset) {
+		d.Spec.Replaces = []v1alpha1.Replaced{{ClaimName: "old"}}
+	})
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", w.ns, "spec.replaces", "locality: None", "not supported")
+	w.requests.refusing("")
+	w.waitReady(d)
+	ns := &corev1.Namespace{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Name: w.ns}, ns))
+	if ns.Labels[v1alpha1.LabelWatched] != "true" {
+		t.Error("the namespace is not labelled once it may be")
+	}
+}
+
 // pod is a user's, admitted in the test's namespace.
 func (w *world) pod(name string, v corev1.VolumeSource) *corev1.Pod {
 	return &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}, Spec: corev1.PodSpec{

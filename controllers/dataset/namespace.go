@@ -16,7 +16,19 @@ func (r *Reconciler) namespace(ctx context.Context, p *pass) error {
 	if !wantsWatch(p.dataset) {
 		return nil
 	}
-	return labelNamespace(ctx, r.client, p.dataset.Namespace, true)
+	switch err := labelNamespace(ctx, r.client, p.dataset.Namespace, true); {
+	case err == nil:
+		delete(p.said, "NamespaceNotLabelled")
+		return nil
+	case !refuses(err):
+		return err
+	case len(p.dataset.Spec.Replaces) > 0:
+		return fmt.Errorf("spec.replaces and spec.locality want label %s on the namespace; without replaces and with locality: None it is not asked for: %w", v1alpha1.LabelWatched, err)
+	default:
+		// Pods find their data wherever they run.
+		p.warn("NamespaceNotLabelled", "LabelNamespace", "spec.locality wants label %s on the namespace, and until it is there pods are not drawn to the nodes that hold their data; with locality: None it is not asked for: %v", v1alpha1.LabelWatched, err)
+		return nil
+	}
 }
 
 func wantsWatch(d *v1alpha1.Dataset) bool {
