@@ -16,6 +16,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/utils/ptr"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -349,6 +350,46 @@ func TestWhatTheAPIServerRefusesIsTold(t *testing.T) {
 	w.must(w.DeleteAllOf(t.Context(), &policyv1.PodDisruptionBudget{}, client.InNamespace(w.ns)))
 	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", `"genomes-worker"`, "exceeded quota: none")
 	w.must(w.Delete(t.Context(), quota))
+	w.waitReady(d)
+}
+
+// A quota on pods refuses the StatefulSet, which tells it in an Event only.
+func TestWorkersWhosePodsAreRefusedAreToldWithTheWords(t *testing.T) {
+	w := newWorld(t)
+	w.set(func(w *world) { w.podless = true })
+	w.bucket.PutT(t, "data", "file", []byte("content"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	d := w.dataset("genomes", 1)
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting", "no pod yet", "StatefulSet genomes-worker")
+	set := &appsv1.StatefulSet{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes-worker"}, set))
+	tell := func(name, reason, message string, uid types.UID, ago time.Duration) {
+		w.Helper()
+		w.must(w.Create(t.Context(), &corev1.Event{
+			ObjectMeta:     metav1.ObjectMeta{Namespace: w.ns, Name: name},
+			InvolvedObject: corev1.ObjectReference{APIVersion: "apps/v1", Kind: "StatefulSet", Namespace: w.ns, Name: set.Name, UID: uid},
+			Type:           corev1.EventTypeWarning, Reason: reason, Message: message, LastTimestamp: metav1.NewTime(w.clock.Now().Add(-ago)),
+		}))
+	}
+	tell("old", "FailedCreate", "of an hour ago", set.UID, time.Hour)
+	tell("another", "FailedCreate", "of a set before it", "another", time.Second)
+	tell("else", "SuccessfulCreate", "no trouble", set.UID, 0)
+	w.passes(d, 3)
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting")
+	long := strings.Repeat("x", 960) // an Event's note has 1,024 bytes at most
+	tell("b", "FailedCreate", `pods "genomes-worker-0" is forbidden: exceeded quota: none `+long, set.UID, time.Minute)
+	tell("a", "FailedCreate", "what was before it", set.UID, 2*time.Minute)
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Refused", "0 of 1 workers serve", "exceeded quota: none", long)
+	w.event("Refused", "exceeded quota: none")
+
+	// Once there is a newer pod than the refusal it is over.
+	w.set(func(w *world) { w.podless = false })
+	w.waitReady(d)
+	w.set(func(w *world) { w.podless = true })
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Workers.Replicas = 2 })
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting", "1 of 2 workers serve", "no pod yet")
+	w.set(func(w *world) { w.podless = false })
 	w.waitReady(d)
 }
 

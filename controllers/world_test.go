@@ -134,6 +134,8 @@ type world struct {
 	workers map[string]*running // by pod name
 	// pending leaves pods without a node and address; the test writes their status itself.
 	pending bool
+	// podless keeps StatefulSets from getting pods.
+	podless bool
 	// deaf keeps killed pods' workers from starting again.
 	deaf bool
 	// lags is what workers say that the bucket does not have, by pod name, once teller, which tells the
@@ -378,8 +380,11 @@ func (w *world) play(ctx context.Context) {
 
 func (w *world) makePod(ctx context.Context, s *appsv1.StatefulSet, name string, n int) {
 	w.mu.Lock()
-	pending := w.pending
+	pending, podless := w.pending, w.podless
 	w.mu.Unlock()
+	if podless {
+		return
+	}
 	pod := &corev1.Pod{ObjectMeta: *s.Spec.Template.ObjectMeta.DeepCopy(), Spec: *s.Spec.Template.Spec.DeepCopy()}
 	pod.Name, pod.Namespace = name, w.ns
 	if !pending {

@@ -68,6 +68,7 @@ import (
 // +kubebuilder:rbac:groups="",resources=persistentvolumes;persistentvolumeclaims,verbs=get;list;watch;create;update;patch;delete
 // +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=get;list;watch;create;update
 // +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups="",resources=events,verbs=get;list
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 // +kubebuilder:rbac:groups=coordination.k8s.io,resources=leases,verbs=get;create;update,namespace=stepcache-system
 
@@ -299,7 +300,7 @@ func (r *Reconciler) send(p *pass) {
 			continue
 		}
 		p.said[e.reason] = e.note
-		r.events.Eventf(p.dataset, nil, e.kind, e.reason, e.action, "%s", e.note)
+		r.events.Eventf(p.dataset, nil, e.kind, e.reason, e.action, "%s", cut(e.note, maxNote))
 	}
 }
 

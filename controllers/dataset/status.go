@@ -7,6 +7,7 @@ import (
 	"maps"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -14,6 +15,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
+	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -31,17 +33,29 @@ const (
 	ReasonNodeUnreachable = "NodeUnreachable"
 	ReasonNotAnswering    = "NotAnswering"
 	ReasonNotReady        = "NotReady"
-	ReasonRefused         = "Refused" // the API server does not allow what the Dataset needs; of Ready and Shared too
+	ReasonRefused         = "Refused" // the API server does not allow what the Dataset needs; of Ready, WorkersReady and Shared
 )
+
+// refusedWithin is how old a refusal of a pod may be: a StatefulSet that is refused asks again after ever longer, at
+// most after 1,000 seconds.
+const refusedWithin = 20 * time.Minute
 
 // maxMessage bounds a condition's message, well below what the API server takes.
 const maxMessage = 2000
 
-func (p *pass) condition(kind string, status metav1.ConditionStatus, reason, format string, a ...any) {
-	text := fmt.Sprintf(format, a...)
-	if len(text) > maxMessage {
-		text = strings.ToValidUTF8(text[:maxMessage], "") + " …"
+// maxNote bounds an Event's note: the API server takes no Event with more than 1,024 bytes.
+const maxNote = 1000
+
+// cut is text, cut to so many bytes where it is longer.
+func cut(text string, most int) string {
+	if len(text) <= most {
+		return text
 	}
+	return strings.ToValidUTF8(text[:most], "") + " …"
+}
+
+func (p *pass) condition(kind string, status metav1.ConditionStatus, reason, format string, a ...any) {
+	text := cut(fmt.Sprintf(format, a...), maxMessage)
 	meta.SetStatusCondition(&p.dataset.Status.Conditions, metav1.Condition{
 		Type: kind, Status: status, Reason: reason, Message: text,
 		ObservedGeneration: p.dataset.Generation, LastTransitionTime: metav1.NewTime(p.now),
@@ -245,7 +259,7 @@ func size(bytes int64) string {
 }
 
 // workersReady counts the workers and says of the first that does not serve what is wrong.
-func (r *Reconciler) workersReady(_ context.Context, p *pass) error {
+func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 	st := &p.dataset.Status
 	replicas := p.dataset.Spec.Workers.Replicas
 	st.Workers = v1alpha1.WorkersStatus{Replicas: int32(len(p.pods)), Selector: labels.SelectorFromSet(selector(p.dataset)).String()}
@@ -268,14 +282,51 @@ func (r *Reconciler) workersReady(_ context.Context, p *pass) error {
 			p.warn(reason, "RunWorkers", "worker %s", text)
 		}
 	case st.Workers.Ready < replicas:
+		if words := r.podsRefused(ctx, p); words != "" {
+			p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, ReasonRefused, "%d of %d workers serve; the others get no pod: %s", st.Workers.Ready, replicas, words)
+			p.warn(ReasonRefused, "RunWorkers", "workers get no pod: %s", words)
+			break
+		}
 		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, ReasonStarting, "%d of %d workers serve; the others have no pod yet (see the events of StatefulSet %s)", st.Workers.Ready, replicas, v1alpha1.WorkersName(p.dataset.Name))
 	default:
 		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionTrue, ReasonAllReady, "%d of %d workers serve", st.Workers.Ready, replicas)
-		for _, why := range []string{ReasonUnschedulable, ReasonOutOfMemory, ReasonImageNotPulled, ReasonCrashing, ReasonNodeUnreachable, ReasonNotAnswering} {
+		for _, why := range []string{ReasonUnschedulable, ReasonOutOfMemory, ReasonImageNotPulled, ReasonCrashing, ReasonNodeUnreachable, ReasonNotAnswering, ReasonRefused} {
 			delete(p.said, why)
 		}
 	}
 	return nil
+}
+
+// podsRefused is what the StatefulSet was last told when it asked for a pod in vain (a quota, a limit, the level of
+// pod security), since its last pod was made; nothing when it was not. Only its Events have that, which are read as
+// long as pods are missing and not watched, which would be to read all of a cluster's.
+func (r *Reconciler) podsRefused(ctx context.Context, p *pass) string {
+	since := p.now.Add(-refusedWithin)
+	for i := range p.pods {
+		if made := p.pods[i].CreationTimestamp.Time; made.After(since) {
+			since = made
+		}
+	}
+	list := &corev1.EventList{}
+	if err := r.live.List(ctx, list, client.InNamespace(p.dataset.Namespace), client.MatchingFields{"involvedObject.uid": string(p.set.UID), "reason": "FailedCreate"}); err != nil {
+		// The pods are missing all the same, and are told as that.
+		ctrl.LoggerFrom(ctx).Error(err, "read why workers have no pods")
+		return ""
+	}
+	words := ""
+	for i := range list.Items {
+		e := &list.Items[i]
+		at := e.LastTimestamp.Time
+		if e.Series != nil {
+			at = e.Series.LastObservedTime.Time
+		} else if at.IsZero() {
+			at = e.EventTime.Time
+		}
+		if !at.Before(since) {
+			words, since = e.Message, at
+		}
+	}
+	return words
 }
 
 // wrong says why a worker does not serve, and what helps; nothing when it does.
