@@ -170,7 +170,8 @@ func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
 	defer cancel()
 	var wg, back sync.WaitGroup
 	back.Go(func() {
-		if err := s.Scrub(stop, 1<<30); !errors.Is(err, context.Canceled) {
+		bad := func(o ring.Object, n int64) { t.Errorf("block %d of %v is corrupt", n, o) }
+		if err := s.Scrub(stop, 1<<30, bad); !errors.Is(err, context.Canceled) {
 			t.Error(err)
 		}
 	})

@@ -52,14 +52,16 @@ func matches(r io.ReaderAt, size int, sums []uint64) bool {
 	return true
 }
 
-// Scrub verifies resident blocks at the given rate, round and round, until ctx ends; it returns ctx's error.
-func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64) error {
+// Scrub verifies resident blocks at the given rate, round and round, until ctx ends; it returns ctx's error. It tells
+// found of each whose sums differ, once: whoever reads the file through a lease asks for no block, so that nothing
+// would fill it again. found is called under no lock of the store, and the scrub goes on when it returns.
+func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64, found func(o ring.Object, n int64)) error {
 	if bytesPerSecond <= 0 {
 		return fmt.Errorf("scrubbing %d bytes a second: %w", bytesPerSecond, ErrInvalid)
 	}
 	limit := rate.NewLimiter(rate.Limit(bytesPerSecond), ring.BlockSize)
 	for {
-		checked, err := s.scrubOnce(ctx, limit)
+		checked, err := s.scrubOnce(ctx, limit, found)
 		if err != nil {
 			return err
 		}
@@ -75,7 +77,7 @@ func (s *Store) Scrub(ctx context.Context, bytesPerSecond int64) error {
 	}
 }
 
-func (s *Store) scrubOnce(ctx context.Context, limit *rate.Limiter) (checked int, err error) {
+func (s *Store) scrubOnce(ctx context.Context, limit *rate.Limiter, found func(ring.Object, int64)) (checked int, err error) {
 	s.mu.Lock()
 	objects := make([]ring.Object, 0, len(s.objects))
 	for id, o := range s.objects {
@@ -87,7 +89,7 @@ func (s *Store) scrubOnce(ctx context.Context, limit *rate.Limiter) (checked int
 			if err := limit.WaitN(ctx, blockLen(o.Size, n)); err != nil {
 				return checked, err
 			}
-			if s.scrubBlock(o, n) {
+			if s.scrubBlock(o, n, found) {
 				checked++
 			}
 		}
@@ -111,7 +113,7 @@ func (s *Store) residentBlocks(o ring.Object) []int64 {
 }
 
 // scrubBlock verifies one block without counting as a use of it.
-func (s *Store) scrubBlock(o ring.Object, n int64) bool {
+func (s *Store) scrubBlock(o ring.Object, n int64, found func(ring.Object, int64)) bool {
 	s.mu.Lock()
 	ob := s.objects[o.ID]
 	if s.closed || ob == nil || ob.size != o.Size || ob.closing != nil {
@@ -132,7 +134,10 @@ func (s *Store) scrubBlock(o ring.Object, n int64) bool {
 	if err != nil {
 		return false
 	}
-	defer h.Release()
-	s.Verify(h)
+	good := s.Verify(h)
+	h.Release()
+	if !good {
+		found(o, n)
+	}
 	return true
 }

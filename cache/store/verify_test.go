@@ -5,6 +5,7 @@ import (
 	"errors"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 
@@ -110,11 +111,23 @@ func TestScrubFindsWhatNobodyReads(t *testing.T) {
 	flip(t, s.path(anObject(3, mib).ID), mib-1)
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- s.Scrub(ctx, 1<<30) }()
+	var told []ring.Object
+	go func() {
+		done <- s.Scrub(ctx, 1<<30, func(o ring.Object, n int64) {
+			s.Residency(o) // no lock is held
+			told = append(told, o)
+			if n != 0 {
+				t.Errorf("told of block %d", n)
+			}
+		})
+	}()
 	eventually(t, func() bool { return s.Stats().Corrupt == 1 })
 	cancel()
 	if err := <-done; !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+	if !slices.Equal(told, []ring.Object{anObject(3, mib)}) {
+		t.Errorf("told of %v", told)
 	}
 	if s.Residency(anObject(3, mib)).Blocks != 0 {
 		t.Error("still resident")

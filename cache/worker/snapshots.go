@@ -3,6 +3,8 @@ package worker
 import (
 	"errors"
 	"fmt"
+	"maps"
+	"slices"
 	"sync"
 	"time"
 
@@ -99,6 +101,37 @@ func (s *snapshots) get(d wire.Digest) (*snapshot, bool) {
 	found.users++
 	found.used = s.now()
 	return found, true
+}
+
+// find is the file of an object version, in whichever snapshot has it: errNoSnapshot if none is held, and
+// source.ErrNotFound if it is in none. It walks all of them.
+func (s *snapshots) find(o ring.Object) (file, error) {
+	s.mu.Lock()
+	held := slices.Collect(maps.Values(s.held))
+	for _, n := range held {
+		n.users++
+	}
+	s.mu.Unlock()
+	err := errNoSnapshot
+	var found file
+	for _, n := range held {
+		if err != nil {
+			err = fmt.Errorf("%w: in no snapshot that is held", source.ErrNotFound)
+			n.Walk(0, func(i catalog.Index) bool {
+				if node, _ := n.Node(i); node.Size != o.Size { // identities are hashes, sizes are at hand
+					return true
+				}
+				if r, ok := n.Ring(i); !ok || r.ID != o.ID {
+					return true
+				}
+				found, _ = n.file(i)
+				err = nil
+				return false
+			})
+		}
+		n.release()
+	}
+	return found, err
 }
 
 // put adds snap, or closes it if one of the same name is held, and returns the held one, to be released.

@@ -94,6 +94,7 @@ type Worker struct {
 	refused    atomic.Pointer[file]
 	refusedNow chan struct{}
 	prefetches prefetches
+	mends      mends
 	loads      *loads
 	handedOver atomic.Pointer[wire.HandOver] // nil unless this worker leaves
 	promised   atomic.Int64                  // bytes of guesses, and being taken over from workers that leave
@@ -148,7 +149,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16),
 		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(),
-		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches),
+		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches), mends: make(mends, maxMends),
 		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
 	}
@@ -273,7 +274,7 @@ func (w *Worker) Serve(ctx context.Context) error {
 		return nil
 	})
 	for _, loop := range []func(context.Context) error{
-		w.keepMembers, w.keepSnapshot, w.keepBucket, w.keepDigests, w.keepPrefetching, w.keepScrubbing, w.keepHandingOver,
+		w.keepMembers, w.keepSnapshot, w.keepBucket, w.keepDigests, w.keepPrefetching, w.keepScrubbing, w.keepMending, w.keepHandingOver,
 		func(ctx context.Context) error { return w.acceptBlocks(ctx, w.blocks) },
 		func(ctx context.Context) error { return w.serveControl(ctx, w.control) },
 	} {
@@ -298,13 +299,13 @@ func (w *Worker) Serve(ctx context.Context) error {
 	return err
 }
 
-// keepScrubbing reads resident blocks again now and then, so that memory that went bad is found before a
-// reader of a leased file, which nobody checks, meets it.
+// keepScrubbing reads resident blocks again now and then, so that memory that went bad is found, and mended, even
+// where only readers of a leased file, which nobody checks, meet it.
 func (w *Worker) keepScrubbing(ctx context.Context) error {
 	if w.scrubRate <= 0 {
 		return nil
 	}
-	if err := w.store.Scrub(ctx, w.scrubRate); ctx.Err() == nil {
+	if err := w.store.Scrub(ctx, w.scrubRate, w.mends.push); ctx.Err() == nil {
 		return fmt.Errorf("scrub: %w", err)
 	}
 	return nil

@@ -1,0 +1,87 @@
+package worker
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+const (
+	maxMends = 4096 // waiting
+	// mendAgain is the wait between tries of blocks that could not be fetched: a bucket that is away gets one request
+	// a minute for all of them.
+	mendAgain = time.Minute
+)
+
+// mends is the bounded queue of blocks that the scrub found corrupt. Kernels read leased files without asking for their
+// blocks, and pinned ones are promised to be there, so they are fetched again unasked, into their place.
+type mends chan mend
+
+type mend struct {
+	object ring.Object
+	block  int64
+}
+
+// push queues a block. What is too much waits for somebody to ask for it: that much memory does not go bad by itself.
+func (m mends) push(o ring.Object, block int64) {
+	select {
+	case m <- mend{o, block}:
+	default:
+	}
+}
+
+// keepMending works the queue off until ctx ends, one block at a time: where the memory itself is bad they come again
+// with each round of the scrub, and ask no more of the bucket than the scrub reads.
+func (w *Worker) keepMending(ctx context.Context) error {
+	var failed []mend
+	var again <-chan time.Time
+	for {
+		var m mend
+		select {
+		case <-ctx.Done():
+			return nil
+		case m = <-w.mends:
+		case <-again:
+			m, failed, again = failed[0], failed[1:], nil
+		}
+		err := w.mend(ctx, m)
+		if err != nil && ctx.Err() == nil {
+			final := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) || len(failed) >= maxMends
+			w.log.Warn("a block that went bad in memory was not fetched again", "error", err, "triedAgain", !final)
+			if !final {
+				failed = append(failed, m)
+			}
+		}
+		if again == nil && len(failed) > 0 {
+			again = w.clock.After(mendAgain)
+		}
+	}
+}
+
+// mend fetches one block again. The store holds files of snapshots only: what has been put to the names of a writable
+// dataset is journaled elsewhere, and checked when it is read.
+func (w *Worker) mend(ctx context.Context, m mend) error {
+	f, err := w.snapshots.find(m.object)
+	if err != nil {
+		return fmt.Errorf("block %d of object %x: %w", m.block, m.object.ID, err)
+	}
+	ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
+	defer cancel()
+	b, done, err := w.acquire(ctx, f, m.block, 0, budget{})
+	if errors.Is(err, wire.ErrNotOwner) {
+		// Who has the file open here reads on here, whoever owns it now.
+		b, done, err = w.acquire(ctx, f, m.block, wire.FlagReadThrough, budget{})
+	}
+	if err != nil {
+		return fmt.Errorf("block %d of %s: %w", m.block, f, err)
+	}
+	b.Release()
+	done()
+	w.log.Info("a block that went bad in memory was fetched again", "object", f.String(), "block", m.block)
+	return nil
+}
