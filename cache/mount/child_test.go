@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -15,6 +16,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -50,7 +52,7 @@ func child(what string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	f := map[string]func(order) error{"list": childList, "mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
+	f := map[string]func(order) error{"blind": childBlind, "fault": childFault, "list": childList, "mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
 	if f == nil {
 		fmt.Fprintln(os.Stderr, "no such child:", what)
 		return 2
@@ -100,6 +102,25 @@ func childMap(o order) error {
 			return err
 		}
 	}
+	return nil
+}
+
+// childFault maps a file that is not read ahead, and prints its first byte. SIGUSR1 does nothing to it.
+func childFault(o order) error {
+	c := make(chan os.Signal, 10)
+	signal.Notify(c, unix.SIGUSR1)
+	fd, err := unix.Open(o.Path, unix.O_RDONLY|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return err
+	}
+	b, err := unix.Mmap(fd, 0, 1, unix.PROT_READ, unix.MAP_SHARED)
+	if err != nil {
+		return err
+	}
+	if err := unix.Madvise(b, unix.MADV_RANDOM); err != nil {
+		return err
+	}
+	fmt.Printf("%x\n", b[0])
 	return nil
 }
 
@@ -181,6 +202,51 @@ func childUser(o order) error {
 		return err
 	}
 	return errors.Join(sameBytes(filepath.Join(o.Path, "small"), all["small"]), m.Unmount())
+}
+
+// childBlind serves a file named f, and answers a read of it once it is told a line. It says when it is mounted, is
+// asked for the file, goes on after a signal for the first three times, and does not.
+func childBlind(o order) error {
+	all := files{"f": content("f", 10)}
+	s, err := buildSnapshot(all)
+	if err != nil {
+		return err
+	}
+	r, told := newMemory(s, all), bufio.NewReader(os.Stdin)
+	answer, looks := make(chan struct{}), make(chan struct{}, 3)
+	r.hook(func(ctx context.Context, _ string, _ int64) error {
+		fmt.Println("asked")
+		for range cap(looks) {
+			select {
+			case <-looks:
+				fmt.Println("goes on")
+			case <-ctx.Done():
+				fmt.Println("ended")
+				return context.Cause(ctx)
+			}
+		}
+		<-answer
+		return nil
+	})
+	m, err := Mount(context.Background(), o.Path, s, r, Options{Dataset: "blind", Mode: NoOpen, PushBytes: -1, grace: time.Millisecond, blindGrace: time.Hour, goesOn: func() {
+		select {
+		case looks <- struct{}{}:
+		default:
+		}
+	}})
+	if err != nil {
+		return err
+	}
+	fmt.Println("mounted")
+	for {
+		if _, err := told.ReadString('\n'); err != nil {
+			return m.Unmount()
+		}
+		answer <- struct{}{}
+		for len(looks) > 0 {
+			<-looks
+		}
+	}
 }
 
 // served is what the mounts of served children show.

@@ -315,3 +315,14 @@ func resend(conn *os.File) error {
 	_, err := unix.Write(int(conn.Fd()), unsafe.Slice((*byte)(unsafe.Pointer(&msg)), 16))
 	return err
 }
+
+// over says whether a connection is at its end.
+func over(conn *os.File) bool {
+	p := []unix.PollFd{{}}
+	err := control(conn, func(fd int) error {
+		p[0].Fd = int32(fd)
+		_, err := unix.Poll(p, 0)
+		return err
+	})
+	return err == nil && p[0].Revents&unix.POLLERR != 0
+}

@@ -4,6 +4,7 @@ import (
 	"context"
 	"log/slog"
 	"math"
+	"os"
 	"runtime/debug"
 	"time"
 
@@ -33,6 +34,7 @@ type fileSystem struct {
 	fuse.RawFileSystem // ENOSYS to everything that is not below
 
 	ctx     context.Context // ends with the connection
+	conn    *os.File
 	snap    tree
 	live    *live // the same, where it follows the names; or nil
 	reader  Reader

@@ -153,12 +153,12 @@ type Options struct {
 	// Logger takes what cannot be returned; nil means slog.Default.
 	Logger *slog.Logger
 
-	// For tests: what differs from interruptGrace, closeWait and pushPatience, what stands before the kernel, what is
-	// called when a request goes on after a signal, and the memory that can be had.
-	grace, closeWait, pushPatience time.Duration
-	wrap                           func(registrar) registrar
-	goesOn                         func()
-	memoryLeft                     func() int64
+	// For tests: what differs from interruptGrace, blindGrace, closeWait and pushPatience, what stands before the kernel,
+	// what is called when a request goes on after a signal, and the memory that can be had.
+	grace, blindGrace, closeWait, pushPatience time.Duration
+	wrap                                       func(registrar) registrar
+	goesOn                                     func()
+	memoryLeft                                 func() int64
 }
 
 func (o Options) withDefaults() Options {
@@ -201,6 +201,7 @@ func (o Options) withDefaults() Options {
 	num(&o.IdleLeases, 64)
 	dur(&o.IdleTime, 5*time.Second)
 	dur(&o.grace, interruptGrace)
+	dur(&o.blindGrace, blindGrace)
 	dur(&o.closeWait, closeWait)
 	dur(&o.pushPatience, pushPatience)
 	if o.memoryLeft == nil {
@@ -302,6 +303,7 @@ func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Optio
 	}
 	m := &Server{dir: dir, fuse: conn, end: end, done: make(chan struct{})}
 	m.fs = newFileSystem(ctx, snap, r, table, o)
+	m.fs.conn = conn
 	var err error
 	if s == nil {
 		m.settings = Settings{Dir: dir, Snapshot: snap.Digest(), MaxWrite: maxWrite}

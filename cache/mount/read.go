@@ -87,8 +87,12 @@ var (
 	errShort       = fmt.Errorf("%w: the file ends early", source.ErrUnavailable)
 )
 
-// interruptGrace is how long a request goes on after a signal that does not kill its sender.
-const interruptGrace = time.Second
+const (
+	// interruptGrace is how long a request goes on after a signal that does not kill its sender.
+	interruptGrace = time.Second
+	// blindGrace is how long it does after a signal to a sender that cannot be seen.
+	blindGrace = 10 * time.Second
+)
 
 // requestContext ends after the mount's ReadTimeout, with the connection, or by an interrupt.
 //
@@ -97,34 +101,23 @@ const interruptGrace = time.Second
 // them. So a request goes on for a while, in which nearly all of them finish. Only for a sender that is being
 // killed, and waits for nothing but this answer, it ends at once.
 func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
-	return f.boundContext(cancel, pid, func() bool { return false })
+	return f.boundContext(cancel, pid, f.opt.grace)
 }
-
-// blindGrace is how long a question for names goes on after a signal to a sender that cannot be seen.
-const blindGrace = 10 * time.Second
 
 // patientContext is requestContext of a question for names: no signal ends it but one that kills its sender, whenever
 // that comes. A shell gets a signal whenever a child of it ends, and hardly any program asks again for a name or the
-// rest of a folder that it was told EINTR for. Of a sender that cannot be seen, as those in other pods, nobody
-// knows whether it was killed: its question goes on for a while, in which nearly all are answered.
+// rest of a folder that it was told EINTR for.
 func (f *fileSystem) patientContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
-	var since time.Time
-	return f.boundContext(cancel, pid, func() bool {
-		if since.IsZero() {
-			since = time.Now()
-		}
-		switch dies, seen := fate(pid); {
-		case !seen:
-			return time.Since(since) < blindGrace
-		default:
-			return !dies
-		}
-	})
+	return f.boundContext(cancel, pid, f.opt.ReadTimeout)
 }
 
-// boundContext ends after the mount's ReadTimeout, with the connection, or after an interrupt: a grace later, unless
-// the sender is being killed, and again a grace later as long as more says so.
-func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, more func() bool) (context.Context, func()) {
+// boundContext ends after the mount's ReadTimeout, with the connection, or after an interrupt: once the sender is being
+// killed, or has had so much time.
+//
+// Nobody knows whether a sender that cannot be seen was killed, and a server in a pod sees none: the others have PID
+// namespaces of their own. So it has blindGrace, in which nearly all is answered. One that was killed waits that long
+// at most, which is less than the time that a pod has to end; one that was not would get an error for a timer.
+func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, grace time.Duration) (context.Context, func()) {
 	ctx, done := context.WithTimeoutCause(f.ctx, f.opt.ReadTimeout, errTimeout)
 	ctx, fail := context.WithCancelCause(ctx)
 	ended := make(chan struct{})
@@ -135,7 +128,15 @@ func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, more func(
 			return
 		case <-cancel:
 		}
-		for wait := more() || !killed(pid); wait; wait = more() { // the kernel tells of the first signal only
+		for since := time.Now(); ; { // the kernel tells of the first signal only
+			dies, seen := fate(pid)
+			most := grace
+			if !seen {
+				most = f.opt.blindGrace
+			}
+			if dies || time.Since(since) >= most || over(f.conn) { // whose end interrupts all that is under way
+				break
+			}
 			if f.opt.goesOn != nil {
 				f.opt.goesOn()
 			}
@@ -156,13 +157,8 @@ func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, more func(
 	}
 }
 
-// killed says whether a thread is being killed. One that cannot be seen (another PID namespace) counts as killed.
-func killed(tid uint32) bool {
-	dies, seen := fate(tid)
-	return dies || !seen
-}
-
-// fate says whether a thread can be seen, and has SIGKILL pending, as it has once a signal has decided that it dies.
+// fate says whether a thread can be seen, as one outside of the mount's PID namespace cannot (the kernel calls it 0),
+// and has SIGKILL pending, as it has once a signal has decided that it dies.
 func fate(tid uint32) (dies, seen bool) {
 	b, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", tid))
 	if tid == 0 || err != nil {

@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -141,7 +142,7 @@ func TestKilledReaderDoesNotWait(t *testing.T) {
 		<-ctx.Done()
 		return context.Cause(ctx)
 	})
-	m := mounted(t, s, r, Options{ReadTimeout: time.Hour}) // it would wait for that long
+	m := mounted(t, s, r, Options{ReadTimeout: time.Hour, blindGrace: time.Hour}) // it would wait for that long
 	for _, flags := range []int{0, unix.O_DIRECT} {
 		c := command(t, "read", order{Path: filepath.Join(m.Dir(), "f"), Flags: flags})
 		if err := c.Start(); err != nil {
@@ -209,6 +210,80 @@ func TestSignalDoesNotFailARead(t *testing.T) {
 		if err := cmd.Wait(); err != nil || out.String() != c.want {
 			t.Errorf("slow %v: %q, want %q: %v", c.slow, out.String(), c.want, err)
 		}
+	}
+}
+
+// A server in a PID namespace of its own, as one in a pod is, does not see who sends a request.
+func TestSignalDoesNotFailAReadOfWhoCannotBeSeen(t *testing.T) {
+	needFUSE(t)
+	dir := t.TempDir()
+	cleanMount(t, dir)
+	server := command(t, "blind", order{Path: dir})
+	server.SysProcAttr.Cloneflags = unix.CLONE_NEWPID
+	tell, err := server.StdinPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	says, err := server.StdoutPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := server.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer server.Wait()
+	defer server.Process.Kill()
+	defer time.AfterFunc(patience, func() { server.Process.Kill() }).Stop()
+	lines := bufio.NewScanner(says)
+	expect := func(want string) {
+		t.Helper()
+		if lines.Scan(); lines.Text() != want {
+			t.Fatalf("the server said %q, not %q", lines.Text(), want)
+		}
+	}
+	expect("mounted")
+	// A direct read would be told EINTR, and a page fault SIGBUS, which Go's own signals did to those that wait.
+	for what, want := range map[string]string{"read": "1 \n", "fault": fmt.Sprintf("%x\n", content("f", 10)[0])} {
+		cmd, out := command(t, what, order{Path: filepath.Join(dir, "f"), Flags: unix.O_DIRECT}), new(bytes.Buffer)
+		cmd.Stdout = out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		expect("asked")
+		signalAll(cmd.Process.Pid)
+		for range 3 { // it has had the grace of who can be seen, twice
+			expect("goes on")
+		}
+		fmt.Fprintln(tell)
+		if err := cmd.Wait(); err != nil || out.String() != want {
+			t.Errorf("%s: %q, want %q: %v", what, out.String(), want, err)
+		}
+	}
+}
+
+// A process that was killed and cannot be seen waits for a while, and no longer.
+func TestWhoCannotBeSeenDoesNotWaitForEver(t *testing.T) {
+	conn, other, err := os.Pipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer conn.Close()
+	defer other.Close()
+	looks := 0
+	f := &fileSystem{ctx: t.Context(), conn: conn, opt: Options{ReadTimeout: time.Hour, grace: time.Millisecond, blindGrace: 20 * time.Millisecond, goesOn: func() { looks++ }}}
+	cancel := make(chan struct{})
+	close(cancel)
+	for name, bound := range map[string]func(<-chan struct{}, uint32) (context.Context, func()){"read": f.requestContext, "names": f.patientContext} {
+		ctx, stop := bound(cancel, 0)
+		select {
+		case <-ctx.Done():
+		case <-time.After(patience):
+		}
+		cause := context.Cause(ctx)
+		if stop(); cause != errInterrupted || looks == 0 {
+			t.Errorf("%s: %v after %d looks", name, cause, looks)
+		}
+		looks = 0
 	}
 }
 
