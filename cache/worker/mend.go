@@ -63,8 +63,8 @@ func (w *Worker) keepMending(ctx context.Context) error {
 	}
 }
 
-// mend fetches one block again. The store holds files of snapshots only: what has been put to the names of a writable
-// dataset is journaled elsewhere, and checked when it is read.
+// mend fetches one block again. What is in no snapshot, as what was put to the names of a writable dataset, is left to
+// the next reader: nobody has such a file by descriptor.
 func (w *Worker) mend(ctx context.Context, m mend) error {
 	f, err := w.snapshots.find(m.object)
 	if err != nil {
