@@ -60,10 +60,14 @@ func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
 		return l, err
 	}
 	s.mu.Lock()
-	s.settled(o)
-	if s.closed {
+	dropped := s.settled(o)
+	switch {
+	case s.closed:
 		s.mu.Unlock()
 		return nil, ErrClosed
+	case dropped != nil && dropped.gone:
+		s.mu.Unlock()
+		return nil, fmt.Errorf("object %s is being dropped: %w", name(o.ID), ErrNotWhole)
 	}
 	ob, err := s.object(o)
 	if err != nil {
@@ -83,10 +87,10 @@ func (s *Store) LeaseEarly(o ring.Object) (*Lease, error) {
 }
 
 // settled is the object of that ID once nobody looks at or unlinks its file; nil if there is none. It unlocks while it
-// waits.
+// waits, but not for one that is being dropped, which may take as long as a fill.
 func (s *Store) settled(o ring.Object) *object {
 	ob := s.objects[o.ID]
-	for ob != nil && ob.closing != nil {
+	for ob != nil && ob.closing != nil && !ob.gone {
 		s.wait(ob.closing)
 		ob = s.objects[o.ID]
 	}
@@ -177,7 +181,8 @@ func (s *Store) unlease(o *object) {
 
 // Drop forgets an object at once: the next Acquire fills it anew, into a new file. Blocks and leases in
 // use keep the bytes they have, which count against the quota until the last reader is gone; a fill under
-// way goes to those who wait for it. Pins stay, for what is filled next.
+// way goes to those who wait for it, and until it ends whoever wants the object anew waits. Pins stay, for
+// what is filled next.
 func (s *Store) Drop(o ring.Object) {
 	s.mu.Lock()
 	ob := s.objects[o.ID]
@@ -189,7 +194,7 @@ func (s *Store) Drop(o ring.Object) {
 
 func (s *Store) drop(o *object) {
 	s.mu.Lock()
-	for o.closing != nil {
+	for o.closing != nil && !o.gone {
 		s.wait(o.closing)
 	}
 	if s.closed || o.gone || s.objects[o.id] != o {
@@ -202,6 +207,19 @@ func (s *Store) drop(o *object) {
 	for _, b := range o.blocks {
 		s.policyRemove(b)
 	}
+	if o.writers > 0 {
+		// A fill takes as long as the bucket, and whoever drops keeps others waiting.
+		s.wg.Go(func() { s.forget(o) })
+		s.mu.Unlock()
+		return
+	}
+	s.mu.Unlock()
+	s.forget(o)
+}
+
+// forget takes a dropped object away once nothing writes to its file.
+func (s *Store) forget(o *object) {
+	s.mu.Lock()
 	for o.writers > 0 || o.punches > 0 {
 		s.idle.Wait()
 	}

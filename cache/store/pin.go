@@ -23,7 +23,7 @@ func (s *Store) Pin(o ring.Object, n int64, owner string) error {
 	if err != nil {
 		return err
 	}
-	for ob.closing != nil {
+	for ob.closing != nil && !ob.gone { // what is dropped leaves its pins behind
 		s.wait(ob.closing)
 		if ob, err = s.object(o); err != nil {
 			return err

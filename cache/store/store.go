@@ -128,7 +128,7 @@ type Store struct {
 
 	ctx    context.Context // of all fills
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // fills, and hands without one
+	wg     sync.WaitGroup // fills, hands without one, and drops that wait for a fill
 	hands  hands
 
 	mu      sync.Mutex

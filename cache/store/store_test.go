@@ -173,6 +173,95 @@ func TestDropFreesAtOnceAndKeepsWhatIsInUse(t *testing.T) {
 	}
 }
 
+// stopping is a fill that stops after its first piece until it is let, or until nobody waits for it.
+func stopping(o ring.Object, n int64, began chan<- struct{}, let <-chan struct{}) FillPlace {
+	return func(ctx context.Context, w io.WriterAt) ([]uint64, error) {
+		p := make([]byte, blockLen(o.Size, n))
+		content(o, n, p)
+		if _, err := w.WriteAt(p[:1], 0); err != nil {
+			return nil, err
+		}
+		close(began)
+		select {
+		case <-let:
+		case <-ctx.Done():
+			return nil, ctx.Err()
+		}
+		_, err := w.WriteAt(p[1:], 1)
+		return checksum.All(p), err
+	}
+}
+
+// A fill takes as long as the bucket. Whoever drops its object does not wait for it, nor does whoever only asks what is
+// held.
+func TestADropDoesNotWaitForAFill(t *testing.T) {
+	for name, place := range placers {
+		t.Run(name, func(t *testing.T) {
+			s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+			o := anObject(1, 2*ring.BlockSize)
+			acquire(t, s, o, 0).Release()
+			began, let, got := make(chan struct{}), make(chan struct{}), make(chan *Block, 1)
+			go func() {
+				b, err := place(s, context.Background(), o, 1, stopping(o, 1, began, let))
+				if err != nil {
+					t.Error(err)
+				}
+				got <- b
+			}()
+			<-began
+			s.Drop(o)
+			s.Drop(o)
+			if _, ok := s.Lookup(o, 0); ok {
+				t.Error("found after the drop")
+			}
+			for _, lease := range []func(ring.Object) (*Lease, error){s.Lease, s.LeaseEarly} {
+				if _, err := lease(o); !errors.Is(err, ErrNotWhole) {
+					t.Errorf("a lease: %v", err)
+				}
+			}
+			if err := s.Pin(o, 0, "pin"); err != nil {
+				t.Error(err)
+			}
+			close(let)
+			b := <-got
+			if b == nil {
+				return
+			}
+			check(t, o, 1, b)
+			load(t, s, o) // a new file
+			b.Release()
+			if !s.Residency(o).Whole || s.Stats().Pinned == 0 {
+				t.Errorf("filled again: %+v, %+v", s.Residency(o), s.Stats())
+			}
+			if n := files(t, s.dir); n != 1 {
+				t.Errorf("%d files", n)
+			}
+			checkBooks(t, s)
+		})
+	}
+}
+
+func TestAStoreClosesWhileADropWaitsForAFill(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	o := anObject(1, ring.BlockSize)
+	began, ended := make(chan struct{}), make(chan error)
+	go func() {
+		_, err := s.AcquirePlaced(context.Background(), o, 0, stopping(o, 0, began, nil))
+		ended <- err
+	}()
+	<-began
+	s.Drop(o)
+	if err := s.Close(); err != nil {
+		t.Error(err)
+	}
+	if err := <-ended; !errors.Is(err, ErrClosed) {
+		t.Error(err)
+	}
+	if n := files(t, s.dir); n != 0 {
+		t.Errorf("%d files left", n)
+	}
+}
+
 // An object that turned out bad is dropped and fetched again: a load that pinned it does not have to notice.
 func TestPinsOutliveADrop(t *testing.T) {
 	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
