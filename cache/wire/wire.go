@@ -22,7 +22,7 @@ import (
 // The deadlines of the data path, each stated here only. They nest: whoever waits for another waits
 // longer than the other may take.
 const (
-	// SourceTimeout bounds one block's fetch from the bucket, retries included.
+	// SourceTimeout bounds how long a fetch of a block from the bucket goes on while nothing comes, retries included.
 	SourceTimeout = 20 * time.Second
 	// WorkerTimeout bounds a worker's answer to one Read.
 	WorkerTimeout = 25 * time.Second

@@ -12,6 +12,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
@@ -202,6 +203,30 @@ func TestOneRefusedObjectLeavesTheWorkerReady(t *testing.T) {
 	})
 	if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
 		t.Errorf("not ready: %s", text)
+	}
+}
+
+// What comes slowly is not thrown away: a bucket that takes longer for what a load has under way than it may be silent
+// sends every byte once.
+func TestALoadFromABucketThatIsSlowFinishes(t *testing.T) {
+	const size = 16 * ring.BlockSize
+	s := bucket.StartT(t, bucket.Options{BytesPerSecond: 16 << 20})
+	want := content(size, 1)
+	s.PutT(t, "data", "big", want)
+	tr, _ := overBucket(t, s, s.Endpoint(), "")
+	tr.start(1)
+	tr.workers[0].sourceTimeout = 2 * time.Second // of the 4 that all blocks together take
+	i := index(t, tr.snapshot(), "/big")
+	before := s.Sent()
+	tr.load(wire.LoadRequest{ID: "l"})
+	if st := tr.waitLoad(0, "l"); !st.Done || st.Resident != size || st.FailedFiles != 0 {
+		t.Errorf("%+v", st)
+	}
+	if sent := s.Sent() - before; sent > size*13/10 {
+		t.Errorf("the bucket sent %d bytes of an object of %d", sent, int64(size))
+	}
+	if p, err := tr.dial(0).file(i, size, wire.FlagResidentOnly); err != nil || !bytes.Equal(p, want) {
+		t.Errorf("%d bytes, %v", len(p), err)
 	}
 }
 

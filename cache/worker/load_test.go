@@ -17,6 +17,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/scheme"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -383,6 +384,91 @@ func TestALoadIsCancelledByDelete(t *testing.T) {
 	}
 	if s := tr.workers[0].Status(); s.Pinned != 0 {
 		t.Errorf("%d bytes still pinned", s.Pinned)
+	}
+}
+
+// trickling is a source whose bodies come a byte at a time, whenever the test lets one.
+type trickling struct {
+	source.Source
+	next <-chan struct{}
+}
+
+func (s trickling) Get(ctx context.Context, o source.Object, off, n int64) (source.Body, error) {
+	b, err := s.Source.Get(ctx, o, off, n)
+	if err == nil {
+		b.ReadCloser = &trickle{b.ReadCloser, ctx, s.next}
+	}
+	return b, err
+}
+
+type trickle struct {
+	io.ReadCloser
+	ctx  context.Context
+	next <-chan struct{}
+}
+
+func (r *trickle) Read(p []byte) (int, error) {
+	select {
+	case <-r.next:
+		return r.ReadCloser.Read(p[:1])
+	case <-r.ctx.Done():
+		return 0, r.ctx.Err()
+	}
+}
+
+// A bucket that falls silent within a block is given up, and so is one that goes on when its load is deleted or its
+// worker stops.
+func TestWhatEndsAFillThatIsSlow(t *testing.T) {
+	for name, end := range map[string]func(*tier){
+		"silence": func(tr *tier) {
+			s := tr.waitLoad(0, "l")
+			if s.Done || len(s.Failures) != 1 || !strings.Contains(s.Failures[0].Reason, "sent nothing") {
+				tr.t.Errorf("%+v", s)
+			}
+		},
+		"the load is deleted": func(tr *tier) {
+			if _, err := tr.control(0, "DELETE", wire.PathLoads+"/l", nil, nil); err != nil {
+				tr.t.Error(err)
+			}
+		},
+		"the membership is replaced": func(tr *tier) {
+			gets, _ := tr.gates[0].counts()
+			tr.setMembers()
+			eventually(tr.t, "it is asked for anew", func() error {
+				if now, _ := tr.gates[0].counts(); now == gets {
+					return errors.New("not yet")
+				}
+				return nil
+			})
+		},
+		"the worker stops": func(*tier) {},
+	} {
+		t.Run(name, func(t *testing.T) {
+			noGoroutines(t)
+			tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+			g, next := &gate{}, make(chan struct{})
+			tr.deps = func(int) Deps {
+				return Deps{OpenSource: func(ctx context.Context, c source.Config) (*scheme.Source, error) {
+					s, err := scheme.Open(ctx, c)
+					if err != nil {
+						return nil, err
+					}
+					return &scheme.Source{Source: gated{trickling{s, next}, g}, Meter: s.Meter}, nil
+				}}
+			}
+			tr.start(1)
+			tr.gates[0] = g
+			tr.workers[0].sourceTimeout = patience
+			if name == "silence" {
+				tr.workers[0].sourceTimeout = 100 * time.Millisecond
+			}
+			tr.snapshot()
+			tr.load(wire.LoadRequest{ID: "l"})
+			next <- struct{}{}
+			next <- struct{}{}
+			end(tr)
+			tr.stop(0)
+		})
 	}
 }
 

@@ -15,8 +15,8 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// peerTimeout bounds one question to the earlier owners of a block. The peer's own answer takes as long
-// as the bucket (wire.SourceTimeout) at most, and this worker's reader waits for wire.WorkerTimeout.
+// peerTimeout bounds one question to the earlier owners of a block. The peer has given up a bucket that sends nothing
+// by then (wire.SourceTimeout), and this worker's reader waits for wire.WorkerTimeout.
 const peerTimeout = wire.SourceTimeout + (wire.WorkerTimeout-wire.SourceTimeout)/2
 
 func blockOff(block int64) int64 { return block * ring.BlockSize }

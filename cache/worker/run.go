@@ -74,7 +74,7 @@ func newRun(w *Worker, f file, first int64) *run {
 // fill is a store.FillRun.
 func (r *run) fill(ctx context.Context, p store.Part, to io.WriterAt) (sums []uint64, err error) {
 	if r.wait(ctx, p) {
-		sums, err = r.w.fromBucket(ctx, r.f, func(ctx context.Context) ([]uint64, error) { return r.read(ctx, p, to) })
+		sums, err = r.w.fromBucket(ctx, r.f, func(ctx context.Context, moved func()) ([]uint64, error) { return r.read(ctx, p, to, moved) })
 		r.pass(p, err == nil)
 	} else {
 		sums, err = r.w.readSource(ctx, r.f, r.first+int64(p.I), to)
@@ -86,7 +86,7 @@ func (r *run) fill(ctx context.Context, p store.Part, to io.WriterAt) (sums []ui
 }
 
 // read receives a block in its turn; the first asks for all.
-func (r *run) read(ctx context.Context, p store.Part, to io.WriterAt) (sums []uint64, err error) {
+func (r *run) read(ctx context.Context, p store.Part, to io.WriterAt, moved func()) (sums []uint64, err error) {
 	own := ctx
 	if p.I == 0 {
 		own, r.cancel = context.WithCancel(context.WithoutCancel(ctx)) // the answer outlives this fill
@@ -104,7 +104,7 @@ func (r *run) read(ctx context.Context, p store.Part, to io.WriterAt) (sums []ui
 			return nil, err
 		}
 	}
-	return r.w.receive(r.f, r.body, blockLen(r.f.ring.Size, r.first+int64(p.I)), to)
+	return r.w.receive(r.f, r.body, blockLen(r.f.ring.Size, r.first+int64(p.I)), to, moved)
 }
 
 // wait waits for a fill's turn and says whether it has one.

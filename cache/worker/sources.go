@@ -106,28 +106,35 @@ func (w *Worker) sleep(ctx context.Context, d time.Duration) error {
 }
 
 // readSource reads one block of a file from the bucket and writes it piece by piece: one ranged request, which the
-// source itself resumes and retries for as long as the deadline lets it. It returns the block's sums.
+// source itself resumes and retries. It returns the block's sums.
 func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.WriterAt) ([]uint64, error) {
-	return w.fromBucket(ctx, f, func(ctx context.Context) ([]uint64, error) {
+	return w.fromBucket(ctx, f, func(ctx context.Context, moved func()) ([]uint64, error) {
 		size := blockLen(f.ring.Size, block)
 		body, err := w.get(ctx, f, blockOff(block), size)
 		if err != nil {
 			return nil, err
 		}
 		defer body.Close()
-		return w.receive(f, body, size, to)
+		return w.receive(f, body, size, to, moved)
 	})
 }
 
-// fromBucket reads a block within the time that is allowed for one.
-func (w *Worker) fromBucket(ctx context.Context, f file, read func(context.Context) ([]uint64, error)) ([]uint64, error) {
-	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
-	defer cancel()
-	sums, err := read(ctx)
-	if err != nil && errors.Is(ctx.Err(), context.DeadlineExceeded) {
+// errStill: the bucket sent nothing of a block for the time that is allowed.
+var errStill = errors.New("the bucket sends nothing")
+
+// fromBucket reads a block, and gives it up once nothing of it came for the time that is allowed: what comes, however
+// slowly, would only be asked for again. How long a reader waits for all of it is the reader's own affair. read calls
+// moved when something has come.
+func (w *Worker) fromBucket(ctx context.Context, f file, read func(ctx context.Context, moved func()) ([]uint64, error)) ([]uint64, error) {
+	ctx, cancel := context.WithCancelCause(ctx)
+	defer cancel(nil)
+	still := time.AfterFunc(w.sourceTimeout, func() { cancel(errStill) })
+	defer still.Stop()
+	sums, err := read(ctx, func() { still.Reset(w.sourceTimeout) })
+	if err != nil && errors.Is(context.Cause(ctx), errStill) {
 		// The deadline is this worker's, so the reader is told what it waited for. Of the cause only the words: an
 		// answer that was cut short because time was up says that somebody gave up.
-		err = fmt.Errorf("%w: %s: the bucket did not send it within %v: %v", source.ErrUnavailable, f.object.Key, wire.SourceTimeout, err)
+		err = fmt.Errorf("%w: %s: the bucket sent nothing of it for %v: %v", source.ErrUnavailable, f.object.Key, w.sourceTimeout, err)
 	}
 	w.noteBucket(f, err)
 	return sums, err
@@ -142,7 +149,8 @@ func (w *Worker) get(ctx context.Context, f file, off, length int64) (source.Bod
 }
 
 // receive writes the next size bytes of an answer to where they stay, and returns their sums.
-func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) ([]uint64, error) {
+func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt, moved func()) ([]uint64, error) {
+	in := moving{body, moved}
 	sums := make([]uint64, 0, checksum.Count(int(size)))
 	// Each piece is summed and written when it has just come, while the processor still has it at hand: a whole
 	// block is larger than that, and would be fetched from memory twice more. And what is received into was used
@@ -151,7 +159,7 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) (
 	defer pieces.Put(buf)
 	for off := int64(0); off < size; {
 		piece := buf[:min(size-off, sumPiece)]
-		if _, err := io.ReadFull(body, piece); err != nil {
+		if _, err := io.ReadFull(in, piece); err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
 			}
@@ -165,6 +173,20 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt) (
 	}
 	w.digests.published(f.ring.ID, body.Digest)
 	return sums, nil
+}
+
+// moving says when something was read.
+type moving struct {
+	io.Reader
+	moved func()
+}
+
+func (m moving) Read(p []byte) (int, error) {
+	n, err := m.Reader.Read(p)
+	if n > 0 {
+		m.moved()
+	}
+	return n, err
 }
 
 // sumPiece is how much is received at a time, in whole sums.

@@ -84,6 +84,8 @@ type Worker struct {
 	// uncached answers of one connection, so that a reader that does not take them holds up only itself.
 	peerFills  *semaphore.Weighted
 	connBudget int64
+	// sourceTimeout is wire.SourceTimeout, but for tests.
+	sourceTimeout time.Duration
 	// leaseFill is maxLeaseFill, but for tests.
 	leaseFill int64
 	crowds    crowds
@@ -148,7 +150,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	w := &Worker{
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16),
-		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(),
+		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(), sourceTimeout: wire.SourceTimeout,
 		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches), mends: make(mends, maxMends),
 		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
