@@ -22,9 +22,14 @@ import (
 )
 
 const (
-	// loadFills is how many requests a load has under way: what saturates a bucket of 20 ms with files of
+	// loadFills is how many requests a load has under way at most: what saturates a bucket of 20 ms with files of
 	// 100 KiB. Large blocks are held back by the store's buffers and the source's limit.
 	loadFills = 64
+	// firstFills is how many it has at first, and leastFills where blocks take longer than slowBlock: the fewer, the
+	// sooner each is here, and who wants one meanwhile, or another block of the same bucket, waits for no longer than a
+	// reader may. Fewer still would be slow where the bucket gives each connection but a part of what it can.
+	firstFills, leastFills = 16, 4
+	slowBlock              = wire.SourceTimeout / 2
 	// leastRuns is how many requests a load has under way before they are for more than a block: a bucket may give
 	// each connection but a part of what it can.
 	leastRuns = 16
@@ -359,9 +364,13 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 	failedFiles := make(map[catalog.Index]bool) // and whether the failure is final
 	retry := false
 	var g errgroup.Group
-	g.SetLimit(loadFills)
+	p := newPlaces()
 	longest := max(1, min(len(items)/leastRuns, maxRun))
 	for len(items) > 0 {
+		select {
+		case <-p.free:
+		case <-ctx.Done():
+		}
 		if ctx.Err() != nil {
 			break
 		}
@@ -372,9 +381,11 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 		skip := failedFiles[it.index]
 		mu.Unlock()
 		if skip {
+			p.free <- struct{}{}
 			continue
 		}
 		g.Go(func() error {
+			defer func() { p.leave(time.Duration(l.pace.Load())) }()
 			err := l.fetchAll(ctx, snap, v, adjacent)
 			if err == nil || ctx.Err() != nil {
 				return nil
@@ -398,6 +409,37 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 	}
 	g.Wait()
 	return retry
+}
+
+// places are those of the requests that a pass has under way: one more with each that ends, up to loadFills, and one
+// fewer, down to leastFills, while blocks take long.
+type places struct {
+	free chan struct{} // a token for each that is not taken
+	mu   sync.Mutex
+	n    int
+}
+
+func newPlaces() *places {
+	p := &places{free: make(chan struct{}, loadFills), n: firstFills}
+	for range p.n {
+		p.free <- struct{}{}
+	}
+	return p
+}
+
+// leave gives a place back. pace is how long a block took last.
+func (p *places) leave(pace time.Duration) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	switch {
+	case pace > slowBlock && p.n > leastFills:
+		p.n--
+		return
+	case pace <= slowBlock && p.n < loadFills:
+		p.n++
+		p.free <- struct{}{}
+	}
+	p.free <- struct{}{}
 }
 
 // adjacent is how many of the next items may be asked for at once, at least one.

@@ -472,6 +472,32 @@ func TestWhatEndsAFillThatIsSlow(t *testing.T) {
 	}
 }
 
+// A load has the more requests under way the sooner blocks are here, within bounds.
+func TestALoadHasFewerRequestsUnderWayWhereBlocksTakeLong(t *testing.T) {
+	p := newPlaces()
+	free := func(want int) {
+		t.Helper()
+		if p.n != want || len(p.free) != want {
+			t.Errorf("%d requests may be under way and %d begin, want %d", p.n, len(p.free), want)
+		}
+	}
+	free(firstFills)
+	for _, c := range []struct {
+		pace  time.Duration
+		times int
+		want  int
+	}{
+		{slowBlock + 1, 3, firstFills - 3}, {slowBlock, 1, firstFills - 2}, {time.Hour, loadFills, leastFills}, {0, loadFills, loadFills}, {0, 1, loadFills},
+		{time.Hour, 1, loadFills - 1},
+	} {
+		for range c.times {
+			<-p.free
+			p.leave(c.pace)
+		}
+		free(c.want)
+	}
+}
+
 func TestLoadRequestsThatAreWrong(t *testing.T) {
 	tr := newTier(t, map[string][]byte{"f": nil})
 	tr.start(1)
