@@ -2,16 +2,20 @@ package objects_test
 
 import (
 	"bytes"
+	"errors"
 	"fmt"
 	"io"
 	"net/http"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/minio/minio-go/v7"
 
 	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/test/bucket"
 )
 
 // fromBucket is how many bytes of objects the bucket sent to all workers.
@@ -182,4 +186,62 @@ func TestAVersionThatIsReplacedIsReadToItsEndAndThenDropped(t *testing.T) {
 		}
 		return nil
 	})
+}
+
+// A load fetches the version that is replaced, from a bucket that sends no more of it: nobody waits for that.
+func TestAVersionThatIsReplacedWhileItIsFetchedKeepsNobodyWaiting(t *testing.T) {
+	proxy := bucket.Faults(t, theServer(t))
+	tr := newTier(t, proxy.Endpoint())
+	const key = "k"
+	if _, err := tr.direct.PutObject(t.Context(), tr.bucket, tr.prefix+key, bytes.NewReader(content(3<<20, 1)), 3<<20, minio.PutObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	var gets, stalled atomic.Int64
+	proxy.Set(func(r *http.Request) bucket.Fault {
+		if r.Method != http.MethodGet || !strings.HasSuffix(r.URL.Path, "/"+key) {
+			return bucket.Fault{}
+		}
+		if gets.Add(1) == 1 {
+			return bucket.Fault{Truncate: 1 << 20}
+		}
+		stalled.Add(1)
+		return bucket.Fault{Stall: true}
+	})
+	tr.start(1)
+	if _, err := tr.client(0).StatObject(t.Context(), "data", key, minio.StatObjectOptions{}); err != nil {
+		t.Fatal(err)
+	}
+	keys, err := wire.LoadKeys(tr.path("keys"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	req, err := http.NewRequest("POST", "http://"+tr.workers[0].m.Control+wire.PathLoads, strings.NewReader(`{"id":"l"}`))
+	if err == nil {
+		err = wire.SignRequest(req, keys.Control[0], tr.workers[0].m.ID, time.Now())
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp, err := http.DefaultClient.Do(req)
+	if err != nil {
+		t.Fatal(err)
+	}
+	resp.Body.Close()
+	if resp.StatusCode >= 300 {
+		t.Fatalf("the load: status %d", resp.StatusCode)
+	}
+	eventually(t, "the fill has begun and stops", func() error {
+		if stalled.Load() == 0 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	tr.mustPut(0, key, []byte("new"))
+	if info, err := tr.client(0).StatObject(t.Context(), "data", key, minio.StatObjectOptions{}); err != nil || info.Size != 3 {
+		t.Errorf("%d bytes, %v", info.Size, err)
+	}
+	// By the fourth request that gets no answer the fill has failed.
+	if n := stalled.Load(); n > 3 {
+		t.Errorf("the bucket was asked %d times until the fill was waited for no more", n)
+	}
 }
