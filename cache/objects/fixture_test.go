@@ -119,6 +119,7 @@ type tier struct {
 	mounts  []worker.Mount
 	write   worker.WriteConfig
 	memory  int64
+	scrub   int64
 	deps    func(i int, d *worker.Deps)
 	epoch   uint64
 	workers []*member
@@ -199,7 +200,7 @@ func (tr *tier) config(i int) worker.Config {
 	return worker.Config{
 		Dataset: dataset, ID: w.m.ID, Mounts: tr.mounts, Memory: tr.memory, Dir: tr.path(w.m.ID), KeysDir: tr.path("keys"),
 		MembershipFile: tr.path("members.json"), Listen: w.m.Addr, Control: w.m.Control,
-		Gateway: gateway, Write: tr.write,
+		Gateway: gateway, Write: tr.write, ScrubBytesPerSecond: tr.scrub,
 	}
 }
 

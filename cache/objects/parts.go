@@ -287,8 +287,12 @@ func (n *Names) readPart(ctx context.Context, u uploadName, h heldPart, block, l
 			return false
 		}
 		defer b.Release()
-		_, err := b.ReadAt(into, off)
-		return err == nil
+		// New sums are taken of the block that it becomes part of: they must not be of other bytes.
+		if err := b.ReadChecked(into, off); err != nil {
+			n.c.Store.Verify(b)
+			return false
+		}
+		return true
 	}
 	if n.peers.known(*h.at) != nil {
 		return false
@@ -370,6 +374,10 @@ func (n *Names) partRoutes(mux *http.ServeMux) {
 			return
 		}
 		defer b.Release()
+		if !n.c.Store.Verify(b) {
+			failed(w, fmt.Errorf("%w: part %d of %q", wire.ErrCorrupt, number, q.Get("key")))
+			return
+		}
 		n.sendBlock(w, q.Get("key"), b)
 	})
 }

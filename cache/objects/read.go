@@ -149,7 +149,7 @@ func (o *object) WriteRange(ctx context.Context, w io.Writer, off, length int64)
 
 // writeBlock writes length bytes from offset off of one block.
 func (o *object) writeBlock(ctx context.Context, w io.Writer, block, off, length int64) error {
-	b, err := o.acquire(ctx, block)
+	b, err := o.n.acquireSound(ctx, o.key, o.p, o.found, o.blocks, block, off, length)
 	if err != nil {
 		return err
 	}
@@ -167,12 +167,30 @@ func (o *object) writeBlock(ctx context.Context, w io.Writer, block, off, length
 	return send(w, b, off, length)
 }
 
-// acquire returns a block in use, fetched where it is not here: from the owner, which fetches it once for
-// all, or from the bucket.
-func (o *object) acquire(ctx context.Context, block int64) (*store.Block, error) {
-	return o.n.acquire(ctx, o.key, o.p, o.found, o.blocks, block)
+// mends is how often one reader has a block fetched again whose bytes are not what they were.
+const mends = 2
+
+// acquireSound is acquire for who sends length bytes from off on of the block. They are compared with their sums first:
+// who receives them has nothing to compare them with.
+func (n *Names) acquireSound(ctx context.Context, key string, p place, f found, blocks ring.Object, block, off, length int64) (*store.Block, error) {
+	for try := 0; ; try++ {
+		b, err := n.acquire(ctx, key, p, f, blocks, block)
+		if err != nil {
+			return nil, err
+		}
+		if err = b.Check(off, length); err == nil {
+			return b, nil
+		}
+		n.c.Store.Verify(b)
+		b.Release()
+		if try == mends {
+			return nil, fmt.Errorf("%w: fetched %d times: %w", wire.ErrCorrupt, try, err)
+		}
+	}
 }
 
+// acquire returns a block in use, fetched where it is not here: from the owner, which fetches it once for
+// all, or from the bucket.
 func (n *Names) acquire(ctx context.Context, key string, p place, f found, blocks ring.Object, block int64) (*store.Block, error) {
 	return n.c.Store.Acquire(ctx, blocks, block, func(ctx context.Context, into []byte) error {
 		if made := n.assemblies.get(blocks); made != nil && n.fill(ctx, made, block, into) {
