@@ -277,8 +277,10 @@ func (d *Draft) Sums() []uint32 {
 	return append(slices.Clip(d.sums), d.sum)
 }
 
-// Content is what was written so far.
-func (d *Draft) Content() io.Reader { return io.NewSectionReader(d.f, 0, d.n) }
+// Content is what was written so far. Its pieces are checked as they are read.
+func (d *Draft) Content() io.Reader {
+	return io.NewSectionReader(&Content{d.f, Record{Size: d.n, Sums: d.Sums()}}, 0, d.n)
+}
 
 // Commit makes the draft the entry that r says; its Size and Sums are filled in. After an error it is aborted.
 func (d *Draft) Commit(r Record) error {

@@ -238,6 +238,31 @@ func TestCorruptContentIsFoundByItsReader(t *testing.T) {
 	}
 }
 
+// What is put through after all is read from the draft, which lies in the same memory.
+func TestCorruptContentOfADraftIsFoundByItsReader(t *testing.T) {
+	dir := t.TempDir()
+	j := open(t, dir, 1<<20)
+	d, err := j.Begin(200_000)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer d.Abort()
+	want := content(200_000)
+	if _, err := d.Write(want); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(d.Content()); err != nil || !bytes.Equal(got, want) {
+		t.Errorf("%d bytes of a sound draft: %v", len(got), err)
+	}
+	files, _ := os.ReadDir(dir)
+	if err := os.WriteFile(filepath.Join(dir, files[0].Name()), append([]byte{want[0] ^ 1}, want[1:]...), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if got, err := io.ReadAll(d.Content()); !errors.Is(err, journal.ErrCorrupt) || len(got) != 0 {
+		t.Errorf("%d bytes of one whose first has changed: %v", len(got), err)
+	}
+}
+
 // A copy that was on its way when its name was marked or forgotten does not come after, in this process or, after a
 // mark, the next.
 func TestACopyThatComesTooLateIsRefused(t *testing.T) {
