@@ -2,6 +2,7 @@ package objects
 
 import (
 	"context"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"maps"
@@ -247,7 +248,11 @@ func (b *back) find(ctx context.Context, key string, p place, s state) (version,
 }
 
 func versionOf(p place, r journal.Record) version {
-	return version{source.Object{Key: p.key, Size: r.Size, Version: r.ETag, ModTime: r.Time}, stored(r.Attrs)}
+	o := source.Object{Key: p.key, Size: r.Size, Version: r.ETag, ModTime: r.Time}
+	if sum, err := hex.DecodeString(r.ETag); err == nil { // it is the content's MD5: see tags
+		o.Digest = source.Digest{Algorithm: source.MD5, Sum: sum}
+	}
+	return version{o, stored(r.Attrs)}
 }
 
 // next gives a sequence after all that were given. The caller holds the mutex.

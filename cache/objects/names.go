@@ -72,6 +72,10 @@ type Config struct {
 	// Back, when not nil, has writes acknowledged before the bucket has them.
 	Back    *Back
 	Members Members
+	// Fetched, when not nil, is told of each block that came from the bucket, with the digest of the whole object that
+	// came along, or from another worker. Resident is told of each object of which a block has become resident.
+	Fetched  func(ring.Object, source.Digest)
+	Resident func(source.Object, ring.Object)
 	// Dial connects to other workers, Keys are the dataset's.
 	Dial   func(ctx context.Context, network, addr string) (net.Conn, error)
 	Keys   func() wire.Keys
@@ -159,6 +163,12 @@ func New(c Config) (*Names, error) {
 	}
 	if c.Logger == nil {
 		c.Logger = slog.Default()
+	}
+	if c.Fetched == nil {
+		c.Fetched = func(ring.Object, source.Digest) {}
+	}
+	if c.Resident == nil {
+		c.Resident = func(source.Object, ring.Object) {}
 	}
 	n := &Names{
 		c: c, log: c.Logger, fresh: Fresh,

@@ -192,7 +192,10 @@ func (n *Names) acquireSound(ctx context.Context, key string, p place, f found, 
 // acquire returns a block in use, fetched where it is not here: from the owner, which fetches it once for
 // all, or from the bucket.
 func (n *Names) acquire(ctx context.Context, key string, p place, f found, blocks ring.Object, block int64) (*store.Block, error) {
-	return n.c.Store.Acquire(ctx, blocks, block, func(ctx context.Context, into []byte) error {
+	if b, ok := n.c.Store.Lookup(blocks, block); ok {
+		return b, nil
+	}
+	b, err := n.c.Store.Acquire(ctx, blocks, block, func(ctx context.Context, into []byte) error {
 		if made := n.assemblies.get(blocks); made != nil && n.fill(ctx, made, block, into) {
 			n.counts.assembled.Add(int64(len(into)))
 			return nil
@@ -201,18 +204,26 @@ func (n *Names) acquire(ctx context.Context, key string, p place, f found, block
 			within, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			err := n.peers.block(within, *f.owner, key, f.object, block, into)
 			cancel()
+			if err == nil {
+				n.c.Fetched(blocks, source.Digest{})
+			}
 			var peer *errPeer
 			if err == nil || !errors.As(err, &peer) || ctx.Err() != nil {
 				return err
 			}
 			n.log.Debug("block fetched from the bucket, since its owner cannot be reached", "key", key, "error", err)
 		}
-		return n.fetch(ctx, p, f.object, block*ring.BlockSize, into)
+		return n.fetch(ctx, p, f.object, blocks, block, into)
 	})
+	if err == nil && b.Resident() {
+		n.c.Resident(f.object, blocks)
+	}
+	return b, err
 }
 
-// fetch reads bytes of a version from the bucket.
-func (n *Names) fetch(ctx context.Context, p place, o source.Object, off int64, into []byte) error {
+// fetch reads a block of a version from the bucket.
+func (n *Names) fetch(ctx context.Context, p place, o source.Object, blocks ring.Object, block int64, into []byte) error {
+	off := block * ring.BlockSize
 	if n.back != nil {
 		if pending, err := n.back.read(ctx, p.name(), o, off, into); pending {
 			return err
@@ -225,7 +236,9 @@ func (n *Names) fetch(ctx context.Context, p place, o source.Object, off int64, 
 		return err
 	}
 	defer body.Close()
-	_, err = io.ReadFull(body, into)
+	if _, err = io.ReadFull(body, into); err == nil {
+		n.c.Fetched(blocks, body.Digest)
+	}
 	return err
 }
 

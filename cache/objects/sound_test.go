@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"fmt"
 	"io"
+	"maps"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -202,4 +203,85 @@ func TestBackBitsFlippedEverywhereReachNobody(t *testing.T) {
 	if got, _, err := bt.inBucket(key); code(err) != "NoSuchKey" {
 		t.Errorf("the bucket has %d bytes, %v", len(got), err)
 	}
+}
+
+// An object that was read by its name is compared with the digest that the bucket publishes once it is whole, wherever
+// it is: one that came with other bytes is dropped, and what has no digest is counted.
+func TestWhatIsReadByNameIsComparedWithTheBucketsDigest(t *testing.T) {
+	proxy := bucket.Faults(t, theServer(t))
+	tr := newTier(t, proxy.Endpoint())
+	tr.start(2)
+	checked := func(i int, verified, unverified, corrupt int64) {
+		t.Helper()
+		eventually(t, fmt.Sprintf("worker %d has checked it", i), func() error {
+			if s := tr.workers[i].inside.Status(); s.Verified != verified || s.Unverified != unverified || s.Corrupt != corrupt {
+				return fmt.Errorf("verified %d, unverified %d, corrupt %d", s.Verified, s.Unverified, s.Corrupt)
+			}
+			return nil
+		})
+	}
+	direct := func(key string, p []byte) {
+		t.Helper()
+		o := minio.PutObjectOptions{PartSize: 5 << 20}
+		if _, err := tr.direct.PutObject(t.Context(), tr.bucket, tr.prefix+key, bytes.NewReader(p), int64(len(p)), o); err != nil {
+			t.Fatal(err)
+		}
+	}
+	spoiled := tr.keyOwnedBy(0, "spoiled")
+	p := content(ring.BlockSize+1000, 1)
+	direct(spoiled, p)
+	var flips atomic.Int32
+	proxy.Set(func(r *http.Request) bucket.Fault {
+		if r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, spoiled) && flips.Add(1) == 1 {
+			return bucket.Fault{Flip: 1000}
+		}
+		return bucket.Fault{}
+	})
+	if got, _, err := tr.get(1, spoiled); err != nil || len(got) != len(p) {
+		t.Fatalf("%d bytes, %v", len(got), err)
+	}
+	checked(0, 0, 0, 1)
+	checked(1, 0, 0, 1)
+	tr.readsAll(spoiled, p)
+	checked(0, 1, 0, 1)
+	checked(1, 1, 0, 1)
+
+	// What is put through the tier came from nowhere; another worker compares what it gets of it.
+	key := tr.keyOwnedBy(0, "put")
+	tr.mustPut(0, key, p)
+	tr.readsAll(key, p)
+	checked(1, 2, 0, 1)
+	checked(0, 1, 0, 1)
+
+	// Without these an object that was put in parts has no digest.
+	proxy.Set(func(*http.Request) bucket.Fault {
+		return bucket.Fault{Header: func(h http.Header) {
+			maps.DeleteFunc(h, func(name string, _ []string) bool { return strings.HasPrefix(name, "X-Amz-Checksum-") })
+		}}
+	})
+	key = tr.keyOwnedBy(0, "in parts")
+	p = content(6<<20, 2)
+	direct(key, p)
+	tr.reads(0, key, string(p))
+	checked(0, 1, 1, 1)
+}
+
+// What another worker acknowledged, and the bucket does not have yet, is compared with the MD5 that is its ETag.
+func TestBackWhatAnotherWorkerHoldsIsComparedWithItsETag(t *testing.T) {
+	bt := newBackTier(t)
+	bt.start(2)
+	bt.writesBack()
+	bt.nothingHeld()
+	bt.refuse(bucket.Fault{Status: 403, Code: "AccessDenied"})
+	defer bt.accept()
+	before := bt.workers[1].inside.Status()
+	key := bt.keyOwnedBy(0, "pending")
+	bt.mustPut(0, key, content(200_000, 1))
+	bt.reads(1, key, string(content(200_000, 1)))
+	eventually(t, "it is compared", func() error {
+		if s := bt.workers[1].inside.Status(); s.Verified != before.Verified+1 || s.Unverified != before.Unverified || s.Corrupt != 0 {
+			return fmt.Errorf("verified %d, unverified %d, corrupt %d", s.Verified-before.Verified, s.Unverified-before.Unverified, s.Corrupt)
+		}
+		return nil
+	})
 }

@@ -18,6 +18,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // Bounds of what is remembered of objects between their first block and their check.
@@ -203,7 +204,8 @@ func (w *Worker) check(ctx context.Context, f file, want source.Digest, limit *r
 		return nil
 	}
 	w.counts.corrupt.Add(1)
-	again := w.digests.fail(f.ring.ID)
+	// What was read by its name is in no snapshot by which it could be asked for: its next reader fetches it.
+	again := w.digests.fail(f.ring.ID) && f.snapshot != wire.Digest{}
 	w.log.Error("object does not match the digest that its bucket publishes: dropped",
 		"object", f.String(), "algorithm", algorithmName(want.Algorithm), "published", hex.EncodeToString(want.Sum), "is", hex.EncodeToString(h.Sum(nil)), "fetchedAgain", again)
 	w.store.Drop(f.ring)

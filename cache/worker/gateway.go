@@ -17,6 +17,7 @@ import (
 	"github.com/stepcache/stepcache/cache/gateway"
 	"github.com/stepcache/stepcache/cache/objects"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 // GatewayConfig makes a worker serve the dataset over S3's protocol.
@@ -146,7 +147,12 @@ func newGateway(w *Worker) (_ *gatewayServer, err error) {
 		Dataset: w.config.Dataset, Self: w.config.ID, Mounts: w.writableMounts, Store: w.store,
 		Quota: w.config.Memory - w.config.maxUnflushed(), Back: back,
 		Dir: w.config.Dir, Exclusive: w.config.Write.Exclusive, Members: (*memberList)(&w.members),
-		Dial: w.deps.Dial, Keys: w.keys.Keys, Clock: w.clock, Logger: w.log,
+		Fetched: func(o ring.Object, d source.Digest) {
+			w.digests.published(o.ID, d)
+			w.digests.dirty(o.ID)
+		},
+		Resident: func(o source.Object, blocks ring.Object) { w.checkWhole(file{object: o, ring: blocks}) },
+		Dial:     w.deps.Dial, Keys: w.keys.Keys, Clock: w.clock, Logger: w.log,
 	})
 	if err != nil {
 		return nil, err

@@ -34,7 +34,7 @@ type snapshot struct {
 }
 
 // file is one file of a snapshot with what is needed to read it. It does not refer to the snapshot's
-// memory, so that it may outlive it.
+// memory, so that it may outlive it. Of what was read by its name it has object and ring only.
 type file struct {
 	object source.Object
 	ring   ring.Object
