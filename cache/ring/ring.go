@@ -49,7 +49,8 @@ type Member struct {
 
 // Membership is the list of workers at one epoch.
 type Membership struct {
-	// Epoch grows with every change. Reads tolerate a stale one, writes refuse it.
+	// Epoch grows by one with every change, unless the list before was lost: who finds a number left out takes it
+	// that it missed a list. Reads tolerate a stale one, writes refuse it.
 	Epoch   uint64   `json:"epoch"`
 	Members []Member `json:"members"`
 }

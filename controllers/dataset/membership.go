@@ -35,10 +35,11 @@ const (
 // DNS, so a restart under another address is a new epoch and moves nothing. Members are Leaving while they
 // hand over their blocks, before the pod is stopped for good (scale-in) or for a new template (rollout).
 func (r *Reconciler) membership(ctx context.Context, p *pass) error {
-	before, err := r.written(ctx, p)
+	have, err := r.list(ctx, p)
 	if err != nil {
 		return err
 	}
+	before := p.parse(have)
 	had := make(map[string]ring.Member)
 	for _, m := range before.Members {
 		had[m.ID] = m
@@ -84,16 +85,28 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	}
 	next.Epoch = before.Epoch
 	if before.Epoch == 0 || before.Epoch < p.epoch || !reflect.DeepEqual(before.Members, next.Members) {
-		// The time keeps epochs growing even when the ConfigMap was deleted.
-		next.Epoch = max(before.Epoch+1, p.epoch+1, uint64(p.now.Unix()))
+		next.Epoch = nextEpoch(before.Epoch, p.epoch, p.now)
 		markNew(before, next, p.dataset.Status.Cached > 0, p.back())
 	}
 	p.members = next
-	if err := r.putMembership(ctx, p); err != nil {
+	if err := r.putMembership(ctx, p, have); err != nil {
 		return err
 	}
 	p.epoch = next.Epoch
 	return nil
+}
+
+// nextEpoch is the epoch of the list after the one with epoch before, which is 0 where that is not known; greatest was
+// written or is followed by a worker.
+//
+// It is the next number: a worker that finds one left out takes it that it has missed a list, and serves no name until it
+// has asked all the others. Only the time is greater than all that were ever written where the list was deleted, and so
+// may be what is remembered of it.
+func nextEpoch(before, greatest uint64, now time.Time) uint64 {
+	if before == 0 {
+		return max(greatest+1, uint64(now.Unix()))
+	}
+	return max(before, greatest) + 1
 }
 
 // markNew notes of the members of the next list which of them were not in the one before.
@@ -114,26 +127,40 @@ func markNew(before, next ring.Membership, cached, back bool) {
 	}
 }
 
-// written is the list that was written last.
-func (r *Reconciler) written(ctx context.Context, p *pass) (ring.Membership, error) {
+// list is the ConfigMap with the list that was written last; nil where there is none.
+func (r *Reconciler) list(ctx context.Context, p *pass) (*corev1.ConfigMap, error) {
 	cm := &corev1.ConfigMap{}
 	err := r.client.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.TierName(p.dataset.Name)}, cm)
 	if apierrors.IsNotFound(err) {
-		return ring.Membership{}, nil
+		return nil, nil
 	}
+	return cm, err
+}
+
+// written is the list that was written last.
+func (r *Reconciler) written(ctx context.Context, p *pass) (ring.Membership, error) {
+	have, err := r.list(ctx, p)
 	if err != nil {
 		return ring.Membership{}, err
+	}
+	return p.parse(have), nil
+}
+
+// parse gives the list that a ConfigMap has; empty, with epoch 0, where there is none.
+func (p *pass) parse(cm *corev1.ConfigMap) ring.Membership {
+	if cm == nil {
+		return ring.Membership{}
 	}
 	m, err := ring.Parse([]byte(cm.Data[v1alpha1.KeyMembership]))
 	if err != nil {
 		// Somebody wrote it by hand: it is made anew.
 		p.warn("MembershipInvalid", "WriteMembership", "config map %q: %v; it is written anew", cm.Name, err)
-		return ring.Membership{}, nil
+		return ring.Membership{}
 	}
 	if m.Members == nil {
 		m.Members = []ring.Member{}
 	}
-	return m, nil
+	return m
 }
 
 // lately says whether a worker that does not serve did so until a moment ago.
@@ -162,7 +189,9 @@ func (r *Reconciler) member(pod *corev1.Pod) ring.Member {
 	return m
 }
 
-func (r *Reconciler) putMembership(ctx context.Context, p *pass) error {
+// putMembership writes the list in the place of the one that it was made after. Where another, which the cache did not
+// have yet, is there by now, that is a conflict: there would be two lists of one epoch.
+func (r *Reconciler) putMembership(ctx context.Context, p *pass, have *corev1.ConfigMap) error {
 	list, err := json.Marshal(p.members)
 	if err != nil {
 		return err
@@ -171,10 +200,24 @@ func (r *Reconciler) putMembership(ctx context.Context, p *pass) error {
 	if err != nil {
 		return err
 	}
-	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{
+	return r.apply(ctx, p, wasRead{r.client, have}, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{
 		ObjectMeta: p.object(v1alpha1.TierName(p.dataset.Name), v1alpha1.ComponentWorker),
 		Data:       map[string]string{v1alpha1.KeyMembership: string(list), v1alpha1.KeyTier: string(folder)},
 	})
+}
+
+// wasRead gives what was read before, not what is there by now.
+type wasRead struct {
+	client.Reader
+	have *corev1.ConfigMap // nil: there was none
+}
+
+func (w wasRead) Get(_ context.Context, key client.ObjectKey, into client.Object, _ ...client.GetOption) error {
+	if w.have == nil {
+		return apierrors.NewNotFound(corev1.Resource("configmaps"), key.Name)
+	}
+	w.have.DeepCopyInto(into.(*corev1.ConfigMap))
+	return nil
 }
 
 // control reaches the workers of the pass's membership.
