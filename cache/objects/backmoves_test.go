@@ -217,6 +217,46 @@ func TestBackWhatOnlyWorkersThatLeftHoldIsListedAndRead(t *testing.T) {
 	bt.nothingHeld()
 }
 
+// Both workers that hold what is pending leave, and the next owner leaves too before it has heard them. Another, which
+// had heard them then of its own names, owns the name after that: it asks them again.
+func TestBackWhatOnlyWorkersThatLeftHoldMovesTwice(t *testing.T) {
+	bt := newBackTier(t)
+	l := bt.linked()
+	bt.start(5)
+	bt.writesBack()
+	bt.nothingHeld()
+	const next, last = 2, 3
+	key := bt.keyOrdered("twice", 0, 1, next, last)
+	var refuses atomic.Bool
+	bt.proxy.Set(func(r *http.Request) bucket.Fault {
+		if refuses.Load() && (r.Method == http.MethodPut || r.Method == http.MethodHead) {
+			return bucket.Fault{Status: 503, Code: "SlowDown"}
+		}
+		return bucket.Fault{}
+	})
+	refuses.Store(true)
+	bt.mustPut(0, key, []byte("held"))
+	l.set(true, next, 0, 1)
+	bt.workers[0].state, bt.workers[1].state = "gone", "gone"
+	bt.tellAll()
+	// It has heard them once it serves a name that moved to it.
+	bt.mustPut(last, bt.keyOrdered("other", last, 4), []byte("other"))
+	bt.workers[next].state = "gone"
+	bt.tellAll()
+	for _, i := range []int{last, 4} {
+		eventually(t, "it is read", func() error {
+			got, _, err := bt.get(i, key)
+			if err == nil && string(got) != "held" || code(err) == "NoSuchKey" {
+				t.Fatalf("worker %d reads %q, %v", i, got, err)
+			}
+			return err
+		})
+	}
+	refuses.Store(false)
+	bt.inBucketSoon(key, []byte("held"), md5Hex("held"))
+	bt.nothingHeld()
+}
+
 // ownProxy gives worker i a way of its own to the bucket.
 func (bt *backTier) ownProxy(i int) *bucket.FaultProxy {
 	proxy := bucket.Faults(bt.t, theServer(bt.t))

@@ -172,7 +172,8 @@ func (e *epochs) tell() {
 func memberKey(m ring.Member) string { return m.ID + " " + m.Addr }
 
 // follow takes a list. Members of the lists before are asked too, until one is settled: they may not know
-// of this one, and serve.
+// of this one, and serve. Where they hold what is pending, it is until one is closed: they were asked by the lists
+// before of other names than this worker owns now, and whose those were may not have heard them.
 func (e *epochs) follow(list ring.Membership, now time.Time) {
 	e.mu.Lock()
 	defer e.mu.Unlock()
@@ -180,11 +181,14 @@ func (e *epochs) follow(list ring.Membership, now time.Time) {
 		return
 	}
 	e.unsettle()
-	for _, l := range [][]ring.Member{e.list.Members, list.Members} {
-		for _, m := range l {
-			if m.ID != e.self {
-				e.ask[memberKey(m)] = m
-			}
+	e.peers.follow(e.list, list)
+	asked := slices.Concat(e.list.Members, list.Members)
+	if e.back {
+		asked = slices.AppendSeq(asked, maps.Values(e.peers.departed))
+	}
+	for _, m := range asked {
+		if m.ID != e.self {
+			e.ask[memberKey(m)] = m
 		}
 	}
 	if len(e.past) > 0 {
@@ -195,7 +199,6 @@ func (e *epochs) follow(list ring.Membership, now time.Time) {
 		}
 		e.past = append(e.past, list)
 	}
-	e.peers.follow(e.list, list)
 	clear(e.learned)
 	e.list, e.since, e.toldAt = list, now, time.Time{}
 	e.settled = len(e.ask) == 0 && e.behind <= list.Epoch && !e.left && !e.back
