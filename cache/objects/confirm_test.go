@@ -128,3 +128,30 @@ func TestAListIsClosedOnceAllMembersAreSettled(t *testing.T) {
 		t.Errorf("%d have left, %v are asked", departed(), e.ask)
 	}
 }
+
+// A member that does not answer is waited for until nothing that it does counts any more, and one that may only be slow
+// for longer.
+func TestHowLongAMemberThatDoesNotAnswerIsWaitedFor(t *testing.T) {
+	start := time.Unix(1000, 0)
+	const never = -1
+	for _, c := range []struct {
+		name       string
+		back, left bool
+		told       time.Duration // after the list came
+		want       time.Duration
+	}{
+		{"all go through", false, false, never, HandOverTime},
+		{"it may be slow", true, false, never, HandOverTime},
+		{"it may be slow, and was confirmed right before", true, false, HandOverTime - 1, HandOverTime + hungAfter},
+		{"it said that it stops", true, true, never, hungAfter + 1},
+		{"it said that it stops, and another confirmed it right before", true, true, time.Second, hungAfter + time.Second + 1},
+	} {
+		e := epochs{back: c.back, since: start}
+		if c.told != never {
+			e.toldAt = start.Add(c.told)
+		}
+		if e.waited(start.Add(c.want-1), c.left) || !e.waited(start.Add(c.want), c.left) {
+			t.Errorf("%s: not %v", c.name, c.want)
+		}
+	}
+}

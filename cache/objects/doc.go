@@ -78,29 +78,29 @@
 // (epochs.sure): it owns it under a settled list, or by every list since that, none of which it missed. To settle a
 // list, here, takes that every member of it, and of the lists before, tells after it follows it what it holds of this
 // worker's names (or stopped with nothing left). Up to Copies-1 of them need not: they refuse connections, or gave no
-// answer for HandOverTime. Since Copies hold what was acknowledged, one that was heard does. A worker that comes
-// without the memory of a former life is itself one of those that were not heard; with more missing, nobody serves the
-// names that moved until they are back, since to go on could lose them. An owner acknowledges a put only if it is still
-// sure, under the epoch by which the copies were taken, after they were: holders refuse another epoch's, and look again
-// after they took one, so what they told a new owner has all that an old one will acknowledge. Names that do not move
-// are served all along; those of a worker that hangs wait until the membership is without it, and are read meanwhile by
-// asking the others and then the bucket.
+// answer for HandOverTime, or for hungAfter where they said before that they stop with nothing left. Since Copies hold
+// what was acknowledged, one that was heard does. A worker that comes without the memory of a former life is itself one
+// of those that were not heard; with more missing, nobody serves the names that moved until they are back, since to go
+// on could lose them. An owner acknowledges a put only if it is still sure, under the epoch by which the copies were
+// taken, after they were: holders refuse another epoch's, and look again after they took one, so what they told a new
+// owner has all that an old one will acknowledge. Names that do not move are served all along; those of a worker that
+// hangs wait until the membership is without it, and are read meanwhile by asking the others and then the bucket.
 //
-// Why an owner that is cut off does no harm. To be sure also takes that within hungAfter (15 s) this worker looked at its
-// membership, and Copies-1 others told that they follow no newer one (standing.confirm). A new owner has heard one of
-// those: it settled without at most Copies-1, this one among them. And it waits, where one does not answer, for
-// HandOverTime, and for hungAfter since the last of the others told it that they follow the new list. So by then an old
-// owner serves nothing, and begins to bring nothing to the bucket; what it is bringing there it gives up. That is looked
-// at right before the content is sent, and the bucket is told which version it is to take the place of, or that there
-// must be none: a request that comes after another owner's changes nothing. What remains possible: a request that the
-// old owner had begun, which it, the network or the bucket held up until a new owner had settled, and which comes to a
-// bucket that does not know the condition (OSS over what is there, stores that answer that it is not implemented), or
-// that has by then what it had before: the same bytes put again, or nothing, since it was deleted. The same holds of
-// writes that go through, whose requests have no condition unless the client gave one. Members that nothing listens for,
-// at the addresses they are known by, need not confirm: a worker whose every connection to its peers is refused, though
-// they are there, would go on. And a worker that takes the place of one with its id, as a pod that was deleted by force
-// while its node was cut off, does not wait for that one. With two workers, one that hangs takes the other's names along
-// until the list is without it.
+// Why an owner that is cut off does no harm. To be sure also takes that within hungAfter (15 s) this worker looked at
+// its membership, and Copies-1 others told that they follow no newer one (standing.confirm). A new owner has heard one
+// of those: it settled without at most Copies-1, this one among them. And it waits, where one does not answer, for
+// HandOverTime unless that one said that it stops, and for hungAfter since the last of the others told it that they
+// follow the new list. So by then an old owner serves nothing, and begins to bring nothing to the bucket; what it is
+// bringing there it gives up. That is looked at right before the content is sent, and the bucket is told which version
+// it is to take the place of, or that there must be none: a request that comes after another owner's changes nothing.
+// What remains possible: a request that the old owner had begun, which it, the network or the bucket held up until a
+// new owner had settled, and which comes to a bucket that does not know the condition (OSS over what is there, stores
+// that answer that it is not implemented), or that has by then what it had before: the same bytes put again, or
+// nothing, since it was deleted. The same holds of writes that go through, whose requests have no condition unless the
+// client gave one. Members that nothing listens for, at the addresses they are known by, need not confirm: a worker
+// whose every connection to its peers is refused, though they are there, would go on. And a worker that takes the place
+// of one with its id, as a pod that was deleted by force while its node was cut off, does not wait for that one. With
+// two workers, one that hangs takes the other's names along until the list is without it.
 //
 // Why no old copy comes back. A holder drops a copy when the owner says so, and one that cannot be told keeps it. Until
 // all are told, the owner and those that could be told keep a mark, that everything up to a sequence is in the bucket,

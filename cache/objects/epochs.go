@@ -277,6 +277,18 @@ func (n *Names) keepEpochs(ctx context.Context) {
 	}
 }
 
+// waited says whether a member that does not answer was waited for long enough; left, that it said before that it stops
+// with nothing left. That one may have come back since, cut off from this worker, and so may hold something again. The
+// caller holds the mutex.
+func (e *epochs) waited(now time.Time, left bool) bool {
+	long := now.Sub(e.since) >= HandOverTime
+	if !e.back {
+		return long
+	}
+	// It may have been confirmed by the last of those that do answer, right before.
+	return (long || left) && now.Sub(e.since) > hungAfter && now.Sub(e.toldAt) > hungAfter
+}
+
 // settleUntil is settle, which ends early when the list is replaced.
 func (n *Names) settleUntil(ctx context.Context, replaced <-chan struct{}) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -298,7 +310,7 @@ func (n *Names) settleUntil(ctx context.Context, replaced <-chan struct{}) {
 func (n *Names) settle(ctx context.Context) {
 	e := &n.epochs
 	e.mu.Lock()
-	epoch, since := e.list.Epoch, e.since
+	epoch := e.list.Epoch
 	var ask []ring.Member
 	for _, m := range e.ask {
 		ask = append(ask, m)
@@ -309,7 +321,7 @@ func (n *Names) settle(ctx context.Context) {
 	}
 	var wg sync.WaitGroup
 	places := make(chan struct{}, askAtOnce)
-	told, lost := make([]bool, len(ask)), make([]bool, len(ask))
+	told, lost, left := make([]bool, len(ask)), make([]bool, len(ask)), make([]bool, len(ask))
 	for i, m := range ask {
 		places <- struct{}{}
 		wg.Go(func() {
@@ -323,6 +335,7 @@ func (n *Names) settle(ctx context.Context) {
 			began := n.c.Clock.Now()
 			theirs, err := n.peers.epoch(within, m, epoch)
 			e.answered(m, epoch, theirs, err, began)
+			left[i] = err != nil && n.back != nil && n.back.left(m)
 			switch {
 			case err == nil:
 				e.heard(theirs.Epoch, n.c.Clock.Now())
@@ -338,7 +351,7 @@ func (n *Names) settle(ctx context.Context) {
 				}
 			case errors.Is(err, syscall.ECONNREFUSED):
 				// Nothing listens there any more.
-				told[i] = n.back == nil || n.back.left(m)
+				told[i] = n.back == nil || left[i]
 				lost[i] = true
 			default:
 				n.log.Debug("a member does not tell its epoch", "member", m.ID, "error", err)
@@ -358,10 +371,9 @@ func (n *Names) settle(ctx context.Context) {
 	if slices.Contains(told, true) {
 		e.toldAt = now
 	}
-	// One that does not answer may have been confirmed by the last of those that do, right before.
-	gone := now.Sub(since) >= HandOverTime && (n.back == nil || now.Sub(e.toldAt) > hungAfter)
 	missing := make(map[string]ring.Member)
 	for i, m := range ask {
+		gone := e.waited(now, left[i])
 		switch {
 		case told[i] || gone && n.back == nil:
 			delete(e.ask, memberKey(m))
