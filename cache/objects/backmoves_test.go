@@ -257,6 +257,32 @@ func TestBackWhatOnlyWorkersThatLeftHoldMovesTwice(t *testing.T) {
 	bt.nothingHeld()
 }
 
+// An owner that learns from one that is to hold a put that there is a newer list acknowledges it under none: who owns the
+// name next may have asked that one already what it holds.
+func TestBackAnOwnerThatMeetsANewerListAcknowledgesNothing(t *testing.T) {
+	bt := newBackTier(t)
+	l := bt.linked()
+	bt.start(3)
+	bt.writesBack()
+	bt.nothingHeld()
+	const owner, holder, other = 0, 1, 2
+	key := bt.keyOrdered("newer", owner, holder, other)
+	bt.throttle()
+	l.set(true, holder, owner, other) // it tells them nothing by itself
+	list := bt.next()
+	bt.tell(holder, list)
+	if _, err := bt.put(owner, key, []byte("old"), minio.PutObjectOptions{}); code(err) != "SlowDown" {
+		t.Errorf("put by an old list: %v", err)
+	}
+	l.set(false, holder, owner, other)
+	bt.tell(owner, list)
+	bt.tell(other, list)
+	bt.mustPut(owner, key, []byte("new"))
+	bt.accept()
+	bt.inBucketSoon(key, []byte("new"), md5Hex("new"))
+	bt.nothingHeld()
+}
+
 // ownProxy gives worker i a way of its own to the bucket.
 func (bt *backTier) ownProxy(i int) *bucket.FaultProxy {
 	proxy := bucket.Faults(bt.t, theServer(bt.t))

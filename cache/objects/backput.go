@@ -307,6 +307,10 @@ func (b *back) spread(ctx context.Context, st *pending, s state, e *unsent) bool
 		}
 		b.mu.Unlock()
 		for i, m := range try {
+			var stale *errStale
+			if errors.As(errs[i], &stale) {
+				b.n.epochs.heard(stale.epoch, b.n.c.Clock.Now())
+			}
 			if errs[i] != nil {
 				b.n.log.Debug("a worker does not hold a copy", "key", st.key, "member", m.ID, "error", errs[i])
 			}
