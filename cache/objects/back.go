@@ -60,14 +60,16 @@ type back struct {
 	blocked error // why names are not served; nil when they are
 	problem error // why the bucket does not take what it is given; nil when it does
 	// gathered is what other members told that they hold of this worker's names, under the list that is
-	// being settled; byes are those that stopped with nothing left.
+	// being settled, by id and address; byes are those that stopped with nothing left.
 	gathered map[string]gathered
 	byes     map[string]bool
 }
 
 type gathered struct {
 	member  ring.Member
+	epoch   uint64 // of the list under which it was told
 	records []journal.Record
+	still   map[record]bool // the entries of these that it held still when it was asked again
 }
 
 // unsent is one version of a name that is not in the bucket.

@@ -283,6 +283,79 @@ func TestBackAnOwnerThatMeetsANewerListAcknowledgesNothing(t *testing.T) {
 	bt.nothingHeld()
 }
 
+// One worker tells the next owner that it holds a version, and another, which held the version after that, tells when the
+// bucket has that one and nobody holds anything any more. The older one is not taken for what is pending.
+func TestBackMembersThatTellAtDifferentTimes(t *testing.T) {
+	bt := newBackTier(t)
+	l := bt.linked()
+	bt.start(4)
+	bt.writesBack()
+	bt.nothingHeld()
+	const former, next, early, late = 0, 1, 2, 3
+	key := bt.keyOrdered("versions", former, next, early, late)
+	newer := bytes.Repeat([]byte("new"), 1000)
+	begun, goOn := make(chan struct{}), make(chan struct{})
+	release := sync.OnceFunc(func() { close(goOn) })
+	t.Cleanup(release)
+	var once sync.Once
+	bt.proxy.Set(func(r *http.Request) bucket.Fault {
+		switch {
+		case r.Method != http.MethodPut:
+		case r.ContentLength < int64(len(newer)):
+			return bucket.Fault{Status: 403, Code: "AccessDenied"} // which is not tried again for long
+		default:
+			once.Do(func() { close(begun) })
+			<-goOn
+		}
+		return bucket.Fault{}
+	})
+	l.set(true, former, next)
+	bt.mustPut(former, key, []byte("old"))
+	l.set(true, former, early)
+	bt.mustPut(former, key, newer)
+	if len(bt.inJournal(next)) > 0 || len(bt.inJournal(early)) != 1 || len(bt.inJournal(late)) != 1 {
+		t.Fatal("the copies are not where they should be")
+	}
+	l.set(false, former, next, early)
+	eventually(t, "the former owner reaches it again", func() error {
+		bt.mustPut(former, bt.keyOrdered("probe", former, early), []byte("probe"))
+		if len(bt.inJournal(early)) < 2 {
+			return errors.New("another holds it")
+		}
+		return nil
+	})
+	<-begun
+	bt.workers[former].state = "gone"
+	list := bt.next()
+	bt.tell(early, list)
+	bt.tell(next, list)
+	time.Sleep(time.Second) // it asks at once: the test shows nothing where that takes longer
+	release()
+	bt.inBucketSoon(key, newer, md5Hex(string(newer)))
+	eventually(t, "its copies are dropped", func() error {
+		if len(bt.inJournal(early)) > 1 || len(bt.inJournal(late)) > 0 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	bt.tell(late, list)
+	bt.tell(former, list)
+	for _, i := range []int{next, early, late} {
+		eventually(t, "it is read", func() error {
+			got, _, err := bt.get(i, key)
+			if err == nil && !bytes.Equal(got, newer) {
+				t.Fatalf("worker %d reads %q", i, got)
+			}
+			return err
+		})
+	}
+	bt.proxy.Set(nil)
+	bt.nothingHeld()
+	if got, _, err := bt.inBucket(key); err != nil || !bytes.Equal(got, newer) {
+		t.Errorf("the bucket has %q, %v", got, err)
+	}
+}
+
 // ownProxy gives worker i a way of its own to the bucket.
 func (bt *backTier) ownProxy(i int) *bucket.FaultProxy {
 	proxy := bucket.Faults(bt.t, theServer(bt.t))

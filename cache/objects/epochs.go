@@ -396,6 +396,16 @@ func (n *Names) settle(ctx context.Context) {
 		return
 	}
 	if n.back != nil { // only this goroutine changes the list
+		failed := n.back.gatherAgain(ctx, epoch, missing)
+		e.mu.Lock()
+		for _, m := range failed {
+			e.ask[memberKey(m)] = m
+		}
+		all := len(failed) == 0 && len(e.ask) == len(missing) // others may have been learned of
+		e.mu.Unlock()
+		if !all {
+			return
+		}
 		n.back.adopt(list, func(key string) bool {
 			e.mu.Lock()
 			defer e.mu.Unlock()

@@ -227,8 +227,62 @@ func (b *back) gather(ctx context.Context, m ring.Member, epoch uint64) error {
 	b.n.epochs.learn(epoch, h.Departed)
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.gathered[m.ID] = gathered{m, h.Records}
+	b.gathered[memberKey(m)] = gathered{member: m, epoch: epoch, records: h.Records}
 	return nil
+}
+
+// gatherAgain asks those that told of entries again, now that all but the missing have told, and gives those that do not
+// answer. Members do not tell at one instant (see askOnce): one may have told of an entry before a later one of the same
+// name came to the bucket, and another, which held that, after it was dropped. What nobody holds any more is there.
+func (b *back) gatherAgain(ctx context.Context, epoch uint64, missing map[string]ring.Member) (failed []ring.Member) {
+	b.mu.Lock()
+	maps.DeleteFunc(b.gathered, func(key string, g gathered) bool {
+		_, ok := missing[key]
+		return ok || g.epoch != epoch
+	})
+	var again []ring.Member
+	for _, g := range b.gathered {
+		if slices.ContainsFunc(g.records, func(r journal.Record) bool { return !r.Mark }) {
+			again = append(again, g.member)
+		}
+	}
+	b.mu.Unlock()
+	errs := make([]error, len(again))
+	var wg sync.WaitGroup
+	places := make(chan struct{}, askAtOnce)
+	for i, m := range again {
+		places <- struct{}{}
+		wg.Go(func() {
+			defer func() { <-places }()
+			within, cancel := context.WithTimeout(ctx, 2*askTimeout)
+			defer cancel()
+			var h heldJSON
+			if h, errs[i] = b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}}); errs[i] != nil {
+				return
+			}
+			b.n.epochs.learn(epoch, h.Departed)
+			b.mu.Lock()
+			defer b.mu.Unlock()
+			g := b.gathered[memberKey(m)]
+			g.still = make(map[record]bool)
+			for _, r := range h.Records {
+				if r.Mark {
+					g.records = append(g.records, r)
+				} else {
+					g.still[record{r.Key, r.Seq}] = true
+				}
+			}
+			b.gathered[memberKey(m)] = g
+		})
+	}
+	wg.Wait()
+	for i, err := range errs {
+		if err != nil {
+			failed = append(failed, again[i])
+			b.n.log.Debug("a member does not tell again what it holds", "member", again[i].ID, "error", err)
+		}
+	}
+	return failed
 }
 
 // maySettle says whether this worker knows all that is pending of its names although that many members could not
@@ -279,16 +333,27 @@ func (b *back) adopt(list ring.Membership, kept func(key string) bool, missing [
 	known := slices.Collect(maps.Keys(b.names))
 	b.mu.Unlock()
 	byKey := make(map[string][]held)
+	still := make(map[record]bool)
 	for _, key := range append(b.j.Keys(), known...) {
 		if _, ok := byKey[key]; !ok {
 			byKey[key] = nil
 			for _, r := range b.j.Of(key) {
 				byKey[key] = append(byKey[key], held{self, r})
+				still[record{key, r.Seq}] = !r.Mark
 			}
 		}
 	}
 	for _, g := range all {
+		maps.Copy(still, g.still)
+	}
+	for _, g := range all {
 		for _, r := range g.records {
+			if of := (record{r.Key, r.Seq}); !r.Mark && !g.still[of] {
+				if still[of] {
+					continue // it was dropped there since others hold it
+				}
+				r.Mark = true // the bucket has it by now
+			}
 			byKey[r.Key] = append(byKey[r.Key], held{g.member, r})
 		}
 	}
