@@ -1,13 +1,18 @@
 package objects
 
 import (
+	"context"
 	"errors"
 	"fmt"
+	"log/slog"
+	"net"
 	"syscall"
 	"testing"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/objects/journal"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // member is one of the members w0, w1 and so on.
@@ -152,6 +157,66 @@ func TestHowLongAMemberThatDoesNotAnswerIsWaitedFor(t *testing.T) {
 		}
 		if e.waited(start.Add(c.want-1), c.left) || !e.waited(start.Add(c.want), c.left) {
 			t.Errorf("%s: not %v", c.name, c.want)
+		}
+	}
+}
+
+// Whoever leaves for good need not tell, and only who stopped otherwise, and so may be back, counts as not heard.
+func TestWhoNeedNotTell(t *testing.T) {
+	start := time.Unix(1000, 0)
+	for _, c := range []struct {
+		name       string
+		back, left bool
+		state      ring.State
+		after      time.Duration
+		want       bool
+	}{
+		{"all go through", false, false, ring.Ready, HandOverTime, true},
+		{"all go through, and it may be slow", false, false, ring.Ready, HandOverTime - 1, false},
+		{"it was leaving, and said that it stops", true, true, ring.Leaving, hungAfter + 1, true},
+		{"it was leaving, and may be slow", true, true, ring.Leaving, hungAfter, false},
+		{"it was leaving, and did not say that it stops", true, false, ring.Leaving, 2 * HandOverTime, false},
+		{"it said that it stops, and may be back", true, true, ring.Ready, 2 * HandOverTime, false},
+	} {
+		e := epochs{back: c.back, since: start}
+		if got := e.excused(ring.Member{ID: "w", State: c.state}, start.Add(c.after), c.left); got != c.want {
+			t.Errorf("%s: %v", c.name, got)
+		}
+	}
+}
+
+// A member that told of entries and then stopped with nothing left holds none of them, and is not asked for ever.
+func TestWhoStoppedMeanwhileIsNotAskedAgain(t *testing.T) {
+	for _, c := range []struct {
+		name  string
+		dial  error
+		bye   bool
+		state ring.State
+		again bool
+	}{
+		{"nothing listens there any more", syscall.ECONNREFUSED, true, ring.Ready, false},
+		{"it did not say that it stops", syscall.ECONNREFUSED, false, ring.Ready, true},
+		{"it left for good", syscall.EHOSTUNREACH, true, ring.Leaving, false},
+		{"it may be back", syscall.EHOSTUNREACH, true, ring.Ready, true},
+	} {
+		m := ring.Member{ID: "w1", Addr: "127.0.0.1:1", State: c.state}
+		n := &Names{log: slog.New(slog.DiscardHandler), c: Config{
+			Self: "w0", Clock: systemClock{}, Keys: wire.GenerateKeys,
+			Dial: func(context.Context, string, string) (net.Conn, error) {
+				return nil, &net.OpError{Op: "dial", Err: c.dial}
+			},
+		}}
+		n.peers = newPeers(n)
+		b := &back{n: n, byes: map[string]bool{m.ID: c.bye}, gathered: map[string]gathered{
+			memberKey(m): {member: m, epoch: 7, records: []journal.Record{{Key: "k"}}},
+		}}
+		failed := b.gatherAgain(t.Context(), 7, nil)
+		n.peers.shut()
+		if (len(failed) > 0) != c.again {
+			t.Errorf("%s: asked again: %v", c.name, failed)
+		}
+		if g := b.gathered[memberKey(m)]; len(g.still) > 0 {
+			t.Errorf("%s: it holds %v still", c.name, g.still)
 		}
 	}
 }

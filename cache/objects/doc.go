@@ -78,8 +78,8 @@
 // (epochs.sure): it owns it under a settled list, or by every list since that, none of which it missed. To settle a
 // list, here, takes that every member of it, and of the lists before, tells after it follows it what it holds of this
 // worker's names (or stopped with nothing left). Up to Copies-1 of them need not: they refuse connections, or gave no
-// answer for HandOverTime, or for hungAfter where they said before that they stop with nothing left. Since Copies hold
-// what was acknowledged, one that was heard does. They do not tell at one instant: who told of an entry is asked again
+// answer for HandOverTime, or for hungAfter where they said before that they stop with nothing left. (One that was leaving
+// as it said that does not count: nobody gives it a copy.) Since Copies hold what was acknowledged, one that was heard does. They do not tell at one instant: who told of an entry is asked again
 // once all have told, and what nobody holds any more then is in the bucket, with all before it. A worker that comes
 // without the memory of a former life is itself one of those that were not heard; with more missing, nobody serves the
 // names that moved until they are back, since to go on could lose them. An owner acknowledges a put only if it is still

@@ -150,16 +150,7 @@ func (e *epochs) look(now time.Time) {
 	if !e.looked.IsZero() && now.Sub(e.looked) > hungAfter {
 		e.unsettle()
 		e.past, e.since = nil, now
-		for _, m := range e.list.Members {
-			if m.ID != e.self {
-				e.ask[memberKey(m)] = m
-			}
-		}
-		for _, m := range e.peers.departed {
-			if m.ID != e.self {
-				e.ask[memberKey(m)] = m
-			}
-		}
+		e.askAll()
 	}
 	e.looked = now
 }
@@ -289,6 +280,28 @@ func (e *epochs) waited(now time.Time, left bool) bool {
 	return (long || left) && now.Sub(e.since) > hungAfter && now.Sub(e.toldAt) > hungAfter
 }
 
+// excused says whether a member that does not answer need not tell: where nothing is pending elsewhere than in the
+// bucket, and where it was leaving when it said that it stops with nothing left, since nobody gives such a member a copy.
+// The caller holds the mutex.
+func (e *epochs) excused(m ring.Member, now time.Time, left bool) bool {
+	return e.waited(now, left) && (!e.back || left && m.State == ring.Leaving)
+}
+
+// askAll has all members asked, those of lists before that are not closed too. The caller holds the mutex.
+func (e *epochs) askAll() {
+	for _, m := range slices.AppendSeq(slices.Clone(e.list.Members), maps.Values(e.peers.departed)) {
+		if m.ID != e.self {
+			e.ask[memberKey(m)] = m
+		}
+	}
+}
+
+// outdated says whether there is a newer list than this worker follows. One that nobody shows for so long does not exist.
+// The caller holds the mutex.
+func (e *epochs) outdated(now time.Time) bool {
+	return e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
+}
+
 // settleUntil is settle, which ends early when the list is replaced.
 func (n *Names) settleUntil(ctx context.Context, replaced <-chan struct{}) {
 	ctx, cancel := context.WithCancel(ctx)
@@ -373,17 +386,14 @@ func (n *Names) settle(ctx context.Context) {
 	}
 	missing := make(map[string]ring.Member)
 	for i, m := range ask {
-		gone := e.waited(now, left[i])
 		switch {
-		case told[i] || gone && n.back == nil:
+		case told[i] || e.excused(m, now, left[i]):
 			delete(e.ask, memberKey(m))
-		case gone || lost[i]:
+		case lost[i] || e.waited(now, left[i]):
 			missing[memberKey(m)] = m
 		}
 	}
-	// A list that nobody shows for so long does not exist.
-	behind := e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime
-	settles := len(e.ask) == len(missing) && !behind && !e.settled && !e.left
+	settles := len(e.ask) == len(missing) && !e.outdated(now) && !e.settled && !e.left
 	list := e.list
 	known := 0
 	for k := range missing {
@@ -401,7 +411,7 @@ func (n *Names) settle(ctx context.Context) {
 		for _, m := range failed {
 			e.ask[memberKey(m)] = m
 		}
-		all := len(failed) == 0 && len(e.ask) == len(missing) // others may have been learned of
+		all := len(failed) == 0 && len(e.ask) == len(missing) && !e.outdated(n.c.Clock.Now()) // others may have been learned of
 		e.mu.Unlock()
 		if !all {
 			return
@@ -415,7 +425,8 @@ func (n *Names) settle(ctx context.Context) {
 	}
 	e.mu.Lock()
 	defer e.mu.Unlock()
-	if e.left || e.behind > e.list.Epoch && now.Sub(e.behindSince) < HandOverTime {
+	if e.left || e.outdated(n.c.Clock.Now()) {
+		e.askAll() // what they told is used up
 		return
 	}
 	clear(e.ask)

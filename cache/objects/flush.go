@@ -180,7 +180,7 @@ func (b *back) send(ctx context.Context, p *pending, at place, s state, e *unsen
 	ctx, cancel := context.WithTimeout(ctx, flushTimeout)
 	defer cancel()
 	defer b.whileOwner(ctx, p.key, cancel)()
-	release, err := b.n.hold(ctx, e.Size)
+	release, err := b.n.hold(ctx, e.Size, e.Size)
 	if err != nil {
 		return err
 	}

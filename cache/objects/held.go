@@ -3,6 +3,7 @@ package objects
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"maps"
@@ -14,6 +15,7 @@ import (
 	"strconv"
 	"strings"
 	"sync"
+	"syscall"
 
 	"github.com/stepcache/stepcache/cache/objects/journal"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -256,8 +258,11 @@ func (b *back) gatherAgain(ctx context.Context, epoch uint64, missing map[string
 			defer func() { <-places }()
 			within, cancel := context.WithTimeout(ctx, 2*askTimeout)
 			defer cancel()
-			var h heldJSON
-			if h, errs[i] = b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}}); errs[i] != nil {
+			h, err := b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}})
+			if err != nil && b.left(m) && (errors.Is(err, syscall.ECONNREFUSED) || m.State == ring.Leaving) {
+				return // it stopped meanwhile, and holds nothing any more (see excused)
+			}
+			if errs[i] = err; err != nil {
 				return
 			}
 			b.n.epochs.learn(epoch, h.Departed)

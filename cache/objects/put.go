@@ -119,27 +119,28 @@ func (t *tee) failed(err error) error {
 	return err
 }
 
-// weight is what a put of so many bytes holds in memory while it is sent.
-func weight(size int64) int64 { return min(max(size, 1), 64<<20) }
+// mostHeld is the most that one put holds in memory while it is sent.
+const mostHeld = 64 << 20
 
-// hold takes the memory of a put that sends so many bytes at once, in line with others. The large ones share
-// half of it, so that they hold up each other and not the small ones.
-func (n *Names) hold(ctx context.Context, size int64) (release func(), err error) {
-	w := weight(size)
-	if w > maxWriting/8 {
+// hold takes the memory that a put of size bytes, sent at once, holds of them, in line with others. The large ones share
+// half of all, so that they hold up each other and not the small ones, however little of them is held.
+func (n *Names) hold(ctx context.Context, size, held int64) (release func(), err error) {
+	w := min(max(held, 1), mostHeld)
+	large := size > maxWriting/8
+	if large {
 		if err := n.large.Acquire(ctx, w); err != nil {
 			return nil, fmt.Errorf("%w: too many large puts are under way: %w", gateway.ErrBusy, err)
 		}
 	}
 	if err := n.writing.Acquire(ctx, w); err != nil {
-		if w > maxWriting/8 {
+		if large {
 			n.large.Release(w)
 		}
 		return nil, fmt.Errorf("%w: too many puts are under way: %w", gateway.ErrBusy, err)
 	}
 	return func() {
 		n.writing.Release(w)
-		if w > maxWriting/8 {
+		if large {
 			n.large.Release(w)
 		}
 	}, nil
@@ -156,7 +157,7 @@ func (n *Names) put(ctx context.Context, key string, p place, s state, owned boo
 // putThrough is a put that is acknowledged once the bucket has it.
 func (n *Names) putThrough(ctx context.Context, key string, p place, s state, owned bool, size int64, r io.Reader, o optionsJSON) (version, error) {
 	n.counts.puts.Add(1)
-	release, err := n.hold(ctx, size)
+	release, err := n.hold(ctx, size, size)
 	if err != nil {
 		return version{}, fmt.Errorf("put %q: %w", key, err)
 	}

@@ -195,6 +195,9 @@ func (n *Names) acquire(ctx context.Context, key string, p place, f found, block
 	if b, ok := n.c.Store.Lookup(blocks, block); ok {
 		return b, nil
 	}
+	// The block may be on its way for others already, as slowly as the bucket sends it. What is begun here is over by then.
+	ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout+wire.SourceTimeout)
+	defer cancel()
 	b, err := n.c.Store.Acquire(ctx, blocks, block, func(ctx context.Context, into []byte) error {
 		if made := n.assemblies.get(blocks); made != nil && n.fill(ctx, made, block, into) {
 			n.counts.assembled.Add(int64(len(into)))

@@ -41,7 +41,7 @@ func (n *Names) PutPart(ctx context.Context, key, upload string, number int, siz
 		return gateway.Part{}, err
 	}
 	// Of one that is passed on as it comes a block is held all the same, which is staged.
-	release, err := n.hold(ctx, max(p.writer.PartHeld(size), min(size, ring.BlockSize)))
+	release, err := n.hold(ctx, size, max(p.writer.PartHeld(size), min(size, ring.BlockSize)))
 	if err != nil {
 		return gateway.Part{}, fmt.Errorf("part %d of %q: %w", number, key, err)
 	}
