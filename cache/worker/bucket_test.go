@@ -210,12 +210,12 @@ func TestOneRefusedObjectLeavesTheWorkerReady(t *testing.T) {
 // sends every byte once.
 func TestALoadFromABucketThatIsSlowFinishes(t *testing.T) {
 	const size = 16 * ring.BlockSize
-	s := bucket.StartT(t, bucket.Options{BytesPerSecond: 16 << 20})
+	s := bucket.StartT(t, bucket.Options{BytesPerSecond: 8 << 20})
 	want := content(size, 1)
 	s.PutT(t, "data", "big", want)
 	tr, _ := overBucket(t, s, s.Endpoint(), "")
 	tr.start(1)
-	tr.workers[0].sourceTimeout = 2 * time.Second // of the 4 that all blocks together take
+	tr.workers[0].sourceTimeout = 5 * time.Second // of the 8 that all blocks together take
 	i := index(t, tr.snapshot(), "/big")
 	before := s.Sent()
 	tr.load(wire.LoadRequest{ID: "l"})

@@ -203,7 +203,7 @@ func (w *Worker) check(ctx context.Context, f file, want source.Digest, limit *r
 		w.digests.good(f.ring.ID)
 		return nil
 	}
-	w.counts.corrupt.Add(1)
+	defer w.counts.corrupt.Add(1) // once it is dropped
 	// What was read by its name is in no snapshot by which it could be asked for: its next reader fetches it.
 	again := w.digests.fail(f.ring.ID) && f.snapshot != wire.Digest{}
 	w.log.Error("object does not match the digest that its bucket publishes: dropped",

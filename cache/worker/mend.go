@@ -49,16 +49,18 @@ func (w *Worker) keepMending(ctx context.Context) error {
 		case <-again:
 			m, failed, again = failed[0], failed[1:], nil
 		}
-		err := w.mend(ctx, m)
-		if err != nil && ctx.Err() == nil {
-			final := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) || len(failed) >= maxMends
+		pause := mendAgain
+		if err := w.mend(ctx, m); err == nil {
+			pause = 0 // the others, too
+		} else if ctx.Err() == nil {
+			final := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrInvalid) || len(failed) >= maxMends
 			w.log.Warn("a block that went bad in memory was not fetched again", "error", err, "triedAgain", !final)
 			if !final {
 				failed = append(failed, m)
 			}
 		}
-		if again == nil && len(failed) > 0 {
-			again = w.clock.After(mendAgain)
+		if len(failed) > 0 && (again == nil || pause == 0) {
+			again = w.clock.After(pause)
 		}
 	}
 }

@@ -119,12 +119,12 @@ func (w *Worker) readSource(ctx context.Context, f file, block int64, to io.Writ
 	})
 }
 
-// errStill: the bucket sent nothing of a block for the time that is allowed.
-var errStill = errors.New("the bucket sends nothing")
+// errStill: the bucket sent next to nothing of a block for the time that is allowed.
+var errStill = errors.New("the bucket sends next to nothing")
 
-// fromBucket reads a block, and gives it up once nothing of it came for the time that is allowed: what comes, however
-// slowly, would only be asked for again. How long a reader waits for all of it is the reader's own affair. read calls
-// moved when something has come.
+// fromBucket reads a block, and gives it up once no piece of it came for the time that is allowed: what comes slowly
+// would only be asked for again, but of a connection with a byte now and then another makes more. How long a reader waits
+// for all of it is the reader's own affair. read calls moved when a piece has come.
 func (w *Worker) fromBucket(ctx context.Context, f file, read func(ctx context.Context, moved func()) ([]uint64, error)) ([]uint64, error) {
 	ctx, cancel := context.WithCancelCause(ctx)
 	defer cancel(nil)
@@ -134,7 +134,7 @@ func (w *Worker) fromBucket(ctx context.Context, f file, read func(ctx context.C
 	if err != nil && errors.Is(context.Cause(ctx), errStill) {
 		// The deadline is this worker's, so the reader is told what it waited for. Of the cause only the words: an
 		// answer that was cut short because time was up says that somebody gave up.
-		err = fmt.Errorf("%w: %s: the bucket sent nothing of it for %v: %v", source.ErrUnavailable, f.object.Key, w.sourceTimeout, err)
+		err = fmt.Errorf("%w: %s: the bucket sent next to nothing of it for %v: %v", source.ErrUnavailable, f.object.Key, w.sourceTimeout, err)
 	}
 	w.noteBucket(f, err)
 	return sums, err
@@ -150,7 +150,6 @@ func (w *Worker) get(ctx context.Context, f file, off, length int64) (source.Bod
 
 // receive writes the next size bytes of an answer to where they stay, and returns their sums.
 func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt, moved func()) ([]uint64, error) {
-	in := moving{body, moved}
 	sums := make([]uint64, 0, checksum.Count(int(size)))
 	// Each piece is summed and written when it has just come, while the processor still has it at hand: a whole
 	// block is larger than that, and would be fetched from memory twice more. And what is received into was used
@@ -159,12 +158,13 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt, m
 	defer pieces.Put(buf)
 	for off := int64(0); off < size; {
 		piece := buf[:min(size-off, sumPiece)]
-		if _, err := io.ReadFull(in, piece); err != nil {
+		if _, err := io.ReadFull(body, piece); err != nil {
 			if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 				err = fmt.Errorf("%w: %s/%s ended early", source.ErrUnavailable, f.source.URL(), f.object.Key)
 			}
 			return nil, err
 		}
+		moved()
 		sums = checksum.Append(sums, piece)
 		if _, err := to.WriteAt(piece, off); err != nil {
 			return nil, err
@@ -173,20 +173,6 @@ func (w *Worker) receive(f file, body source.Body, size int64, to io.WriterAt, m
 	}
 	w.digests.published(f.ring.ID, body.Digest)
 	return sums, nil
-}
-
-// moving says when something was read.
-type moving struct {
-	io.Reader
-	moved func()
-}
-
-func (m moving) Read(p []byte) (int, error) {
-	n, err := m.Reader.Read(p)
-	if n > 0 {
-		m.moved()
-	}
-	return n, err
 }
 
 // sumPiece is how much is received at a time, in whole sums.
