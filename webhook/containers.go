@@ -286,7 +286,8 @@ const (
 // the mesh's CNI plugin has all of the pod's connections redirected from the start: the pod would never start
 // (github.com/istio/istio issue 23802, github.com/linkerd/linkerd2 issue 4788). Readers connect to the workers' data
 // port alone. The meshes' webhooks are called before ours, by the order of their configurations' names, so that ports
-// which they take from the namespace or their own configuration are on the pod by now and stay.
+// which they take from the namespace are on the pod by now and stay. Those of Linkerd's CNI plugin's own configuration
+// do not: it takes a pod's in their place.
 func pastMesh(p *patch) {
 	port := strconv.Itoa(v1alpha1.PortData)
 	for _, key := range []string{istioPorts, linkerdPorts} {

@@ -8,8 +8,10 @@ import (
 	"path"
 	"slices"
 	"strings"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -174,7 +176,7 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 				c.ClaimName, d.Namespace, d.Name, v1alpha1.LabelInject))
 			continue
 		}
-		if !serves(d) {
+		if !serves(d, time.Now()) {
 			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, which is %s and serves nobody now: the pod keeps the claim that it has; kubectl describe dataset %s says why",
 				c.ClaimName, d.Namespace, d.Name, cmp.Or(d.Status.Phase, v1alpha1.DatasetPending), d.Name))
 			continue
@@ -185,10 +187,21 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 	return warnings, nil
 }
 
+// servedLately is how long a Dataset that served may be without a worker: its only one is moved, say, or was too busy to
+// answer the controller. Pods wait for it in that time.
+const servedLately = 2 * time.Minute
+
 // serves says whether pods that mount the Dataset can start. A Dataset of which a worker is moved or missing, or whose
 // bucket does not answer, is Degraded: the other workers serve, and what is cached.
-func serves(d *v1alpha1.Dataset) bool {
-	return d.Status.Phase == v1alpha1.DatasetReady || d.Status.Phase == v1alpha1.DatasetDegraded
+func serves(d *v1alpha1.Dataset, now time.Time) bool {
+	switch d.Status.Phase {
+	case v1alpha1.DatasetReady, v1alpha1.DatasetDegraded:
+		return true
+	case v1alpha1.DatasetPending:
+		ready := meta.FindStatusCondition(d.Status.Conditions, v1alpha1.ConditionReady)
+		return d.Status.Snapshot != "" && ready != nil && now.Sub(ready.LastTransitionTime.Time) < servedLately
+	}
+	return false
 }
 
 // kept says whether the pod has no more of the Dataset than claims that were not replaced: it reads nothing of it.

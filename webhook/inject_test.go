@@ -612,6 +612,30 @@ func TestOnlyDatasetsThatServeReplaceClaims(t *testing.T) {
 	}
 }
 
+// One whose only worker is away for a moment is waited for: the pod may have no other claim.
+func TestADatasetThatServedAMomentAgoReplacesClaims(t *testing.T) {
+	for _, c := range []struct {
+		name     string
+		snapshot string
+		since    time.Duration
+		want     string
+	}{
+		{"just now", "5e1d", time.Second, "genomes"},
+		{"for long", "5e1d", time.Hour, "oss-data"},
+		{"it never served", "", time.Second, "oss-data"},
+	} {
+		w := newWorld()
+		w.datasets[0].Status = v1alpha1.DatasetStatus{Phase: v1alpha1.DatasetPending, Snapshot: c.snapshot, Conditions: []metav1.Condition{{
+			Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, LastTransitionTime: metav1.NewTime(time.Now().Add(-c.since)),
+		}}}
+		raw := readPod(t, "argo-v3.7")
+		r := localityHandler(t, w).Handle(t.Context(), request("argo", raw))
+		if claim := decodePod(t, apply(t, raw, r)).Spec.Volumes[2].PersistentVolumeClaim.ClaimName; claim != c.want {
+			t.Errorf("%s: claim %s", c.name, claim)
+		}
+	}
+}
+
 // A node that is made for one pod mounts no Dataset and holds nothing: the pod keeps its claim, and goes where it
 // would go without us.
 func TestServerlessPodsKeepTheirClaims(t *testing.T) {
