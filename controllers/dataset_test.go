@@ -375,11 +375,13 @@ func TestWorkersWhosePodsAreRefusedAreToldWithTheWords(t *testing.T) {
 	tell("old", "FailedCreate", "of an hour ago", set.UID, time.Hour)
 	tell("another", "FailedCreate", "of a set before it", "another", time.Second)
 	tell("else", "SuccessfulCreate", "no trouble", set.UID, 0)
+	w.clock.advance(time.Minute) // it is not looked at all the time
 	w.passes(d, 3)
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting")
 	long := strings.Repeat("x", 960) // an Event's note has 1,024 bytes at most
-	tell("b", "FailedCreate", `pods "genomes-worker-0" is forbidden: exceeded quota: none `+long, set.UID, time.Minute)
-	tell("a", "FailedCreate", "what was before it", set.UID, 2*time.Minute)
+	tell("b", "FailedCreate", `pods "genomes-worker-0" is forbidden: exceeded quota: none `+long, set.UID, 5*time.Minute)
+	tell("a", "FailedCreate", "what was before it", set.UID, 6*time.Minute)
+	w.clock.advance(time.Minute)
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Refused", "0 of 1 workers serve", "exceeded quota: none", long)
 	w.event("Refused", "exceeded quota: none")
 
@@ -389,6 +391,10 @@ func TestWorkersWhosePodsAreRefusedAreToldWithTheWords(t *testing.T) {
 	w.set(func(w *world) { w.podless = true })
 	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Workers.Replicas = 2 })
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting", "1 of 2 workers serve", "no pod yet")
+	// And it is over also when that pod goes.
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker-0"}}
+	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting", "0 of 2 workers serve", "no pod yet")
 	w.set(func(w *world) { w.podless = false })
 	w.waitReady(d)
 }

@@ -134,6 +134,10 @@ type memory struct {
 	scaleIn time.Time
 	// looks are what the pass before and this one learned of the writes that the bucket does not have.
 	looks [2]*looked
+	// made is when the newest pod was made that was seen, words what the StatefulSet was told since when it asked for one
+	// in vain, and asked when that was looked up.
+	made, asked time.Time
+	words       string
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
 	// copies are those of Secrets in other namespaces, by namespace and name.

@@ -40,6 +40,10 @@ const (
 // most after 1,000 seconds.
 const refusedWithin = 20 * time.Minute
 
+// refusedAgain and refusedFirst are the pauses between two looks for such, once there was one and before: an API server
+// reads all Events of a namespace to find some.
+const refusedAgain, refusedFirst = time.Minute, 10 * time.Second
+
 // maxMessage bounds a condition's message, well below what the API server takes.
 const maxMessage = 2000
 
@@ -262,6 +266,11 @@ func size(bytes int64) string {
 func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 	st := &p.dataset.Status
 	replicas := p.dataset.Spec.Workers.Replicas
+	for i := range p.pods {
+		if made := p.pods[i].CreationTimestamp.Time; made.After(p.made) {
+			p.made, p.asked, p.words = made, time.Time{}, ""
+		}
+	}
 	st.Workers = v1alpha1.WorkersStatus{Replicas: int32(len(p.pods)), Selector: labels.SelectorFromSet(selector(p.dataset)).String()}
 	reason, text := "", ""
 	for i := range p.pods {
@@ -302,10 +311,15 @@ func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 // long as pods are missing and not watched, which would be to read all of a cluster's.
 func (r *Reconciler) podsRefused(ctx context.Context, p *pass) string {
 	since := p.now.Add(-refusedWithin)
-	for i := range p.pods {
-		if made := p.pods[i].CreationTimestamp.Time; made.After(since) {
-			since = made
-		}
+	if p.made.After(since) {
+		since = p.made
+	}
+	pause := refusedFirst
+	if p.words != "" {
+		pause = refusedAgain
+	}
+	if p.now.Sub(p.asked) < pause {
+		return p.words
 	}
 	list := &corev1.EventList{}
 	if err := r.live.List(ctx, list, client.InNamespace(p.dataset.Namespace), client.MatchingFields{"involvedObject.uid": string(p.set.UID), "reason": "FailedCreate"}); err != nil {
@@ -326,6 +340,7 @@ func (r *Reconciler) podsRefused(ctx context.Context, p *pass) string {
 			words, since = e.Message, at
 		}
 	}
+	p.asked, p.words = p.now, words
 	return words
 }
 
