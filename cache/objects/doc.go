@@ -78,15 +78,16 @@
 // (epochs.sure): it owns it under a settled list, or by every list since that, none of which it missed. To settle a
 // list, here, takes that every member of it, and of the lists before, tells after it follows it what it holds of this
 // worker's names (or stopped with nothing left). Up to Copies-1 of them need not: they refuse connections, or gave no
-// answer for HandOverTime, or for hungAfter where they said before that they stop with nothing left. (One that was leaving
-// as it said that does not count: nobody gives it a copy.) Since Copies hold what was acknowledged, one that was heard does. They do not tell at one instant: who told of an entry is asked again
-// once all have told, and what nobody holds any more then is in the bucket, with all before it. A worker that comes
-// without the memory of a former life is itself one of those that were not heard; with more missing, nobody serves the
-// names that moved until they are back, since to go on could lose them. An owner acknowledges a put only if it is still
-// sure, under the epoch by which the copies were taken, after they were: holders refuse another epoch's, and look again
-// after they took one, so what they told a new owner has all that an old one will acknowledge. Names that do not move
-// are served all along; those of a worker that hangs wait until the membership is without it, and are read meanwhile by
-// asking the others and then the bucket.
+// answer for HandOverTime, or for hungAfter where they said before that they stop with nothing left. (One that was
+// leaving as it said that does not count: nobody gives it a copy.) Since Copies hold what was acknowledged, one that was
+// heard does. They do not tell at one instant: who told of an entry is asked again once all have told, and what nobody
+// holds any more then is in the bucket, with all before it. A worker that comes without the memory of a former life is
+// itself one of those that were not heard; with more missing, nobody serves the names that moved until they are back,
+// since to go on could lose them. An owner acknowledges a put only if it is still sure, under the epoch by which the
+// copies were taken, after they were: holders refuse another epoch's, and look again after they took one, so what they
+// told a new owner has all that an old one will acknowledge. Names that do not move are served all along; those of a
+// worker that hangs wait until the membership is without it, and are read meanwhile by asking the others and then the
+// bucket.
 //
 // Why an owner that is cut off does no harm. To be sure also takes that within hungAfter (15 s) this worker looked at
 // its membership, and Copies-1 others told that they follow no newer one (standing.confirm). A new owner has heard one
