@@ -181,6 +181,9 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 		{xml(403, "AccessDenied", ""), source.ErrDenied, "anonymous"},
 		{xml(404, "NoSuchBucket", ""), source.ErrNoBucket, "make the bucket"},
 		{xml(404, "NoSuchKey", ""), source.ErrNotFound, "own words"},
+		{xml(404, "XAdminUserNotFound", ""), source.ErrDenied, "anonymous"},
+		{xml(404, "NoSuchAccount", ""), source.ErrInvalid, "own words"},
+		{func(w http.ResponseWriter, _ *http.Request) { http.Error(w, "default backend - 404", 404) }, source.ErrUnavailable, "the endpoint of an S3 store"},
 		{xml(501, "NotImplemented", ""), source.ErrInvalid, "own words"},
 		{xml(503, "ServiceUnavailable", ""), source.ErrUnavailable, "own words"},
 		{xml(416, "InvalidRange", ""), source.ErrChanged, ""},
@@ -234,6 +237,48 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 	}
 	if _, err := untrusted.Stat(t.Context(), "k"); !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "certificate") {
 		t.Errorf("a certificate of nobody: %v", err)
+	}
+}
+
+// That something is not there is said by the store alone: neither a proxy that has lost it nor a store that does not know
+// the key any more makes a deletion done, or an object gone.
+func TestNotFoundIsOfTheObject(t *testing.T) {
+	xml := func(status int, code string) http.HandlerFunc {
+		return func(w http.ResponseWriter, r *http.Request) {
+			w.Header().Set("Content-Type", "application/xml")
+			w.WriteHeader(status)
+			if r.Method != http.MethodHead {
+				fmt.Fprintf(w, `<Error><Code>%s</Code></Error>`, code)
+			}
+		}
+	}
+	empty := func(w http.ResponseWriter, _ *http.Request) {
+		fmt.Fprint(w, `<ListBucketResult><Name>bucket</Name></ListBucketResult>`)
+	}
+	for _, c := range []struct {
+		name         string
+		object, list http.HandlerFunc
+		stat, delete error
+	}{
+		{"the key is not there", xml(404, "NoSuchKey"), empty, source.ErrNotFound, nil},
+		{"the key is not there, and nothing may be listed", xml(404, "NoSuchKey"), xml(403, "AccessDenied"), source.ErrNotFound, nil},
+		{"the bucket is not there", xml(404, "NoSuchBucket"), xml(404, "NoSuchBucket"), source.ErrNoBucket, source.ErrNoBucket},
+		{"the access key is not known", xml(404, "XAdminUserNotFound"), xml(404, "XAdminUserNotFound"), source.ErrDenied, source.ErrDenied},
+		{"a proxy without a store", http.NotFound, http.NotFound, source.ErrUnavailable, source.ErrUnavailable},
+	} {
+		b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+			if r.URL.Query().Has("list-type") {
+				c.list(w, r)
+			} else {
+				c.object(w, r)
+			}
+		})
+		if _, err := b.Stat(t.Context(), "k"); !errors.Is(err, c.stat) {
+			t.Errorf("%s: stat: %v", c.name, err)
+		}
+		if err := b.Delete(t.Context(), "k"); !errors.Is(err, c.delete) {
+			t.Errorf("%s: delete: %v", c.name, err)
+		}
 	}
 }
 

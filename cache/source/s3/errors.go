@@ -1,10 +1,13 @@
 package s3
 
 import (
+	"bytes"
 	"context"
 	"crypto/tls"
+	"encoding/xml"
 	"errors"
 	"fmt"
+	"io"
 	"net"
 	"net/http"
 	"strconv"
@@ -20,6 +23,7 @@ import (
 // success, nor Retry-After, nor the type of a network error, and fails on an Expires that is no date.
 type answer struct {
 	status       int
+	strange      bool // a 404 that is not S3's: minio-go takes each for a key that is not there
 	after        time.Duration
 	expires      string // taken out of the header
 	uncompressed bool
@@ -45,9 +49,35 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 			a.status, a.after, a.uncompressed = resp.StatusCode, retryAfter(resp), resp.Uncompressed
 			a.expires = resp.Header.Get("Expires")
 			resp.Header.Del("Expires")
+			a.strange = resp.StatusCode == http.StatusNotFound && strange(resp)
 		}
 	}
 	return resp, err
+}
+
+// maxError bounds what is read of an error's document.
+const maxError = 64 << 10
+
+// strange says whether an answer, which it leaves readable, has something else than S3's document of an error: that of a
+// proxy without its store, for one. Of an answer to HEAD, which has none, only its type is told.
+func strange(r *http.Response) bool {
+	if r.Request.Method == http.MethodHead {
+		return strings.HasPrefix(r.Header.Get("Content-Type"), "text/")
+	}
+	body := r.Body
+	text, err := io.ReadAll(io.LimitReader(body, maxError))
+	r.Body = struct {
+		io.Reader
+		io.Closer
+	}{io.MultiReader(bytes.NewReader(text), body), body}
+	if err != nil || len(bytes.TrimSpace(text)) == 0 {
+		return false
+	}
+	var e struct {
+		XMLName xml.Name `xml:"Error"`
+		Code    string
+	}
+	return xml.Unmarshal(text, &e) != nil || e.Code == ""
 }
 
 // retryAfter reads seconds; the other form, a date, is not used by object stores.
@@ -76,6 +106,11 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 		if seen.err != nil {
 			e.Err = seen.err
 		}
+		return e
+	}
+	if seen.strange && seen.status == r.StatusCode {
+		e.Kind, e.Err = source.ErrUnavailable, errors.New("404 Not Found, in words that are not S3's")
+		e.Hint = fmt.Sprintf("is %s the endpoint of an S3 store, and does the store behind it run?", b.core.EndpointURL().Host)
 		return e
 	}
 	if e.Hint, e.Kind = b.kind(r); e.Kind == source.ErrDenied {
@@ -141,12 +176,15 @@ func (b *Bucket) kind(r minio.ErrorResponse) (hint string, kind error) {
 		if r.StatusCode != 0 { // minio-go's own InternalError is about an answer it cannot use
 			return "", source.ErrUnavailable
 		}
-	case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired":
+	case "AccessDenied", "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
+		"XAdminUserNotFound": // of versitygw, with status 404
 		return b.credentialsHint(r.Code), source.ErrDenied
 	}
 	switch s := r.StatusCode; {
-	case s == http.StatusNotFound:
+	case s == http.StatusNotFound && (r.Code == "" || r.Code == "NotFound"):
 		return "", source.ErrNotFound
+	case s == http.StatusNotFound: // of something else than the key: never that it is not there
+		return "", source.ErrInvalid
 	case s == http.StatusPreconditionFailed:
 		return "", source.ErrChanged
 	case s == http.StatusUnauthorized, s == http.StatusForbidden:

@@ -49,7 +49,7 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 		}
 		return source.Body{}, err
 	}
-	b.exists.Store(true)
+	b.has()
 	if err := b.check(o, off, length, whole, seen, info, header); err != nil {
 		_ = body.Close() // its bytes are not those asked for
 		return source.Body{}, err

@@ -190,7 +190,7 @@ func (b *Bucket) putWhole(ctx context.Context, key string, r io.Reader, size int
 
 // put describes what was put. A store that gives no ETag is asked for what it does give.
 func (b *Bucket) put(ctx context.Context, key, etag string, size int64) (source.Object, error) {
-	b.exists.Store(true)
+	b.has()
 	if etag == "" {
 		return b.Stat(ctx, key)
 	}

@@ -35,9 +35,9 @@ type Bucket struct {
 	url         string
 	config      source.Config
 	unversioned bool
-	// exists is set once the bucket answered, so that a missing object need not be told from a missing
-	// bucket with a second request.
-	exists atomic.Bool
+	// answered is when the bucket last did what it was asked for, in nanoseconds: a moment later a missing object need not
+	// be told with a second request from a missing bucket, or from a key that the store does not know any more.
+	answered atomic.Int64
 	// doubts counts the puts, one after the other, that the store took only when they were signed as a whole.
 	doubts atomic.Int32
 }
@@ -143,7 +143,7 @@ func (b *Bucket) Page(ctx context.Context, q source.PageRequest) (source.Page, e
 	if err := ctx.Err(); err != nil {
 		return source.Page{}, b.fail(ctx, "list", q.Prefix, seen, err)
 	}
-	b.exists.Store(true)
+	b.has()
 	return page, nil
 }
 
@@ -175,13 +175,13 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 	o, err := b.core.StatObject(ctx, b.name, key, options)
 	if err != nil {
 		err = b.fail(ctx, "stat", key, seen, err)
-		if errors.Is(err, source.ErrNotFound) && !b.exists.Load() {
+		if errors.Is(err, source.ErrNotFound) && time.Since(time.Unix(0, b.answered.Load())) > trust {
 			return source.Object{}, o, b.missing(ctx, key, err)
 		}
 		return source.Object{}, o, err
 	}
 	o.Headers.Set("Expires", seen.expires)
-	b.exists.Store(true)
+	b.has()
 	version, err := b.version("stat", key, o)
 	if err != nil {
 		return source.Object{}, o, err
@@ -192,20 +192,34 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 	return source.Object{Key: key, Size: o.Size, Version: version, ModTime: o.LastModified, Digest: digest(o, true)}, o, nil
 }
 
-// missing tells a missing object from a missing bucket: the answer to HEAD has no body to say which.
+// trust is how long after an answer of the bucket an answer to HEAD that something is not there is believed.
+const trust = 10 * time.Second
+
+// missing tells a missing object from whatever else a store says 404 for: the answer to HEAD has no body to say which.
 func (b *Bucket) missing(ctx context.Context, key string, notFound error) error {
 	ctx, seen := watch(ctx)
-	there, err := b.core.BucketExists(ctx, b.name)
-	switch {
-	case err == nil && !there:
-		return &source.Error{Op: "stat", Name: b.object(key), Kind: source.ErrNoBucket, Hint: b.bucketHint()}
-	case err == nil:
-		b.exists.Store(true)
-	case source.Temporary(b.fail(ctx, "stat", key, seen, err)):
-		return b.fail(ctx, "stat", key, seen, err)
+	no := false
+	var err error
+	for o := range b.core.ListObjectsIter(ctx, b.name, minio.ListObjectsOptions{Prefix: key, Recursive: true, MaxKeys: 1, FetchOwner: &no}) {
+		err = o.Err
+		break
 	}
-	return notFound // also where the credentials may not ask about the bucket
+	if err == nil {
+		err = ctx.Err() // of which the iterator says nothing
+	}
+	if err == nil {
+		b.has()
+		return notFound
+	}
+	err = b.fail(ctx, "stat", key, seen, err)
+	if errors.Is(err, source.ErrDenied) && seen.status == http.StatusForbidden {
+		return notFound // the credentials may not list
+	}
+	return err
 }
+
+// has notes that the bucket did what it was asked for.
+func (b *Bucket) has() { b.answered.Store(time.Now().UnixNano()) }
 
 // Delete implements source.Deleter.
 func (b *Bucket) Delete(ctx context.Context, key string) error {
