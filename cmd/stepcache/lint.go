@@ -71,6 +71,7 @@ type linting struct {
 	findings []lint.Finding
 	failed   bool // a file could not be read or written
 	files    int
+	objects  int // of Argo
 }
 
 func (l *linting) fail(err error) {
@@ -131,6 +132,7 @@ func (l *linting) check(name string, text []byte) {
 		l.fail(err)
 		return
 	}
+	l.objects += r.Workflows
 	changed := !bytes.Equal(r.Fixed, text)
 	if l.fix && changed {
 		if err := rewrite(name, r.Fixed); err != nil {
@@ -224,6 +226,13 @@ func (l *linting) end() error {
 	}
 	if fixable > 0 && l.output == "text" {
 		fmt.Fprintf(l.cmd.ErrOrStderr(), "%d of %d can be mended with --fix\n", fixable, len(l.findings))
+	}
+	if l.objects == 0 && !l.failed {
+		files := "files"
+		if l.files == 1 {
+			files = "file"
+		}
+		fmt.Fprintf(l.cmd.ErrOrStderr(), "no workflow of Argo in %d %s\n", l.files, files)
 	}
 	switch {
 	case l.failed:

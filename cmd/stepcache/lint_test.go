@@ -61,20 +61,20 @@ func TestLint(t *testing.T) {
 		status         int
 		stdout, stderr []string
 	}{
-		"text":           {[]string{slow}, 1, []string{slow + ":10: warning: ", "[gzip]\n", "[volume]\n"}, []string{"2 of 2 can be mended"}},
-		"a folder":       {[]string{filepath.Join(dir, "all")}, 1, []string{slow + ":10: "}, nil},
-		"yaml":           {[]string{"-o", "yaml", slow}, 0, []string{fastWorkflow}, nil},
-		"yaml of two":    {[]string{"-o", "yaml", slow, slow}, 0, []string{fastWorkflow + "---\n" + fastWorkflow}, nil},
-		"stubborn":       {[]string{"-o", "yaml", stubborn}, 1, []string{"archive: {none: {}}"}, []string{stubborn + ":10: warning: ", "[volume]"}},
-		"broken":         {[]string{broken, slow}, 2, []string{slow + ":10: "}, []string{broken + ":1: ", "mapping values"}},
-		"missing":        {[]string{filepath.Join(dir, "nothing.yaml")}, 2, nil, []string{"nothing.yaml"}},
-		"empty folder":   {[]string{filepath.Join(dir, "none")}, 2, nil, []string{"no .yaml"}},
-		"no argument":    {nil, 2, nil, []string{"requires at least 1 arg", "--help"}},
-		"output":         {[]string{"-o", "xml", slow}, 2, nil, []string{"-o xml"}},
-		"fix and yaml":   {[]string{"--fix", "-o", "yaml", slow}, 2, nil, []string{"do not go together"}},
-		"fix of stdin":   {[]string{"--fix", "-"}, 2, nil, []string{"-o yaml"}},
-		"help":           {[]string{"--help"}, 0, []string{"--fix", "gzip", "Exit status"}, nil},
-		"nothing to say": {[]string{filepath.Join(dir, "all", "sub")}, 0, nil, nil},
+		"text":         {[]string{slow}, 1, []string{slow + ":10: warning: ", "[gzip]\n", "[volume]\n"}, []string{"2 of 2 can be mended"}},
+		"a folder":     {[]string{filepath.Join(dir, "all")}, 1, []string{slow + ":10: "}, nil},
+		"yaml":         {[]string{"-o", "yaml", slow}, 0, []string{fastWorkflow}, nil},
+		"yaml of two":  {[]string{"-o", "yaml", slow, slow}, 0, []string{fastWorkflow + "---\n" + fastWorkflow}, nil},
+		"stubborn":     {[]string{"-o", "yaml", stubborn}, 1, []string{"archive: {none: {}}"}, []string{stubborn + ":10: warning: ", "[volume]"}},
+		"broken":       {[]string{broken, slow}, 2, []string{slow + ":10: "}, []string{broken + ":1: ", "mapping values"}},
+		"missing":      {[]string{filepath.Join(dir, "nothing.yaml")}, 2, nil, []string{"nothing.yaml"}},
+		"empty folder": {[]string{filepath.Join(dir, "none")}, 2, nil, []string{"no .yaml"}},
+		"no argument":  {nil, 2, nil, []string{"requires at least 1 arg", "--help"}},
+		"output":       {[]string{"-o", "xml", slow}, 2, nil, []string{"-o xml"}},
+		"fix and yaml": {[]string{"--fix", "-o", "yaml", slow}, 2, nil, []string{"do not go together"}},
+		"fix of stdin": {[]string{"--fix", "-"}, 2, nil, []string{"-o yaml"}},
+		"help":         {[]string{"--help"}, 0, []string{"--fix", "gzip", "Exit status"}, nil},
+		"no workflow":  {[]string{filepath.Join(dir, "all", "sub")}, 0, nil, []string{"no workflow of Argo in 1 file\n"}},
 	} {
 		t.Run(name, func(t *testing.T) {
 			stdout, stderr, status := run(t, dir, append([]string{"lint"}, c.args...)...)

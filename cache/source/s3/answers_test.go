@@ -229,6 +229,15 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 	if _, err := refused.Stat(t.Context(), "k"); !errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), "127.0.0.1:1") {
 		t.Errorf("nobody listens: %v", err)
 	}
+	closing := httptest.NewServer(http.HandlerFunc(func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }))
+	defer closing.Close()
+	closed, err := s3.Open(t.Context(), source.Config{URL: "s3://bucket", Endpoint: closing.URL, Region: "r", Anonymous: true})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := closed.Stat(t.Context(), "k"); !errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), "leave http:// out") {
+		t.Errorf("a connection that is closed at once: %v", err)
+	}
 	tls := httptest.NewTLSServer(http.NotFoundHandler())
 	defer tls.Close()
 	untrusted, err := s3.Open(t.Context(), source.Config{URL: "s3://bucket", Endpoint: tls.URL, Region: "r", Anonymous: true})

@@ -138,6 +138,8 @@ func (b *Bucket) network(seen *answer) (hint string, kind error) {
 		return "the store's certificate is not trusted: add its authority to the system's, or write http:// for a connection without TLS", source.ErrInvalid
 	case errors.As(seen.err, &dns) && dns.IsNotFound:
 		return "the endpoint's name is not known: check endpoint and region", source.ErrUnavailable
+	case errors.Is(seen.err, io.EOF) && b.plain():
+		return "the store closed the connection without an answer: if it speaks TLS, leave http:// out of the endpoint", source.ErrUnavailable
 	case seen.err == nil && seen.status == http.StatusOK:
 		return "the answer is cut short or not S3's", source.ErrUnavailable
 	}
