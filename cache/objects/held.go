@@ -260,7 +260,7 @@ func (b *back) gatherAgain(ctx context.Context, epoch uint64, missing map[string
 			defer cancel()
 			h, err := b.n.peers.held(within, m, epoch, url.Values{"owner": {b.n.c.Self}})
 			if err != nil && b.left(m) && (errors.Is(err, syscall.ECONNREFUSED) || m.State == ring.Leaving) {
-				return // it stopped meanwhile, and holds nothing any more (see excused)
+				h, err = heldJSON{}, nil // it stopped meanwhile, and holds nothing any more (see excused)
 			}
 			if errs[i] = err; err != nil {
 				return

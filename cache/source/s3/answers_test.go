@@ -261,6 +261,13 @@ func TestNotFoundIsOfTheObject(t *testing.T) {
 			}
 		}
 	}
+	untyped := func(w http.ResponseWriter, r *http.Request) { // as what a server takes for text
+		w.Header().Set("Content-Type", "text/plain; charset=utf-8")
+		w.WriteHeader(404)
+		if r.Method != http.MethodHead {
+			fmt.Fprint(w, `<Error><Code>NoSuchKey</Code></Error>`)
+		}
+	}
 	empty := func(w http.ResponseWriter, _ *http.Request) {
 		fmt.Fprint(w, `<ListBucketResult><Name>bucket</Name></ListBucketResult>`)
 	}
@@ -271,6 +278,8 @@ func TestNotFoundIsOfTheObject(t *testing.T) {
 	}{
 		{"the key is not there", xml(404, "NoSuchKey"), empty, source.ErrNotFound, nil},
 		{"the key is not there, and nothing may be listed", xml(404, "NoSuchKey"), xml(403, "AccessDenied"), source.ErrNotFound, nil},
+		{"the key is not there, and the store does not list like this", xml(404, "NoSuchKey"), xml(400, "InvalidRequest"), source.ErrNotFound, nil},
+		{"the key is not there, in an answer without a type", untyped, empty, source.ErrNotFound, nil},
 		{"the bucket is not there", xml(404, "NoSuchBucket"), xml(404, "NoSuchBucket"), source.ErrNoBucket, source.ErrNoBucket},
 		{"the access key is not known", xml(404, "XAdminUserNotFound"), xml(404, "XAdminUserNotFound"), source.ErrDenied, source.ErrDenied},
 		{"a proxy without a store", http.NotFound, http.NotFound, source.ErrUnavailable, source.ErrUnavailable},

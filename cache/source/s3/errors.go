@@ -24,6 +24,7 @@ import (
 type answer struct {
 	status       int
 	strange      bool // a 404 that is not S3's: minio-go takes each for a key that is not there
+	doubtful     bool // a 404 to HEAD that may not be S3's
 	after        time.Duration
 	expires      string // taken out of the header
 	uncompressed bool
@@ -49,7 +50,14 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 			a.status, a.after, a.uncompressed = resp.StatusCode, retryAfter(resp), resp.Uncompressed
 			a.expires = resp.Header.Get("Expires")
 			resp.Header.Del("Expires")
-			a.strange = resp.StatusCode == http.StatusNotFound && strange(resp)
+			switch {
+			case resp.StatusCode != http.StatusNotFound:
+			case r.Method == http.MethodHead:
+				// There is no body to tell, only a type, which versitygw up to 1.2 has as well.
+				a.doubtful = strings.HasPrefix(resp.Header.Get("Content-Type"), "text/")
+			default:
+				a.strange = strange(resp)
+			}
 		}
 	}
 	return resp, err
@@ -59,11 +67,8 @@ func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
 const maxError = 64 << 10
 
 // strange says whether an answer, which it leaves readable, has something else than S3's document of an error: that of a
-// proxy without its store, for one. Of an answer to HEAD, which has none, only its type is told.
+// proxy without its store, for one.
 func strange(r *http.Response) bool {
-	if r.Request.Method == http.MethodHead {
-		return strings.HasPrefix(r.Header.Get("Content-Type"), "text/")
-	}
 	body := r.Body
 	text, err := io.ReadAll(io.LimitReader(body, maxError))
 	r.Body = struct {

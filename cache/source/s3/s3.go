@@ -175,7 +175,7 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 	o, err := b.core.StatObject(ctx, b.name, key, options)
 	if err != nil {
 		err = b.fail(ctx, "stat", key, seen, err)
-		if errors.Is(err, source.ErrNotFound) && time.Since(time.Unix(0, b.answered.Load())) > trust {
+		if errors.Is(err, source.ErrNotFound) && (seen.doubtful || time.Since(time.Unix(0, b.answered.Load())) > trust) {
 			return source.Object{}, o, b.missing(ctx, key, err)
 		}
 		return source.Object{}, o, err
@@ -212,8 +212,11 @@ func (b *Bucket) missing(ctx context.Context, key string, notFound error) error 
 		return notFound
 	}
 	err = b.fail(ctx, "stat", key, seen, err)
-	if errors.Is(err, source.ErrDenied) && seen.status == http.StatusForbidden {
-		return notFound // the credentials may not list
+	switch {
+	case errors.Is(err, source.ErrDenied) && seen.status == http.StatusForbidden: // the credentials may not list
+		return notFound
+	case errors.Is(err, source.ErrInvalid) && seen.status != 0 && seen.status != http.StatusNotFound:
+		return notFound // the store does not list, or not like this: directory buckets want a prefix with a slash at its end
 	}
 	return err
 }
