@@ -28,13 +28,17 @@ func (b *Bucket) fail(ctx context.Context, r request, resp *sdk.Response, err er
 	e := &source.Error{Op: r.op, Name: b.name(r.key), Kind: source.ErrUnavailable}
 	if resp != nil {
 		var service sdk.ServiceError
-		if !errors.As(err, &service) {
+		foreign := !errors.As(err, &service)
+		if foreign {
 			service = sdk.ServiceError{StatusCode: resp.StatusCode, Message: "the answer is not one of OSS"}
 			e.Hint = fmt.Sprintf("is %s the endpoint of an OSS bucket?", b.endpoint.host)
 		}
 		hint, kind := b.kind(service, resp.Headers)
 		if e.Kind = kind; hint != "" {
 			e.Hint = hint
+		}
+		if kind == source.ErrNotFound && foreign && r.method != http.MethodHead {
+			e.Kind = source.ErrUnavailable // a proxy that has lost its store says nothing of the object
 		}
 		e.Err, e.After = said(service), retryAfter(resp.Headers)
 		if e.Refusable(service.Code) {
