@@ -171,6 +171,20 @@ func TestBackAListingThroughAWorkerThatIsNotSettled(t *testing.T) {
 	}
 }
 
+// refuseLooks has the bucket take nothing until accept, and tell nothing either: an owner asks what it has before it
+// brings something.
+func (bt *backTier) refuseLooks() (accept func()) {
+	var refuses atomic.Bool
+	refuses.Store(true)
+	bt.proxy.Set(func(r *http.Request) bucket.Fault {
+		if refuses.Load() && (r.Method == http.MethodPut || r.Method == http.MethodHead) {
+			return bucket.Fault{Status: 503, Code: "SlowDown"}
+		}
+		return bucket.Fault{}
+	})
+	return func() { refuses.Store(false) }
+}
+
 // Both workers that hold what is pending leave the list at once. The next owner knows of it and has not fetched it: all
 // workers list it and read it, those that are settled too.
 func TestBackWhatOnlyWorkersThatLeftHoldIsListedAndRead(t *testing.T) {
@@ -180,14 +194,7 @@ func TestBackWhatOnlyWorkersThatLeftHoldIsListedAndRead(t *testing.T) {
 	bt.writesBack()
 	bt.nothingHeld()
 	key := bt.keyOrdered("left", 0, 1, 2)
-	var refuses atomic.Bool
-	bt.proxy.Set(func(r *http.Request) bucket.Fault {
-		if refuses.Load() && (r.Method == http.MethodPut || r.Method == http.MethodHead) {
-			return bucket.Fault{Status: 503, Code: "SlowDown"} // an owner asks what the bucket has before it brings something
-		}
-		return bucket.Fault{}
-	})
-	refuses.Store(true)
+	accept := bt.refuseLooks()
 	bt.mustPut(0, key, []byte("held"))
 	bt.workers[0].state, bt.workers[1].state = "gone", "gone"
 	bt.tellAll()
@@ -212,7 +219,7 @@ func TestBackWhatOnlyWorkersThatLeftHoldIsListedAndRead(t *testing.T) {
 	if len(bt.inJournal(2)) > 0 {
 		t.Error("the owner holds it already: the test shows nothing of those that left")
 	}
-	refuses.Store(false)
+	accept()
 	bt.inBucketSoon(key, []byte("held"), md5Hex("held"))
 	bt.nothingHeld()
 }
@@ -227,14 +234,7 @@ func TestBackWhatOnlyWorkersThatLeftHoldMovesTwice(t *testing.T) {
 	bt.nothingHeld()
 	const next, last = 2, 3
 	key := bt.keyOrdered("twice", 0, 1, next, last)
-	var refuses atomic.Bool
-	bt.proxy.Set(func(r *http.Request) bucket.Fault {
-		if refuses.Load() && (r.Method == http.MethodPut || r.Method == http.MethodHead) {
-			return bucket.Fault{Status: 503, Code: "SlowDown"}
-		}
-		return bucket.Fault{}
-	})
-	refuses.Store(true)
+	accept := bt.refuseLooks()
 	bt.mustPut(0, key, []byte("held"))
 	l.set(true, next, 0, 1)
 	bt.workers[0].state, bt.workers[1].state = "gone", "gone"
@@ -252,7 +252,7 @@ func TestBackWhatOnlyWorkersThatLeftHoldMovesTwice(t *testing.T) {
 			return err
 		})
 	}
-	refuses.Store(false)
+	accept()
 	bt.inBucketSoon(key, []byte("held"), md5Hex("held"))
 	bt.nothingHeld()
 }

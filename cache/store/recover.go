@@ -6,6 +6,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 )
@@ -401,4 +403,19 @@ func (s *Store) findOrphans() {
 	s.orphans = max(0, used-s.othersUsed()-s.pages-s.roundUp(s.journal.size))
 	s.zombie += s.orphans
 	s.used += s.orphans
+}
+
+// matches compares size bytes of r with their sums.
+func matches(r io.ReaderAt, size int, sums []uint64) bool {
+	if len(sums) != checksum.Count(size) {
+		return false
+	}
+	buf := make([]byte, min(size, checksum.Size))
+	for i, sum := range sums {
+		p := buf[:min(checksum.Size, size-i*checksum.Size)]
+		if k, _ := r.ReadAt(p, int64(i)*checksum.Size); k < len(p) || checksum.Of(p) != sum {
+			return false
+		}
+	}
+	return true
 }

@@ -3,13 +3,11 @@ package store
 import (
 	"context"
 	"fmt"
-	"io"
 	"slices"
 	"time"
 
 	"golang.org/x/time/rate"
 
-	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -17,7 +15,7 @@ import (
 // is counted, not found any more, and the next Acquire fills it again (in place where readers still have
 // the file, which mends what they see). The caller releases b as always.
 func (s *Store) Verify(b *Block) bool {
-	if matches(b, b.Len(), b.sums) {
+	if b.Check(0, int64(b.Len())) == nil {
 		return true
 	}
 	if b.heap != nil {
@@ -35,21 +33,6 @@ func (s *Store) Verify(b *Block) bool {
 	s.journal.del(b.b)
 	s.setOut(b.b)
 	return false
-}
-
-// matches compares size bytes of r with their sums.
-func matches(r io.ReaderAt, size int, sums []uint64) bool {
-	if len(sums) != checksum.Count(size) {
-		return false
-	}
-	buf := make([]byte, min(size, checksum.Size))
-	for i, sum := range sums {
-		p := buf[:min(checksum.Size, size-i*checksum.Size)]
-		if k, _ := r.ReadAt(p, int64(i)*checksum.Size); k < len(p) || checksum.Of(p) != sum {
-			return false
-		}
-	}
-	return true
 }
 
 // Scrub verifies resident blocks at the given rate, round and round, until ctx ends; it returns ctx's error. It tells
