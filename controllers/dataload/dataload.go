@@ -155,10 +155,7 @@ func (p *pass) note(reason, action, format string, a ...any) {
 }
 
 func (p *pass) condition(kind string, status metav1.ConditionStatus, reason, format string, a ...any) {
-	text := fmt.Sprintf(format, a...)
-	if len(text) > 2000 {
-		text = text[:2000] + " …"
-	}
+	text := dataset.Cut(fmt.Sprintf(format, a...), dataset.MaxMessage)
 	meta.SetStatusCondition(&p.load.Status.Conditions, metav1.Condition{
 		Type: kind, Status: status, Reason: reason, Message: text,
 		ObservedGeneration: p.load.Generation, LastTransitionTime: metav1.NewTime(p.now),
@@ -210,7 +207,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, fmt.Errorf("dataload %s: %w", req, err)
 	}
 	for _, e := range p.events {
-		r.events.Eventf(p.load, nil, e.kind, e.reason, e.action, "%s", e.note)
+		r.events.Eventf(p.load, nil, e.kind, e.reason, e.action, "%s", dataset.Cut(e.note, dataset.MaxNote))
 	}
 	if p.again == 0 {
 		return reconcile.Result{}, nil

@@ -91,7 +91,7 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) (reconcile.Result, e
 				}
 				return reconcile.Result{}, err
 			}
-			r.events.Eventf(l, nil, "Warning", "PinsLeft", "Delete", "%s", "deleted although not every worker could be told to unpin: "+err.Error())
+			r.events.Eventf(l, nil, "Warning", "PinsLeft", "Delete", "%s", dataset.Cut("deleted although not every worker could be told to unpin: "+err.Error(), dataset.MaxNote))
 		}
 	}
 	before := l.DeepCopy()

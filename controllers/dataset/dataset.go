@@ -304,7 +304,7 @@ func (r *Reconciler) send(p *pass) {
 			continue
 		}
 		p.said[e.reason] = e.note
-		r.events.Eventf(p.dataset, nil, e.kind, e.reason, e.action, "%s", cut(e.note, maxNote))
+		r.events.Eventf(p.dataset, nil, e.kind, e.reason, e.action, "%s", Cut(e.note, MaxNote))
 	}
 }
 

@@ -44,14 +44,14 @@ const refusedWithin = 20 * time.Minute
 // reads all Events of a namespace to find some.
 const refusedAgain, refusedFirst = time.Minute, 10 * time.Second
 
-// maxMessage bounds a condition's message, well below what the API server takes.
-const maxMessage = 2000
+// MaxMessage bounds a condition's message, well below what the API server takes.
+const MaxMessage = 2000
 
-// maxNote bounds an Event's note: the API server takes no Event with more than 1,024 bytes.
-const maxNote = 1000
+// MaxNote bounds an Event's note: the API server takes no Event with more than 1,024 bytes.
+const MaxNote = 1000
 
-// cut is text, cut to so many bytes where it is longer.
-func cut(text string, most int) string {
+// Cut is text, cut to so many bytes where it is longer.
+func Cut(text string, most int) string {
 	if len(text) <= most {
 		return text
 	}
@@ -59,7 +59,7 @@ func cut(text string, most int) string {
 }
 
 func (p *pass) condition(kind string, status metav1.ConditionStatus, reason, format string, a ...any) {
-	text := cut(fmt.Sprintf(format, a...), maxMessage)
+	text := Cut(fmt.Sprintf(format, a...), MaxMessage)
 	meta.SetStatusCondition(&p.dataset.Status.Conditions, metav1.Condition{
 		Type: kind, Status: status, Reason: reason, Message: text,
 		ObservedGeneration: p.dataset.Generation, LastTransitionTime: metav1.NewTime(p.now),
