@@ -13,7 +13,8 @@
 // that is dead, hung, overloaded, refused by the bucket or wrong costs time and no more: while the bucket
 // and one worker answer, a read ends with the object's bytes, within wire.ClientTimeout a block. Every
 // payload is checked against its sums, and a reply must echo what was asked for. Only the object itself can
-// fail a read: it changed or is gone.
+// fail a read: it changed or is gone. The workers are reminded of the snapshot for as long as it is read, and given
+// it back when all have lost it (remind.go).
 //
 // Names is the reader of a writable dataset, which has no snapshot that holds: it asks for names and for the bytes
 // of their versions, over connections of its own (wire.PathName and so on).
@@ -39,6 +40,7 @@ import (
 	"net"
 	"runtime/debug"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
@@ -106,6 +108,8 @@ type timing struct {
 	file time.Duration
 	// rest is how often it is looked whether anybody reads.
 	rest time.Duration
+	// remind is how often the workers are asked for the snapshot.
+	remind time.Duration
 }
 
 func defaultTiming() timing {
@@ -118,7 +122,7 @@ func defaultTiming() timing {
 		redial: 50 * time.Millisecond, redialMax: 2 * time.Second,
 		retry: 20 * time.Millisecond, retryMax: time.Second,
 		file: time.Second,
-		rest: time.Minute,
+		rest: time.Minute, remind: wire.RemindEvery,
 	}
 }
 
@@ -140,6 +144,9 @@ type Client struct {
 	nears    nears
 	latency  latency
 	count    counters
+	// forgotten has a token while reads fail since workers do not hold the snapshot; unwanted is why none ever will.
+	forgotten chan struct{}
+	unwanted  atomic.Pointer[error]
 
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
@@ -169,6 +176,7 @@ func dial(ctx context.Context, config Config, t timing) (*Client, error) {
 	}
 	c.snapshot, c.digest = s, s.Digest()
 	c.walks = newWalks(s, c.config.BufferBytes, c.now)
+	c.spawn(func() { c.remind(c.ctx) })
 	return c, nil
 }
 
@@ -189,6 +197,7 @@ func newClient(config Config, t timing) (*Client, error) {
 	c := &Client{
 		config: config, copies: max(1, config.Copies), log: config.Logger, timing: t, dialer: config.Dialer, now: time.Now,
 		cache: newBlocks(config.BufferBytes), streams: newStreams(), socks: make(map[string]*sock),
+		forgotten: make(chan struct{}, 1),
 	}
 	if c.log == nil {
 		c.log = slog.Default()

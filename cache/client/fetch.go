@@ -92,6 +92,14 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 			return c.explain(w, r.err)
 		case r.stale && c.members.view() != seen:
 			continue
+		case r.unknown && round >= settle: // they have had time to get it from each other
+			if err := c.unwanted.Load(); err != nil {
+				return c.explain(w, *err)
+			}
+			select {
+			case c.forgotten <- struct{}{}:
+			default:
+			}
 		}
 		c.count.rounds.Add(1)
 		c.members.refresh()
@@ -175,6 +183,7 @@ type outcome struct {
 	refused bool  // a worker that reached the bucket was refused; err says why
 	hope    bool  // a worker could not be asked, or may answer differently later
 	stale   bool  // a worker disagreed about who owns the block
+	unknown bool  // a worker does not hold the snapshot
 	err     error // the most telling one
 }
 
@@ -192,6 +201,8 @@ func (o *outcome) add(err error) {
 		return
 	case errors.Is(err, wire.ErrNotOwner):
 		o.stale, o.hope = true, true
+	case errors.Is(err, wire.ErrUnknownSnapshot):
+		o.unknown, o.hope = true, true
 	default:
 		o.hope = true
 	}

@@ -30,18 +30,23 @@ func ToObjects(ctx context.Context, conn net.Conn) error {
 	if _, err := conn.Write(AppendRequest(nil, Request{Op: OpObjects, ID: 1})); err != nil {
 		return err
 	}
-	rep, err := ReadReply(conn) // not buffered: what follows is HTTP
-	if err != nil {
+	if _, err := accepted(conn); err != nil {
 		return err
 	}
-	if rep.Status != OK {
-		text := make([]byte, min(rep.Length, MaxMessage))
-		if _, err := io.ReadFull(conn, text); err != nil {
-			return err
-		}
-		return rep.Status.Err(string(text))
-	}
 	return conn.SetDeadline(time.Time{})
+}
+
+// accepted reads a reply without a payload. It does not read ahead: what follows may be no frame.
+func accepted(conn net.Conn) (Reply, error) {
+	rep, err := ReadReply(conn)
+	if err != nil || rep.Status == OK {
+		return rep, err
+	}
+	text := make([]byte, min(rep.Length, MaxMessage))
+	if _, err := io.ReadFull(conn, text); err != nil {
+		return rep, err
+	}
+	return rep, rep.Status.Err(string(text))
 }
 
 // NamesServed is the Index of a reply to OpMembers from a worker that answers those requests: the dataset is

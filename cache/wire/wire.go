@@ -37,6 +37,9 @@ const (
 	PongTimeout  = 3 * time.Second
 	// DialTimeout bounds connect and handshake.
 	DialTimeout = 3 * time.Second
+	// RemindEvery is how often a reader asks workers for its snapshot, which they keep for those that do: pages that the
+	// kernel has, and files that are read by descriptor, ask for nothing.
+	RemindEvery = 10 * time.Minute
 )
 
 // Op is the kind of a request.
@@ -78,6 +81,8 @@ const (
 	// the block's sums in the payload (SumList); it stays so until the lease ends. NotResident: it is not
 	// there, and is not fetched for this since it would take the place of others, or is not kept: OpRead serves it.
 	OpBlock
+	// OpOffer gives a snapshot, of Off bytes, to a worker that does not hold it any more: see Offer.
+	OpOffer
 )
 
 // Flag modifies a request.

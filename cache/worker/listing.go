@@ -5,6 +5,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -364,45 +365,65 @@ func (w *Worker) pullSnapshot(ctx context.Context, m ring.Member, d wire.Digest,
 	if size <= 0 || size > maxSnapshotBytes {
 		return nil, fmt.Errorf("%w: snapshot of %d bytes from worker %s", wire.ErrCorrupt, size, m.ID)
 	}
-	if err := os.MkdirAll(w.snapshotDir(), 0o700); err != nil {
-		return nil, fmt.Errorf("snapshot: %w", err)
-	}
-	tmp, err := os.CreateTemp(w.snapshotDir(), "pull-*")
-	if err != nil {
-		return nil, fmt.Errorf("snapshot: %w", err)
-	}
-	defer os.Remove(tmp.Name()) // already renamed when all went well
-	defer tmp.Close()
-	for off := int64(0); off < size; {
-		ask, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
-		n := min(size-off, wire.MaxPayload)
-		rep, p, err := w.peers.frame(ask, m, wire.Request{Op: wire.OpSnapshot, Snapshot: d, Off: off, Length: int32(n)})
-		cancel()
-		if err != nil {
-			return nil, err
+	snap, err := w.receiveSnapshot(d, func(to io.Writer) error {
+		for off := int64(0); off < size; {
+			ask, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
+			n := min(size-off, wire.MaxPayload)
+			rep, p, err := w.peers.frame(ask, m, wire.Request{Op: wire.OpSnapshot, Snapshot: d, Off: off, Length: int32(n)})
+			cancel()
+			if err != nil {
+				return err
+			}
+			if rep.Size != size || int64(len(p)) != n {
+				return fmt.Errorf("%w: it changed its length", wire.ErrCorrupt)
+			}
+			if _, err := to.Write(p); err != nil {
+				return err
+			}
+			off += n
 		}
-		if rep.Size != size || int64(len(p)) != n {
-			return nil, fmt.Errorf("%w: snapshot from worker %s changed its length", wire.ErrCorrupt, m.ID)
-		}
-		if _, err := tmp.Write(p); err != nil {
-			return nil, fmt.Errorf("snapshot: %w", err)
-		}
-		off += n
-	}
-	if err := tmp.Close(); err != nil {
-		return nil, fmt.Errorf("snapshot: %w", err)
-	}
-	snap, err := catalog.OpenFile(tmp.Name())
+		return nil
+	}, func(*catalog.Snapshot) error { return nil })
 	if err != nil {
 		return nil, fmt.Errorf("snapshot from worker %s: %w", m.ID, err)
 	}
-	if snap.Digest() != d {
-		snap.Close()
-		return nil, fmt.Errorf("%w: snapshot from worker %s is not the one asked for", wire.ErrCorrupt, m.ID)
+	return snap, nil
+}
+
+// receiveSnapshot has a snapshot written, and keeps it in this worker's folder if it is the one of that name and check
+// has nothing against it.
+func (w *Worker) receiveSnapshot(d wire.Digest, write func(io.Writer) error, check func(*catalog.Snapshot) error) (*catalog.Snapshot, error) {
+	if err := os.MkdirAll(w.snapshotDir(), 0o700); err != nil {
+		return nil, err
 	}
-	if err := os.Rename(tmp.Name(), w.snapshotPath(d)); err != nil {
+	tmp, err := os.CreateTemp(w.snapshotDir(), "pull-*")
+	if err != nil {
+		return nil, err
+	}
+	defer os.Remove(tmp.Name()) // already renamed when all went well
+	defer tmp.Close()
+	if err := write(tmp); err != nil {
+		return nil, err
+	}
+	if err := tmp.Close(); err != nil {
+		return nil, err
+	}
+	snap, err := catalog.OpenFile(tmp.Name())
+	if err != nil {
+		return nil, err
+	}
+	if snap.Digest() != d {
+		err = fmt.Errorf("%w: it is not the one asked for", wire.ErrCorrupt)
+	}
+	if err == nil {
+		err = check(snap)
+	}
+	if err == nil {
+		err = os.Rename(tmp.Name(), w.snapshotPath(d))
+	}
+	if err != nil {
 		snap.Close()
-		return nil, fmt.Errorf("snapshot: %w", err)
+		return nil, err
 	}
 	return snap, nil
 }

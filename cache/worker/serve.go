@@ -202,6 +202,12 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn, permit *permit) {
 			}
 			return
 		}
+		if req.Op == wire.OpOffer {
+			if err := c.offered(cctx, req, r); err != nil {
+				c.fail(cctx, req, err)
+			}
+			return
+		}
 		if req.Op == wire.OpPing {
 			if c.reply(cctx, req, wire.Reply{}, nil) != nil {
 				return

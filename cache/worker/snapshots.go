@@ -15,11 +15,13 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// Old snapshots are kept while mounts read by them: as long as they were asked for within keepUnused, and
-// never more than maxSnapshots.
+// Old snapshots are kept while mounts read by them: as long as they were asked for within keepUnused, which readers see
+// to (wire.RemindEvery). Beyond maxSnapshots those go that nobody reminded of lately, beyond maxRead any.
 const (
 	keepUnused   = 30 * time.Minute
+	lately       = 3 * wire.RemindEvery / 2
 	maxSnapshots = 8
+	maxRead      = 64
 )
 
 // snapshot is a held snapshot with the sources of its mounts. It is closed when it was dropped from the
@@ -195,7 +197,17 @@ func (s *snapshots) expire() []wire.Digest {
 				oldest = n
 			}
 		}
-		if oldest == nil || (len(s.held) <= maxSnapshots && s.now().Sub(oldest.used) < keepUnused) {
+		if oldest == nil {
+			return dropped
+		}
+		least := keepUnused
+		switch {
+		case len(s.held) > maxRead:
+			least = 0
+		case len(s.held) > maxSnapshots:
+			least = lately
+		}
+		if s.now().Sub(oldest.used) < least {
 			return dropped
 		}
 		drop(oldest)

@@ -78,7 +78,8 @@ type Worker struct {
 	snapshots snapshots
 	refreshes chan refreshRequest
 	wanted    chan wire.Digest
-	listed    atomic.Int64 // objects listed so far
+	offers    chan struct{} // holds a token while a snapshot is taken back
+	listed    atomic.Int64  // objects listed so far
 	peers     *peers
 	// peerFills bounds the bytes of fills that wait for other workers, connBudget the bytes of fills and of
 	// uncached answers of one connection, so that a reader that does not take them holds up only itself.
@@ -149,7 +150,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	buffers := min(max(c.Memory/16, minBuffers), maxBuffers)
 	w := &Worker{
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
-		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16),
+		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16), offers: make(chan struct{}, 1),
 		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(), sourceTimeout: wire.SourceTimeout,
 		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches), mends: make(mends, maxMends),
 		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
