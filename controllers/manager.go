@@ -17,6 +17,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/selection"
@@ -34,6 +35,7 @@ import (
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/controllers/dataload"
 	"github.com/stepcache/stepcache/controllers/dataset"
+	"github.com/stepcache/stepcache/controllers/node"
 )
 
 // Options of a manager.
@@ -85,6 +87,7 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 				&policyv1.PodDisruptionBudget{}: mine,
 				&networkingv1.NetworkPolicy{}:   mine,
 				&corev1.Node{}:                  {Transform: slim},
+				&appsv1.DaemonSet{}:             {Namespaces: map[string]cache.Config{o.Dataset.Namespace: {}}, Field: fields.OneTermEqualSelector("metadata.name", node.DaemonSet)},
 			},
 		},
 		Client:                        client.Options{Cache: &client.CacheOptions{DisableFor: []client.Object{&corev1.Secret{}}}},
@@ -107,6 +110,11 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 	loads.Poll = o.LoadPoll
 	if err := dataload.New(m.GetClient(), m.GetAPIReader(), recorder, loads).SetupWithManager(m); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
+	}
+	if o.Dataset.Only == "" { // nodes are of no namespace
+		if err := node.New(m.GetClient(), o.Dataset).SetupWithManager(m); err != nil {
+			return nil, fmt.Errorf("controller: %w", err)
+		}
 	}
 	if err := m.Add(newCensus(m.GetClient())); err != nil {
 		return nil, err

@@ -23,7 +23,6 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
-	rbacv1 "k8s.io/api/rbac/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -31,7 +30,6 @@ import (
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/yaml"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -47,41 +45,6 @@ import (
 // cluster has all rights; rights are those of an installation's controller.
 var cluster, rights *rest.Config
 
-// grant gives the controller's service account what config/rbac does, and nothing else.
-func grant(c *rest.Config) (*rest.Config, error) {
-	const account = "system:serviceaccount:stepcache-system:stepcache-controller"
-	admin, err := client.New(c, client.Options{Scheme: controllers.Scheme()})
-	if err != nil {
-		return nil, err
-	}
-	b, err := os.ReadFile("../config/rbac/role.yaml")
-	if err != nil {
-		return nil, err
-	}
-	for _, doc := range strings.Split(string(b), "\n---\n") {
-		role := &rbacv1.ClusterRole{}
-		if err := yaml.Unmarshal([]byte(doc), role); err != nil {
-			return nil, err
-		}
-		if role.Kind != "ClusterRole" {
-			continue // leases, in the installation's namespace
-		}
-		if err := admin.Create(context.Background(), role); err != nil {
-			return nil, err
-		}
-		if err := admin.Create(context.Background(), &rbacv1.ClusterRoleBinding{
-			ObjectMeta: metav1.ObjectMeta{Name: role.Name},
-			RoleRef:    rbacv1.RoleRef{APIGroup: rbacv1.GroupName, Kind: "ClusterRole", Name: role.Name},
-			Subjects:   []rbacv1.Subject{{Kind: rbacv1.UserKind, APIGroup: rbacv1.GroupName, Name: account}},
-		}); err != nil {
-			return nil, err
-		}
-	}
-	limited := rest.CopyConfig(c)
-	limited.Impersonate.UserName = account
-	return limited, nil
-}
-
 func TestMain(m *testing.M) {
 	ctrl.SetLogger(logr.Discard())
 	c, stop, err := envtest.Start(context.Background())
@@ -91,7 +54,7 @@ func TestMain(m *testing.M) {
 	}
 	cluster = c
 	code := 1
-	if rights, err = grant(c); err == nil {
+	if rights, err = envtest.Rights(context.Background(), c); err == nil {
 		code = m.Run()
 	} else {
 		fmt.Fprintln(os.Stderr, err)

@@ -23,7 +23,7 @@ import (
 
 func TestNodeObjectIsLabelledAndLeftAsItWas(t *testing.T) {
 	ctx := context.Background()
-	client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName, Labels: map[string]string{"zone": "a"}}})
+	client := fake.NewClientset(&corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: nodeName, Labels: map[string]string{"zone": "a", v1alpha1.LabelNodeReady: "false"}}})
 	at := time.Unix(1_700_000_000, 0)
 	n := NodeObject{Client: client, Name: nodeName, Now: func() time.Time { return at }}
 	labels := func() map[string]string {

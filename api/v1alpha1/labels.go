@@ -17,8 +17,8 @@ const (
 	// with value "true": the workers' NetworkPolicy lets such pods in, from the Dataset's own namespace and
 	// those it is shared with. The webhook sets it.
 	LabelReader = Group + "/reader"
-	// LabelNodeReady is on nodes with a serving node service, with value "true"; the volumes of Datasets
-	// have affinity to it.
+	// LabelNodeReady is on nodes with a serving node service, which sets it, with value "true", and on nodes that are
+	// without, with value "false": the controller's word. Without either value nothing is known yet, as of a new node.
 	LabelNodeReady = Group + "/node-ready"
 	// LabelWatched is on namespaces that have a Dataset with replaces or locality, with value "true": there
 	// the webhook also looks at workflow pods that do not carry LabelInject.

@@ -21,8 +21,9 @@ func controllerCommand() *cobra.Command {
 	cmd := &cobra.Command{
 		Use:   "controller",
 		Short: "Run the Dataset and DataLoad controllers of a cluster",
-		Long: `Makes Datasets and DataLoads of a cluster real until SIGTERM: workers, keys, volumes, loads, status. It talks
-to the cluster of its pod, or of $KUBECONFIG. Several replicas agree on one that acts.
+		Long: `Makes Datasets and DataLoads of a cluster real until SIGTERM: workers, keys, volumes, loads, status; and labels
+nodes without the node service, which pods with Datasets keep away from. It talks to the cluster of its pod, or of
+$KUBECONFIG. Several replicas agree on one that acts.
 
 Workers run the image that --image named, or that this pod had, when their Dataset was made: a new version of the controller leaves
 them and their memory alone. A new value of a Dataset's annotation data.stepcache.dev/rollout moves that

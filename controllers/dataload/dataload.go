@@ -92,17 +92,13 @@ type sample struct {
 // workers of a running load are asked; zero means 2 s.
 func New(c client.Client, live client.Reader, recorder events.EventRecorder, o dataset.Options) *Reconciler {
 	if o.Clock == nil {
-		o.Clock = systemClock{}
+		o.Clock = dataset.SystemClock{}
 	}
 	if o.Poll == 0 {
 		o.Poll = 2 * time.Second
 	}
 	return &Reconciler{Options: o, client: c, live: live, events: recorder, rates: make(map[types.UID]sample)}
 }
-
-type systemClock struct{}
-
-func (systemClock) Now() time.Time { return time.Now() }
 
 // SetupWithManager registers the reconciler.
 func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {

@@ -104,9 +104,11 @@ type Options struct {
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
 }
 
-type systemClock struct{}
+// SystemClock is the system's.
+type SystemClock struct{}
 
-func (systemClock) Now() time.Time { return time.Now() }
+// Now implements Clock.
+func (SystemClock) Now() time.Time { return time.Now() }
 
 // Reconciler makes Datasets real.
 type Reconciler struct {
@@ -147,7 +149,7 @@ type memory struct {
 // New returns a Reconciler. c should be a manager's client, live its API reader.
 func New(c client.Client, live client.Reader, recorder events.EventRecorder, o Options) *Reconciler {
 	if o.Clock == nil {
-		o.Clock = systemClock{}
+		o.Clock = SystemClock{}
 	}
 	if o.Poll == 0 {
 		o.Poll = 15 * time.Second

@@ -207,7 +207,21 @@ func (u *uninstaller) force(ctx context.Context, p *corev1.Pod) error {
 	return client.IgnoreNotFound(u.c.Delete(ctx, p, client.GracePeriodSeconds(0)))
 }
 
-// labels takes the labels of nodes and namespaces away. A node service that was killed left its own.
+// programs ends the controller and the webhook.
+func (u *uninstaller) programs(ctx context.Context) error {
+	if err := u.list(ctx, running); err != nil {
+		return err
+	}
+	for _, component := range []string{v1alpha1.ComponentController, v1alpha1.ComponentWebhook} {
+		if err := u.gone(ctx, component); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// labels takes the labels of nodes and namespaces away. A node service that was killed left its own, and the
+// controller those of nodes without.
 func (u *uninstaller) labels(ctx context.Context) error {
 	for _, of := range []struct{ kind, label string }{{"Node", v1alpha1.LabelNodeReady}, {"Namespace", v1alpha1.LabelWatched}} {
 		all := &metav1.PartialObjectMetadataList{}
@@ -234,16 +248,8 @@ func (u *uninstaller) labels(ctx context.Context) error {
 	return nil
 }
 
-// others removes all else: what runs, then its rights, then the definitions and the namespace.
+// others removes all else: the rights of what ran, then the definitions and the namespace.
 func (u *uninstaller) others(ctx context.Context) error {
-	if err := u.list(ctx, running); err != nil {
-		return err
-	}
-	for _, component := range []string{v1alpha1.ComponentController, v1alpha1.ComponentWebhook} {
-		if err := u.gone(ctx, component); err != nil {
-			return err
-		}
-	}
 	if err := u.list(ctx, rights); err != nil {
 		return err
 	}

@@ -4,7 +4,7 @@
 // The order is what makes that possible. Loads and Datasets go first, while everything that lets them go still
 // runs: their controller, and the node service, without which the kubelet could neither unmount a volume nor
 // end its pod. Then the webhooks, so that no pod is refused for what is not there any more; then the node
-// service, which unmounts what it has; and the rest.
+// service, which unmounts what it has; then the controller, which would label the nodes as being without it; and the rest.
 //
 // It owns the order and the list of what config/ installs (objects.go). Concurrency: one goroutine. Failure:
 // it removes and waits until ctx ends, says what it waits for, and can be run again at any point: what is gone
@@ -56,7 +56,7 @@ func Run(ctx context.Context, c client.Client, o Options) error {
 	u := &uninstaller{Options: o, c: c}
 	for _, step := range []func(context.Context) error{
 		u.loads, u.datasets, u.remains, u.pods, u.volumes,
-		u.webhooks, u.node, u.labels, u.others,
+		u.webhooks, u.node, u.programs, u.labels, u.others,
 	} {
 		if err := step(ctx); err != nil {
 			return fmt.Errorf("uninstall: %w; run it again to go on", err)

@@ -30,6 +30,7 @@ import (
 	"github.com/stepcache/stepcache/controllers"
 	"github.com/stepcache/stepcache/controllers/dataset"
 	"github.com/stepcache/stepcache/controllers/envtest"
+	"github.com/stepcache/stepcache/controllers/node"
 	"github.com/stepcache/stepcache/controllers/uninstall"
 )
 
@@ -104,22 +105,40 @@ func newWorld(t *testing.T) *world {
 		w.must(w.Create(t.Context(), &corev1.Namespace{ObjectMeta: metav1.ObjectMeta{Name: name}}))
 	}
 	w.must(client.IgnoreAlreadyExists(w.Create(t.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "node"}})))
-	node := &corev1.Node{}
-	w.must(w.Get(t.Context(), client.ObjectKey{Name: "node"}, node))
-	node.Labels = map[string]string{v1alpha1.LabelNodeReady: "true", "kept": "yes"}
-	w.must(w.Update(t.Context(), node))
+	n := &corev1.Node{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Name: "node"}, n))
+	n.Labels = map[string]string{v1alpha1.LabelNodeReady: "true", "kept": "yes"}
+	w.must(w.Update(t.Context(), n))
 	w.eventually("the definitions are served", func() error { return w.List(t.Context(), &v1alpha1.DatasetList{}) })
 	m, err := controllers.New(cluster, controllers.Options{
 		Dataset: dataset.Options{Namespace: system, Image: "stepcache:v1", Poll: time.Second, Store: dataset.StoreCSI, Only: w.ns},
 		Metrics: "0", Probes: "0", Logger: logr.Discard(),
 	})
 	w.must(err)
+	w.must(node.New(m.GetClient(), dataset.Options{Namespace: system}).SetupWithManager(m))
 	mctx, mcancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- m.Start(mctx) }()
 	var once sync.Once
 	w.stop = func() { once.Do(func() { mcancel(); <-done }) }
 	t.Cleanup(w.stop)
+	// Its pod, which ends with its Deployment.
+	pod := w.pod("stepcache-controller", map[string]string{v1alpha1.LabelComponent: v1alpha1.ComponentController}, corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}})
+	pod.Namespace = system
+	w.must(w.Create(t.Context(), pod))
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		for ctx.Err() == nil {
+			if apierrors.IsNotFound(w.Get(ctx, client.ObjectKey{Namespace: system, Name: pod.Name}, &appsv1.Deployment{})) {
+				w.stop()
+				_ = w.Delete(ctx, pod, client.GracePeriodSeconds(0))
+				return
+			}
+			time.Sleep(30 * time.Millisecond)
+		}
+	}()
+	t.Cleanup(func() { cancel(); <-ended })
 	return w
 }
 
