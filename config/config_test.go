@@ -36,6 +36,7 @@ import (
 	kclient "sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
+	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/controllers/envtest"
 )
 
@@ -414,6 +415,7 @@ func TestWhereTheNodeServiceRuns(t *testing.T) {
 		"virtual node":     {linux(map[string]string{"alibabacloud.com/virtual-node": "true"}), false},
 	}
 	found := 0
+	var first *corev1.NodeSelector
 	for _, u := range build(t, "default") {
 		if u.GetKind() != "DaemonSet" {
 			continue
@@ -427,9 +429,22 @@ func TestWhereTheNodeServiceRuns(t *testing.T) {
 		if !slices.Contains(spec.Tolerations, corev1.Toleration{Operator: corev1.TolerationOpExists}) {
 			t.Errorf("%s does not tolerate every taint", d.Name)
 		}
-		terms := spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+		required := spec.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution
+		if first == nil {
+			first = required
+		}
+		if diff := cmp.Diff(first, required); diff != "" {
+			t.Errorf("the DaemonSets run on different nodes:\n%s", diff)
+		}
+		terms := required.NodeSelectorTerms
 		if len(terms) != 1 {
 			t.Fatalf("%s has %d alternatives", d.Name, len(terms))
+		}
+		// Pods go nowhere where it does not run: it asks for no less, and for what it asks beyond that nodes are labelled.
+		for _, r := range v1alpha1.NodesForPods() {
+			if r.Key != v1alpha1.LabelNodeReady && !slices.ContainsFunc(terms[0].MatchExpressions, func(o corev1.NodeSelectorRequirement) bool { return reflect.DeepEqual(o, r) }) {
+				t.Errorf("%s does not ask for %v, which pods with Datasets do", d.Name, r)
+			}
 		}
 		for name, node := range nodes {
 			if runs := matches(t, terms[0], node.labels); runs != node.runs {

@@ -3,6 +3,7 @@ package controllers_test
 import (
 	"errors"
 	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -12,6 +13,7 @@ import (
 	eventsv1 "k8s.io/api/events/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -71,15 +73,16 @@ func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
 		t.Error("the read key is the control key")
 	}
 
-	// The volume says which Dataset and is only for nodes with a node service.
+	// The volume says which Dataset and is only for nodes that have the node service or may get it; workers too.
 	pv, claim := &corev1.PersistentVolume{}, &corev1.PersistentVolumeClaim{}
 	w.must(w.Get(t.Context(), client.ObjectKey{Name: v1alpha1.VolumeName(w.ns, "genomes")}, pv))
 	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes"}, claim))
 	if c := pv.Spec.CSI; c == nil || c.Driver != "csi.data.stepcache.dev" || c.VolumeAttributes["dataset"] != "genomes" || c.VolumeAttributes["namespace"] != w.ns || !c.ReadOnly {
 		t.Errorf("volume %s", asJSON(pv.Spec))
 	}
-	if got := pv.Spec.NodeAffinity.Required.NodeSelectorTerms[0].MatchExpressions[0].Key; got != v1alpha1.LabelNodeReady {
-		t.Errorf("affinity to %s", got)
+	nodes := &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchExpressions: v1alpha1.NodesForPods()}}}
+	if got := pv.Spec.NodeAffinity.Required; !equality.Semantic.DeepEqual(got, nodes) {
+		t.Errorf("affinity %s", asJSON(got))
 	}
 	if *claim.Spec.StorageClassName != "" || claim.Spec.AccessModes[0] != corev1.ReadOnlyMany || claim.Spec.VolumeName != pv.Name {
 		t.Errorf("claim %s", asJSON(claim.Spec))
@@ -93,6 +96,9 @@ func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
 	})
 
 	pod := pods.Items[0].Spec
+	if got := pod.Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution; !equality.Semantic.DeepEqual(got, nodes) {
+		t.Errorf("a worker's affinity %s", asJSON(got))
+	}
 	c := pod.Containers[0]
 	if limit, request := c.Resources.Limits.Memory(), c.Resources.Requests.Memory(); !limit.Equal(*request) || limit.Value() <= 128<<20 {
 		t.Errorf("memory limit %v, request %v", limit, request)
@@ -320,6 +326,41 @@ func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(pv), pv))
 	if pv.Spec.ClaimRef.UID != claim.UID {
 		t.Errorf("claimRef %s of claim %s", asJSON(pv.Spec.ClaimRef), claim.UID)
+	}
+}
+
+func TestVolumeOfAnEarlierVersionKeepsItsAffinity(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	w.stopManager()
+	pv := &corev1.PersistentVolume{ObjectMeta: metav1.ObjectMeta{Name: v1alpha1.VolumeName(w.ns, "genomes")}}
+	update(w, pv, func(pv *corev1.PersistentVolume) { pv.Finalizers = nil })
+	w.must(w.Delete(t.Context(), pv))
+	const managed = "app.kubernetes.io/managed-by"
+	old := pv.DeepCopy()
+	old.ObjectMeta = metav1.ObjectMeta{Name: pv.Name, Labels: pv.Labels, Annotations: map[string]string{"data.stepcache.dev/applied": "by an earlier version"}}
+	delete(old.Labels, managed)
+	old.Spec.NodeAffinity.Required.NodeSelectorTerms[0].MatchExpressions = []corev1.NodeSelectorRequirement{
+		{Key: v1alpha1.LabelNodeReady, Operator: corev1.NodeSelectorOpIn, Values: []string{"true"}},
+	}
+	w.eventually("the volume is as an earlier version made it", func() error { return w.Create(t.Context(), old) })
+	_, from := w.requests.since(0)
+	w.start()
+	w.eventually("the rest is made anew", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(pv), pv))
+		if pv.Labels[managed] == "" {
+			return fmt.Errorf("labels %v", pv.Labels)
+		}
+		return nil
+	})
+	w.waitReady(d)
+	if !equality.Semantic.DeepEqual(pv.Spec.NodeAffinity, old.Spec.NodeAffinity) {
+		t.Errorf("affinity %s", asJSON(pv.Spec.NodeAffinity))
+	}
+	all, _ := w.passesSince(d, from, 5)
+	writes := slices.DeleteFunc(all, func(q string) bool { return q != "PUT /api/v1/persistentvolumes/"+pv.Name })
+	if len(writes) != 1 {
+		t.Errorf("%d writes of the volume, want 1", len(writes))
 	}
 }
 
@@ -639,18 +680,21 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 	// What a new version says of new workers' pods does not touch those that run.
 	w.stopManager()
 	const mesh = "sidecar.istio.io/inject"
-	update(w, set, func(s *appsv1.StatefulSet) { delete(s.Spec.Template.Labels, mesh) })
+	update(w, set, func(s *appsv1.StatefulSet) {
+		delete(s.Spec.Template.Labels, mesh)
+		s.Spec.Template.Spec.Affinity = nil
+	})
 	w.start()
-	w.eventually("new workers are kept out of a mesh", func() error {
+	w.eventually("new workers are kept out of a mesh and off nodes without the node service", func() error {
 		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
-		if got := set.Spec.Template.Labels[mesh]; got != "false" {
-			return fmt.Errorf("label %q", got)
+		if got := set.Spec.Template.Labels[mesh]; got != "false" || set.Spec.Template.Spec.Affinity == nil {
+			return fmt.Errorf("label %q, affinity %s", got, asJSON(set.Spec.Template.Spec.Affinity))
 		}
 		return nil
 	})
 	w.passes(d, 3)
 	if after := uids(); fmt.Sprint(after) != fmt.Sprint(before) {
-		t.Errorf("a label changed the workers: %v to %v", before, after)
+		t.Errorf("another template changed the workers: %v to %v", before, after)
 	}
 
 	// The user asks: one after the other, and what they hold is kept.

@@ -561,7 +561,7 @@ func (s *service) announce(ctx context.Context) {
 			pause = time.Second
 			continue
 		}
-		s.log.Error("the node is not labelled: no pod that needs it is placed here", "error", err)
+		s.log.Error("the node is not labelled: pods that need it may be kept away from here", "error", err)
 		again = time.After(pause)
 		pause = min(2*pause, 30*time.Second)
 	}

@@ -43,7 +43,7 @@ func (j *Injector) viaLent(p *patch, needs []*need) error {
 		return errNoImage
 	}
 	// The volumes would wait for ever on a node without.
-	p.require(corev1.NodeSelectorRequirement{Key: v1alpha1.LabelNodeReady, Operator: corev1.NodeSelectorOpIn, Values: []string{"true"}})
+	p.require(v1alpha1.NodesForPods()...)
 	readOnly := true
 	source := func(n *need) corev1.VolumeSource {
 		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{

@@ -377,7 +377,7 @@ func (j *Injector) viaClaim(namespace string, p *patch, needs []*need) error {
 			return claim(n.dataset)
 		}
 		// A claim's volume has this affinity of its own; an inline one does not, and would wait for ever.
-		p.require(corev1.NodeSelectorRequirement{Key: v1alpha1.LabelNodeReady, Operator: corev1.NodeSelectorOpIn, Values: []string{"true"}})
+		p.require(v1alpha1.NodesForPods()...)
 		readOnly := true
 		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{
 			Driver: v1alpha1.DriverName, ReadOnly: &readOnly,

@@ -135,32 +135,35 @@ func (p *patch) prefer(terms []corev1.PreferredSchedulingTerm) {
 	node.PreferredDuringSchedulingIgnoredDuringExecution = append(node.PreferredDuringSchedulingIgnoredDuringExecution, terms...)
 }
 
-// require narrows the pod to nodes that match r, too. The terms of required affinity are alternatives, so
-// each of them gets it.
-func (p *patch) require(r corev1.NodeSelectorRequirement) {
+// require narrows the pod to nodes that match all of rs, too. The terms of required affinity are alternatives, so
+// each of them gets them.
+func (p *patch) require(rs ...corev1.NodeSelectorRequirement) {
 	node := p.nodeAffinity()
 	const path = "/spec/affinity/nodeAffinity/requiredDuringSchedulingIgnoredDuringExecution"
 	old := node.RequiredDuringSchedulingIgnoredDuringExecution
 	if old == nil || len(old.NodeSelectorTerms) == 0 {
-		s := &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchExpressions: []corev1.NodeSelectorRequirement{r}}}}
+		s := &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchExpressions: rs}}}
 		node.RequiredDuringSchedulingIgnoredDuringExecution = s
 		p.add(path, s.DeepCopy())
 		return
 	}
 	for i := range old.NodeSelectorTerms {
 		t := &old.NodeSelectorTerms[i]
-		if slices.ContainsFunc(t.MatchExpressions, func(o corev1.NodeSelectorRequirement) bool { return reflect.DeepEqual(o, r) }) {
-			continue
-		}
-		switch at := path + "/nodeSelectorTerms/" + strconv.Itoa(i) + "/matchExpressions"; {
-		case len(t.MatchExpressions) == 0 && len(t.MatchFields) == 0:
+		if len(t.MatchExpressions) == 0 && len(t.MatchFields) == 0 {
 			continue // an empty term matches no node: with a requirement it would
-		case len(t.MatchExpressions) == 0:
-			p.add(at, []corev1.NodeSelectorRequirement{r})
-		default:
-			p.add(at+"/-", r)
 		}
-		t.MatchExpressions = append(t.MatchExpressions, r)
+		at := path + "/nodeSelectorTerms/" + strconv.Itoa(i) + "/matchExpressions"
+		for _, r := range rs {
+			switch {
+			case slices.ContainsFunc(t.MatchExpressions, func(o corev1.NodeSelectorRequirement) bool { return reflect.DeepEqual(o, r) }):
+				continue
+			case len(t.MatchExpressions) == 0:
+				p.add(at, []corev1.NodeSelectorRequirement{r})
+			default:
+				p.add(at+"/-", r)
+			}
+			t.MatchExpressions = append(t.MatchExpressions, r)
+		}
 	}
 }
 

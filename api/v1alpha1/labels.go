@@ -1,5 +1,7 @@
 package v1alpha1
 
+import corev1 "k8s.io/api/core/v1"
+
 // What the parts of an installation call each other's objects: the controller makes them, the CSI driver,
 // the webhook and the manifests of an installation refer to them. Nothing of it is for users to type but
 // the labels and annotations that say so.
@@ -29,6 +31,21 @@ const (
 	// LabelInject is set by users on pods that want their data: auto, csi, sidecar or stage.
 	LabelInject = Group + "/inject"
 )
+
+// NodesForPods is what nodes must be like to take pods with the driver's volumes: the volumes of Datasets, workers
+// with a store and pods with inline volumes have affinity to it, as one term, since autoscalers may look at one only
+// (Karpenter before v1.12 at the first of a volume).
+//
+// A node that nobody has labelled is among them, so that an autoscaler adds one. What else the DaemonSets of config/node
+// exclude is left to the label: of a key that it does not know Karpenter makes a label with a number for a value on the
+// nodes that it adds (LabelNodeReady has one until the node service is there), and before v1.9 it adds no node at all
+// for one of kubernetes.io other than os and its like.
+func NodesForPods() []corev1.NodeSelectorRequirement {
+	return []corev1.NodeSelectorRequirement{
+		{Key: corev1.LabelOSStable, Operator: corev1.NodeSelectorOpIn, Values: []string{"linux"}},
+		{Key: LabelNodeReady, Operator: corev1.NodeSelectorOpNotIn, Values: []string{"false"}},
+	}
+}
 
 // Values of LabelComponent.
 const (

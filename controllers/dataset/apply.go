@@ -74,6 +74,9 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	if !ours {
 		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
 	}
+	if pv, ok := have.(*corev1.PersistentVolume); ok && pv.Spec.NodeAffinity != nil {
+		want.(*corev1.PersistentVolume).Spec.NodeAffinity = pv.Spec.NodeAffinity // it cannot be changed, and an earlier version made another
+	}
 	free, err := r.free(ctx, have)
 	if err != nil {
 		return err

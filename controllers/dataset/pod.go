@@ -94,6 +94,30 @@ func apart(a *corev1.Affinity, labels map[string]string) *corev1.Affinity {
 	return a
 }
 
+// served adds to an affinity that a pod is only where the node service is or may come, which its volumes wait for.
+func served(a *corev1.Affinity) *corev1.Affinity {
+	a = a.DeepCopy()
+	if a == nil {
+		a = &corev1.Affinity{}
+	}
+	if a.NodeAffinity == nil {
+		a.NodeAffinity = &corev1.NodeAffinity{}
+	}
+	required := a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution
+	if required == nil {
+		required = &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{MatchExpressions: v1alpha1.NodesForPods()}}}
+		a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution = required
+		return a
+	}
+	for i := range required.NodeSelectorTerms {
+		t := &required.NodeSelectorTerms[i]
+		if len(t.MatchExpressions)+len(t.MatchFields) > 0 { // an empty term matches no node: with a requirement it would
+			t.MatchExpressions = append(t.MatchExpressions, v1alpha1.NodesForPods()...)
+		}
+	}
+	return a
+}
+
 // podMeta is what users and others read of the workers' pods, beside what the controller says of them. A service
 // mesh's proxy in front of a worker would refuse the controller and the node service, which are outside of the mesh:
 // the workers stay out of it too, unless the Dataset's author says otherwise.
@@ -219,6 +243,9 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 		spec.PriorityClassName = t.Spec.PriorityClassName
 		spec.ServiceAccountName = t.Spec.ServiceAccountName
 		spec.ImagePullSecrets = t.Spec.ImagePullSecrets
+	}
+	if r.Store == StoreCSI {
+		spec.Affinity = served(spec.Affinity)
 	}
 	if d.Spec.Write.Policy == v1alpha1.WriteBack {
 		spec.TerminationGracePeriodSeconds = ptr.To[int64](flushGrace)

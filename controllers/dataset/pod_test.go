@@ -5,6 +5,7 @@ import (
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/equality"
 	"k8s.io/apimachinery/pkg/api/resource"
 	"k8s.io/utils/ptr"
 
@@ -85,5 +86,41 @@ func TestWorkersAskForCPUAsTheDatasetSays(t *testing.T) {
 		if _, limited := all.Limits[corev1.ResourceCPU]; limited {
 			t.Errorf("%v: is limited", c.asked)
 		}
+	}
+}
+
+// On another node the pod would wait for its volumes for ever.
+func TestWorkersWithAStoreOfTheNodeServiceStayWithIt(t *testing.T) {
+	r := &Reconciler{Options: Options{Store: StoreCSI}}
+	d := &v1alpha1.Dataset{}
+	d.Namespace, d.Name = "argo", "genomes"
+	d.Spec.Workers = v1alpha1.Workers{Replicas: 1, Memory: resource.MustParse("64Mi")}
+	term := func(rs ...corev1.NodeSelectorRequirement) corev1.NodeSelectorTerm {
+		return corev1.NodeSelectorTerm{MatchExpressions: rs}
+	}
+	gpu := corev1.NodeSelectorRequirement{Key: "gpu", Operator: corev1.NodeSelectorOpExists}
+	byName := []corev1.NodeSelectorRequirement{{Key: "metadata.name", Operator: corev1.NodeSelectorOpIn, Values: []string{"a"}}}
+	ours := v1alpha1.NodesForPods()
+	for name, c := range map[string]struct{ asked, want []corev1.NodeSelectorTerm }{
+		"nothing asked": {nil, []corev1.NodeSelectorTerm{term(ours...)}},
+		"alternatives": {[]corev1.NodeSelectorTerm{term(gpu), {MatchFields: byName}, {}},
+			[]corev1.NodeSelectorTerm{term(append([]corev1.NodeSelectorRequirement{gpu}, ours...)...), {MatchFields: byName, MatchExpressions: ours}, {}}},
+	} {
+		if c.asked != nil {
+			d.Spec.Workers.Template = &v1alpha1.WorkerTemplate{Spec: v1alpha1.WorkerPod{Affinity: &corev1.Affinity{
+				NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: c.asked}},
+			}}}
+		}
+		for range 2 { // the user's own stays as it is
+			got := r.podSpec(&pass{dataset: d}, "stepcache:v1").Affinity.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+			if !equality.Semantic.DeepEqual(got, c.want) {
+				t.Errorf("%s: %+v", name, got)
+			}
+		}
+		d.Spec.Workers.Template = nil
+	}
+	r.Store = StoreEmptyDir
+	if a := r.podSpec(&pass{dataset: d}, "stepcache:v1").Affinity; a != nil {
+		t.Errorf("a worker that needs no node service: %+v", a)
 	}
 }

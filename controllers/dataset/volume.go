@@ -21,7 +21,7 @@ const (
 
 // volume keeps the PersistentVolume and the claim of the Dataset's own name. The volume says which Dataset,
 // never which snapshot, so that it outlives refreshes; who may read it is the claim's namespace, since what
-// a volume says cannot change when shareWith does. It may be mounted only where a node service is ready.
+// a volume says cannot change when shareWith does. It may be mounted only where a node service is or may come.
 func (r *Reconciler) volume(ctx context.Context, p *pass) error {
 	d := p.dataset
 	const least = 1 * mi
@@ -41,7 +41,7 @@ func (r *Reconciler) volume(ctx context.Context, p *pass) error {
 		}},
 		ClaimRef: &corev1.ObjectReference{APIVersion: "v1", Kind: "PersistentVolumeClaim", Namespace: d.Namespace, Name: v1alpha1.ClaimName(d.Name)},
 		NodeAffinity: &corev1.VolumeNodeAffinity{Required: &corev1.NodeSelector{NodeSelectorTerms: []corev1.NodeSelectorTerm{{
-			MatchExpressions: []corev1.NodeSelectorRequirement{{Key: v1alpha1.LabelNodeReady, Operator: corev1.NodeSelectorOpIn, Values: []string{"true"}}},
+			MatchExpressions: v1alpha1.NodesForPods(),
 		}}}},
 	}
 	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionVolumeReady, pv); err != nil {
