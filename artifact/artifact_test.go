@@ -1,10 +1,15 @@
 package artifact_test
 
 import (
+	"archive/tar"
 	"bytes"
+	"errors"
 	"fmt"
+	"io"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
 
 	"github.com/google/go-cmp/cmp"
@@ -125,4 +130,58 @@ func TestDirectory(t *testing.T) {
 			t.Errorf("left: %v", left)
 		}
 	})
+}
+
+// An executable of a directory stays one, whether it is loaded at once, in ranges, or streamed as a tar.
+func TestExecutablesOfADirectory(t *testing.T) {
+	overBoth(t, artifact.Options{}, func(t *testing.T, f *fixture) {
+		f.write(t, "out/data", []byte("1"), 0o644)
+		f.write(t, "out/large", large, 0o755)
+		f.write(t, "out/small", []byte("#!/bin/sh\n"), 0o755)
+		if err := os.Mkdir(f.path("out/none"), 0o755); err != nil {
+			t.Fatal(err)
+		}
+		art := f.artifact("out")
+		if err := f.save(t.Context(), f.path("out"), art); err != nil {
+			t.Fatal(err)
+		}
+		if err := f.load(t.Context(), art, f.path("in")); err != nil {
+			t.Fatal(err)
+		}
+		want := map[string]string{"data": "1", "large (executable)": string(large), "none/": "", "small (executable)": "#!/bin/sh\n"}
+		if got := tree(t, f.path("in")); !maps.Equal(got, want) {
+			t.Errorf("loaded %v", slices.Sorted(maps.Keys(got)))
+		}
+		var streamed bytes.Buffer
+		if err := f.open(t.Context(), art, &streamed); err != nil {
+			t.Fatal(err)
+		}
+		if got := untar(t, &streamed); !maps.Equal(got, want) {
+			t.Errorf("streamed %v", slices.Sorted(maps.Keys(got)))
+		}
+	})
+}
+
+// untar reads an archive as tree does a directory.
+func untar(t *testing.T, r io.Reader) map[string]string {
+	t.Helper()
+	got := map[string]string{}
+	for archive := tar.NewReader(r); ; {
+		h, err := archive.Next()
+		if errors.Is(err, io.EOF) {
+			return got
+		}
+		if err != nil {
+			t.Fatal(err)
+		}
+		content, err := io.ReadAll(archive)
+		if err != nil {
+			t.Fatal(err)
+		}
+		name := h.Name
+		if h.Typeflag == tar.TypeReg && h.Mode&0o111 != 0 {
+			name += " (executable)"
+		}
+		got[name] = string(content)
+	}
 }

@@ -285,7 +285,7 @@ func (b *bucket) readOnce(ctx context.Context, o *object, off, n int64, sink fun
 	case info.Size >= 0 && info.Size != n:
 		return 0, changed("asked for %d bytes, answered %d", n, info.Size)
 	}
-	if whole {
+	if off == 0 { // ranges are asked for at once: only the first writes it
 		o.mode = info.UserMetadata[modeMetadata]
 	}
 	buf := buffers.Get().(*[]byte)

@@ -44,10 +44,10 @@ func (b *bucket) stream(ctx context.Context, key string, w io.Writer) error {
 			h.Typeflag, h.Size, h.Mode = tar.TypeDir, 0, 0o755
 			return archive.WriteHeader(h)
 		}
-		if err := archive.WriteHeader(h); err != nil {
-			return err
+		if o.size == 0 {
+			return archive.WriteHeader(h)
 		}
-		return b.copyTo(ctx, &o, archive)
+		return b.copyTo(ctx, &o, &entry{archive, h, &o})
 	})
 	if err != nil {
 		return err
@@ -57,6 +57,24 @@ func (b *bucket) stream(ctx context.Context, key string, w io.Writer) error {
 			Err: errors.New("there is no object of this name and none below it")}
 	}
 	return archive.Close()
+}
+
+// entry is a file of an archive. Its header waits for the first bytes, whose answer tells the mode.
+type entry struct {
+	archive *tar.Writer
+	header  *tar.Header // nil once it is written
+	of      *object
+}
+
+func (e *entry) Write(p []byte) (int, error) {
+	if e.header != nil {
+		e.header.Mode |= int64(executable(e.of.mode))
+		if err := e.archive.WriteHeader(e.header); err != nil {
+			return 0, err
+		}
+		e.header = nil
+	}
+	return e.archive.Write(p)
 }
 
 func (b *bucket) copyTo(ctx context.Context, o *object, w io.Writer) error {
