@@ -146,18 +146,25 @@ func (s *signer) Retrieve() (miniocreds.Value, error) { return s.RetrieveWithCre
 
 func (b *bucket) object(key string) string { return "s3://" + b.name + "/" + key }
 
-// try repeats f while it fails with what may pass, and ends a request without an answer.
+// try repeats f while it fails with what may pass, and ends a request without an answer after Stall.
 func (b *bucket) try(ctx context.Context, f func(context.Context) error) error {
-	return source.Try(ctx, source.RetryOptions{Elapsed: b.options.Patience, Slack: b.options.Stall, Logger: b.options.Logger},
-		func(ctx context.Context) error { return f(ctx) })
+	return b.tryFor(ctx, b.options.Stall, f)
+}
+
+// tryFor is try for requests whose answer may take up to limit.
+func (b *bucket) tryFor(ctx context.Context, limit time.Duration, f func(context.Context) error) error {
+	return source.Try(ctx, source.RetryOptions{Elapsed: b.options.Patience, Slack: limit, Logger: b.options.Logger},
+		func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, limit)
+			defer cancel()
+			return f(ctx)
+		})
 }
 
 // stat describes the object of a key: source.ErrNotFound where there is none.
 func (b *bucket) stat(ctx context.Context, key string) (object, minio.ObjectInfo, error) {
 	var info minio.ObjectInfo
 	err := b.try(ctx, func(ctx context.Context) (err error) {
-		ctx, cancel := context.WithTimeout(ctx, b.options.Stall)
-		defer cancel()
 		ctx, seen := watch(ctx)
 		if info, err = b.core.StatObject(ctx, b.name, key, minio.StatObjectOptions{}); err != nil {
 			return b.fail(ctx, "stat", key, seen, err)
@@ -193,8 +200,6 @@ const pageSize = 1000
 func (b *bucket) page(ctx context.Context, prefix, after string, n int) (page []object, err error) {
 	no := false
 	err = b.try(ctx, func(ctx context.Context) error {
-		ctx, cancel := context.WithTimeout(ctx, b.options.Stall)
-		defer cancel()
 		ctx, seen := watch(ctx)
 		page = page[:0]
 		for o := range b.core.ListObjectsIter(ctx, b.name, minio.ListObjectsOptions{
@@ -322,7 +327,8 @@ var buffers = sync.Pool{New: func() any { b := make([]byte, bufferSize); return 
 
 // removeAll deletes objects, many a request; those that are gone are no error.
 func (b *bucket) removeAll(ctx context.Context, keys []string) error {
-	return b.try(ctx, func(ctx context.Context) error {
+	// The answer is of a thousand deletions; Patience has time for a second request all the same.
+	return b.tryFor(ctx, 2*b.options.Stall, func(ctx context.Context) error {
 		ctx, seen := watch(ctx)
 		var failed []string
 		var last error // one that lasts, where there is one

@@ -123,6 +123,53 @@ func TestBucketThatSaysNothingIsAskedAgain(t *testing.T) {
 	}
 }
 
+// A gateway that takes a connection and then hangs is asked again whatever it was asked for: a deletion, too,
+// and the removal of an upload's parts.
+func TestDeletionThatIsNotAnsweredIsAskedAgain(t *testing.T) {
+	f := start(t, artifact.Options{Stall: 2 * time.Second})
+	f.write(t, "out/a", []byte("1"), 0o644)
+	f.write(t, "out/b", large, 0o644)
+	for _, c := range []struct {
+		what string
+		call func() error
+		is   func(*http.Request) bool
+	}{
+		{"one object", func() error { return f.delete(t.Context(), f.artifact("k/a")) },
+			func(r *http.Request) bool { return r.Method == http.MethodDelete }},
+		{"a directory", func() error { return f.delete(t.Context(), f.artifact("k")) },
+			func(r *http.Request) bool { return r.Method == http.MethodPost && r.URL.Query().Has("delete") }},
+	} {
+		if err := f.save(t.Context(), f.path("out"), f.artifact("k")); err != nil {
+			t.Fatal(err)
+		}
+		var asked atomic.Int32
+		f.faults.Set(func(r *http.Request) bucket.Fault {
+			return bucket.Fault{Stall: c.is(r) && asked.Add(1) == 1}
+		})
+		if err := c.call(); err != nil || asked.Load() < 2 {
+			t.Errorf("%s: asked %d times, %v", c.what, asked.Load(), err)
+		}
+		f.faults.Set(nil)
+	}
+	if left := f.objects(t); len(left) > 0 {
+		t.Errorf("left: %v", left)
+	}
+	var asked atomic.Int32
+	f.faults.Set(func(r *http.Request) bucket.Fault {
+		switch q := r.URL.Query(); {
+		case q.Get("partNumber") == "2":
+			return bucket.Fault{Status: 403, Code: "AccessDenied"}
+		case r.Method == http.MethodDelete && q.Has("uploadId"):
+			return bucket.Fault{Stall: asked.Add(1) == 1}
+		}
+		return bucket.Fault{}
+	})
+	wantError(t, f.save(t.Context(), f.path("out/b"), f.artifact("k")), "denied")
+	if left := f.uploads(t); len(left) > 0 || asked.Load() < 2 {
+		t.Errorf("parts left after %d tries: %v", asked.Load(), left)
+	}
+}
+
 func TestAnswersCutShortAreGoneOnWith(t *testing.T) {
 	f := start(t, artifact.Options{})
 	if err := f.save(t.Context(), f.write(t, "out", large, 0o644), f.artifact("k")); err != nil {

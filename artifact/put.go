@@ -62,13 +62,7 @@ func (b *bucket) signed(r io.Reader) (md5Base64, sha256Hex string, err error) {
 
 // tryPut is try for a request that sends n bytes.
 func (b *bucket) tryPut(ctx context.Context, n int64, f func(context.Context) error) error {
-	limit := b.options.Stall + time.Duration(n/slowest)*time.Second
-	return source.Try(ctx, source.RetryOptions{Elapsed: b.options.Patience, Slack: limit, Logger: b.options.Logger},
-		func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeout(ctx, limit)
-			defer cancel()
-			return f(ctx)
-		})
+	return b.tryFor(ctx, b.options.Stall+time.Duration(n/slowest)*time.Second, f)
 }
 
 func putOptions(key, mode string) minio.PutObjectOptions {
@@ -150,7 +144,7 @@ func (b *bucket) begin(ctx context.Context, key, mode string) (*upload, error) {
 	u := &upload{bucket: b, key: key, nonce: rand.Text()}
 	o := putOptions(key, mode)
 	o.UserMetadata[uploadMetadata] = u.nonce
-	err := b.tryPut(ctx, 0, func(ctx context.Context) (err error) {
+	err := b.try(ctx, func(ctx context.Context) (err error) {
 		ctx, seen := watch(ctx)
 		if u.id, err = b.core.NewMultipartUpload(ctx, b.name, key, o); err != nil {
 			return b.fail(ctx, "put", key, seen, err)
@@ -208,7 +202,8 @@ func (u *upload) complete(ctx context.Context, size int64) error {
 func (u *upload) abort(ctx context.Context, err error) error {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), abortPatience)
 	defer cancel()
-	aerr := u.try(ctx, func(ctx context.Context) error {
+	// A worker that hangs must not take all of the time: another may answer.
+	aerr := u.tryFor(ctx, min(u.options.Stall, abortPatience/3), func(ctx context.Context) error {
 		ctx, seen := watch(ctx)
 		if err := u.core.AbortMultipartUpload(ctx, u.name, u.key, u.id); err != nil {
 			return u.fail(ctx, "put", u.key, seen, err)
