@@ -118,9 +118,9 @@ func TestFix(t *testing.T) {
         # an output
         - name: out
           path: /tmp/out   # here
-          archive: {none: {}}
+          archive: {tar: {compressionLevel: 0}}
           # after it
-        - {name: flow, path: '/tmp/it''s', archive: {none: {}}}
+        - {name: flow, path: '/tmp/it''s', archive: {tar: {compressionLevel: 0}}}
 `, []string{"16 gzip+", "16 volume+", "19 gzip+", "19 volume+"},
 		},
 		"lists that are there": {
@@ -149,26 +149,53 @@ func TestFix(t *testing.T) {
 		},
 		"tar that is asked for": {
 			head + `  - name: main
-    container: {image: x}
+    container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}
     outputs:
       artifacts:
-      - {name: a, path: /a, archive: {tar: {}}}
+      - {name: a, path: /w/a, archive: {tar: {}}}
       - {name: b, path: /b, archive: {tar: {compressionLevel: 9}}}
       - name: c
         path: /c
         archive:
           tar: { }
+      - {name: d, path: /d, archive: {tar: {compressionLevel: 0}}}
 `, head + `  - name: main
-    container: {image: x}
+    container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}
     outputs:
       artifacts:
-      - {name: a, path: /a, archive: {tar: {compressionLevel: 0}}}
+      - {name: a, path: /w/a, archive: {tar: {compressionLevel: 0}}}
       - {name: b, path: /b, archive: {tar: {compressionLevel: 9}}}
       - name: c
         path: /c
         archive:
           tar: {compressionLevel: 0 }
-`, []string{"11 gzip+", "13 gzip+"},
+      - {name: d, path: /d, archive: {tar: {compressionLevel: 0}}}
+`, []string{"11 gzip+", "13 gzip+", "13 volume", "17 volume"},
+		},
+		// What the next step gets is as it was: the tar keeps the executable's mode, a tarball within it is not
+		// unpacked, and inputs that state their archive still find it.
+		"outputs that the next step runs or unpacks": {
+			head + `  - name: main
+    steps:
+    - - {name: build, template: build}
+    - - {name: use, template: use, arguments: {artifacts: [{name: app, from: "{{steps.build.outputs.artifacts.app}}"}]}}
+  - name: build
+    container: {image: golang, command: [go, build, -o, /w/app, .], volumeMounts: [{name: w, mountPath: /w}]}
+    outputs: {artifacts: [{name: app, path: /w/app}, {name: src, path: /w/src.tgz}]}
+  - name: use
+    container: {image: x, command: [/tmp/app]}
+    inputs: {artifacts: [{name: app, path: /tmp/app, archive: {tar: {}}}]}
+`, head + `  - name: main
+    steps:
+    - - {name: build, template: build}
+    - - {name: use, template: use, arguments: {artifacts: [{name: app, from: "{{steps.build.outputs.artifacts.app}}"}]}}
+  - name: build
+    container: {image: golang, command: [go, build, -o, /w/app, .], volumeMounts: [{name: w, mountPath: /w}]}
+    outputs: {artifacts: [{name: app, path: /w/app, archive: {tar: {compressionLevel: 0}}}, {name: src, path: /w/src.tgz, archive: {tar: {compressionLevel: 0}}}]}
+  - name: use
+    container: {image: x, command: [/tmp/app]}
+    inputs: {artifacts: [{name: app, path: /tmp/app, archive: {tar: {}}}]}
+`, []string{"13 gzip+", "13 gzip+"},
 		},
 		"directories without a mode": {
 			makesAndUses + `      - {name: made, path: /in/made}
@@ -195,7 +222,7 @@ func TestFix(t *testing.T) {
 			`{"apiVersion": "argoproj.io/v1alpha1", "kind": "Workflow", "spec": {"templates": [
   {"name": "main", "volumes": [{"name": "tmp", "emptyDir": {}}], "container": {"image": "x", "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}]},
    "inputs": {"artifacts": [{"name": "d", "path": "/in/", "mode": 493}]},
-   "outputs": {"artifacts": [{"name": "a", "path": "/tmp/a", "archive": {"none": {}}}]}}]}}
+   "outputs": {"artifacts": [{"name": "a", "path": "/tmp/a", "archive": {"tar": {"compressionLevel": 0}}}]}}]}}
 `, []string{"3 mode+", "4 gzip+", "4 volume+"},
 		},
 		"inline templates, container sets and no name": {
@@ -226,7 +253,7 @@ spec:
             containerSet:
               volumeMounts: [{name: tmp, mountPath: /tmp}]
               containers: [{name: main, image: x}]
-            outputs: {artifacts: [{name: o, path: /tmp/o, archive: {none: {}}}]}
+            outputs: {artifacts: [{name: o, path: /tmp/o, archive: {tar: {compressionLevel: 0}}}]}
 `, []string{"13 gzip+", "13 volume+"},
 		},
 		"several documents and a List, other objects between": {
@@ -249,7 +276,7 @@ data: {x: "outputs: {artifacts: [{name: a, path: /tmp/a}]}"}
 ---
 apiVersion: argoproj.io/v1alpha1
 kind: ClusterWorkflowTemplate
-spec: {templates: [{name: m, container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}, outputs: {artifacts: [{name: a, path: /w/a, archive: {none: {}}}]}}]}
+spec: {templates: [{name: m, container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}, outputs: {artifacts: [{name: a, path: /w/a, archive: {tar: {compressionLevel: 0}}}]}}]}
 ---
 ---
 apiVersion: v1
@@ -257,7 +284,7 @@ kind: List
 items:
 - apiVersion: argoproj.io/v1alpha1
   kind: WorkflowTemplate
-  spec: {templates: [{name: m, container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}, outputs: {artifacts: [{name: a, path: /w/a, archive: {none: {}}}]}}]}
+  spec: {templates: [{name: m, container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}, outputs: {artifacts: [{name: a, path: /w/a, archive: {tar: {compressionLevel: 0}}}]}}]}
 `, []string{"6 gzip+", "14 gzip+"},
 		},
 	} {
@@ -308,8 +335,6 @@ func TestFindingsThatTakeAPerson(t *testing.T) {
 		text string
 		want []string
 	}{
-		"a tarball as output":      {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: /a/x.tgz}]}}\n", []string{"7 gzip", "7 volume"}},
-		"inputs that state it":     {"  - {name: m, container: {image: x, volumeMounts: [{name: w, mountPath: /w}]}, inputs: {artifacts: [{name: i, path: /w/i, archive: {tar: {}}}]}, outputs: {artifacts: [{name: a, path: /w/a}]}}\n", []string{"7 gzip"}},
 		"outside /tmp":             {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: /opt/a, archive: {none: {}}}, {name: b, path: /b, archive: {none: {}}}]}}\n", []string{"7 volume", "7 volume"}},
 		"a placeholder as path":    {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: \"{{inputs.parameters.p}}\", archive: {none: {}}}]}}\n", nil},
 		"a placeholder as mount":   {"  - {name: m, container: {image: x, volumeMounts: [{name: w, mountPath: \"{{inputs.parameters.p}}\"}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", nil},
@@ -399,7 +424,7 @@ func TestFilesThatAreNoYAML(t *testing.T) {
 // Columns count characters, not bytes, and a byte order mark is none.
 func TestPlacesAfterOtherAlphabets(t *testing.T) {
 	_, fixed := found(t, "\ufeff"+`{apiVersion: argoproj.io/v1alpha1, kind: Workflow, x: "日本 é", spec: {templates: [{name: é, container: {image: 日}, outputs: {artifacts: [{name: 本, path: /tmp/é}]}}]}}`)
-	want := "\ufeff" + `{apiVersion: argoproj.io/v1alpha1, kind: Workflow, x: "日本 é", spec: {templates: [{name: é, volumes: [{name: tmp, emptyDir: {}}], container: {image: 日, volumeMounts: [{name: tmp, mountPath: /tmp}]}, outputs: {artifacts: [{name: 本, path: /tmp/é, archive: {none: {}}}]}}]}}`
+	want := "\ufeff" + `{apiVersion: argoproj.io/v1alpha1, kind: Workflow, x: "日本 é", spec: {templates: [{name: é, volumes: [{name: tmp, emptyDir: {}}], container: {image: 日, volumeMounts: [{name: tmp, mountPath: /tmp}]}, outputs: {artifacts: [{name: 本, path: /tmp/é, archive: {tar: {compressionLevel: 0}}}]}}]}}`
 	if d := cmp.Diff(want, fixed); d != "" {
 		t.Error(d)
 	}

@@ -9,9 +9,8 @@ import (
 )
 
 func (w *workflow) check() (all []*finding) {
-	archives := w.inputsStateArchives()
 	for _, t := range w.templates {
-		all = append(all, w.outputs(t, archives)...)
+		all = append(all, w.outputs(t)...)
 		all = append(all, w.inputs(t)...)
 		for _, s := range t.steps() {
 			all = append(all, w.fanOut(t, s)...)
@@ -24,34 +23,10 @@ func report(line int, severity Severity, rule, format string, args ...any) *find
 	return &finding{Finding: Finding{Line: line, Rule: rule, Severity: severity, Message: fmt.Sprintf(format, args...)}}
 }
 
-// inputsStateArchives says whether an input of this object says how it is archived: it then depends on how
-// the output was.
-func (w *workflow) inputsStateArchives() bool {
-	for _, t := range w.templates {
-		for _, a := range t.in("inputs", "artifacts").items() {
-			if a.get("archive").ok() {
-				return true
-			}
-		}
-		for _, s := range t.steps() {
-			for _, a := range s.in("arguments", "artifacts").items() {
-				if a.get("archive").ok() {
-					return true
-				}
-			}
-		}
-	}
-	return false
-}
-
-func isTarball(name string) bool {
-	return strings.HasSuffix(name, ".tgz") || strings.HasSuffix(name, ".tar.gz")
-}
-
 func unknown(s string) bool { return strings.Contains(s, "{{") }
 
 // outputs checks how a template's output artifacts are packed and where they lie.
-func (w *workflow) outputs(t *template, archives bool) (all []*finding) {
+func (w *workflow) outputs(t *template) (all []*finding) {
 	if !t.body.ok() {
 		return nil
 	}
@@ -60,31 +35,19 @@ func (w *workflow) outputs(t *template, archives bool) (all []*finding) {
 		if p == "" {
 			continue
 		}
-		name := a.get("name").str()
 		archive := a.get("archive")
-		tar := archive.get("tar")
-		switch {
-		case !archive.ok():
-			f := report(a.line(), Warning, Gzip, "output %q is packed with tar and gzip, by one thread at some 30 MB/s, since nothing else is said: add archive: {none: {}}, which passes it on as it is", name)
-			if t.outputIsDirectory(name) {
-				f.Message += " (a directory as one object a file; tar: {compressionLevel: 0} suits thousands of tiny ones, and links)"
+		tar, level := archive.get("tar"), archive.in("tar", "compressionLevel")
+		if !archive.ok() || tar.ok() && !level.ok() {
+			f := report(a.line(), Warning, Gzip, "output %q is packed with tar and gzip, by one thread at some 30 MB/s: say archive: {tar: {compressionLevel: 0}} to keep the tar alone, and with it permissions and links; {none: {}} passes it on as it is, a directory as one object a file, but the inputs that read it then need a mode, for a directory with recurseMode: true", a.get("name").str())
+			// Only this leaves what the inputs get as it was, whoever reads them.
+			c := change{to: a, key: "archive", after: []string{"path", "name"}, value: "{tar: {compressionLevel: 0}}", json: `{"tar": {"compressionLevel": 0}}`}
+			if tar.ok() {
+				c = change{to: tar, key: "compressionLevel", value: "0", json: "0"}
 			}
-			switch {
-			case isTarball(p) || isTarball(location(a).get("key").str()):
-				f.Message += "; here and in the inputs that read it, since Argo unpacks a tarball unless an input says otherwise"
-			case archives:
-				f.Message += "; inputs here state archive, so change them with it"
-			default:
-				f.changes = []change{{to: a, key: "archive", after: []string{"path", "name"}, value: "{none: {}}", json: `{"none": {}}`}}
-			}
-			all = append(all, f)
-		case archive.get("none").ok() || archive.get("zip").ok():
-		case tar.ok() && !tar.get("compressionLevel").ok():
-			f := report(a.line(), Warning, Gzip, "output %q is packed with tar and gzip, by one thread at some 30 MB/s: say tar: {compressionLevel: 0} to keep the tar alone, or archive: {none: {}}", name)
-			f.changes = []change{{to: tar, key: "compressionLevel", value: "0", json: "0"}}
+			f.changes = []change{c}
 			all = append(all, f)
 		}
-		if !tar.ok() {
+		if !level.ok() || level.str() == "0" { // else gzip is wanted
 			all = append(all, w.volume(t, a, p)...)
 		}
 	}
@@ -108,7 +71,7 @@ func (w *workflow) volume(t *template, a at, p string) []*finding {
 	}
 	const scratch = "/tmp"
 	parent := path.Dir(path.Clean(p))
-	f := report(a.line(), Warning, Volume, "output %q (%s) lies in no volume of the template, so it is packed, copied and unpacked once before it is saved: ", a.get("name").str(), p)
+	f := report(a.line(), Warning, Volume, "output %q (%s) lies in no volume of the template, so the step packs it with gzip, whatever archive says, and it is copied once before it is saved: ", a.get("name").str(), p)
 	switch {
 	case below(p, scratch):
 		f.Message += "mount an emptyDir at /tmp, from which it is saved directly"

@@ -27,14 +27,16 @@ prints FILE:LINE: what it found, what to do and why. A folder stands for the .ya
 "-" for standard input.
 
   gzip     an output is packed with tar and gzip, Argo's default: one thread, some 30 MB/s
-  volume   an output lies outside every volume mount, so it is packed and copied once more
+  volume   an output lies outside every volume mount, so the step packs it with gzip, and it is copied once more
   mode     a directory as input has no mode, so that only root can enter it
   stdout   a fan-out list is a step's standard output, of which Argo keeps the last 256 KB (note)
   claim    an input is copied from a bucket into each pod that could mount it (note)
 
 --fix writes the corrected files; -o yaml prints them. Both change only what the findings name: comments and
-order stay. A comment "# stepcache:ignore RULE, RULE" on a line, above it, or above a document takes its
-findings away; without names, all of them.
+order stay. An output stays a tar, without gzip: archive: {none: {}} is faster still, but loses permissions.
+
+A comment "# stepcache:ignore RULE, RULE" on a line, above it, or above a document takes its findings away;
+without names, all of them.
 
 Exit status: 0 where nothing is left to do, or only notes; 1 where warnings are left; 2 where a file cannot be
 read.`,

@@ -32,7 +32,7 @@ spec:
     container: {image: x, volumeMounts: [{name: tmp, mountPath: /tmp}]}
     outputs:
       artifacts:
-      - {name: a, path: /tmp/a, archive: {none: {}}} # and me
+      - {name: a, path: /tmp/a, archive: {tar: {compressionLevel: 0}}} # and me
 `
 
 func TestLint(t *testing.T) {
@@ -65,7 +65,7 @@ func TestLint(t *testing.T) {
 		"a folder":     {[]string{filepath.Join(dir, "all")}, 1, []string{slow + ":10: "}, nil},
 		"yaml":         {[]string{"-o", "yaml", slow}, 0, []string{fastWorkflow}, nil},
 		"yaml of two":  {[]string{"-o", "yaml", slow, slow}, 0, []string{fastWorkflow + "---\n" + fastWorkflow}, nil},
-		"stubborn":     {[]string{"-o", "yaml", stubborn}, 1, []string{"archive: {none: {}}"}, []string{stubborn + ":10: warning: ", "[volume]"}},
+		"stubborn":     {[]string{"-o", "yaml", stubborn}, 1, []string{"archive: {tar: {compressionLevel: 0}}"}, []string{stubborn + ":10: warning: ", "[volume]"}},
 		"broken":       {[]string{broken, slow}, 2, []string{slow + ":10: "}, []string{broken + ":1: ", "mapping values"}},
 		"missing":      {[]string{filepath.Join(dir, "nothing.yaml")}, 2, nil, []string{"nothing.yaml"}},
 		"empty folder": {[]string{filepath.Join(dir, "none")}, 2, nil, []string{"no .yaml"}},
