@@ -335,6 +335,8 @@ func TestFindingsThatTakeAPerson(t *testing.T) {
 		text string
 		want []string
 	}{
+		"an input deep in /tmp":    {"  - {name: m, container: {image: x}, inputs: {artifacts: [{name: i, path: /tmp/in/a}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", []string{"7 volume"}},
+		"an input right in /tmp":   {"  - {name: m, container: {image: x}, inputs: {artifacts: [{name: i, path: /tmp/i}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", []string{"7 volume+"}},
 		"outside /tmp":             {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: /opt/a, archive: {none: {}}}, {name: b, path: /b, archive: {none: {}}}]}}\n", []string{"7 volume", "7 volume"}},
 		"a placeholder as path":    {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: \"{{inputs.parameters.p}}\", archive: {none: {}}}]}}\n", nil},
 		"a placeholder as mount":   {"  - {name: m, container: {image: x, volumeMounts: [{name: w, mountPath: \"{{inputs.parameters.p}}\"}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", nil},

@@ -86,6 +86,13 @@ func (w *workflow) volume(t *template, a at, p string) []*finding {
 		if slices.ContainsFunc(f.changes, func(c change) bool { return c.to.n == nil }) {
 			f.changes = nil
 		}
+		for _, in := range t.in("inputs", "artifacts").items() {
+			if q := in.get("path").str(); unknown(q) || below(q, scratch) && path.Dir(path.Clean(q)) != scratch {
+				f.Message += fmt.Sprintf("; first move the input %q right into /tmp or out of it, since Argo makes the folder of an input in a volume 0700, which a step that is not root cannot enter", in.get("name").str())
+				f.changes = nil
+				break
+			}
+		}
 	case parent == "/":
 		f.Message += "write it below /tmp or another folder, and mount an emptyDir there"
 	default:
