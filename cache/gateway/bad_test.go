@@ -125,6 +125,8 @@ func TestPresignedAddressesThatAreWrong(t *testing.T) {
 		{"a get's address to put", with(func(c *call) { c.method = "GET"; c.after = func(r *http.Request) { r.Method = "PUT" } }), 403, "SignatureDoesNotMatch"},
 		{"a parameter added", with(func(c *call) { c.after = query("uploadId", "x") }), 403, "SignatureDoesNotMatch"},
 		{"a copy made of a put", with(func(c *call) { c.after = func(r *http.Request) { r.Header.Set("X-Amz-Copy-Source", "/other/secret") } }), 403, "AccessDenied"},
+		{"a checksum of other bytes", with(func(c *call) { c.query = url.Values{"x-amz-checksum-crc32": {crc([]byte("other"))}} }), 400, "BadDigest"},
+		{"the checksum of nothing in a header", with(func(c *call) { c.header = map[string]string{"x-amz-checksum-crc32": crc(nil)} }), 400, "BadDigest"},
 		{"two dates", with(func(c *call) { c.after = func(r *http.Request) { r.URL.RawQuery += "&X-Amz-Date=20200101T000000Z" } }), 400, "AuthorizationQueryParametersError"},
 		{"version 2", with(func(c *call) {
 			c.after = func(r *http.Request) { r.URL.RawQuery = "AWSAccessKeyId=WRITER&Signature=c2ln&Expires=1" }

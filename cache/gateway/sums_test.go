@@ -1,10 +1,12 @@
 package gateway_test
 
 import (
+	"bytes"
 	"crypto/md5"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/xml"
+	"maps"
 	"net/url"
 	"testing"
 
@@ -55,4 +57,30 @@ func TestWhatTheClientSaysOfItsContentBeforehandIsHandedOn(t *testing.T) {
 			}
 		}
 	}
+}
+
+// What AWS's presigner for JavaScript signs is the checksum of the body that it does not have; the others are kept to.
+func TestAPresignedChecksumOfNothingIsOfNoBody(t *testing.T) {
+	f := serve(t)
+	data := random(1000)
+	b64 := base64.StdEncoding.EncodeToString
+	none := sha256.Sum256(nil)
+	for _, query := range []url.Values{
+		{"x-amz-checksum-crc32": {crc(nil)}, "x-amz-sdk-checksum-algorithm": {"CRC32"}},
+		{"x-amz-checksum-sha256": {b64(none[:])}},
+		{"x-amz-checksum-crc32": {crc(data)}},
+	} {
+		f.must(t, call{method: "PUT", path: object, query: maps.Clone(query), body: data, presign: "60"})
+		if v, err := f.m.get("a/b"); err != nil || !bytes.Equal(v.data, data) {
+			t.Errorf("%v: other bytes: %v", query, err)
+		}
+		f.must(t, call{method: "DELETE", path: object})
+	}
+	var begun struct {
+		UploadID string `xml:"UploadId"`
+	}
+	if err := xml.Unmarshal(f.must(t, call{method: "POST", path: object, query: url.Values{"uploads": {""}}}).body, &begun); err != nil {
+		t.Fatal(err)
+	}
+	f.must(t, call{method: "PUT", path: object, query: url.Values{"uploadId": {begun.UploadID}, "partNumber": {"1"}, "x-amz-checksum-crc32": {crc(nil)}}, body: data, presign: "60"})
 }
