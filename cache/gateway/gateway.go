@@ -177,14 +177,15 @@ func (q *request) serve() error {
 		return err
 	}
 	q.bucket, q.key = address(q.r, q.Domains)
-	var answer func() error
-	q.operation, answer = q.route()
+	q.operation, _ = q.route()
 	if q.r.Method == http.MethodOptions {
 		return failure(http.StatusForbidden, "AccessForbidden", "CORS is not enabled for this bucket.")
 	}
 	if q.who, err = q.authenticate(); err != nil {
 		return err
 	}
+	var answer func() error
+	q.operation, answer = q.route() // anew: headers of a presigned address are there now, such as what a copy is of
 	if q.bucket == "" {
 		return answer()
 	}

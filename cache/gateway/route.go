@@ -51,7 +51,8 @@ func (q *request) service() error {
 var errMethod = failure(http.StatusMethodNotAllowed, "MethodNotAllowed", "The specified method is not allowed against this resource.")
 
 // route is what a request asks for: S3's name of the operation, and what answers it once its sender is known.
-// It looks at the request alone, so that also one that is refused is counted as what it was.
+// It looks at the request alone, so that also one that is refused is counted as what it was (a presigned copy as a put:
+// its headers are only known once its signature is).
 func (q *request) route() (operation string, answer func() error) {
 	switch {
 	case q.bucket == "":

@@ -146,6 +146,31 @@ func TestCopies(t *testing.T) {
 	}
 }
 
+// Signers put what a copy is of into a presigned address.
+func TestPresignedCopies(t *testing.T) {
+	f := serve(t)
+	data := random(1000)
+	f.put(t, "a/b", data)
+	f.put(t, "copy", []byte("old"))
+	var begun struct{ UploadId string }
+	if err := xml.Unmarshal(f.must(t, call{method: "POST", path: object, query: url.Values{"uploads": {""}}}).body, &begun); err != nil {
+		t.Fatal(err)
+	}
+	a := f.must(t, call{method: "PUT", path: "/" + bucket + "/copy", query: url.Values{"x-amz-copy-source": {object}}, presign: "60"})
+	if v, err := f.m.get("copy"); err != nil || !bytes.Equal(v.data, data) || !bytes.Contains(a.body, []byte("<CopyObjectResult")) {
+		t.Errorf("other bytes, or no copy's answer: %v, %s", err, a)
+	}
+	a = f.must(t, call{method: "PUT", path: object, query: url.Values{"uploadId": {begun.UploadId}, "partNumber": {"1"}, "x-amz-copy-source": {object}}, presign: "60"})
+	if !bytes.Contains(a.body, []byte("<CopyPartResult")) {
+		t.Errorf("a part: %s", a)
+	}
+	for _, operation := range []string{"CopyObject", "UploadPartCopy"} {
+		if n := f.count(t)["requests_total "+operation+" 200"]; n != 1 {
+			t.Errorf("counted as %s: %v", operation, n)
+		}
+	}
+}
+
 // changing changes an object between Stat and Copy, for the first changes of them.
 type changing struct {
 	*memory
