@@ -250,6 +250,7 @@ type stall struct {
 	limit   time.Duration
 	spent   time.Duration
 	moved   int
+	read    bool // from at all, which tells a client that waits for 100 Continue to go on
 }
 
 // watch puts deadlines on the body of a request that has one, from here on: also net/http's own reading
@@ -264,6 +265,7 @@ func (q *request) watch() error {
 }
 
 func (s *stall) Read(p []byte) (int, error) {
+	s.read = true
 	begun := time.Now()
 	if s.control.SetReadDeadline(begun.Add(s.limit-s.spent)) != nil {
 		return 0, errTruncated // the connection is closed
@@ -301,7 +303,7 @@ const drained = 16 << 20
 // drain reads what a refused client is sending, for what is left of one Stall.
 func (q *request) drain() {
 	s, ok := q.in.(*stall)
-	if !ok || q.r.Header.Get("Expect") != "" { // who waits for 100 Continue sends nothing
+	if !ok || !s.read && q.r.Header.Get("Expect") != "" { // who still waits for 100 Continue sends nothing
 		return
 	}
 	s.moved = -2 * drained           // never so much that the time begins anew

@@ -21,6 +21,7 @@ import (
 	"github.com/minio/minio-go/v7"
 
 	"github.com/stepcache/stepcache/cache/gateway"
+	"github.com/stepcache/stepcache/cache/source"
 )
 
 // dial opens a connection of its own to the gateway, which no wait outlasts.
@@ -186,6 +187,41 @@ func TestRefusalsInTheMiddleOfABody(t *testing.T) {
 		}
 	}
 	f.isEmpty(t)
+}
+
+// refusing reads some of a put before it refuses it.
+type refusing struct{ *memory }
+
+func (r refusing) Put(ctx context.Context, key string, size int64, body io.Reader, o gateway.PutOptions) (gateway.Info, error) {
+	if _, err := io.CopyN(io.Discard, body, 1<<20); err != nil {
+		return gateway.Info{}, err
+	}
+	return gateway.Info{}, source.ErrDenied
+}
+
+// So does one that was told to go on.
+func TestARefusalAfterContinue(t *testing.T) {
+	f := serve(t, withObjects(refusing{newMemory()}))
+	const size = 15 << 20
+	text := onWire(t, f.request(t, call{method: "PUT", path: object, body: random(size), header: map[string]string{"expect": "100-continue"}}))
+	conn := f.dial(t)
+	if _, err := conn.Write(text[:len(text)-size]); err != nil {
+		t.Fatal(err)
+	}
+	r := bufio.NewReader(conn)
+	if response, err := http.ReadResponse(r, nil); err != nil || response.StatusCode != 100 {
+		t.Fatalf("%+v, %v", response, err)
+	}
+	if _, err := conn.Write(text[len(text)-size:]); err != nil {
+		t.Fatal(err)
+	}
+	response, err := http.ReadResponse(r, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if a := read(t, response); a.code != "AccessDenied" {
+		t.Errorf("answered %s", a)
+	}
 }
 
 // onDisk serves one object from a file, as a tier serves what is resident.
