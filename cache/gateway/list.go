@@ -5,8 +5,6 @@ import (
 	"encoding/xml"
 	"net/http"
 	"strconv"
-	"strings"
-	"unicode/utf8"
 )
 
 const maxPage = 1000
@@ -77,9 +75,10 @@ func (q *request) list() error {
 	default:
 		return badArgument("Invalid List Type specified in Request.")
 	}
-	for _, s := range []string{prefix, delimiter, after} {
-		if len(s) > MaxKey || !utf8.ValidString(s) || strings.ContainsFunc(s, notXML) {
-			return badArgument("prefix, delimiter, marker and start-after must be UTF-8 that XML can carry, of at most %d bytes.", MaxKey)
+	// Not so what the page begins after: that may be a name of the bucket's that a page before ended at.
+	for _, s := range []string{prefix, delimiter} {
+		if len(s) > MaxKey || s != xmlText(s) {
+			return badArgument("prefix and delimiter must be UTF-8 that XML can carry, of at most %d bytes.", MaxKey)
 		}
 	}
 	var page Page
@@ -87,6 +86,9 @@ func (q *request) list() error {
 		if page, err = q.objects.List(q.r.Context(), prefix, delimiter, after, most); err != nil {
 			return err
 		}
+	}
+	if page.More && !v2 && encoding == "" && page.Next != xmlText(page.Next) {
+		return badArgument("The page ends at a name that XML cannot carry, so that none could follow it: list with encoding-type=url or list-type=2.")
 	}
 	for _, o := range page.Objects {
 		e := listed{Key: encode(o.Key), LastModified: stamp(o.ModTime), ETag: quote(o.ETag), Size: o.Size, StorageClass: "STANDARD"}

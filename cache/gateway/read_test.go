@@ -281,6 +281,53 @@ func TestListings(t *testing.T) {
 	}
 }
 
+// A bucket may hold names that no request could give: a listing shows them, and goes on after them.
+func TestListingsGoOnPastNamesThatAreNoKeysHere(t *testing.T) {
+	f := serve(t)
+	long := "b" + strings.Repeat("x", gateway.MaxKey)
+	keys := []string{"a\x01", "ab", "b\x02/c", long, "\xff", "\xff\xff"}
+	for _, key := range keys {
+		f.m.objects[key] = &version{info: gateway.Info{Key: key, ETag: "x"}}
+	}
+	for _, delimiter := range []string{"", "/"} {
+		want := slices.Clone(keys)
+		if delimiter != "" {
+			want[2] = "b\x02/"
+		}
+		for _, v := range [][]string{{"list-type", "2"}, {"list-type", ""}} {
+			var got []string
+			for q := append(v, "encoding-type", "url", "delimiter", delimiter, "max-keys", "1"); ; {
+				p := f.list(t, q...)
+				for _, name := range p.names() {
+					name, err := url.PathUnescape(name)
+					if err != nil {
+						t.Fatal(err)
+					}
+					got = append(got, name)
+				}
+				if !p.IsTruncated {
+					break
+				}
+				marker, err := url.PathUnescape(p.NextMarker)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if q = append(q, "marker", marker); marker == "" {
+					q = append(q, "continuation-token", p.NextContinuationToken)
+				}
+			}
+			if !slices.Equal(got, want) {
+				t.Errorf("%q, delimiter %q: listed %.9q, not %.9q", v, delimiter, got, want)
+			}
+		}
+	}
+	// Version 1 without an encoding: the marker would be another name, and what lies between skipped.
+	f.refuses(t, []refuse{{"a marker that XML cannot carry", call{method: "GET", path: "/" + bucket, query: url.Values{"max-keys": {"1"}}}, 400, "InvalidArgument"}})
+	if p := f.list(t, "max-keys", "2"); p.NextMarker != "ab" || len(p.Contents) != 2 {
+		t.Errorf("a page that ends at another: %+v", p)
+	}
+}
+
 func TestFailuresOfObjectsHaveTheirCodes(t *testing.T) {
 	for _, c := range []struct {
 		err    error
