@@ -325,7 +325,7 @@ func (m *memory) Parts(ctx context.Context, key, id string, after, most int) ([]
 	return found, false, nil
 }
 
-func (m *memory) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, error) {
+func (m *memory) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, bool, error) {
 	m.mu.Lock()
 	defer m.mu.Unlock()
 	var found []gateway.Upload
@@ -335,7 +335,7 @@ func (m *memory) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, 
 		}
 	}
 	slices.SortFunc(found, func(a, b gateway.Upload) int { return cmp.Compare(a.Key, b.Key) })
-	return found, nil
+	return found, false, nil
 }
 
 var errDisk = errors.New("disk on fire")

@@ -228,8 +228,9 @@ func (q *request) uploads() error {
 		}
 	}
 	var found []Upload
+	var more bool
 	if m, ok := q.objects.(Multipart); ok {
-		if found, err = m.Uploads(q.r.Context(), prefix); err != nil {
+		if found, more, err = m.Uploads(q.r.Context(), prefix); err != nil {
 			return err
 		}
 	}
@@ -276,6 +277,13 @@ func (q *request) uploads() error {
 		}
 		answer.Upload = append(answer.Upload, uploadEntry{encode(u.Key), u.ID, stepcache, stepcache, "STANDARD", stamp(u.Started)})
 		answer.NextKeyMarker, answer.NextUploadIDMarker = encode(u.Key), u.ID
+	}
+	if more && !answer.IsTruncated && most > 0 {
+		// All that is known is told; the end of it is no end of the list.
+		if len(answer.Upload)+len(answer.CommonPrefixes) == 0 {
+			return failure(http.StatusBadRequest, "InvalidRequest", "There are more uploads under way than can be listed, and no others to tell: complete or abort some, or ask for a longer prefix.")
+		}
+		answer.IsTruncated = true
 	}
 	if !answer.IsTruncated {
 		answer.NextKeyMarker, answer.NextUploadIDMarker = "", ""

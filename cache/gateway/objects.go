@@ -128,8 +128,8 @@ type Multipart interface {
 	Abort(ctx context.Context, key, upload string) error
 	// Parts lists up to max parts with a number greater than after, in order, and whether there are more.
 	Parts(ctx context.Context, key, upload string, after, max int) ([]Part, bool, error)
-	// Uploads lists the uploads under way whose key starts with prefix.
-	Uploads(ctx context.Context, prefix string) ([]Upload, error)
+	// Uploads lists the uploads under way whose key starts with prefix, and says whether there are more than it lists.
+	Uploads(ctx context.Context, prefix string) ([]Upload, bool, error)
 }
 
 // Part is one part of an upload.

@@ -363,6 +363,67 @@ func TestMultipartProtocol(t *testing.T) {
 	}
 }
 
+// many has more uploads under way than it lists.
+type many struct{ *memory }
+
+func (m many) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, bool, error) {
+	found, _, err := m.memory.Uploads(ctx, prefix)
+	return found, true, err
+}
+
+// Where not all uploads can be listed, their list has no end that could be taken for one.
+func TestMoreUploadsThanCanBeListed(t *testing.T) {
+	m := many{newMemory()}
+	f := serve(t, withObjects(m))
+	for _, key := range []string{"a/1", "a/2", "b", "c"} {
+		if _, err := m.Create(t.Context(), key, gateway.PutOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, c := range []struct{ delimiter, most, want string }{
+		{"", "1", "a/1 a/2 b c"}, {"", "4", "a/1 a/2 b c"}, {"", "1000", "a/1 a/2 b c"}, {"/", "1", "a/ b c"}, {"/", "3", "a/ b c"},
+	} {
+		var got []string
+		query := url.Values{"uploads": {""}, "delimiter": {c.delimiter}, "max-uploads": {c.most}}
+		for pages := 0; ; pages++ {
+			a := f.do(t, call{method: "GET", path: "/" + bucket, query: query})
+			if a.status != 200 || pages > 4 {
+				if a.code != "InvalidRequest" {
+					t.Errorf("in the end: %s", a)
+				}
+				break
+			}
+			var page struct {
+				NextKeyMarker, NextUploadIdMarker string
+				IsTruncated                       bool
+				Upload                            []struct{ Key string }
+				CommonPrefixes                    []struct{ Prefix string }
+			}
+			if err := xml.Unmarshal(a.body, &page); err != nil {
+				t.Fatal(err)
+			}
+			for _, p := range page.CommonPrefixes {
+				got = append(got, p.Prefix)
+			}
+			for _, u := range page.Upload {
+				got = append(got, u.Key)
+			}
+			if !page.IsTruncated {
+				t.Errorf("%+v: ends without a word", c)
+				break
+			}
+			query.Set("key-marker", page.NextKeyMarker)
+			query.Set("upload-id-marker", page.NextUploadIdMarker)
+		}
+		if strings.Join(got, " ") != c.want {
+			t.Errorf("%+v: listed %q", c, got)
+		}
+	}
+	if a := f.must(t, call{method: "GET", path: "/" + bucket, query: url.Values{"uploads": {""}, "max-uploads": {"0"}}}); bytes.Contains(a.body, []byte("<IsTruncated>true<")) {
+		t.Errorf("a page of nothing: %s", a)
+	}
+}
+
 // withObjects serves o under the bucket's name.
 func withObjects(o gateway.Objects) option {
 	return func(c *gateway.Config, _ *server) { c.Buckets = map[string]gateway.Objects{bucket: o} }

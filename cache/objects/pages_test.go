@@ -100,3 +100,43 @@ func namesOf(p gateway.Page) []string {
 	slices.Sort(out)
 	return out
 }
+
+// begun has uploads under way, some of which are not below what it is asked for.
+type begun struct {
+	source.Writer
+	uploads []source.Upload
+}
+
+func (b begun) Uploads(_ context.Context, _ string, max int) ([]source.Upload, error) {
+	return b.uploads[:min(max, len(b.uploads))], nil
+}
+
+// A list of uploads that is cut says so, over several buckets too, and not where it is just not.
+func TestAListOfUploadsSaysWhenItIsCut(t *testing.T) {
+	uploads := func(n int, prefix string) (b begun) {
+		for i := range n {
+			b.uploads = append(b.uploads, source.Upload{Key: fmt.Sprintf("%s%05d", prefix, i), ID: "x"})
+		}
+		return b
+	}
+	const half = maxUploads / 2
+	for _, c := range []struct {
+		a, b begun
+		want int
+		more bool
+	}{
+		{uploads(half, "p/"), uploads(half, "q/"), maxUploads, false},
+		{uploads(half, "p/"), uploads(half+1, "q/"), maxUploads + 1, true},
+		{uploads(maxUploads+1, "p/"), uploads(1, "q/"), maxUploads + 1, true},
+		{uploads(maxUploads, "p/"), uploads(1, "q/"), maxUploads + 1, true},
+		{uploads(maxUploads, "p/"), uploads(0, "q/"), maxUploads, false},
+		{uploads(maxUploads+5, "elsewhere/"), uploads(0, "q/"), 0, true},
+	} {
+		n := &Names{}
+		n.opened.Store(&[]*mount{{writer: c.a, path: "a/", prefix: "p/"}, {writer: c.b, path: "b/", prefix: "q/"}})
+		found, more, err := n.Uploads(t.Context(), "")
+		if err != nil || len(found) != c.want || more != c.more {
+			t.Errorf("of %d and %d: %d, more: %v, %v", len(c.a.uploads), len(c.b.uploads), len(found), more, err)
+		}
+	}
+}

@@ -18,7 +18,8 @@ import (
 // Uploads in parts are the bucket's. Any worker begins one and takes its parts; only completing one gives a
 // name another version, and so is the owner's.
 
-// maxUploads bounds a list of uploads.
+// maxUploads bounds a list of uploads. Buckets are always asked from the first on: stores differ in the order of the
+// uploads of one key, so that a client's markers would mean something else to each.
 const maxUploads = 10_000
 
 // Create implements gateway.Multipart.
@@ -91,20 +92,20 @@ func (n *Names) Parts(ctx context.Context, key, upload string, after, max int) (
 }
 
 // Uploads implements gateway.Multipart.
-func (n *Names) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, error) {
+func (n *Names) Uploads(ctx context.Context, prefix string) (out []gateway.Upload, more bool, err error) {
 	mounts, err := n.mounts()
 	if err != nil {
-		return nil, err
+		return nil, false, err
 	}
-	var out []gateway.Upload
+	room := maxUploads
 	for _, m := range mounts {
 		below, ok := m.prefixOf(prefix)
 		if !ok {
 			continue
 		}
-		found, err := m.writer.Uploads(ctx, below, maxUploads-len(out))
+		found, err := m.writer.Uploads(ctx, below, room+1)
 		if err != nil {
-			return nil, fmt.Errorf("uploads below %q: %w", prefix, told(err))
+			return nil, false, fmt.Errorf("uploads below %q: %w", prefix, told(err))
 		}
 		for _, u := range found {
 			// Some stores take no prefix here and tell all.
@@ -112,8 +113,11 @@ func (n *Names) Uploads(ctx context.Context, prefix string) ([]gateway.Upload, e
 				out = append(out, gateway.Upload{Key: m.path + rel, ID: u.ID, Started: u.Started})
 			}
 		}
+		if room -= len(found); room < 0 {
+			return out, true, nil
+		}
 	}
-	return out, nil
+	return out, false, nil
 }
 
 // completeJSON is the completion of an upload as it travels.
