@@ -55,8 +55,9 @@
 //     registered: no O_PATH, nothing of the node, of other pods' volumes, of its own image. The content is what it
 //     has read or could. It can keep a worker's file from being freed as long as its mount lives, as it can by
 //     keeping the descriptor that the worker gave it.
-//   - A descriptor that it sends can be of a file whose server it is. It is looked at without asking the file
-//     system, is never polled, and before it is closed, which would wait for that server, its mount is aborted.
+//   - A descriptor that it sends, also as the worker of a Dataset of its own, can be of a file whose server it is. It is
+//     looked at without asking the file system, is never polled, and before it is closed, which would wait for that
+//     server, its mount is aborted.
 //   - Its requests cost this process time, one of them for each of at most 16 connections.
 //
 // # Rules

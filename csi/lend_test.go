@@ -27,6 +27,7 @@ import (
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/csi/broker"
+	"github.com/stepcache/stepcache/csi/packets"
 	folder "github.com/stepcache/stepcache/tier"
 )
 
@@ -668,48 +669,125 @@ func TestFileOfAMountThatDoesNotAnswerHoldsNobodyUp(t *testing.T) {
 	m := newMachine(t, k)
 	m.keep()
 	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
-	s := p.serve()
-	p.served(s)
-	fd, err := unix.Open(filepath.Join(p.data, "big"), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+	// packet sends what is no request, over a connection of its own.
+	packet := func(p *borrowing, text string, fds ...int) {
+		c, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: p.sock(), Net: "unixpacket"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		if err := packets.Send(c, []byte(text), fds); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for what, send := range map[string]func(p *borrowing, fd int){
+		"to be registered": func(p *borrowing, fd int) {
+			c, err := broker.Dial(testContext(t), p.sock())
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer c.Close()
+			volumes, err := c.Volumes()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if _, err := c.Register(volumes[0].Name, fd); err == nil || errors.Is(err, broker.ErrGone) {
+				t.Errorf("registered, or no answer: %v", err)
+			}
+			if _, err := c.Volumes(); err != nil {
+				t.Errorf("no more answers: %v", err)
+			}
+		},
+		"one of too many": func(p *borrowing, fd int) { packet(p, `{"op":"volumes"}`, fd, fd, fd, fd) },
+		"with no request": func(p *borrowing, fd int) { packet(p, "{", fd) },
+		"as a worker's":   func(p *borrowing, fd int) { p.lease(n, fd) },
+	} {
+		t.Run(what, func(t *testing.T) {
+			p := m.borrow(n.kubelet, "pod-1")
+			s := p.serve()
+			p.served(s)
+			fd, err := unix.Open(filepath.Join(p.data, "big"), unix.O_RDONLY|unix.O_CLOEXEC|unix.O_NONBLOCK, 0)
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer unix.Close(fd)
+			if err := s.cmd.Process.Signal(unix.SIGSTOP); err != nil {
+				t.Fatal(err)
+			}
+			for { // it has not stopped yet when kill(2) returns
+				err := unix.Waitid(unix.P_PID, s.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WEXITED|unix.WNOWAIT, nil)
+				if err == nil {
+					break
+				}
+				if err != unix.EINTR {
+					t.Fatalf("the sidecar does not stop: %v", err)
+				}
+			}
+			send(p, fd)
+			p.fails() // it has ended its own mount by that
+			s.kill()
+			p.unpublish()
+		})
+	}
+}
+
+// lease gives a file to the node service as a worker of this node would.
+func (p *borrowing) lease(n *node, fd int) {
+	t, k := p.t, p.m.tier
+	t.Helper()
+	const uid = "worker-uid"
+	if _, err := n.NodePublishVolume(testContext(t), n.inline(uid, v1alpha1.VolumeSocket, "0", nil)); err != nil {
+		t.Fatal(err)
+	}
+	path := filepath.Join(p.m.base, "run", uid, v1alpha1.SocketName)
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: path, Net: "unixpacket"})
 	if err != nil {
 		t.Fatal(err)
 	}
-	defer unix.Close(fd)
-	if err := s.cmd.Process.Signal(unix.SIGSTOP); err != nil {
-		t.Fatal(err)
-	}
-	for { // it has not stopped yet when kill(2) returns
-		err := unix.Waitid(unix.P_PID, s.cmd.Process.Pid, nil, unix.WSTOPPED|unix.WEXITED|unix.WNOWAIT, nil)
-		if err == nil {
-			break
-		}
-		if err != unix.EINTR {
-			t.Fatalf("the sidecar does not stop: %v", err)
-		}
-	}
-	var name string
-	func() {
-		c, err := broker.Dial(testContext(t), p.sock())
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer c.Close()
-		volumes, err := c.Volumes()
-		if err != nil {
-			t.Fatal(err)
-		}
-		name = volumes[0].Name
-		if _, err := c.Register(name, fd); err == nil || errors.Is(err, broker.ErrGone) {
-			t.Errorf("registered, or no answer: %v", err)
-		}
-		if _, err := c.Volumes(); err != nil {
-			t.Errorf("no more answers: %v", err)
-		}
+	done := make(chan error, 1)
+	go func() {
+		done <- func() error {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				return err
+			}
+			defer c.Close()
+			if _, err := wire.ServerHandshake(c, testDataset, k.keys); err != nil {
+				return err
+			}
+			b := make([]byte, wire.MaxPacket)
+			size, err := c.Read(b)
+			if err != nil {
+				return err
+			}
+			r, err := wire.DecodeRequest(b[:size])
+			if err != nil {
+				return err
+			}
+			err = packets.Send(c, wire.AppendFrame(nil, wire.Reply{ID: r.ID, Index: r.Index, Off: 1}, nil), []int{fd})
+			_, _ = c.Read(b) // until it is refused
+			return err
+		}()
 	}()
-	p.fails() // it has ended its own mount by that
-	s.kill()
-	p.unpublish()
+	k.publish(2, path)
+	dir := n.publish("step")
+	asked := false
+	eventually(t, "the node service asks for the file", func() bool {
+		sameFile(t, filepath.Join(dir, "big"), someFiles()["big"])
+		select {
+		case err = <-done:
+			asked = true
+		default:
+		}
+		return asked || t.Failed()
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	l.Close()
+	k.publish(3, "")
+	n.unpublish("step")
+	n.unpublish(uid)
 }
 
 // What somebody puts into the folder of the socket is in nobody's way, and not followed.

@@ -13,6 +13,7 @@ import (
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/csi/broker"
+	"github.com/stepcache/stepcache/csi/packets"
 )
 
 const (
@@ -60,7 +61,7 @@ func (l *lender) accept(p *borrower) {
 		l.mu.Unlock()
 		l.work.Go(func() {
 			defer func() { <-slots }()
-			if err := broker.Answer(c, func(r *broker.Request) broker.Reply { return l.handle(o, r) }); err != nil && l.ctx.Err() == nil {
+			if err := broker.Answer(c, func(r *broker.Request) broker.Reply { return l.handle(o, r) }, drop); err != nil && l.ctx.Err() == nil {
 				l.s.log.Info("a pod's connection ended", "pod", p.pod, "reason", err)
 			}
 			c.Close()
@@ -356,6 +357,16 @@ func checkStoreFile(fd int) (safe bool, err error) {
 	return true, nil
 }
 
+// checkLeased is checkStoreFile for what somebody sends as a worker, which any pod can be of a Dataset of its own. With
+// an error, too, the descriptor can be closed.
+func checkLeased(fd int) error {
+	safe, err := checkStoreFile(fd)
+	if !safe {
+		disarm([]int{fd})
+	}
+	return err
+}
+
 func (l *lender) register(o *peer, v *lent, fd int) (broker.Reply, error) {
 	l.mu.Lock()
 	conn, mine, n := v.conn, v.server == o, len(v.registered)
@@ -411,4 +422,10 @@ func disarm(fds []int) {
 			}
 		}
 	}
+}
+
+// drop closes descriptors of unknown origin.
+func drop(fds []int) {
+	disarm(fds)
+	packets.CloseAll(fds)
 }

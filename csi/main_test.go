@@ -47,7 +47,8 @@ func TestMain(m *testing.M) {
 	}
 	base := os.Getenv(envInside)
 	if os.Getenv(envSuite) == "" {
-		if err := unix.Mount("test", filepath.Join(base, "shm"), "tmpfs", 0, ""); err != nil {
+		// As that which is mounted for workers: of no other is a file taken.
+		if err := unix.Mount(storeSource, filepath.Join(base, "shm"), "tmpfs", 0, ""); err != nil {
 			fmt.Fprintln(os.Stderr, "a tmpfs for tests:", err)
 			os.Exit(1)
 		}

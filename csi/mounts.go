@@ -207,7 +207,7 @@ func (s *service) clientConfig(namespace, name string) client.Config {
 	return client.Config{
 		Dataset: namespace + "/" + name, Seeds: s.config.Seeds(namespace, name), Node: s.config.NodeName,
 		BufferBytes: s.config.BufferBytes, SnapshotDir: s.snapshotDir(),
-		Logger: s.log, Dialer: s.dialWorker,
+		Logger: s.log, Dialer: s.dialWorker, Descriptor: checkLeased,
 	}
 }
 

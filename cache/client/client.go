@@ -84,6 +84,9 @@ type Config struct {
 	Logger *slog.Logger
 	// Dialer connects to workers; nil means a net.Dialer. It must honour its context.
 	Dialer func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Descriptor is called with each descriptor that a worker sends, before anything else is done with it, also before
+	// it is closed, and may refuse it (wire.ReceiveWithFD). Nil: workers are trusted so far.
+	Descriptor func(fd int) error
 }
 
 const defaultBuffers = 256 << 20

@@ -110,8 +110,8 @@ func (c *Client) stripes(o ring.Object) int {
 	return 0
 }
 
-// sockets are those of the file's owners: of workers on this node, or, where nodes are not told or a
-// path leads to another node's worker, any that is there.
+// sockets are those of the file's owners: of workers on this node, or, of a client that is not told its node, any that
+// is there. One that is told looks at no other path: what a worker calls its socket may be anything on this machine.
 func (c *Client) sockets(o ring.Object) []string {
 	var here, there []string
 	for _, m := range c.members.view().Owners(o, 0, c.copies) {
@@ -119,7 +119,7 @@ func (c *Client) sockets(o ring.Object) []string {
 		case m.Socket == "":
 		case m.Node == c.config.Node:
 			here = append(here, m.Socket)
-		default:
+		case c.config.Node == "":
 			if _, err := os.Stat(m.Socket); err == nil {
 				there = append(there, m.Socket)
 			}
@@ -468,7 +468,7 @@ func (l *leaser) giveBack(id int64) {
 func (l *leaser) read() {
 	buf := make([]byte, wire.MaxPacket)
 	for {
-		n, file, err := wire.ReceiveWithFD(l.conn, buf)
+		n, file, err := wire.ReceiveWithFD(l.conn, buf, l.c.config.Descriptor)
 		if err != nil {
 			l.fail(fmt.Errorf("socket %s: %w: %w", l.path, errLost, err))
 			return

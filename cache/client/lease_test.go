@@ -137,6 +137,41 @@ func leaseTier(t *testing.T) (*tier, string) {
 	return k, path
 }
 
+// What a worker calls its socket may be a path on this machine that nobody should look at.
+func TestSocketsOfOtherNodesAreNotLookedAt(t *testing.T) {
+	k, path := leaseTier(t)
+	l := lend(t, k.keys, func(wire.Request) (*os.File, error) { return os.Open(path) })
+	k.worker("a").socket = l.path
+	k.setMembers()
+	c := k.dial(func(c *Config) { c.Node = "node-b" })
+	if lease, err := c.Lease(testContext(t), k.index("f"), 0); !errors.Is(err, ErrNoLease) {
+		if err == nil {
+			lease.Release()
+		}
+		t.Errorf("leased from another node's worker: %v", err)
+	}
+	c = k.dial(nil) // it may be on this machine, as far as this one knows
+	lease, err := c.Lease(testContext(t), k.index("f"), 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	lease.Release()
+}
+
+func TestDescriptorsOfWorkersMayBeRefused(t *testing.T) {
+	k, path := leaseTier(t)
+	l := lend(t, k.keys, func(wire.Request) (*os.File, error) { return os.Open(path) })
+	k.worker("a").socket = l.path
+	k.setMembers()
+	c := k.dial(func(c *Config) { c.Descriptor = func(int) error { return errors.New("not a worker's memory") } })
+	if lease, err := c.Lease(testContext(t), k.index("f"), 0); !errors.Is(err, ErrNoLease) || !strings.Contains(err.Error(), "not a worker's memory") {
+		if err == nil {
+			lease.Release()
+		}
+		t.Errorf("leased: %v", err)
+	}
+}
+
 func TestLeaseReceivesTheFileAndReleaseIsIdempotent(t *testing.T) {
 	ctx := testContext(t)
 	k, path := leaseTier(t)

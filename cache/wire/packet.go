@@ -44,11 +44,20 @@ func SendWithFD(conn *net.UnixConn, b []byte, f *os.File) error {
 // otherwise), close-on-exec. It trusts nothing: a packet that does not fit b, more than one descriptor,
 // or a descriptor that is not of a regular file opened for reading only is ErrCorrupt, and every
 // descriptor received is closed. It is io.EOF when the peer has closed.
-func ReceiveWithFD(conn *net.UnixConn, b []byte) (int, *os.File, error) {
+//
+// inspect, unless it is nil, is called with each descriptor before anything else is done with it, also before it is
+// closed, and may refuse it: a file whose server is the peer makes whoever looks at it or closes it wait for the peer.
+func ReceiveWithFD(conn *net.UnixConn, b []byte, inspect func(fd int) error) (int, *os.File, error) {
 	// Room for a few more than one, so that a surplus is seen (and closed) rather than cut off.
 	oob := make([]byte, unix.CmsgSpace(4*4))
 	n, oobn, flags, _, err := conn.ReadMsgUnix(b, oob)
 	fds, perr := rights(oob[:oobn])
+	var refused error
+	if inspect != nil {
+		for _, fd := range fds {
+			refused = errors.Join(refused, inspect(fd))
+		}
+	}
 	closeAll := func() {
 		for _, fd := range fds {
 			unix.Close(fd)
@@ -66,6 +75,10 @@ func ReceiveWithFD(conn *net.UnixConn, b []byte) (int, *os.File, error) {
 	case 0:
 		return n, nil, nil
 	case 1:
+		if refused != nil {
+			closeAll()
+			return 0, nil, fmt.Errorf("%w: a received descriptor: %w", ErrCorrupt, refused)
+		}
 		if err := checkReadOnly(fds[0]); err != nil {
 			closeAll()
 			return 0, nil, err

@@ -52,7 +52,7 @@ func TestDescriptorTravelsWithItsPacket(t *testing.T) {
 		t.Fatal(err)
 	}
 	buf := make([]byte, MaxPacket)
-	n, f, err := ReceiveWithFD(b, buf)
+	n, f, err := ReceiveWithFD(b, buf, nil)
 	if err != nil || n != len(frame) || f == nil {
 		t.Fatalf("%d bytes, %v, %v", n, f, err)
 	}
@@ -63,11 +63,11 @@ func TestDescriptorTravelsWithItsPacket(t *testing.T) {
 	if fl, err := unix.FcntlInt(f.Fd(), unix.F_GETFD, 0); err != nil || fl&unix.FD_CLOEXEC == 0 {
 		t.Errorf("not close-on-exec: %v, %v", fl, err)
 	}
-	if _, f, err := ReceiveWithFD(b, buf); err != nil || f != nil {
+	if _, f, err := ReceiveWithFD(b, buf, nil); err != nil || f != nil {
 		t.Errorf("packet without a descriptor: %v, %v", f, err)
 	}
 	a.Close()
-	if _, _, err := ReceiveWithFD(b, buf); !errors.Is(err, io.EOF) {
+	if _, _, err := ReceiveWithFD(b, buf, nil); !errors.Is(err, io.EOF) {
 		t.Errorf("after the peer closed: %v", err)
 	}
 }
@@ -103,7 +103,7 @@ func TestHostileDescriptorsAreRefusedAndClosed(t *testing.T) {
 			if _, _, err := a.WriteMsgUnix([]byte("x"), unix.UnixRights(fds...), nil); err != nil {
 				t.Fatal(err)
 			}
-			if _, f, err := ReceiveWithFD(b, make([]byte, MaxPacket)); !errors.Is(err, ErrCorrupt) || f != nil {
+			if _, f, err := ReceiveWithFD(b, make([]byte, MaxPacket), nil); !errors.Is(err, ErrCorrupt) || f != nil {
 				t.Errorf("got %v, %v", f, err)
 			}
 			if after := openFiles(t); after != before {
@@ -111,13 +111,35 @@ func TestHostileDescriptorsAreRefusedAndClosed(t *testing.T) {
 			}
 		})
 	}
+	// Each is inspected, also of those that are refused anyway, while it is still open.
+	for fds, want := range map[int]error{1: errors.New("a mount of its own"), 2: ErrCorrupt} {
+		a, b := packets(t)
+		sent := []int{int(ro.Fd()), int(ro.Fd())}[:fds]
+		if _, _, err := a.WriteMsgUnix([]byte("x"), unix.UnixRights(sent...), nil); err != nil {
+			t.Fatal(err)
+		}
+		before, inspected := openFiles(t), 0
+		_, f, err := ReceiveWithFD(b, make([]byte, MaxPacket), func(fd int) error {
+			if _, err := unix.FcntlInt(uintptr(fd), unix.F_GETFL, 0); err != nil {
+				t.Error(err)
+			}
+			inspected++
+			return want
+		})
+		if !errors.Is(err, ErrCorrupt) || !errors.Is(err, want) || f != nil || inspected != fds {
+			t.Errorf("%d descriptors: %v, %v, %d inspected", fds, f, err, inspected)
+		}
+		if after := openFiles(t); after != before {
+			t.Errorf("%d descriptors open, %d before", after, before)
+		}
+	}
 	t.Run("too long a packet", func(t *testing.T) {
 		a, b := packets(t)
 		before := openFiles(t)
 		if err := SendWithFD(a, make([]byte, 100), ro); err != nil {
 			t.Fatal(err)
 		}
-		if _, _, err := ReceiveWithFD(b, make([]byte, 50)); !errors.Is(err, ErrCorrupt) {
+		if _, _, err := ReceiveWithFD(b, make([]byte, 50), nil); !errors.Is(err, ErrCorrupt) {
 			t.Errorf("got %v", err)
 		}
 		if after := openFiles(t); after != before {
@@ -131,7 +153,7 @@ func TestHostileDescriptorsAreRefusedAndClosed(t *testing.T) {
 			t.Fatal(err)
 		}
 		buf := make([]byte, MaxPacket)
-		n, _, err := ReceiveWithFD(b, buf)
+		n, _, err := ReceiveWithFD(b, buf, nil)
 		if err != nil {
 			t.Fatal(err)
 		}

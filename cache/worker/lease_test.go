@@ -54,7 +54,7 @@ func (c *receiver) exchange(req wire.Request) (wire.Reply, []byte, *os.File, err
 		return wire.Reply{}, nil, nil, err
 	}
 	buf := make([]byte, wire.MaxPacket)
-	n, f, err := wire.ReceiveWithFD(c.UnixConn, buf)
+	n, f, err := wire.ReceiveWithFD(c.UnixConn, buf, nil)
 	if err != nil {
 		return wire.Reply{}, nil, nil, err
 	}

@@ -13,11 +13,11 @@ import (
 const writeTimeout = 10 * time.Second
 
 // Answer answers the requests of one connection until it ends or breaks the protocol. The connection is the
-// caller's to close, from another goroutine to end this.
-func Answer(c *net.UnixConn, handle func(*Request) Reply) error {
+// caller's to close, from another goroutine to end this. drop closes the descriptors of a packet that is no request.
+func Answer(c *net.UnixConn, handle func(*Request) Reply, drop func(fds []int)) error {
 	for {
 		var r Request
-		fds, err := receive(c, &r)
+		fds, err := receive(c, &r, drop)
 		if errors.Is(err, io.EOF) || errors.Is(err, net.ErrClosed) {
 			return nil
 		}

@@ -14,6 +14,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/stepcache/stepcache/csi/packets"
 )
 
 // answering is a node service at a socket.
@@ -40,7 +42,7 @@ func answering(t *testing.T, handle func(*Request) Reply) (path string) {
 			mu.Lock()
 			conns = append(conns, c)
 			mu.Unlock()
-			wg.Go(func() { _ = Answer(c, handle); c.Close() })
+			wg.Go(func() { _ = Answer(c, handle, packets.CloseAll); c.Close() })
 		}
 	})
 	t.Cleanup(func() {

@@ -38,7 +38,7 @@ type answer struct {
 func Dial(ctx context.Context, path string) (*Conn, error) {
 	l, err := packets.Dial(ctx, path,
 		func(c *net.UnixConn) (a answer, err error) {
-			a.fds, err = receive(c, &a.reply)
+			a.fds, err = receive(c, &a.reply, packets.CloseAll)
 			return a, err
 		},
 		func(a answer) { packets.CloseAll(a.fds) }, ErrGone)

@@ -88,15 +88,15 @@ func send(c *net.UnixConn, v any, fds []int) error {
 	return packets.Send(c, b, fds)
 }
 
-// receive reads one packet. Every descriptor that came is returned, or closed with an error.
-func receive(c *net.UnixConn, v any) ([]int, error) {
+// receive reads one packet. Every descriptor that came is returned, or dropped with an error.
+func receive(c *net.UnixConn, v any, drop func([]int)) ([]int, error) {
 	b := make([]byte, maxPacket)
-	n, fds, err := packets.Receive(c, b, MaxFiles, errProtocol)
+	n, fds, err := packets.Receive(c, b, MaxFiles, errProtocol, drop)
 	if err != nil {
 		return nil, err
 	}
 	if err := json.Unmarshal(b[:n], v); err != nil {
-		packets.CloseAll(fds)
+		drop(fds)
 		return nil, fmt.Errorf("%w: %w", errProtocol, err)
 	}
 	return fds, nil

@@ -61,7 +61,7 @@ func send(c *net.UnixConn, kind byte, text string, files []*os.File) error {
 // receive reads one packet. Every descriptor that came is in it, or closed with an error.
 func receive(c *net.UnixConn) (packet, error) {
 	b := make([]byte, maxPacket)
-	n, fds, err := packets.Receive(c, b, MaxFiles, errProtocol)
+	n, fds, err := packets.Receive(c, b, MaxFiles, errProtocol, packets.CloseAll)
 	if err == nil && n == 0 {
 		packets.CloseAll(fds)
 		err = fmt.Errorf("%w: an empty packet", errProtocol)

@@ -2,7 +2,7 @@
 // and a client's end of one, with one request at a time.
 //
 // It knows nothing of what the packets say. What arrives may be hostile: descriptors are numbers here, looked at
-// by nobody, and every one that came is returned or closed.
+// by nobody, and every one that came is returned or dropped.
 //
 // Concurrency: everything is safe for concurrent use. Failure: a Link that breaks, and one whose answer is late, is
 // over (Done). It may import golang.org/x/sys/unix and nothing of this module.
@@ -30,8 +30,8 @@ func Send(c *net.UnixConn, b []byte, fds []int) error {
 }
 
 // Receive reads one packet into b. One that is longer, that has more than so many descriptors, or whose
-// descriptors cannot be told is an error that wraps protocol.
-func Receive(c *net.UnixConn, b []byte, maxFDs int, protocol error) (n int, fds []int, err error) {
+// descriptors cannot be told is an error that wraps protocol; drop closes what came with it.
+func Receive(c *net.UnixConn, b []byte, maxFDs int, protocol error, drop func([]int)) (n int, fds []int, err error) {
 	oob := make([]byte, unix.CmsgSpace(4*(maxFDs+1)))
 	n, oobn, flags, _, err := c.ReadMsgUnix(b, oob)
 	if oobn > 0 {
@@ -52,7 +52,7 @@ func Receive(c *net.UnixConn, b []byte, maxFDs int, protocol error) (n int, fds 
 		err = fmt.Errorf("%w: a packet that is too long", protocol)
 	}
 	if err != nil {
-		CloseAll(fds)
+		drop(fds)
 		return 0, nil, err
 	}
 	return n, fds, nil
