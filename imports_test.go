@@ -24,7 +24,7 @@ var mayImport = map[string][]string{
 	"cache/wire":              {"cache/source", "cache/ring", "cache/checksum"},
 	"cache/objects":           {"cache/source", "cache/ring", "cache/checksum", "cache/store", "cache/wire", "cache/gateway"},
 	"cache/worker":            {"cache/source", "cache/ring", "cache/checksum", "cache/catalog", "cache/store", "cache/wire", "cache/gateway", "cache/objects"},
-	"cache/client":            {"cache/source", "cache/ring", "cache/checksum", "cache/catalog", "cache/store", "cache/wire"},
+	"cache/client":            {"cache/source", "cache/ring", "cache/checksum", "cache/catalog", "cache/store", "cache/wire", "cache/mount/meminfo"},
 	"cache/gateway":           {"cache/source"},
 	"cache/mount":             {"cache/source", "cache/ring", "cache/checksum", "cache/catalog", "cache/store", "cache/wire", "cache/client"},
 	"tier":                    {"api", "cache"},

@@ -90,6 +90,13 @@ func newBlocks(budget int64) *blocks {
 	return &blocks{budget: budget, extents: make(map[blockKey][]*extent)}
 }
 
+// bound lessens the budget.
+func (b *blocks) bound(budget int64) {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.budget = max(min(b.budget, budget), ring.BlockSize)
+}
+
 // maxSpent is how much is kept of what was read to its end while other memory can be had.
 const maxSpent = 4 * ring.BlockSize
 

@@ -28,7 +28,8 @@
 // its object, and wrap the source's errors (source.ErrChanged and so on), ErrNoLease, wire.ErrUnauthorized
 // or the context's.
 //
-// It may import cache/catalog, cache/checksum, cache/ring, cache/source (for its errors), cache/store and cache/wire.
+// It may import cache/catalog, cache/checksum, cache/ring, cache/source (for its errors), cache/store, cache/wire and
+// cache/mount/meminfo.
 package client
 
 import (
@@ -44,6 +45,7 @@ import (
 	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/mount/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -73,7 +75,8 @@ type Config struct {
 	Store *store.Store
 	// Snapshot is the digest of the snapshot to read; zero: the workers' current one.
 	Snapshot catalog.Digest
-	// SnapshotDir keeps pulled snapshots, shared by the processes of a node. Empty: in memory only.
+	// SnapshotDir keeps pulled snapshots, shared by the processes of a node. Empty: in memory only, where there must be
+	// room for them within the container's limit.
 	SnapshotDir string
 	// SnapshotsKept is how many of them stay there: when one more comes the oldest go, which harms nobody who reads
 	// them. Zero: all, since their owner clears the folder.
@@ -137,6 +140,8 @@ type Client struct {
 	timing   timing
 	dialer   func(ctx context.Context, network, addr string) (net.Conn, error)
 	now      func() time.Time
+	limit    func() (bytes int64, ok bool) // of the container's memory
+	reserved int64                         // of it, for a snapshot (reserve)
 	snapshot *catalog.Snapshot
 	digest   catalog.Digest
 	members  *members
@@ -198,7 +203,7 @@ func newClient(config Config, t timing) (*Client, error) {
 		config.BufferBytes = defaultBuffers
 	}
 	c := &Client{
-		config: config, copies: max(1, config.Copies), log: config.Logger, timing: t, dialer: config.Dialer, now: time.Now,
+		config: config, copies: max(1, config.Copies), log: config.Logger, timing: t, dialer: config.Dialer, now: time.Now, limit: meminfo.Limit,
 		cache: newBlocks(config.BufferBytes), streams: newStreams(), socks: make(map[string]*sock),
 		forgotten: make(chan struct{}, 1),
 	}
@@ -243,6 +248,7 @@ func (c *Client) Close() error {
 	if c.snapshot != nil {
 		c.snapshot.Close()
 	}
+	c.release()
 	return nil
 }
 

@@ -1,6 +1,11 @@
 package client
 
 import (
+	"errors"
+	"fmt"
+	"math"
+	"runtime/debug"
+	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
@@ -25,4 +30,57 @@ func fresh(size int) []byte {
 	from, to := at&^(hugePage-1), (at+uintptr(size)+hugePage-1)&^(hugePage-1)
 	_, _, _ = unix.Syscall(unix.SYS_MADVISE, from, to-from, unix.MADV_HUGEPAGE)
 	return p
+}
+
+// errTooLarge: a snapshot has no room in the memory of this container.
+var errTooLarge = errors.New("the snapshot is too large for this container")
+
+// inMemory is what the snapshots take that the clients of this process have in memory. The collector does not see it, so
+// that where the heap is limited there is less for that.
+var inMemory struct {
+	sync.Mutex
+	bytes int64
+	heap  int64 // the heap's limit without any
+}
+
+// reserve makes room for a snapshot of n bytes in memory until release. With those of the process's other clients it may
+// take two thirds of the container's memory: beyond, the process would be killed, again and again.
+func (c *Client) reserve(n int64) error {
+	limit, limited := c.limit()
+	if !limited {
+		return nil
+	}
+	inMemory.Lock()
+	defer inMemory.Unlock()
+	if inMemory.bytes+n > limit/3*2 {
+		return fmt.Errorf("%w: it takes %d MiB of its memory, of which the limit is %d MiB: raise that, or have the node service mount the Dataset",
+			errTooLarge, n>>20, limit>>20)
+	}
+	if inMemory.bytes == 0 {
+		inMemory.heap = debug.SetMemoryLimit(-1)
+	}
+	c.reserved += n
+	c.cache.bound(keepFromHeap(n) / 2)
+	return nil
+}
+
+// release ends what reserve began.
+func (c *Client) release() {
+	inMemory.Lock()
+	defer inMemory.Unlock()
+	if c.reserved > 0 {
+		keepFromHeap(-c.reserved)
+		c.reserved = 0
+	}
+}
+
+// keepFromHeap returns the heap's limit from now on. inMemory is locked.
+func keepFromHeap(n int64) int64 {
+	inMemory.bytes += n
+	if inMemory.heap == math.MaxInt64 {
+		return inMemory.heap
+	}
+	heap := max(inMemory.heap-inMemory.bytes, inMemory.heap/4)
+	debug.SetMemoryLimit(heap)
+	return heap
 }

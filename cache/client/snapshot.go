@@ -37,17 +37,22 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 		return s, nil
 	}
 	var s *catalog.Snapshot
+	var tooLarge error
 	err := c.fromAny(ctx, func(p *peer) (err error) {
 		s, err = c.pullFrom(ctx, p, &want)
+		if errors.Is(err, errTooLarge) {
+			tooLarge = err
+			return nil // it is as large at the others
+		}
 		if err == nil {
 			c.log.Info("snapshot", "dataset", c.config.Dataset, "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
 		}
 		return err
 	})
-	if err != nil {
-		return nil, err
+	if err == nil && tooLarge != nil {
+		err = fmt.Errorf("dataset %s: %w", c.config.Dataset, tooLarge)
 	}
-	return c.share(s), nil
+	return s, err
 }
 
 // fromAny tries get with one worker after another, round and round, until it succeeds, ctx ends, or every
@@ -108,14 +113,40 @@ func (c *Client) sources() []*peer {
 
 // pullFrom receives the snapshot from one worker. Once it knows the digest of the current one, want is
 // that: the tier may move on meanwhile, but what is pulled is one snapshot.
-func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*catalog.Snapshot, error) {
+func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s *catalog.Snapshot, err error) {
 	digest := *want
 	var (
-		mem     *os.File
-		have    int64
-		size    int64 // zero until the first chunk tells
-		corrupt int
+		file     *os.File
+		inMemory = c.config.SnapshotDir == ""
+		have     int64
+		size     int64 // zero until the first chunk tells
+		corrupt  int
 	)
+	drop := func() {
+		if file != nil && !inMemory {
+			os.Remove(file.Name()) // a no-op once it is renamed
+		}
+		if file != nil {
+			file.Close()
+		}
+		file = nil
+	}
+	defer func() {
+		drop()
+		if err != nil {
+			c.release()
+		}
+	}()
+	// Where the folder takes no file memory serves, from the beginning on.
+	elsewhere := func(err error) error {
+		if inMemory {
+			return err
+		}
+		c.log.Warn("snapshot is not kept on this node", "folder", c.config.SnapshotDir, "error", err)
+		drop()
+		inMemory, have = true, 0
+		return nil
+	}
 	for {
 		length := int64(wire.MaxPayload)
 		if size > 0 {
@@ -144,18 +175,17 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*
 			}
 		}
 		size = reply.Size
-		if mem == nil {
-			// A memfd rather than a growing slice: outgrown slices would stay with the process, several times
-			// the snapshot's size, and the mapping can be shared.
-			fd, err := unix.MemfdCreate("stepcache-snapshot", unix.MFD_CLOEXEC)
-			if err != nil {
+		if file == nil {
+			file, err = c.newFile(size, inMemory)
+		}
+		if err == nil {
+			_, err = file.Write(body)
+		}
+		if err != nil {
+			if err = elsewhere(err); err != nil {
 				return nil, err
 			}
-			mem = os.NewFile(uintptr(fd), "snapshot")
-			defer mem.Close()
-		}
-		if _, err := mem.Write(body); err != nil {
-			return nil, err
+			continue
 		}
 		have += int64(len(body))
 		if c.config.Progress != nil {
@@ -165,7 +195,7 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*
 			break
 		}
 	}
-	s, err := catalog.OpenFile(fmt.Sprintf("/proc/self/fd/%d", mem.Fd()))
+	s, err = catalog.OpenFile(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
 	if err == nil && s.Digest() != digest {
 		s.Close()
 		err = fmt.Errorf("%w: it is not the snapshot %x", wire.ErrCorrupt, digest[:6])
@@ -175,6 +205,13 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (*
 		return nil, err
 	}
 	*want = digest
+	if !inMemory {
+		if err := os.Rename(file.Name(), c.snapshotPath(digest)); err != nil {
+			c.log.Warn("snapshot is not kept on this node", "folder", c.config.SnapshotDir, "error", err)
+		} else {
+			c.prune()
+		}
+	}
 	return s, nil
 }
 
@@ -199,40 +236,24 @@ func (c *Client) cached(want catalog.Digest) *catalog.Snapshot {
 	return nil
 }
 
-// share keeps a snapshot in the node's folder and returns it mapped from there, so that the processes of
-// the node share its memory. Where that fails the one in memory serves.
-func (c *Client) share(s *catalog.Snapshot) *catalog.Snapshot {
-	dir := c.config.SnapshotDir
-	if dir == "" {
-		return s
+// newFile is what a snapshot of so many bytes is received into: a file of the node's folder, whose memory the kernel can
+// have back and the processes of the node share, or memory that this process alone has. A file rather than a growing
+// slice: outgrown slices would stay with the process, several times the snapshot's size.
+func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
+	if !inMemory {
+		if err := os.MkdirAll(c.config.SnapshotDir, 0o700); err != nil {
+			return nil, err
+		}
+		return os.CreateTemp(c.config.SnapshotDir, "new-*")
 	}
-	digest := s.Digest()
-	err := func() error {
-		if err := os.MkdirAll(dir, 0o700); err != nil {
-			return err
-		}
-		f, err := os.CreateTemp(dir, "new-*")
-		if err != nil {
-			return err
-		}
-		defer os.Remove(f.Name()) // a no-op once it is renamed
-		_, err = f.Write(s.Encoded())
-		if err := errors.Join(err, f.Close()); err != nil {
-			return err
-		}
-		return os.Rename(f.Name(), c.snapshotPath(digest))
-	}()
+	if err := c.reserve(size); err != nil {
+		return nil, err
+	}
+	fd, err := unix.MemfdCreate("stepcache-snapshot", unix.MFD_CLOEXEC)
 	if err != nil {
-		c.log.Warn("snapshot is not kept on this node", "folder", dir, "error", err)
-		return s
+		return nil, err
 	}
-	mapped := c.cached(digest)
-	if mapped == nil {
-		return s
-	}
-	s.Close()
-	c.prune()
-	return mapped
+	return os.NewFile(uintptr(fd), "snapshot"), nil
 }
 
 // unfinished is how old a file must be to be what a process that died left of a snapshot.

@@ -9,6 +9,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -216,6 +217,77 @@ func TestSnapshotsOfANodeAreSharedAndADamagedOneIsPulledAnew(t *testing.T) {
 	}
 	if _, err := catalog.OpenFile(files[0]); err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A snapshot goes to the node's folder as it comes, and is in no other memory; where it cannot be there, in that.
+func TestASnapshotIsReceivedIntoTheFolder(t *testing.T) {
+	dir := t.TempDir()
+	k := newTier(t, map[string][]byte{"f": content(1, 1000)})
+	k.start("a")
+	for what, c := range map[string]struct {
+		dir  string
+		want int // names in it once the snapshot came, before it is looked at
+	}{"a folder": {dir, 1}, "none": {filepath.Join(os.Args[0], "snapshots"), 0}} {
+		var came []string
+		client := k.dial(func(config *Config) {
+			config.SnapshotDir = c.dir
+			config.Progress = func(Progress) { came, _ = filepath.Glob(filepath.Join(c.dir, "new-*")) }
+		})
+		if len(came) != c.want || client.Snapshot().Digest() != k.snap.Digest() {
+			t.Errorf("%s: %v", what, came)
+		}
+		if _, err := os.Stat(client.snapshotPath(k.snap.Digest())); (err == nil) != (c.want > 0) {
+			t.Errorf("%s: %v", what, err)
+		}
+		if left, _ := filepath.Glob(filepath.Join(c.dir, "new-*")); len(left) > 0 {
+			t.Errorf("%s: %v is left", what, left)
+		}
+	}
+}
+
+// A snapshot for which the container's memory has no room is an error that says so, and the heap of who has one in
+// memory is the smaller for it.
+func TestASnapshotInMemoryFitsTheContainer(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": content(1, 1000)})
+	k.start("a")
+	size := int64(len(k.snap.Encoded()))
+	const heap = 1 << 30
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(heap))
+	pull := func(limit int64, dir string) (*Client, error) {
+		config := k.config()
+		config.SnapshotDir = dir
+		c, err := newClient(config, quick())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		c.limit = func() (int64, bool) { return limit, true }
+		c.snapshot, err = c.pull(testContext(t), k.snap.Digest())
+		return c, err
+	}
+	limit := 3 * size // room for two
+	one, err := pull(limit, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	two, err := pull(limit, "")
+	if err != nil {
+		t.Fatal(err)
+	}
+	if now := debug.SetMemoryLimit(-1); now != heap-2*size {
+		t.Errorf("beside two snapshots the heap may have %d bytes", now)
+	}
+	if _, err := pull(limit, ""); !errors.Is(err, errTooLarge) || !strings.Contains(err.Error(), testDataset) {
+		t.Errorf("one too many: %v", err)
+	}
+	if _, err := pull(1, t.TempDir()); err != nil {
+		t.Errorf("into a folder: %v", err)
+	}
+	one.Close()
+	two.Close()
+	if now := debug.SetMemoryLimit(-1); now != heap {
+		t.Errorf("beside none the heap may have %d bytes", now)
 	}
 }
 
