@@ -240,6 +240,10 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 	n, err := readNote(e.Files[2])
 	e.Files[2].Close()
 	p := &mount.Parked{Settings: n.Settings, Conn: e.Files[0], Table: e.Files[1]}
+	if served, err := p.Served(); err == nil && !served {
+		// It may take long to resume it, or never be: until then readers must at least be killed when they are told to.
+		_ = mount.Resend(p.Conn) // which older kernels do not know
+	}
 	fail := func(err error) error {
 		p.Close()
 		return err

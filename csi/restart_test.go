@@ -9,12 +9,14 @@ import (
 	"io"
 	"log/slog"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
@@ -441,6 +443,51 @@ func bothKilled(t *testing.T, late bool) {
 	if n := fuseMounts(t, m.base); n != 0 {
 		t.Errorf("%d mounts are left", n)
 	}
+}
+
+// Who waits for what a killed node service had read can be killed while the next one cannot resume the mount.
+func TestReadersOfAMountThatCannotBeResumedCanBeKilled(t *testing.T) {
+	needMounts(t)
+	if !passesThrough(t) {
+		t.Skip("needs Linux 6.9 or later, which sends requests again")
+	}
+	k := newTier(t, pieces())
+	k.publish(1, "")
+	m := newMachine(t, k)
+	keeper := m.startKeeper()
+	first, kube := m.startNode()
+	dir := kube.publish("step")
+	d := deviceAt(t, dir)
+	keeper.parked(t, 1)
+	k.gate.hold()
+	// Read ahead would be the kernel's, for which one waits otherwise.
+	reader := exec.Command("dd", "if="+filepath.Join(dir, "piece-0"), "of=/dev/null", "iflag=direct")
+	if err := reader.Start(); err != nil {
+		t.Fatal(err)
+	}
+	over := make(chan struct{})
+	go func() { _ = reader.Wait(); close(over) }()
+	t.Cleanup(func() {
+		_ = reader.Process.Kill()
+		abort(d.minor)
+		<-over
+	})
+	eventually(t, "a read in flight", func() bool { return waiting(t, d) > 0 })
+	first.kill()
+	// The workers do not answer the next one, which has no snapshot either.
+	if err := os.RemoveAll(filepath.Join(m.config().withDefaults().Dir, "snapshots")); err != nil {
+		t.Fatal(err)
+	}
+	m.startNode()
+	if err := reader.Process.Kill(); err != nil {
+		t.Fatal(err)
+	}
+	select {
+	case <-over:
+	case <-time.After(time.Minute):
+		t.Error("who waits for the killed node service cannot be killed")
+	}
+	k.gate.release()
 }
 
 // A pod is never left Terminating by a mount that is dead, or that nobody serves at the moment.

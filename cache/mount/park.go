@@ -47,6 +47,18 @@ func (p *Parked) Close() {
 	}
 }
 
+// Served says whether a process is there that serves the mount, and answers what it has read.
+func (p *Parked) Served() (bool, error) {
+	if err := checkDevice(p.Conn); err != nil {
+		return false, fmt.Errorf("parked: %w", err)
+	}
+	l := unix.Flock_t{Type: unix.F_WRLCK, Start: successionByte, Len: 1}
+	if err := unix.FcntlFlock(p.Table.Fd(), unix.F_OFD_GETLK, &l); err != nil {
+		return false, fmt.Errorf("parked table of open files: %w", err)
+	}
+	return l.Type != unix.F_UNLCK, nil
+}
+
 // Park gives what a keeper needs so that the mount outlives this process. The mount goes on being served here;
 // when this process ends, without an Unmount, somebody can Resume it. Whoever unmounts it tells the keeper.
 func (m *Server) Park() (*Parked, error) {

@@ -283,12 +283,20 @@ func TestTwoServersShareAMountWhileHandingOver(t *testing.T) {
 	progress()
 	second, parkedAgain := startServer(t, o, parked) // both serve
 	progress()
+	is := func(p *Parked, want bool) {
+		t.Helper()
+		if served, err := p.Served(); err != nil || served != want {
+			t.Errorf("served: %v, %v", served, err)
+		}
+	}
+	is(parkedAgain, true)
 	first.kill()
 	progress()
-	third, _ := startServer(t, o, parkedAgain)
+	third, parked := startServer(t, o, parkedAgain)
 	progress()
 	second.kill()
 	progress()
+	eventually(t, "the last one is in charge", func() bool { served, err := parked.Served(); return err == nil && served })
 	close(stop)
 	wg.Wait()
 	if err := send(third.conn, note{What: "unmount"}, nil); err != nil {
@@ -297,6 +305,7 @@ func TestTwoServersShareAMountWhileHandingOver(t *testing.T) {
 	if err := third.cmd.Wait(); err != nil {
 		t.Errorf("last server: %v", err)
 	}
+	is(parked, false)
 	if at, err := mountinfo.At(dir); err != nil || len(at) != 0 {
 		t.Errorf("still mounted: %v %v", at, err)
 	}
