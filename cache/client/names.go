@@ -16,6 +16,7 @@ import (
 	"sync"
 	"time"
 
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
 )
@@ -45,8 +46,10 @@ const downTime = 5 * time.Second
 // maxNameConns bounds the connections to one worker: each carries one request at a time.
 const maxNameConns = 16
 
-// DialNames connects to the dataset's workers, and waits until they can list it. The error is ErrNotWritable where they serve a dataset that is
-// read-only, or do not know this protocol yet. It ends with ctx, or when every worker refuses this client's key.
+// DialNames connects to the dataset's workers, and waits until they can list it, unless config.Snapshot is set: then a
+// mount shows it already, whose readers can do with what the workers hold. The error is ErrNotWritable where they
+// serve a dataset that is read-only, or do not know this protocol yet. It ends with ctx, or when every worker refuses
+// this client's key.
 func DialNames(ctx context.Context, config Config) (*Names, error) {
 	c, err := newClient(config, defaultTiming())
 	if err != nil {
@@ -61,7 +64,7 @@ func DialNames(ctx context.Context, config Config) (*Names, error) {
 	if err == nil && !writable {
 		err = fmt.Errorf("dataset %s: %w", config.Dataset, ErrNotWritable)
 	}
-	if err == nil {
+	if err == nil && config.Snapshot == (catalog.Digest{}) {
 		_, err = n.List(ctx, "", "") // that workers cannot reach the bucket is better known now than by the first reader
 	}
 	if err != nil {

@@ -17,6 +17,7 @@ import (
 	"github.com/minio/minio-go/v7"
 	"github.com/minio/minio-go/v7/pkg/credentials"
 
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
@@ -173,7 +174,7 @@ func (g given) Accept() (net.Conn, error) {
 	}
 }
 
-// Workers that may not read the bucket say so to whoever connects.
+// Workers that may not read the bucket say so to whoever connects, but for who goes on with a mount.
 func TestNamesOfABucketThatDeniesThem(t *testing.T) {
 	keys := wire.GenerateKeys()
 	addr := nobodys(t, keys, func(rw http.ResponseWriter, r *http.Request) {
@@ -181,8 +182,17 @@ func TestNamesOfABucketThatDeniesThem(t *testing.T) {
 		rw.WriteHeader(422)
 		fmt.Fprint(rw, "s3://bucket: the key may not list")
 	})
-	if _, err := DialNames(testContext(t), Config{Dataset: "ns/data", Seeds: []string{addr}, Keys: keys, Logger: quiet()}); !errors.Is(err, source.ErrDenied) || !strings.Contains(err.Error(), "may not list") {
+	config := Config{Dataset: "ns/data", Seeds: []string{addr}, Keys: keys, Logger: quiet()}
+	if _, err := DialNames(testContext(t), config); !errors.Is(err, source.ErrDenied) || !strings.Contains(err.Error(), "may not list") {
 		t.Errorf("%v", err)
+	}
+	config.Snapshot = catalog.Digest{1}
+	n, err := DialNames(testContext(t), config)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := n.Close(); err != nil {
+		t.Error(err)
 	}
 }
 
