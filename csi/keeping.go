@@ -240,7 +240,9 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 	n, err := readNote(e.Files[2])
 	e.Files[2].Close()
 	p := &mount.Parked{Settings: n.Settings, Conn: e.Files[0], Table: e.Files[1]}
-	if served, err := p.Served(); err == nil && !served {
+	served, serr := p.Served()
+	unserved := serr == nil && !served
+	if unserved {
 		// It may take long to resume it, or never be: until then readers must at least be killed when they are told to.
 		_ = mount.Resend(p.Conn) // which older kernels do not know
 	}
@@ -269,13 +271,30 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 		s.clear(dir)
 		return conn.Drop(e.Name)
 	}
+	err = k.serve(ctx, v, p)
+	if err == nil || !unserved || ctx.Err() != nil || s.superseded() {
+		return err
+	}
+	if users, uerr := s.users(); uerr != nil || len(users[deviceOf(at[0])]) > 0 {
+		return errors.Join(err, uerr)
+	}
+	// Its Dataset is gone, perhaps, and no pod to come would get it.
+	s.log.Warn("a parked mount cannot be resumed: unmounted, since no pod has it", "dataset", v.name(), "dir", dir, "error", err)
+	err = conn.Drop(e.Name)
+	s.clear(dir)
+	return err
+}
+
+// serve resumes a mount of the Dataset. p is used up.
+func (k *keeping) serve(ctx context.Context, v volume, p *mount.Parked) error {
+	s, shows, dir := k.s, p.Settings.Snapshot, p.Settings.Dir
 	s.mu.Lock()
 	set := s.sets[v.name()]
 	if set == nil {
 		// The key counts as proven: the former node service parked it because the workers took it.
 		set = &dataset{
 			namespace: v.namespace, name: v.dataset, proven: v.keys[0], keys: v.keys, copies: v.copies, memory: v.memory,
-			current: n.Settings.Snapshot, turn: make(chan struct{}, 1),
+			current: shows, turn: make(chan struct{}, 1),
 		}
 		s.sets[v.name()] = set
 	}
@@ -283,13 +302,15 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 	select {
 	case set.turn <- struct{}{}:
 	case <-ctx.Done():
-		return fail(context.Cause(ctx))
+		p.Close()
+		return context.Cause(ctx)
 	}
 	defer func() { <-set.turn }()
-	c, err := s.dial(ctx, set, n.Settings.Snapshot)
+	c, err := s.dial(ctx, set, shows)
 	if err != nil {
 		s.shrink(set)
-		return fail(err)
+		p.Close()
+		return err
 	}
 	server, err := c.Resume(ctx, p, s.mountOptions(set))
 	if err != nil {
@@ -298,6 +319,6 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 		return err
 	}
 	s.add(set, c, server, 0)
-	s.log.Info("resumed", "dataset", set.String(), "snapshot", hex.EncodeToString(n.Settings.Snapshot[:6]), "dir", dir)
+	s.log.Info("resumed", "dataset", set.String(), "snapshot", hex.EncodeToString(shows[:6]), "dir", dir)
 	return nil
 }

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"crypto/sha256"
+	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -25,7 +26,9 @@ import (
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // Here node services and keepers are processes that are killed, while the worker and the pods are this process.
@@ -488,6 +491,72 @@ func TestReadersOfAMountThatCannotBeResumedCanBeKilled(t *testing.T) {
 		t.Error("who waits for the killed node service cannot be killed")
 	}
 	k.gate.release()
+}
+
+// unresumable parks a mount that a pod has and nobody serves, nor can: its settings say too little.
+func (m *machine) unresumable(n *node, shows, target string) (dir string) {
+	m.t.Helper()
+	dir = filepath.Join(n.s.mountsDir, "argo.genomes.unresumable")
+	if err := os.Mkdir(dir, 0o755); err != nil {
+		m.t.Fatal(err)
+	}
+	conn, err := mount.Attach(dir, testDataset)
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer conn.Close()
+	if err := errors.Join(os.MkdirAll(target, 0o755), unix.Mount(dir, target, "", unix.MS_BIND, "")); err != nil {
+		m.t.Fatal(err)
+	}
+	d := deviceAt(m.t, dir)
+	entry := note{
+		Namespace: "argo", Dataset: "genomes", Keys: string(wire.FormatKeys(m.tier.keys.Read)), Copies: 1,
+		Settings: mount.Settings{Dir: dir, Major: d.major, Minor: d.minor},
+	}
+	if _, err := hex.Decode(entry.Settings.Snapshot[:], []byte(shows)); err != nil {
+		m.t.Fatal(err)
+	}
+	f, err := entry.write()
+	if err != nil {
+		m.t.Fatal(err)
+	}
+	defer f.Close()
+	if err := n.s.keeping.current().Park(filepath.Base(dir), conn, f, f); err != nil {
+		m.t.Fatal(err)
+	}
+	return dir
+}
+
+// keeps is how many mounts the keeper has.
+func (n *node) keeps(t *testing.T) int {
+	t.Helper()
+	all, err := n.s.keeping.current().List()
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, e := range all {
+		e.Close()
+	}
+	return len(all)
+}
+
+func TestAParkedMountThatCannotBeResumedGoesWithItsLastPod(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	k.publish(1, "")
+	m := newMachine(t, k)
+	m.keep()
+	n := m.run(nil)
+	dir := m.unresumable(n, k.current(), n.target("step"))
+	n.s.keeping.adopt(testContext(t))
+	if n.keeps(t) != 1 || fuseMounts(t, m.base) != 2 {
+		t.Error("it is gone, and a pod has it")
+	}
+	n.unpublish("step")
+	eventually(t, "nothing of it to be left", func() bool { return n.keeps(t) == 0 && fuseMounts(t, m.base) == 0 })
+	if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
+		t.Errorf("its folder is left: %v", err)
+	}
 }
 
 // A pod is never left Terminating by a mount that is dead, or that nobody serves at the moment.
