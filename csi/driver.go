@@ -492,6 +492,7 @@ func (s *service) removeSockets() {
 func (s *service) housekeep(ctx context.Context, g *errgroup.Group) {
 	t := time.NewTicker(tick)
 	defer t.Stop()
+	adopting := make(chan struct{}, 1)
 	for empty := 0; ; {
 		select {
 		case <-ctx.Done():
@@ -513,7 +514,11 @@ func (s *service) housekeep(ctx context.Context, g *errgroup.Group) {
 			s.log.Warn("mounts that pods serve are not looked after", "error", err)
 		}
 		s.lender.watch()
-		s.keeping.adopt(ctx)
+		select {
+		case adopting <- struct{}{}:
+			g.Go(func() error { s.keeping.adopt(ctx); <-adopting; return nil })
+		default: // it waits for workers, which is in nobody's way
+		}
 		if s.takeRenewed() {
 			s.keeping.parkAll()
 		}

@@ -559,6 +559,35 @@ func TestAParkedMountThatCannotBeResumedGoesWithItsLastPod(t *testing.T) {
 	}
 }
 
+// A mount whose snapshot no worker has is waited for; that is in the way of nothing else.
+func TestTheHouseIsKeptWhileAMountIsBeingResumed(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	k.publish(1, "")
+	m := newMachine(t, k)
+	m.keep()
+	n := m.run(nil)
+	m.unresumable(n, strings.Repeat("ab", 32), n.target("step"))
+	eventually(t, "it is being resumed", func() bool {
+		n.s.keeping.mu.Lock()
+		defer n.s.keeping.mu.Unlock()
+		return len(n.s.keeping.resuming) > 0
+	})
+	// What another node service published is found by looking.
+	p := &borrowing{t: t, m: m, k: n.kubelet, uid: "pod-1"}
+	p.data = p.target("data")
+	if err := os.MkdirAll(p.data, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	conn, err := mount.Attach(p.data, lentSource+p.uid+":"+testDataset)
+	if err != nil {
+		t.Fatal(err)
+	}
+	conn.Close()
+	eventually(t, "another thing is seen to", func() bool { return p.volume(n.s) != nil })
+	n.unpublish("step")
+}
+
 // A pod is never left Terminating by a mount that is dead, or that nobody serves at the moment.
 func TestUnpublishNeverWaitsForAMount(t *testing.T) {
 	needMounts(t)
