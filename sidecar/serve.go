@@ -29,6 +29,9 @@ const (
 	keeperWait = 10 * time.Second
 	// keeperRetry is the pause between two attempts to reach it.
 	keeperRetry = 50 * time.Millisecond
+	// snapshotWait is how long workers have to find the snapshot of a mount that is taken over. A node service ends a
+	// mount that has no server for a minute.
+	snapshotWait = 10 * time.Second
 	// unmountWait is how long the end waits for readers; the kubelet gives 2 s at least.
 	unmountWait = time.Second
 )
@@ -211,7 +214,7 @@ func resume(ctx context.Context, c client.Config, entry keeper.Entry, o mount.Op
 		return nil, err
 	}
 	c.Snapshot = p.Settings.Snapshot
-	reader, err := mount.Connect(ctx, c)
+	reader, err := reconnect(ctx, c)
 	if err != nil {
 		p.Close()
 		return nil, err
@@ -222,6 +225,33 @@ func resume(ctx context.Context, c client.Config, entry keeper.Entry, o mount.Op
 		return nil, err
 	}
 	return &mounted{reader, m}, nil
+}
+
+// reconnect connects to the workers for what a mount shows. It waits while they are away or list, but not once they
+// have another snapshot and this one no more: no server could go on with the mount, and its readers would wait for ever.
+func reconnect(ctx context.Context, c client.Config) (*mount.Tier, error) {
+	for {
+		dial, cancel := context.WithCancelCause(ctx)
+		t := time.AfterFunc(snapshotWait, func() { cancel(context.DeadlineExceeded) })
+		c.Progress = func(p client.Progress) {
+			if p.Size > 0 { // it is being received
+				t.Reset(snapshotWait)
+			}
+		}
+		reader, err := mount.Connect(dial, c)
+		over := dial.Err() != nil && ctx.Err() == nil
+		t.Stop()
+		cancel(nil)
+		if err == nil || !over {
+			return reader, err
+		}
+		if !errors.Is(err, wire.ErrUnknownSnapshot) {
+			continue
+		}
+		if now, cerr := client.Current(ctx, c); cerr != nil || now != c.Snapshot {
+			return nil, err
+		}
+	}
 }
 
 // mkdirUnmounted makes a folder without a look at a mount on it.

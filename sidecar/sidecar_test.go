@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"strings"
+	"sync"
 	"syscall"
 	"testing"
 	"time"
@@ -112,7 +113,7 @@ func (p *pod) write(path string, b []byte) {
 }
 
 // workers starts the tier.
-func (p *pod) workers() {
+func (p *pod) workers() (stop func()) {
 	p.t.Helper()
 	keys := wire.GenerateKeys()
 	folder := tier.Folder{Dir: filepath.Join(p.tier, "genomes"), Dataset: "argo/genomes", Copies: 1}
@@ -130,12 +131,14 @@ func (p *pod) workers() {
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
 	go func() { done <- w.Serve(ctx) }()
-	p.t.Cleanup(func() {
+	stop = sync.OnceFunc(func() {
 		cancel()
 		<-done
 		w.Close()
 	})
+	p.t.Cleanup(stop)
 	p.members(ring.Member{ID: "w0", Addr: w.Addr().String(), Control: w.ControlAddr().String(), State: ring.Ready})
+	return stop
 }
 
 func (p *pod) members(m ...ring.Member) {
@@ -348,6 +351,40 @@ func TestKilledServerIsSucceeded(t *testing.T) {
 	s.term()
 	k.term()
 	p.nothingLeft()
+}
+
+// A successor whose workers have another snapshot, and the old one no more, serves that: who had the old one open gets
+// an error, and nobody waits for ever.
+func TestSuccessorOfAMountWhoseSnapshotIsGoneMakesItAnew(t *testing.T) {
+	needMount(t)
+	p := newPod(t)
+	stop := p.workers()
+	k, s := p.keep(), p.serve()
+	p.ready(k, s)
+	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s.kill()
+	if err := os.Remove(filepath.Join(p.dir, readyFile)); err != nil {
+		t.Fatal(err)
+	}
+	stop()
+	if err := os.RemoveAll(filepath.Join(p.base, "store")); err != nil {
+		t.Fatal(err)
+	}
+	p.files["added"] = []byte("later")
+	p.write(filepath.Join(p.base, "bucket", "added"), p.files["added"])
+	p.workers()
+	s = p.serve()
+	p.ready(k, s)
+	p.check()
+	if _, err := io.ReadAll(f); err == nil {
+		t.Error("a file of the snapshot that is gone was read to its end")
+	}
+	s.term()
+	k.term()
 }
 
 // A server that is killed while its pod ends has no successor; the pod must go all the same.
