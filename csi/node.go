@@ -149,18 +149,21 @@ func (s *service) publish(target, fstype, source string, make func() error) erro
 // publishDataset binds the mount of the current snapshot at target. A pod whose container is started again, or
 // whose call is repeated, keeps what it has; only a dead mount is replaced.
 func (s *service) publishDataset(ctx context.Context, target string, v volume) error {
-	at, err := mountinfo.At(target)
-	if err != nil {
+	at, served, err := s.servedAt(target, v)
+	if err != nil || served {
 		return err
-	}
-	if len(at) > 0 && at[0].Type == mount.FSType && s.serves(v.name(), deviceOf(at[0])) {
-		return nil
 	}
 	m, done, err := s.take(ctx, v)
 	if err != nil {
 		return err
 	}
 	defer done()
+	if at, served, err = s.servedAt(target, v); err != nil || served { // it may have been resumed meanwhile
+		return err
+	}
+	if len(at) > 0 && at[0].Type == mount.FSType && !s.dead(ctx, target) {
+		return status.Errorf(codes.Unavailable, "the mount at %s waits to be served again; if it stays so, delete the pod", target)
+	}
 	if len(at) > 0 {
 		s.log.Warn("a dead mount is replaced", "target", target, "source", at[0].Source)
 		if _, err := mountinfo.Detach(target, nil); err != nil {
@@ -178,6 +181,12 @@ func (s *service) publishDataset(ctx context.Context, target string, v volume) e
 		return errors.Join(&fs.PathError{Op: "make read-only", Path: target, Err: err}, derr, os.Remove(target))
 	}
 	return nil
+}
+
+// servedAt says what is mounted at a path, and whether this process serves it for the Dataset.
+func (s *service) servedAt(target string, v volume) (at []mountinfo.Mount, served bool, err error) {
+	at, err = mountinfo.At(target)
+	return at, len(at) > 0 && at[0].Type == mount.FSType && s.serves(v.name(), deviceOf(at[0])), err
 }
 
 // serves says whether a file system is one that this process serves for the Dataset.

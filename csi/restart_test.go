@@ -22,6 +22,8 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sys/unix"
 	"google.golang.org/grpc"
+	"google.golang.org/grpc/codes"
+	"google.golang.org/grpc/status"
 
 	"github.com/container-storage-interface/spec/lib/go/csi"
 
@@ -557,6 +559,67 @@ func TestAParkedMountThatCannotBeResumedGoesWithItsLastPod(t *testing.T) {
 	if _, err := os.Lstat(dir); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("its folder is left: %v", err)
 	}
+}
+
+// A call that is repeated for a running pod leaves it the mount that it has, unless that is dead.
+func TestARepeatedCallReplacesNoMountThatIsParkedOrResumed(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	k.publish(1, "")
+	m := newMachine(t, k)
+	m.keep()
+	n := m.run(nil)
+	m.unresumable(n, k.current(), n.target("parked"))
+	d := deviceAt(t, n.target("parked"))
+	if _, err := n.NodePublishVolume(testContext(t), n.request("parked")); status.Code(err) != codes.Unavailable {
+		t.Errorf("a parked mount: %v", err)
+	}
+	if deviceAt(t, n.target("parked")) != d {
+		t.Error("a parked mount was replaced")
+	}
+
+	// Not resumed yet when the call begins, and resumed while it waits for its turn.
+	dir := n.publish("resumed")
+	open, err := os.Open(filepath.Join(dir, "big")) // or another mount could have this one's number
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer open.Close()
+	before, err := mountinfo.At(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	n.s.mu.Lock()
+	set := n.s.sets[testDataset]
+	mounts := set.mounts
+	set.mounts, set.copies = nil, 0
+	n.s.mu.Unlock()
+	n.s.keeping.begin(mounts[0].id) // or it is resumed indeed
+	set.turn <- struct{}{}
+	done := make(chan error, 1)
+	go func() {
+		_, err := n.NodePublishVolume(testContext(t), n.request("resumed"))
+		done <- err
+	}()
+	eventually(t, "the call has been let in", func() bool {
+		n.s.mu.Lock()
+		defer n.s.mu.Unlock()
+		return set.copies > 0
+	})
+	n.s.mu.Lock()
+	set.mounts = mounts
+	n.s.mu.Unlock()
+	n.s.keeping.finish(mounts[0].id)
+	<-set.turn
+	if err := <-done; err != nil {
+		t.Error(err)
+	}
+	if after, err := mountinfo.At(dir); err != nil || !slices.Equal(after, before) {
+		t.Errorf("a mount that was resumed meanwhile was replaced: %v, %v, before %v", after, err, before)
+	}
+	open.Close()
+	n.unpublish("parked")
+	n.unpublish("resumed")
 }
 
 // A mount whose snapshot no worker has is waited for; that is in the way of nothing else.
