@@ -47,9 +47,13 @@ func openState() (*state, error) {
 		_ = os.Remove(dir)
 		return nil, fmt.Errorf("the temporary folder's name %s is too long for the Unix sockets below it (%d characters at most): set TMPDIR to a shorter one", dir, socketPath)
 	}
-	lock, err := lockFolder(dir)
+	// It gets its name once it is locked: another run takes a lock that nobody holds for that of one that was killed.
+	lock, err := lockFile(filepath.Join(dir, "new"), os.O_CREATE)
+	if err == nil {
+		err = os.Rename(lock.Name(), filepath.Join(dir, lockName))
+	}
 	if err != nil {
-		_ = os.Remove(dir)
+		_ = os.RemoveAll(dir)
 		return nil, err
 	}
 	return &state{dir: dir, lock: lock}, nil
@@ -71,8 +75,11 @@ func private(dir string) error {
 	return nil
 }
 
-func lockFolder(dir string) (*os.File, error) {
-	f, err := os.OpenFile(filepath.Join(dir, "lock"), os.O_CREATE|os.O_RDWR, 0o600)
+// lockName is the file in a run's folder that it has locked.
+const lockName = "lock"
+
+func lockFile(path string, flags int) (*os.File, error) {
+	f, err := os.OpenFile(path, flags|os.O_RDWR, 0o600)
 	if err != nil {
 		return nil, err
 	}
@@ -92,12 +99,9 @@ func sweep(parent string) {
 	}
 	for _, e := range entries {
 		dir := filepath.Join(parent, e.Name())
-		if _, err := os.Lstat(filepath.Join(dir, "lock")); err != nil {
-			continue // being made, or not a run's
-		}
-		lock, err := lockFolder(dir)
+		lock, err := lockFile(filepath.Join(dir, lockName), 0)
 		if err != nil {
-			continue // alive
+			continue // alive, being made, or not a run's
 		}
 		(&state{dir: dir, lock: lock}).close()
 	}
