@@ -163,7 +163,7 @@ func (k *keeping) parkAll() {
 }
 
 // adopt resumes what is parked and not served here: what a former node service left, or made while this one
-// started. What cannot be resumed now stays parked, and is tried again at the next round.
+// started. What cannot be resumed now stays parked while a pod has it, and is tried again at the next round.
 func (k *keeping) adopt(ctx context.Context) {
 	conn := k.current()
 	if conn == nil || k.s.superseded() {
