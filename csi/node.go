@@ -149,8 +149,7 @@ func (s *service) publish(target, fstype, source string, make func() error) erro
 // publishDataset binds the mount of the current snapshot at target. A pod whose container is started again, or
 // whose call is repeated, keeps what it has; only a dead mount is replaced.
 func (s *service) publishDataset(ctx context.Context, target string, v volume) error {
-	at, served, err := s.servedAt(target, v)
-	if err != nil || served {
+	if _, served, err := s.servedAt(target, v); err != nil || served {
 		return err
 	}
 	m, done, err := s.take(ctx, v)
@@ -158,7 +157,8 @@ func (s *service) publishDataset(ctx context.Context, target string, v volume) e
 		return err
 	}
 	defer done()
-	if at, served, err = s.servedAt(target, v); err != nil || served { // it may have been resumed meanwhile
+	at, served, err := s.servedAt(target, v) // it may have been resumed meanwhile
+	if err != nil || served {
 		return err
 	}
 	if len(at) > 0 && at[0].Type == mount.FSType && !s.dead(ctx, target) {
