@@ -335,6 +335,23 @@ func TestScheduleThatIsEditedCountsAtOnce(t *testing.T) {
 	}
 }
 
+// What spreads the passes of many loads must not be a part of a long wait.
+func TestScheduledLoadDoesNotStartLate(t *testing.T) {
+	w := newWorld(t)
+	w.ready("genomes", 1, 1, 1000)
+	l := w.dataload("yearly", "genomes")
+	l.Spec.Schedule = v1alpha1.Schedule(fmt.Sprintf("0 0 1 %d *", 1+(w.clock.Now().UTC().Month()+5)%12))
+	w.must(w.Create(t.Context(), l))
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting")
+	w.stopManager()
+	r := dataload.New(w.Client, w.Client, events.NewFakeRecorder(100), dataset.Options{Clock: w.clock})
+	before := w.clock.Now()
+	got, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: client.ObjectKeyFromObject(l)})
+	if err != nil || got.RequeueAfter == 0 || before.Add(got.RequeueAfter).After(l.Status.NextScheduleTime.Add(3*time.Second)) {
+		t.Errorf("asks for a pass in %v, %v before the run: %v", got.RequeueAfter, l.Status.NextScheduleTime.Sub(before), err)
+	}
+}
+
 func TestRunIsPutOffUntilTheLastOneIsForgotten(t *testing.T) {
 	w := newWorld(t)
 	w.ready("genomes", 1, 2, 1000)

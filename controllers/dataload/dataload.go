@@ -208,7 +208,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if p.again == 0 {
 		return reconcile.Result{}, nil
 	}
-	return reconcile.Result{RequeueAfter: p.again + rand.N(p.again/10+1)}, nil
+	// Spread, so that many loads do not come at once; a run that is months ahead must not start days late.
+	return reconcile.Result{RequeueAfter: p.again + rand.N(min(p.again/10, 3*time.Second)+1)}, nil
 }
 
 func ignoreConflict(err error) error {
