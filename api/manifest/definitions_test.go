@@ -5,7 +5,10 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"testing"
+
+	structuralschema "k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
 )
 
 // The embedded definitions are those that a cluster gets, byte for byte.
@@ -43,6 +46,40 @@ func TestDefinitionsCompile(t *testing.T) {
 		}
 		if k.rules == nil {
 			t.Errorf("%s has no rules", name)
+		}
+	}
+}
+
+// Argo CD compares a list whole: what a server adds to an item of one is a difference that no sync takes away. A
+// list's keys must have their defaults, or an item without one is refused.
+func TestServersAddNothingToTheItemsOfLists(t *testing.T) {
+	for name, compiled := range kinds {
+		k, err := compiled()
+		if err != nil {
+			t.Fatal(err)
+		}
+		spec := k.structural.Properties["spec"]
+		noDefaultsInItems(t, name+".spec", &spec, false)
+	}
+}
+
+func noDefaultsInItems(t *testing.T, at string, s *structuralschema.Structural, inItem bool) {
+	t.Helper()
+	if inItem && s.Default.Object != nil {
+		t.Errorf("%s has a default within an item of a list", at)
+	}
+	for name, p := range s.Properties {
+		noDefaultsInItems(t, at+"."+name, &p, inItem)
+	}
+	if s.AdditionalProperties != nil && s.AdditionalProperties.Structural != nil {
+		noDefaultsInItems(t, at+"{}", s.AdditionalProperties.Structural, inItem)
+	}
+	if s.Items == nil {
+		return
+	}
+	for name, p := range s.Items.Properties {
+		if !slices.Contains(s.XListMapKeys, name) {
+			noDefaultsInItems(t, at+"[]."+name, &p, true)
 		}
 	}
 }

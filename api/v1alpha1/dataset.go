@@ -54,7 +54,7 @@ type DatasetList struct {
 // +kubebuilder:validation:XValidation:rule="!self.write.exclusive || self.access == 'ReadWrite'",fieldPath=".write.exclusive",message="write.exclusive needs access: ReadWrite; remove it or change access"
 // +kubebuilder:validation:XValidation:rule="self.refresh.policy == 'Never' || self.access != 'ReadWrite'",fieldPath=".refresh.policy",message="a ReadWrite Dataset has no snapshot to refresh: its listing is always the bucket's; set refresh.policy to Never"
 // +kubebuilder:validation:XValidation:rule="self.access != 'ReadWrite' || !self.mounts.exists(m, m.source.startsWith('dataset://'))",fieldPath=".mounts",message="access: ReadWrite cannot write into another Dataset; mount its bucket (s3:// or oss://) instead of dataset://"
-// +kubebuilder:validation:XValidation:rule="!self.mounts.exists(m, m.ambient) || (has(self.workers.template) && has(self.workers.template.spec) && has(self.workers.template.spec.serviceAccountName))",fieldPath=".mounts",message="a mount with ambient: true needs workers.template.spec.serviceAccountName, the service account whose platform identity the workers take"
+// +kubebuilder:validation:XValidation:rule="!self.mounts.exists(m, has(m.ambient) && m.ambient) || (has(self.workers.template) && has(self.workers.template.spec) && has(self.workers.template.spec.serviceAccountName))",fieldPath=".mounts",message="a mount with ambient: true needs workers.template.spec.serviceAccountName, the service account whose platform identity the workers take"
 type DatasetSpec struct {
 	// Mounts say where the data comes from and where it appears. The paths of two mounts must not
 	// overlap. Mounts may be added; a mount's path and source cannot change afterwards, since pods may be

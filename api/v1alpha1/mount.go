@@ -2,8 +2,8 @@ package v1alpha1
 
 // Mount is one source of a Dataset and the path at which it appears.
 //
-// +kubebuilder:validation:XValidation:rule="self.source.startsWith('s3://') || self.source.startsWith('oss://') || !(has(self.endpoint) || has(self.region) || has(self.credentialsSecretRef) || self.anonymous || self.ambient || self.allowUnversioned)",message="endpoint, region, credentialsSecretRef, anonymous, ambient and allowUnversioned are for s3:// and oss:// sources; remove them"
-// +kubebuilder:validation:XValidation:rule="(has(self.credentialsSecretRef) ? 1 : 0) + (self.anonymous ? 1 : 0) + (self.ambient ? 1 : 0) <= 1",message="set at most one of credentialsSecretRef, anonymous and ambient"
+// +kubebuilder:validation:XValidation:rule="self.source.startsWith('s3://') || self.source.startsWith('oss://') || !(has(self.endpoint) || has(self.region) || has(self.credentialsSecretRef) || (has(self.anonymous) && self.anonymous) || (has(self.ambient) && self.ambient) || (has(self.allowUnversioned) && self.allowUnversioned))",message="endpoint, region, credentialsSecretRef, anonymous, ambient and allowUnversioned are for s3:// and oss:// sources; remove them"
+// +kubebuilder:validation:XValidation:rule="(has(self.credentialsSecretRef) ? 1 : 0) + (has(self.anonymous) && self.anonymous ? 1 : 0) + (has(self.ambient) && self.ambient ? 1 : 0) <= 1",message="set at most one of credentialsSecretRef, anonymous and ambient"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || has(self.endpoint)",message="an oss:// source needs an endpoint or a region, such as region: cn-shanghai"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || !has(self.endpoint) || (self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?/?$') && !self.endpoint.contains('accelerate'))",fieldPath=".region",message="the region cannot be told from this endpoint, and requests to OSS are signed with it; set region, such as cn-shanghai"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || !has(self.region) || (self.region.matches('^[a-z]+(-[a-z0-9]+)+$') && !self.region.startsWith('oss-') && !self.region.endsWith('-internal'))",fieldPath=".region",message="the region of OSS is written without oss- and -internal, such as cn-shanghai"
@@ -58,21 +58,18 @@ type Mount struct {
 	// Anonymous sends unsigned requests, for public buckets.
 	//
 	// +optional
-	// +default=false
 	Anonymous bool `json:"anonymous,omitempty"`
 
 	// Ambient takes the platform's own credentials, those of the workers' service account, which must
 	// then be named in workers.template.
 	//
 	// +optional
-	// +default=false
 	Ambient bool `json:"ambient,omitempty"`
 
 	// AllowUnversioned accepts objects that the store gives neither an ETag nor a version; their bytes
 	// are bound to size and time only, so that some changes cannot be seen.
 	//
 	// +optional
-	// +default=false
 	AllowUnversioned bool `json:"allowUnversioned,omitempty"`
 }
 
@@ -84,7 +81,7 @@ type CredentialsRef struct {
 	Name string `json:"name"`
 
 	// Keys maps to other key names where the Secret does not have accessKeyID, accessKeySecret and
-	// optionally sessionToken.
+	// optionally sessionToken; one that is left out keeps its name.
 	//
 	// +optional
 	Keys *CredentialKeys `json:"keys,omitempty"`
@@ -93,15 +90,12 @@ type CredentialsRef struct {
 // CredentialKeys are the keys of a Secret that hold credentials.
 type CredentialKeys struct {
 	// +optional
-	// +default="accessKeyID"
 	AccessKeyID SecretKey `json:"accessKeyID,omitempty"`
 	// +optional
-	// +default="accessKeySecret"
 	AccessKeySecret SecretKey `json:"accessKeySecret,omitempty"`
 	// SessionToken is the key of a temporary credential's token; the Secret need not have it.
 	//
 	// +optional
-	// +default="sessionToken"
 	SessionToken SecretKey `json:"sessionToken,omitempty"`
 }
 
