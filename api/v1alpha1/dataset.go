@@ -168,16 +168,18 @@ type Workers struct {
 	// than the largest file up to that has.
 	//
 	// +required
-	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('16Mi')) >= 0",message="memory of a worker must be at least 16Mi, four blocks"
-	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('64Ti')) <= 0",message="memory of a worker must be at most 64Ti"
+	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$')",message="must be a quantity such as 12Gi or 500Mi, of at most 32 digits, with a whole exponent of at most two"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('16Mi')) >= 0",message="memory of a worker must be at least 16Mi, four blocks"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('64Ti')) <= 0",message="memory of a worker must be at most 64Ti"
 	Memory resource.Quantity `json:"memory"`
 
 	// CPU is what each worker asks of its node, 250m where it is absent; there is no limit. On a node whose CPUs
 	// are all busy it is what the worker gets, and a worker serves about 1 GB/s with one.
 	//
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('10m')) >= 0",message="cpu of a worker must be at least 10m"
-	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('1k')) <= 0",message="cpu of a worker must be at most 1k"
+	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$')",message="must be a quantity such as 250m or 2, of at most 32 digits, with a whole exponent of at most two"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('10m')) >= 0",message="cpu of a worker must be at least 10m"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('1k')) <= 0",message="cpu of a worker must be at most 1k"
 	CPU *resource.Quantity `json:"cpu,omitempty"`
 
 	// Copies is how many workers hold each block, on distinct nodes where there are enough.
@@ -261,8 +263,9 @@ type NodeCache struct {
 	// also what applies when it is absent; 0 streams everything.
 	//
 	// +optional
-	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('0')) >= 0",message="memory of a node must not be negative; 0 streams everything"
-	// +kubebuilder:validation:XValidation:rule="!isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('64Ti')) <= 0",message="memory of a node must be at most 64Ti"
+	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$')",message="must be a quantity such as 12Gi or 500Mi, of at most 32 digits, with a whole exponent of at most two"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('0')) >= 0",message="memory of a node must not be negative; 0 streams everything"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('64Ti')) <= 0",message="memory of a node must be at most 64Ti"
 	Memory *resource.Quantity `json:"memory,omitempty"`
 }
 
