@@ -389,6 +389,33 @@ func TestLoadIsDeletedAfterItsTimeToLive(t *testing.T) {
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(kept), kept))
 }
 
+// The load that runs after it has to see that it completed.
+func TestLoadIsKeptBeyondItsTimeToLiveForTheOneThatRunsAfterIt(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 2, 1000)
+	second := w.dataload("second", "late")
+	second.Spec.RunAfter = &v1alpha1.Reference{Name: "first"}
+	w.must(w.Create(t.Context(), second))
+	w.condition(second, v1alpha1.ConditionComplete, metav1.ConditionFalse, "DatasetNotFound")
+	first := w.load(d, "first", func(l *v1alpha1.DataLoad) { l.Spec.TTLSecondsAfterFinished = ptr.To[int32](60) })
+	w.stopManager()
+	w.clock.advance(time.Minute)
+	r := dataload.New(w.Client, w.Client, events.NewFakeRecorder(100), dataset.Options{Clock: w.clock})
+	if got, err := r.Reconcile(t.Context(), reconcile.Request{NamespacedName: client.ObjectKeyFromObject(first)}); err != nil || got.RequeueAfter == 0 {
+		t.Errorf("%+v, %v", got, err)
+	}
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(first), first))
+	if first.DeletionTimestamp != nil {
+		t.Fatal("deleted while another load waits to run after it")
+	}
+	w.start()
+	w.ready("late", 1, 0, 0)
+	w.condition(second, v1alpha1.ConditionComplete, metav1.ConditionTrue, "Loaded")
+	w.stopManager()
+	w.start()
+	w.gone(first)
+}
+
 func TestDeletedLoadIsNotStuckWithoutWorkersOrDataset(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 1, 2, 1000)

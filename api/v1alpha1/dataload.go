@@ -86,7 +86,8 @@ type DataLoadSpec struct {
 	RunAfter *Reference `json:"runAfter,omitempty"`
 
 	// TTLSecondsAfterFinished deletes the DataLoad, and with it its pins, so long after it completed or
-	// failed. A scheduled load never finishes. Absent: it is kept.
+	// failed, and once every other that runs after it has begun. A scheduled load never finishes. Absent: it
+	// is kept.
 	//
 	// +optional
 	// +kubebuilder:validation:Minimum=0

@@ -3,6 +3,7 @@ package dataload
 import (
 	"context"
 	"errors"
+	"slices"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -48,7 +49,8 @@ func (r *Reconciler) finish(p *pass) {
 	}
 }
 
-// expired deletes a load whose time to live is over.
+// expired deletes a load whose time to live is over. One that others wait to run after is kept until they have begun:
+// they have to see that it completed.
 func (r *Reconciler) expired(ctx context.Context, p *pass) (bool, error) {
 	l := p.load
 	if !ended(l) || l.Spec.TTLSecondsAfterFinished == nil || l.Status.CompletionTime == nil {
@@ -59,7 +61,24 @@ func (r *Reconciler) expired(ctx context.Context, p *pass) (bool, error) {
 		p.soon(left)
 		return false, nil
 	}
+	waiting, err := r.waitFor(ctx, l)
+	if waiting || err != nil {
+		p.soon(waitPoll)
+		return false, err
+	}
 	return true, client.IgnoreNotFound(r.client.Delete(ctx, l, client.Preconditions{UID: &l.UID}))
+}
+
+// waitFor says whether others have yet to run after a load.
+func (r *Reconciler) waitFor(ctx context.Context, l *v1alpha1.DataLoad) (bool, error) {
+	list := &v1alpha1.DataLoadList{}
+	if err := r.client.List(ctx, list, client.InNamespace(l.Namespace)); err != nil {
+		return false, err
+	}
+	return slices.ContainsFunc(list.Items, func(o v1alpha1.DataLoad) bool {
+		return o.Spec.RunAfter != nil && o.Spec.RunAfter.Name == l.Name && o.DeletionTimestamp.IsZero() &&
+			(o.Status.Phase == "" || o.Status.Phase == v1alpha1.DataLoadPending)
+	}), nil
 }
 
 // forgetRun ends the last run at the workers, and with it its pins.
