@@ -140,7 +140,8 @@ func (r *Reconciler) progress(p *pass, sum tierclient.LoadSum) {
 	g.Bytes, g.TotalBytes = sum.Resident, sum.Total
 	switch {
 	case sum.Total > 0:
-		g.Percent = int32(float64(sum.Resident) / float64(sum.Total) * 100)
+		// A worker that is to hold less than before still counts what it held.
+		g.Percent = int32(min(100, float64(sum.Resident)/float64(sum.Total)*100))
 	case sum.Done:
 		g.Percent = 100 // nothing to load
 	}
