@@ -5,6 +5,7 @@ import (
 	"encoding/json"
 	"fmt"
 	"slices"
+	"time"
 
 	admissionv1 "k8s.io/api/admission/v1"
 	"k8s.io/apimachinery/pkg/types"
@@ -231,6 +232,11 @@ func (h *Validate) load(ctx context.Context, l *v1alpha1.DataLoad, v *verdict) e
 		v.warn("%s: there is no Dataset %s in namespace %s yet (there is: %s); the load waits for it", spec.Child("datasetRef"), l.Spec.DatasetRef.Name, l.Namespace, listed(names))
 	} else {
 		h.fits(datasets[i], l, v)
+	}
+	if l.Spec.Schedule != "" {
+		if _, err := l.Spec.Schedule.Next(time.Now()); err != nil {
+			v.errs = append(v.errs, field.Invalid(spec.Child("schedule"), l.Spec.Schedule, err.Error()))
+		}
 	}
 	if l.Spec.RunAfter == nil {
 		return nil

@@ -46,6 +46,10 @@ func after(name string) func(*v1alpha1.DataLoad) {
 	return func(l *v1alpha1.DataLoad) { l.Spec.RunAfter = &v1alpha1.Reference{Name: name} }
 }
 
+func at(schedule v1alpha1.Schedule) func(*v1alpha1.DataLoad) {
+	return func(l *v1alpha1.DataLoad) { l.Spec.Schedule = schedule }
+}
+
 func from(source string) func(*v1alpha1.Dataset) {
 	return func(d *v1alpha1.Dataset) { d.Spec.Mounts = []v1alpha1.Mount{{Source: source, Path: "/"}} }
 }
@@ -84,6 +88,8 @@ func TestValidation(t *testing.T) {
 		{"too many copies", load("l", func(l *v1alpha1.DataLoad) { l.Spec.Copies = &copies }), nil, "", "cannot hold 5 copies"},
 		{"too much", load("l"), func(w *world) { w.datasets[0].Status.Bytes = 1 << 40 }, "", "cannot complete"},
 		{"load of a writable Dataset", load("l"), func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, "", "no listing to load from"},
+		{"at a time that comes", load("l", at("0 0 29 2 *")), nil, "", ""},
+		{"at a time that never comes", load("l", at("0 0 30 2 *")), nil, "names no day that comes", ""},
 		{"after one that is absent", load("l", after("x")), nil, "", "no DataLoad x"},
 		{"after another", load("l", after("x")), func(w *world) { w.loads = []*v1alpha1.DataLoad{load("x")} }, "", ""},
 		{"after each other", load("l", after("x")), func(w *world) { w.loads = []*v1alpha1.DataLoad{load("x", after("y")), load("y", after("l"))} }, "neither would ever begin", ""},

@@ -5,6 +5,7 @@ import (
 	"strings"
 	"time"
 
+	"github.com/robfig/cron/v3"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 )
@@ -129,6 +130,19 @@ func (l *DataLoad) CopiesOf(d *Dataset) int32 {
 		return *l.Spec.Copies
 	}
 	return d.Spec.Workers.Copies
+}
+
+// Next is when the schedule comes after a time.
+func (s Schedule) Next(after time.Time) (time.Time, error) {
+	c, err := cron.ParseStandard("CRON_TZ=UTC " + string(s))
+	if err != nil {
+		return time.Time{}, fmt.Errorf("schedule %q: %w", s, err)
+	}
+	next := c.Next(after.UTC())
+	if next.IsZero() {
+		return time.Time{}, fmt.Errorf("schedule %q names no day that comes; choose one that its months have", s)
+	}
+	return next, nil
 }
 
 // Patterns are the paths of the load as doublestar patterns of files: a path that matches a folder stands

@@ -1,9 +1,11 @@
 package dataload
 
 import (
+	"strings"
 	"testing"
 	"time"
 
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -33,5 +35,35 @@ func TestPercentIsAtMost100(t *testing.T) {
 	r.progress(p, sum)
 	if got := p.load.Status.Progress; got.Percent != 100 || got.Bytes != 150 || got.TotalBytes != 100 {
 		t.Errorf("progress %+v", got)
+	}
+}
+
+func TestScheduleThatNeverComesIsToldOnce(t *testing.T) {
+	r, p := begun(t)
+	l := p.load
+	l.Spec.Schedule, l.Generation = "0 0 30 2 *", 2
+	l.Status.NextScheduleTime = &metav1.Time{Time: p.now.Add(time.Hour)} // that of the schedule before
+	if err := r.advance(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	l.Status.ObservedGeneration = 2
+	ended := l.Status.CompletionTime
+	if len(p.events) == 0 || ended == nil || l.Status.Phase != v1alpha1.DataLoadFailed || l.Status.NextScheduleTime != nil || p.again != 0 {
+		t.Errorf("events %v, again in %v, status %+v", p.events, p.again, l.Status)
+	}
+	p = &pass{load: l, dataset: p.dataset, now: p.now.Add(time.Hour)}
+	if err := r.advance(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if len(p.events) != 0 || !l.Status.CompletionTime.Equal(ended) || p.again != 0 {
+		t.Errorf("events %v, again in %v, status %+v", p.events, p.again, l.Status)
+	}
+	// Another edit that is as bad is told too.
+	l.Spec.Schedule, l.Generation = "0 0 31 2 *", 3
+	if err := r.advance(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if len(p.events) != 1 || !strings.Contains(p.events[0].note, "0 0 31 2 *") {
+		t.Errorf("events %v", p.events)
 	}
 }

@@ -2,10 +2,8 @@ package dataload
 
 import (
 	"context"
-	"fmt"
 	"time"
 
-	"github.com/robfig/cron/v3"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -22,7 +20,11 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 	st := &p.load.Status
 	due, err := r.due(p)
 	if err != nil {
-		r.fail(p, ReasonInvalidSchedule, "%v", err)
+		c := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionFailed)
+		if c == nil || c.Reason != ReasonInvalidSchedule || c.ObservedGeneration != p.load.Generation {
+			st.NextScheduleTime = nil // of the schedule before
+			r.fail(p, ReasonInvalidSchedule, "%v", err)
+		}
 		return nil
 	}
 	switch {
@@ -48,19 +50,15 @@ func (r *Reconciler) due(p *pass) (bool, error) {
 	if p.load.Spec.Schedule == "" {
 		return !ended(p.load), nil
 	}
-	schedule, err := cron.ParseStandard("CRON_TZ=UTC " + string(p.load.Spec.Schedule))
+	next, err := p.load.Spec.Schedule.Next(p.now)
 	if err != nil {
-		return false, fmt.Errorf("schedule %q: %w", p.load.Spec.Schedule, err)
+		return false, err
 	}
 	due := st.Phase == v1alpha1.DataLoadPending && st.StartTime != nil // put off
 	if st.NextScheduleTime != nil && !st.NextScheduleTime.After(p.now) {
 		due = true
 	}
 	if st.NextScheduleTime == nil || due || p.load.Status.ObservedGeneration != p.load.Generation {
-		next := schedule.Next(p.now.UTC())
-		if next.IsZero() {
-			return false, fmt.Errorf("schedule %q names no day that comes", p.load.Spec.Schedule)
-		}
 		st.NextScheduleTime = &metav1.Time{Time: next}
 	}
 	p.soon(st.NextScheduleTime.Sub(p.now))
