@@ -232,7 +232,7 @@ func ended(l *v1alpha1.DataLoad) bool {
 	return l.Spec.Schedule == "" && (l.Status.Phase == v1alpha1.DataLoadComplete || l.Status.Phase == v1alpha1.DataLoadFailed)
 }
 
-// id names a run of a load to the workers.
+// id names a run of a load to the workers, which take 253 bytes. The UID tells apart names that are cut.
 func id(l *v1alpha1.DataLoad) string {
-	return fmt.Sprintf("%s.%s.%s.%d", l.Namespace, l.Name, string(l.UID)[:min(8, len(l.UID))], l.Status.StartTime.Unix())
+	return fmt.Sprintf("%s.%s.%s.%d", l.Namespace, l.Name[:min(160, len(l.Name))], string(l.UID)[:min(8, len(l.UID))], l.Status.StartTime.Unix())
 }

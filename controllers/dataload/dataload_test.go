@@ -67,3 +67,14 @@ func TestScheduleThatNeverComesIsToldOnce(t *testing.T) {
 		t.Errorf("events %v", p.events)
 	}
 }
+
+func TestWorkersTakeTheIDOfEveryRun(t *testing.T) {
+	_, p := begun(t)
+	a := p.load
+	a.Namespace, a.Name = strings.Repeat("n", 63), strings.Repeat("a", 252)+"1"
+	b := a.DeepCopy()
+	b.Name, b.UID = strings.Repeat("a", 252)+"2", "9876543210"
+	if x, y := id(a), id(b); len(x) > 253 || x == y {
+		t.Errorf("ids %q and %q", x, y)
+	}
+}
