@@ -71,6 +71,7 @@ import (
 // +kubebuilder:rbac:groups="",resources=events,verbs=get;list
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 // +kubebuilder:rbac:groups=coordination.k8s.io,resources=leases,verbs=get;create;update,namespace=stepcache-system
+// +kubebuilder:rbac:groups="",resources=events,verbs=create;patch,namespace=stepcache-system
 
 // Store is what holds the workers' bytes.
 type Store string
