@@ -25,6 +25,7 @@ import (
 	"golang.org/x/sys/unix"
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
+	rbacv1 "k8s.io/api/rbac/v1"
 	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
@@ -504,5 +505,48 @@ func TestAQuotaLetsTheSystemsPriorityClassesIn(t *testing.T) {
 	}
 	if !maps.Equal(wanted, selected) || len(wanted) != 2 {
 		t.Errorf("pods want %v, the quota selects %v", wanted, selected)
+	}
+}
+
+// The cluster's own roles take over what roles with these labels allow; admin and edit also have what view has.
+func TestTheClustersRolesTakeInEveryKind(t *testing.T) {
+	verbs := map[string][]string{
+		"view":  {"get", "list", "watch"},
+		"edit":  {"create", "update", "patch", "delete", "deletecollection"},
+		"admin": {"create", "update", "patch", "delete", "deletecollection"},
+	}
+	kinds := 0
+	all := build(t, "default")
+	for _, u := range all {
+		if u.GetKind() != "CustomResourceDefinition" {
+			continue
+		}
+		kinds++
+		kind, _, _ := unstructured.NestedString(u.Object, "spec", "names", "plural")
+		for role, want := range verbs {
+			have := map[string]bool{}
+			for _, r := range all {
+				if r.GetKind() != "ClusterRole" || r.GetLabels()["rbac.authorization.k8s.io/aggregate-to-"+role] != "true" {
+					continue
+				}
+				var c rbacv1.ClusterRole
+				if err := runtime.DefaultUnstructuredConverter.FromUnstructured(r.Object, &c); err != nil {
+					t.Fatal(err)
+				}
+				for _, rule := range c.Rules {
+					for _, verb := range rule.Verbs {
+						have[verb] = have[verb] || slices.Contains(rule.Resources, kind)
+					}
+				}
+			}
+			for _, verb := range want {
+				if !have[verb] {
+					t.Errorf("role %s may not %s %s", role, verb, kind)
+				}
+			}
+		}
+	}
+	if kinds != 2 {
+		t.Errorf("%d kinds, want 2", kinds)
 	}
 }
