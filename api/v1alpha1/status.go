@@ -210,6 +210,10 @@ type DataLoadStatus struct {
 	//
 	// +optional
 	Snapshot string `json:"snapshot,omitempty"`
+	// Run is what the current or last run was told to load: an edit applies from the next run.
+	//
+	// +optional
+	Run *Run `json:"run,omitempty"`
 	// +optional
 	Progress Progress `json:"progress,omitzero"`
 	// Failures are the first of the files that could not be loaded; FailedFiles counts all.
@@ -228,6 +232,20 @@ type DataLoadStatus struct {
 	//
 	// +optional
 	NextScheduleTime *metav1.Time `json:"nextScheduleTime,omitempty"`
+}
+
+// Run is what a run was told to load when it began.
+type Run struct {
+	// Paths are patterns of files; absent: everything.
+	//
+	// +optional
+	// +listType=atomic
+	// +kubebuilder:validation:MaxItems=64
+	Paths []string `json:"paths,omitempty"`
+	// +optional
+	Copies int32 `json:"copies,omitempty"`
+	// +optional
+	Pin bool `json:"pin,omitempty"`
 }
 
 // Progress of a load, the sum of the workers' own counters.

@@ -1,6 +1,7 @@
 package dataload
 
 import (
+	"reflect"
 	"strings"
 	"testing"
 	"time"
@@ -28,6 +29,7 @@ func begun(t *testing.T) (*Reconciler, *pass) {
 	return r, p
 }
 
+// A worker still holds what was pinned when there were fewer workers, and is to hold less.
 func TestPercentIsAtMost100(t *testing.T) {
 	r, p := begun(t)
 	var sum tierclient.LoadSum
@@ -38,6 +40,7 @@ func TestPercentIsAtMost100(t *testing.T) {
 	}
 }
 
+// A Dataset's status brings passes often.
 func TestScheduleThatNeverComesIsToldOnce(t *testing.T) {
 	r, p := begun(t)
 	l := p.load
@@ -68,6 +71,7 @@ func TestScheduleThatNeverComesIsToldOnce(t *testing.T) {
 	}
 }
 
+// The longest names there are.
 func TestWorkersTakeTheIDOfEveryRun(t *testing.T) {
 	_, p := begun(t)
 	a := p.load
@@ -76,5 +80,26 @@ func TestWorkersTakeTheIDOfEveryRun(t *testing.T) {
 	b.Name, b.UID = strings.Repeat("a", 252)+"2", "9876543210"
 	if x, y := id(a), id(b); len(x) > 253 || x == y {
 		t.Errorf("ids %q and %q", x, y)
+	}
+}
+
+func TestAnEditAppliesFromTheNextRun(t *testing.T) {
+	r, p := begun(t)
+	before := request(p)
+	p.load.Spec.Paths, p.load.Spec.Pin = []v1alpha1.PathPattern{"/shards"}, true
+	p.dataset.Spec.Workers.Copies = 2
+	if got := request(p); !reflect.DeepEqual(got, before) {
+		t.Errorf("the run is told %+v, was %+v", got, before)
+	}
+	if q := (&pass{load: p.load, now: p.now}); r.keep(t.Context(), q) != nil || q.again != 0 {
+		t.Errorf("what the run did not pin is looked after in %v", q.again)
+	}
+	// Nobody has to be told of the end of the last run.
+	p.load.Status.StartTime = nil
+	if err := r.begin(t.Context(), p); err != nil {
+		t.Fatal(err)
+	}
+	if got := request(p); !reflect.DeepEqual(got.Paths, []string{"/shards/**"}) || !got.Pin || got.Copies != 2 {
+		t.Errorf("the next run is told %+v", got)
 	}
 }

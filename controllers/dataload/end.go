@@ -44,7 +44,7 @@ func (r *Reconciler) finish(p *pass) {
 	case p.load.Spec.TTLSecondsAfterFinished != nil:
 		p.soon(time.Duration(*p.load.Spec.TTLSecondsAfterFinished) * time.Second)
 	}
-	if p.load.Spec.Pin && p.load.Status.Phase == v1alpha1.DataLoadComplete {
+	if p.pins() && p.load.Status.Phase == v1alpha1.DataLoadComplete {
 		p.soon(keepPoll)
 	}
 }

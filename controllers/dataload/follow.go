@@ -27,12 +27,26 @@ const (
 	keepPoll = 15 * time.Second
 )
 
-// request is what the workers are told, the same in every pass of one run.
+// request is what the workers are told, the same in every pass of one run: they refuse another one under its id.
 func request(p *pass) wire.LoadRequest {
-	return wire.LoadRequest{
-		ID: id(p.load), Snapshot: p.load.Status.Snapshot, Paths: p.load.Patterns(),
-		Copies: int(p.load.CopiesOf(p.dataset)), Pin: p.load.Spec.Pin,
+	run := p.load.Status.Run
+	if run == nil { // an older controller began it
+		run = newRun(p)
 	}
+	return wire.LoadRequest{ID: id(p.load), Snapshot: p.load.Status.Snapshot, Paths: run.Paths, Copies: int(run.Copies), Pin: run.Pin}
+}
+
+// newRun is what a run that begins is told.
+func newRun(p *pass) *v1alpha1.Run {
+	return &v1alpha1.Run{Paths: p.load.Patterns(), Copies: p.load.CopiesOf(p.dataset), Pin: p.load.Spec.Pin}
+}
+
+// pins says whether the current or last run pins what it loads.
+func (p *pass) pins() bool {
+	if run := p.load.Status.Run; run != nil {
+		return run.Pin
+	}
+	return p.load.Spec.Pin
 }
 
 // sum asks all workers for the run, and tells those that do not know it what to load: all of them at first,
@@ -178,7 +192,7 @@ func (r *Reconciler) rate(p *pass, bytes int64) int64 {
 // memory load it again. What they cannot have any more, since it is another snapshot's by now, is loaded from the
 // Dataset's current one.
 func (r *Reconciler) keep(ctx context.Context, p *pass) error {
-	if !p.load.Spec.Pin || p.load.Status.StartTime == nil {
+	if !p.pins() || p.load.Status.StartTime == nil {
 		return nil
 	}
 	p.soon(keepPoll)

@@ -103,6 +103,7 @@ func (r *Reconciler) begin(ctx context.Context, p *pass) error {
 	st, d := &p.load.Status, p.dataset
 	began := metav1.NewTime(p.now.Truncate(time.Second))
 	st.Phase, st.StartTime, st.CompletionTime = v1alpha1.DataLoadRunning, &began, nil
+	st.Run = newRun(p)
 	st.Snapshot, st.Progress, st.Failures, st.FailedFiles = d.Status.Snapshot, v1alpha1.Progress{}, nil, 0
 	p.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, ReasonLoading, "the workers are being told")
 	p.condition(v1alpha1.ConditionFailed, metav1.ConditionFalse, conditionNotApplicable, "nothing has failed")
