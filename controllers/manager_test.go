@@ -22,7 +22,7 @@ func TestWhoLeadsIsTold(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	const system = "stepcache-system"
+	const system = envtest.System
 	m, err := controllers.New(rights, controllers.Options{
 		Dataset:        dataset.Options{Namespace: system, Image: "stepcache:v1", Store: dataset.StoreCSI, Only: system},
 		LeaderElection: true, Metrics: "0", Probes: "0", Logger: logr.Discard(),
