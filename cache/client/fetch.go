@@ -158,9 +158,9 @@ func (c *Client) explain(w piece, err error) error {
 	name := c.name(w.index)
 	switch {
 	case errors.Is(err, source.ErrChanged):
-		return fmt.Errorf("%s: changed in the bucket since snapshot %s was made; refresh the dataset to read the new version: %w", name, c.short(), err)
+		return fmt.Errorf("%s: changed in the bucket since snapshot %s was made; to read the new version, %s: %w", name, c.short(), source.Relist, err)
 	case errors.Is(err, source.ErrNotFound):
-		return fmt.Errorf("%s: deleted from the bucket since snapshot %s was made; refresh the dataset: %w", name, c.short(), err)
+		return fmt.Errorf("%s: deleted from the bucket since snapshot %s was made; %s: %w", name, c.short(), source.Relist, err)
 	}
 	return fmt.Errorf("%s: %w", name, err)
 }

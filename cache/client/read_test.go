@@ -263,7 +263,7 @@ func TestChangedAndDeletedObjectsEndTheReadAndSayWhich(t *testing.T) {
 		if n != 0 || !errors.Is(err, want) {
 			t.Fatalf("%d, %v", n, err)
 		}
-		for _, part := range []string{testDataset, "/dir/f", "s3://bucket/dir/f", "refresh the dataset", "etag differs"} {
+		for _, part := range []string{testDataset, "/dir/f", "s3://bucket/dir/f", "spec.refresh", "etag differs"} {
 			if !strings.Contains(err.Error(), part) {
 				t.Fatalf("error %q does not say %q", err, part)
 			}

@@ -360,7 +360,7 @@ func TestAnObjectOverwrittenOrDeletedUnderAReaderIsNeverAMixture(t *testing.T) {
 	for i, kind := range map[uint32]error{over: source.ErrChanged, gone: source.ErrNotFound} {
 		c.Forget(i)
 		_, err := c.ReadAt(ctx, i, make([]byte, 100), 8<<20)
-		if !errors.Is(err, kind) || !strings.Contains(err.Error(), "refresh the dataset") {
+		if !errors.Is(err, kind) || !strings.Contains(err.Error(), source.Relist) {
 			t.Fatal(err)
 		}
 		// A read that spans both is the old bytes, as far as they go, or an error.

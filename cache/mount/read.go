@@ -224,7 +224,7 @@ func (f *fileSystem) report(what string, i catalog.Index, err error) {
 	case changed && f.live != nil:
 		msg = "the object was replaced or deleted since the file was opened"
 	case changed:
-		msg = "the object has changed in the bucket since the dataset was listed; refresh the dataset and start the step again"
+		msg = "the object has changed in the bucket since the dataset was listed; start the step again with a newer listing"
 	}
 	f.log.Error(msg, attrs...)
 }

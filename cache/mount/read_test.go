@@ -42,7 +42,7 @@ func TestReadFailuresHaveTheirErrnoAndALogLine(t *testing.T) {
 		log  []string
 	}{
 		{"changed", func(context.Context) error { return fmt.Errorf("%s/a: %w", bucketURL, source.ErrChanged) }, unix.EIO,
-			[]string{"changed in the bucket", "s3://bucket/a", "path=/a", "refresh"}},
+			[]string{"changed in the bucket", "s3://bucket/a", "path=/a", "newer listing"}},
 		{"deleted", func(context.Context) error { return fmt.Errorf("%s/a: %w", bucketURL, source.ErrNotFound) }, unix.EIO,
 			[]string{"changed in the bucket", "s3://bucket/a"}},
 		{"denied", func(context.Context) error { return fmt.Errorf("%s/a: %w", bucketURL, source.ErrDenied) }, unix.EACCES,

@@ -396,6 +396,9 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 			failedFiles[it.index] = failedFiles[it.index] || final
 			retry = retry || !final
 			mu.Unlock()
+			if errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) {
+				err = fmt.Errorf("%w; %s", err, source.Relist)
+			}
 			if !known {
 				l.update(func(s *wire.LoadStatus) {
 					s.FailedFiles++

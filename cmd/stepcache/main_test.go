@@ -790,7 +790,7 @@ func TestLocalSaysWhyAReadFailed(t *testing.T) {
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("it ended with %v", err)
 	}
-	if said := stderr.String(); strings.Count(said, ": mount: ") != 1 || !strings.Contains(said, "/fixture/dir/small") || !strings.Contains(said, "refresh the dataset") {
+	if said := stderr.String(); strings.Count(said, ": mount: ") != 1 || !strings.Contains(said, "/fixture/dir/small") || !strings.Contains(said, "spec.refresh") {
 		t.Errorf("it said:\n%s", said)
 	}
 	f.nothingLeft(t)

@@ -141,7 +141,7 @@ func TestAnswersOfOthers(t *testing.T) {
 		{403, "", xml("AccessDenied", ""), source.ErrDenied, "oss:GetObject"},
 		{403, "", xml("InvalidObjectState", ""), source.ErrInvalid, "restore"},
 		{403, "", xml("UserDisable", ""), source.ErrDenied, "UserDisable"},
-		{412, "", xml("PreconditionFailed", ""), source.ErrChanged, "refresh"},
+		{412, "", xml("PreconditionFailed", ""), source.ErrChanged, ""},
 		{400, "", xml("RequestTimeout", ""), source.ErrUnavailable, ""},
 		{400, "", xml("Whatever", ""), source.ErrInvalid, "Whatever"},
 		{416, "", xml("InvalidRange", ""), source.ErrChanged, ""},

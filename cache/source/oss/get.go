@@ -46,10 +46,6 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 	}
 	a, err := b.do(ctx, r)
 	if err != nil {
-		var e *source.Error
-		if errors.As(err, &e) && e.Kind == source.ErrChanged {
-			e.Hint = "it was overwritten since it was listed: refresh the dataset"
-		}
 		return source.Body{}, err
 	}
 	if err := b.believe(r, a, o, off, length); err != nil {
