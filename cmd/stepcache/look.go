@@ -253,7 +253,11 @@ func printEntries(out io.Writer, all iter.Seq[entry], long bool) error {
 			name += "/"
 		}
 		if long {
-			fmt.Fprintf(w, "%-*d  %s  %-*s  ", sizes, e.Size, e.Modified.UTC().Format(time.DateTime), versions, e.Version)
+			modified := "-"
+			if !e.Modified.IsZero() {
+				modified = e.Modified.UTC().Format(time.DateTime)
+			}
+			fmt.Fprintf(w, "%-*d  %-*s  %-*s  ", sizes, e.Size, len(time.DateTime), modified, versions, e.Version)
 		}
 		if _, err := fmt.Fprintln(w, name); err != nil {
 			return err // nobody reads on

@@ -118,6 +118,10 @@ func seesWhatIsThere(t *testing.T, f *fixture, tier string, x []byte) {
 	if stdout, stderr, status = run(t, f.dir, "ls", "-l", "--tier", tier, "dir/small"); status != 0 || !strings.HasPrefix(stdout, "4 ") {
 		t.Errorf("ls -l of a file: %d %q %q", status, stdout, stderr)
 	}
+	// The bucket has no folders, and so no time of one.
+	if stdout, stderr, status = run(t, f.dir, "ls", "-l", "--tier", tier, "/"); status != 0 || !strings.Contains(stdout, "0  -  ") || strings.Contains(stdout, "0001-") {
+		t.Errorf("ls -l of a folder: %d %q %q", status, stdout, stderr)
+	}
 	for _, name := range []string{"/large", "none", "out/x/y"} {
 		if _, stderr, status = run(t, f.dir, "ls", "--tier", tier, name); status != 1 || !strings.Contains(stderr, "no file or folder "+name) {
 			t.Errorf("ls %s: %d %q", name, status, stderr)
