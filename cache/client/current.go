@@ -32,7 +32,7 @@ func (c *Client) Current(ctx context.Context) (catalog.Digest, error) {
 	defer context.AfterFunc(c.ctx, func() { cancel(errClosed) })() // Close waits for this call
 	var digest catalog.Digest
 	err := c.fromAny(ctx, func(p *peer) error {
-		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, errLate)
+		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, wire.ErrLate)
 		defer cancel()
 		// One byte of it, since an empty payload is not an answer that every worker gives.
 		reply, _, err := p.small(ctx, wire.Request{Op: wire.OpSnapshot, Length: 1})

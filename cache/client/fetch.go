@@ -48,9 +48,6 @@ func (w *piece) took(k *call) {
 	}
 }
 
-// errLate: a worker that answers pings did not answer the request in WorkerTimeout.
-var errLate = errors.New("worker did not answer in time")
-
 const (
 	// bucketTries is how many workers are asked once one has said that the bucket does not serve it: the
 	// bucket is rarely better for another, and a bucket in trouble must not be asked by a hundred.
@@ -80,9 +77,7 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 		if r.ok {
 			return nil
 		}
-		if r.err != nil {
-			last = r.err
-		}
+		last = telling(last, r.err)
 		switch {
 		case r.final:
 			return c.explain(w, r.err)
@@ -210,6 +205,14 @@ func (o *outcome) add(err error) {
 	if o.err == nil || !o.refused && bucketError(err) {
 		o.err = err
 	}
+}
+
+// telling is the newer of two errors, unless only the one before tells what the bucket said.
+func telling(before, err error) error {
+	if err == nil || bucketError(before) && !bucketError(err) {
+		return before
+	}
+	return err
 }
 
 func bucketError(err error) bool {
@@ -454,7 +457,7 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 			return nil
 		case <-timer.C:
 			if quit() {
-				return fmt.Errorf("worker %s: %w", s.peer.member.ID, errLate)
+				return fmt.Errorf("worker %s: %w", s.peer.member.ID, wire.ErrLate)
 			}
 			return last()
 		case <-ctx.Done():

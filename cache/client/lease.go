@@ -300,13 +300,13 @@ func (c *Client) sockLease(ctx context.Context, path string, i catalog.Index, si
 	if err != nil {
 		return nil, err
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, wait+c.timing.pong, errLate)
+	ctx, cancel := context.WithTimeoutCause(ctx, wait+c.timing.pong, wire.ErrLate)
 	defer cancel()
 	r, err := l.ask(ctx, wire.Request{
 		Op: wire.OpLease, Flags: flags, Snapshot: c.digest, Index: i, Epoch: c.members.view().Epoch,
 		WaitMillis: uint32(min(wait, time.Hour).Milliseconds()),
 	})
-	if errors.Is(err, errLate) {
+	if errors.Is(err, wire.ErrLate) {
 		// The next files must not be opened that slowly. Its leases stay: they need no answers.
 		s.hold(c.now().Add(c.timing.redialMax), err)
 	}

@@ -363,7 +363,7 @@ func TestAWorkerThatHangsOnItsSocketIsLeftAloneForAWhile(t *testing.T) {
 	clock := time.Now()
 	c.now = func() time.Time { return clock }
 	for range 5 {
-		if _, err := c.Lease(ctx, k.index("f"), 0); !errors.Is(err, ErrNoLease) || !errors.Is(err, errLate) {
+		if _, err := c.Lease(ctx, k.index("f"), 0); !errors.Is(err, ErrNoLease) || !errors.Is(err, wire.ErrLate) {
 			t.Fatal(err)
 		}
 	}

@@ -86,7 +86,7 @@ func (c *Client) Writable(ctx context.Context) (bool, error) {
 	defer context.AfterFunc(c.ctx, func() { cancel(errClosed) })() // Close waits for this call
 	var told wire.Reply
 	err := c.fromAny(ctx, func(p *peer) (err error) {
-		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, errLate)
+		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, wire.ErrLate)
 		defer cancel()
 		told, _, err = p.small(ctx, wire.Request{Op: wire.OpMembers})
 		return err
@@ -182,11 +182,9 @@ func (n *Names) ask(ctx context.Context, path, what string, query url.Values, li
 			}
 			return err
 		}
-		if err != nil {
-			last = err
-		}
+		last = telling(last, err)
 		if ctx.Err() != nil {
-			return n.failed(path, context.Cause(ctx), last)
+			return n.failed(path, fmt.Errorf("%w: %w", context.Cause(ctx), last))
 		}
 		n.c.members.refresh()
 		sleepUntil(ctx, pause.NextBackOff(), changed)
@@ -202,7 +200,7 @@ type said struct {
 
 // round asks workers one after the other: the next when one fails, and besides when one is late, which a bucket that
 // is slow may well make it. done says that there is an answer, perhaps an error that another worker would give too;
-// without, the error is what a worker said last, or nil when none said anything before ctx ended.
+// without, the error is the most telling of what workers said, or nil when none said anything before ctx ended.
 func (n *Names) round(ctx context.Context, workers []string, what string, query url.Values, limit int64, take func(http.Header, []byte) error) (done bool, err error) {
 	var running sync.WaitGroup
 	defer running.Wait()
@@ -238,26 +236,27 @@ func (n *Names) round(ctx context.Context, workers []string, what string, query 
 			if a.err != nil && ctx.Err() != nil {
 				return false, err // it was cut short
 			}
-			switch err = a.err; {
-			case err == nil:
+			switch {
+			case a.err == nil:
 				return true, nil
-			case errors.Is(err, source.ErrNotFound), errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrInvalid),
-				errors.Is(err, source.ErrDenied), errors.Is(err, ErrNotWritable):
-				return true, err
-			case wire.Refused(err):
+			case errors.Is(a.err, source.ErrNotFound), errors.Is(a.err, source.ErrChanged), errors.Is(a.err, source.ErrInvalid),
+				errors.Is(a.err, source.ErrDenied), errors.Is(a.err, source.ErrNoBucket), errors.Is(a.err, ErrNotWritable):
+				return true, a.err
+			case wire.Refused(a.err):
 				// One that has not seen the newest keys yet, or is not replaced yet, does not speak for the others.
 				if refused++; refused == len(workers) {
-					return true, err
+					return true, a.err
 				}
 			}
+			err = telling(err, a.err)
 			next.Reset(0)
 		}
 	}
 	return false, err
 }
 
-func (n *Names) failed(path string, errs ...error) error {
-	return fmt.Errorf("dataset %s: /%s: %w", n.c.config.Dataset, path, errors.Join(errs...))
+func (n *Names) failed(path string, err error) error {
+	return fmt.Errorf("dataset %s: /%s: %w", n.c.config.Dataset, path, err)
 }
 
 // workers are the addresses to ask about a name, in order.
@@ -291,7 +290,7 @@ func (n *Names) isDown(addr string) {
 func (n *Names) attempt(ctx context.Context, addr, what string, query url.Values, limit int64) (http.Header, []byte, error) {
 	parent := ctx
 	// The worker gives up first and says why.
-	ctx, cancel := context.WithTimeoutCause(ctx, n.c.timing.worker, errLate)
+	ctx, cancel := context.WithTimeoutCause(ctx, n.c.timing.worker, wire.ErrLate)
 	defer cancel()
 	r, err := http.NewRequestWithContext(ctx, http.MethodGet, "http://"+addr+what+"?"+query.Encode(), nil)
 	if err != nil {

@@ -174,25 +174,28 @@ func (g given) Accept() (net.Conn, error) {
 	}
 }
 
-// Workers that may not read the bucket say so to whoever connects, but for who goes on with a mount.
-func TestNamesOfABucketThatDeniesThem(t *testing.T) {
-	keys := wire.GenerateKeys()
-	addr := nobodys(t, keys, func(rw http.ResponseWriter, r *http.Request) {
-		rw.Header().Set(wire.HeaderStatus, strconv.Itoa(int(wire.Denied)))
-		rw.WriteHeader(422)
-		fmt.Fprint(rw, "s3://bucket: the key may not list")
-	})
-	config := Config{Dataset: "ns/data", Seeds: []string{addr}, Keys: keys, Logger: quiet()}
-	if _, err := DialNames(testContext(t), config); !errors.Is(err, source.ErrDenied) || !strings.Contains(err.Error(), "may not list") {
-		t.Errorf("%v", err)
-	}
-	config.Snapshot = catalog.Digest{1}
-	n, err := DialNames(testContext(t), config)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := n.Close(); err != nil {
-		t.Error(err)
+// Workers that may not read the bucket, or find none, say so at once to whoever connects, but not to who goes on with a
+// mount.
+func TestNamesOfABucketThatCannotBeRead(t *testing.T) {
+	for status, kind := range map[wire.Status]error{wire.Denied: source.ErrDenied, wire.NoBucket: source.ErrNoBucket} {
+		keys := wire.GenerateKeys()
+		addr := nobodys(t, keys, func(rw http.ResponseWriter, r *http.Request) {
+			rw.Header().Set(wire.HeaderStatus, strconv.Itoa(int(status)))
+			rw.WriteHeader(422)
+			fmt.Fprint(rw, "s3://bucket: no luck")
+		})
+		config := Config{Dataset: "ns/data", Seeds: []string{addr}, Keys: keys, Logger: quiet()}
+		if _, err := DialNames(testContext(t), config); !errors.Is(err, kind) || errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no luck") {
+			t.Errorf("%v: %v", kind, err)
+		}
+		config.Snapshot = catalog.Digest{1}
+		n, err := DialNames(testContext(t), config)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := n.Close(); err != nil {
+			t.Error(err)
+		}
 	}
 }
 

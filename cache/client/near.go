@@ -315,7 +315,7 @@ func (n *near) ask(block int64, urgent <-chan struct{}) ([]uint64, error) {
 	}
 	defer slot.release()
 	defer time.AfterFunc(c.timing.slow, slot.yield).Stop()
-	ctx, cancel := context.WithTimeoutCause(c.ctx, c.timing.near, errLate)
+	ctx, cancel := context.WithTimeoutCause(c.ctx, c.timing.near, wire.ErrLate)
 	defer cancel()
 	req := wire.Request{
 		Op: wire.OpBlock, Snapshot: c.digest, Index: uint32(n.lease.id), Epoch: c.members.view().Epoch,

@@ -469,6 +469,20 @@ func TestABucketThatStallsEndsTheReadAtTheDeadlineWithTheReason(t *testing.T) {
 	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), "bucket: 503") {
 		t.Fatal(err)
 	}
+	// What the bucket said is told, not that those who were asked later had no time to learn it.
+	var said atomic.Bool
+	for _, w := range k.owners("f", 0) {
+		w.set(func(wire.Request) *answer {
+			if said.CompareAndSwap(false, true) {
+				return &answer{status: wire.Unavailable, text: "bucket: 503"}
+			}
+			return &answer{status: wire.Late, text: "its time is up"}
+		})
+	}
+	_, err = c.ReadAt(testContext(t), k.index("f"), make([]byte, 10), 0)
+	if !errors.Is(err, context.DeadlineExceeded) || !errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), "bucket: 503") {
+		t.Fatal(err)
+	}
 	for _, w := range k.owners("f", 0) {
 		w.set(func(wire.Request) *answer { return &answer{never: true} })
 	}

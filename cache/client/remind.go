@@ -33,7 +33,7 @@ func (c *Client) giveBack(ctx context.Context) error {
 	var without []*peer
 	held, last := false, errors.New("no worker is ready")
 	for _, p := range c.sources() {
-		ask, cancel := context.WithTimeoutCause(ctx, c.timing.worker, errLate)
+		ask, cancel := context.WithTimeoutCause(ctx, c.timing.worker, wire.ErrLate)
 		_, _, err := p.small(ask, wire.Request{Op: wire.OpSnapshot, Snapshot: c.digest, Length: 1})
 		cancel()
 		switch {

@@ -152,7 +152,7 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s
 		if size > 0 {
 			length = min(length, size-have)
 		}
-		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, errLate)
+		ctx, cancel := context.WithTimeoutCause(ctx, c.timing.worker, wire.ErrLate)
 		reply, body, err := p.small(ctx, wire.Request{Op: wire.OpSnapshot, Snapshot: digest, Off: have, Length: int32(length)})
 		if err != nil && ctx.Err() != nil {
 			err = fmt.Errorf("%w: %w", context.Cause(ctx), err)

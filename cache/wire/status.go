@@ -41,10 +41,10 @@ func (s Status) Err(msg string) error {
 // that says two things is the more final one of them.
 var order = []Status{
 	Changed, NotFound, Denied, NoBucket, Unversioned, Invalid, UnknownSnapshot, NotOwner, NotResident,
-	Overloaded, Throttled, Unavailable, Internal,
+	Overloaded, Throttled, Unavailable, Late, Internal,
 }
 
-// StatusOf is the status that tells a reader of err. A time-out is Unavailable: trying again may help.
+// StatusOf is the status that tells a reader of err.
 func StatusOf(err error) Status {
 	if err == nil {
 		return OK
@@ -54,10 +54,12 @@ func StatusOf(err error) Status {
 			return s
 		}
 	}
-	if errors.Is(err, context.DeadlineExceeded) || errors.Is(err, context.Canceled) || errors.Is(err, io.ErrUnexpectedEOF) {
+	switch {
+	case errors.Is(err, context.DeadlineExceeded):
+		return Late
+	case errors.Is(err, context.Canceled), errors.Is(err, io.ErrUnexpectedEOF):
 		return Unavailable
-	}
-	if errors.Is(err, source.ErrReadOnly) {
+	case errors.Is(err, source.ErrReadOnly):
 		return Invalid
 	}
 	return Internal

@@ -14,7 +14,7 @@ func TestEveryStatusComesBackAsItsError(t *testing.T) {
 	if OK.Err("x") != nil || StatusOf(nil) != OK {
 		t.Fatal("OK is an error")
 	}
-	for s := NotOwner; s <= Internal; s++ {
+	for s := NotOwner; s <= Late; s++ {
 		err := s.Err("s3://b/k: no luck")
 		if err == nil || err.Error() != "s3://b/k: no luck" {
 			t.Errorf("status %d: %v", s, err)
@@ -33,10 +33,12 @@ func TestEveryStatusComesBackAsItsError(t *testing.T) {
 
 func TestStatusOfOtherErrors(t *testing.T) {
 	for err, want := range map[error]Status{
-		context.DeadlineExceeded: Unavailable,
+		context.DeadlineExceeded: Late,
+		context.Canceled:         Unavailable,
 		errors.New("a bug"):      Internal,
 		source.ErrReadOnly:       Invalid,
-		fmt.Errorf("%w: %w", source.ErrUnavailable, source.ErrChanged): Changed,
+		fmt.Errorf("%w: %w", source.ErrUnavailable, source.ErrChanged):        Changed,
+		fmt.Errorf("%w: %w", source.ErrUnavailable, context.DeadlineExceeded): Unavailable, // the bucket's, not this worker's
 	} {
 		if got := StatusOf(err); got != want {
 			t.Errorf("%v: %v, want %v", err, got, want)

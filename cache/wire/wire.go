@@ -141,6 +141,8 @@ const (
 	Invalid
 	// Internal: a fault of the worker (its memory, a bug): ask another.
 	Internal
+	// Late: the worker had no answer when the time for it was up, and does not know of anything wrong.
+	Late
 )
 
 // Digest names a snapshot; package catalog says what it is a SHA-256 of.
@@ -185,18 +187,19 @@ var (
 	// ErrVersion: the handshake failed, since the two sides are of releases whose protocols differ. It goes away once
 	// both are replaced by the same.
 	ErrVersion = errors.New("another version of the protocol")
-	// ErrNotOwner, ErrNotResident, ErrUnknownSnapshot, ErrOverloaded, ErrInternal: the statuses.
+	// ErrNotOwner, ErrNotResident, ErrUnknownSnapshot, ErrOverloaded, ErrInternal, ErrLate: the statuses.
 	ErrNotOwner        = errors.New("not the owner")
 	ErrNotResident     = errors.New("not resident")
 	ErrUnknownSnapshot = errors.New("unknown snapshot")
 	ErrOverloaded      = errors.New("worker overloaded")
 	ErrInternal        = errors.New("worker fault")
+	ErrLate            = errors.New("worker did not answer in time")
 )
 
 // statusErrors maps statuses to the errors that both sides test for with errors.Is.
 var statusErrors = map[Status]error{
 	NotOwner: ErrNotOwner, NotResident: ErrNotResident, UnknownSnapshot: ErrUnknownSnapshot,
-	Overloaded: ErrOverloaded, Internal: ErrInternal,
+	Overloaded: ErrOverloaded, Internal: ErrInternal, Late: ErrLate,
 	Changed: source.ErrChanged, NotFound: source.ErrNotFound, Denied: source.ErrDenied,
 	NoBucket: source.ErrNoBucket, Unversioned: source.ErrUnversioned, Throttled: source.ErrThrottled,
 	Unavailable: source.ErrUnavailable, Invalid: source.ErrInvalid,

@@ -14,7 +14,7 @@ type counts struct {
 	served, opened, peerBytes     atomic.Int64
 	verified, unverified, corrupt atomic.Int64
 	corruptPeer, refused          atomic.Int64
-	statuses                      [wire.Internal + 1]atomic.Int64
+	statuses                      [wire.Late + 1]atomic.Int64
 }
 
 // status counts an answer that is not OK.

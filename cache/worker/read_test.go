@@ -302,14 +302,14 @@ func mustRing(t testing.TB, tr *tier, i uint32) ring.Object {
 	return r
 }
 
-// TestAReadThatWaitsTooLongIsUnavailable: WaitMillis bounds the answer.
-func TestAReadThatWaitsTooLongIsUnavailable(t *testing.T) {
+// TestAReadThatWaitsTooLongIsLate: WaitMillis bounds the answer.
+func TestAReadThatWaitsTooLongIsLate(t *testing.T) {
 	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
 	tr.start(1)
 	i := index(t, tr.snapshot(), "/f")
 	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { <-ctx.Done(); return ctx.Err() })
 	_, _, err := tr.dial(0).ask(wire.Request{Op: wire.OpRead, Index: i, Length: 1000, WaitMillis: 1000})
-	if !errors.Is(err, source.ErrUnavailable) {
+	if !errors.Is(err, wire.ErrLate) {
 		t.Fatal(err)
 	}
 }
