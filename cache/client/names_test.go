@@ -318,3 +318,52 @@ func TestNamesOfWorkersThatAreLate(t *testing.T) {
 		t.Errorf("%q, %v", p, err)
 	}
 }
+
+// A bucket that is gone while workers serve its names is their problem until there is one again, and keeps them from
+// nothing: who asks for a name is told.
+func TestNamesOfABucketThatIsGoneAreToldInStatus(t *testing.T) {
+	server := bucket.StartT(t, bucket.Options{})
+	if err := server.MakeBucket(t.Context(), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	tier := workers.StartTier(t, server, "gone", "", 1)
+	n, err := DialNames(testContext(t), Config{Dataset: tier.Dataset, Membership: tier.Membership, Keys: tier.Keys, Logger: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer n.Close()
+	k, err := NewControl(ControlConfig{Dataset: tier.Dataset, Membership: tier.Membership, Keys: tier.Keys})
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer k.Close()
+	status := func() wire.WorkerStatus {
+		t.Helper()
+		s, err := k.Status(testContext(t))
+		if err != nil {
+			t.Fatal(err)
+		}
+		return s[0]
+	}
+	s3, err := server.Client()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := s3.RemoveBucket(t.Context(), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := n.List(testContext(t), "", ""); !errors.Is(err, source.ErrNoBucket) {
+		t.Fatal(err)
+	}
+	eventually(t, "it is told", func() bool {
+		s := status()
+		return strings.Contains(s.Problem, "gone") && s.Reason == wire.NoBucket.String() && s.Serves
+	})
+	if err := server.MakeBucket(t.Context(), "gone"); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is over", func() bool {
+		s := status()
+		return s.Problem == "" && s.Reason == ""
+	})
+}

@@ -51,11 +51,12 @@ type WorkerStatus struct {
 	Corrupt    int64 `json:"corrupt"`
 	// Refetched counts blocks whose checksum failed inside the tier and were fetched again.
 	Refetched int64 `json:"refetched"`
-	// Problem is the current reason why the worker cannot serve (missing credentials, no bucket), for
-	// people; empty when it can.
+	// Problem is what is wrong now (missing credentials, no bucket), for people; empty when nothing is.
 	Problem string `json:"problem,omitempty"`
-	// Reason is the kind of a problem with which the worker cannot serve, for programs: a Status's name.
+	// Reason is the kind of a problem of the bucket, or with which the worker cannot serve, for programs: a Status's name.
 	Reason string `json:"reason,omitempty"`
+	// Serves says that the worker serves what it holds in spite of a Reason.
+	Serves bool `json:"serves,omitempty"`
 	// Cached is how many bytes of content the store holds.
 	Cached int64 `json:"cached"`
 	// HandOver is how far a member that is Leaving is with giving its blocks to their new owners.

@@ -178,31 +178,105 @@ func TestARefusalOfReadsIsToldAndRecovers(t *testing.T) {
 	})
 }
 
-// TestOneRefusedObjectLeavesTheWorkerReady: only its own readers are concerned.
-func TestOneRefusedObjectLeavesTheWorkerReady(t *testing.T) {
-	tr := newTier(t, map[string][]byte{"a/secret": content(1000, 1), "b/open": content(1000, 2)})
+// TestABucketThatIsAwayIsToldAndServedOnWithout: it keeps nobody from what is held, and is over once it is back.
+func TestABucketThatIsAwayIsToldAndServedOnWithout(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"held": content(1000, 1), "other": content(1000, 2), "third": content(1000, 3)})
 	tr.start(1)
 	snap := tr.snapshot()
-	probed := make(chan struct{}, 100)
-	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
-		if strings.HasSuffix(o.Key, "secret") {
-			return fmt.Errorf("%w: %s", source.ErrDenied, o.Key)
-		}
-		probed <- struct{}{}
-		return nil
-	})
-	if _, err := tr.dial(0).read(index(t, snap, "/a/secret"), 0, 1000, 0); !errors.Is(err, source.ErrDenied) {
+	held, other := index(t, snap, "/held"), index(t, snap, "/other")
+	c := tr.dial(0)
+	if _, err := c.read(held, 0, 1000, 0); err != nil {
 		t.Fatal(err)
 	}
-	<-probed
-	eventually(t, "the refusal is looked into", func() error {
-		if tr.workers[0].refused.Load() != nil {
-			return errors.New("not yet")
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+		return fmt.Errorf("%w: %s: connection refused", source.ErrUnavailable, o.Key)
+	})
+	if _, err := c.read(other, 0, 1000, 0); !errors.Is(err, source.ErrUnavailable) {
+		t.Fatal(err)
+	}
+	eventually(t, "it is told", func() error {
+		if s := tr.workers[0].Status(); !strings.Contains(s.Problem, "other: connection refused") || s.Reason != wire.Unavailable.String() || !s.Serves {
+			return fmt.Errorf("%+v", s)
 		}
 		return nil
 	})
 	if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
 		t.Errorf("not ready: %s", text)
+	}
+	if _, err := c.read(held, 0, 1000, 0); err != nil {
+		t.Errorf("what is held: %v", err)
+	}
+	tr.gates[0].set(nil)
+	eventually(t, "it is over, though nobody asked", func() error {
+		if s := tr.workers[0].Status(); s.Problem != "" || s.Reason != "" || s.Serves {
+			return fmt.Errorf("%+v", s)
+		}
+		return nil
+	})
+}
+
+// TestABucketThatIsAwayHidesNoneThatRefuses: the one is served on without, the other not.
+func TestABucketThatIsAwayHidesNoneThatRefuses(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"away/a": content(1000, 1), "refuses/r": content(1000, 2)})
+	tr.mounts = nil
+	for _, m := range []string{"away", "refuses"} {
+		tr.mounts = append(tr.mounts, Mount{Config: source.Config{URL: "file://" + filepath.Join(tr.root, m)}, Path: "/" + m})
+	}
+	tr.start(1)
+	snap := tr.snapshot()
+	kinds := map[string]error{"a": source.ErrUnavailable, "r": source.ErrDenied}
+	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { return kinds[o.Key] })
+	c := tr.dial(0)
+	if _, err := c.read(index(t, snap, "/away/a"), 0, 1000, 0); !errors.Is(err, source.ErrUnavailable) {
+		t.Fatal(err)
+	}
+	eventually(t, "one is away", func() error {
+		if tr.workers[0].problems.away() == nil {
+			return errors.New("not told yet")
+		}
+		return nil
+	})
+	if _, err := c.read(index(t, snap, "/refuses/r"), 0, 1000, 0); !errors.Is(err, source.ErrDenied) {
+		t.Fatal(err)
+	}
+	eventually(t, "the other refuses", func() error {
+		if err := tr.workers[0].problems.ready(); !errors.Is(err, source.ErrDenied) {
+			return fmt.Errorf("ready: %v", err)
+		}
+		return nil
+	})
+}
+
+// TestOneObjectThatFailsIsNoProblem: only its own readers are concerned.
+func TestOneObjectThatFailsIsNoProblem(t *testing.T) {
+	for _, kind := range []error{source.ErrDenied, source.ErrUnavailable} {
+		tr := newTier(t, map[string][]byte{"a/secret": content(1000, 1), "b/open": content(1000, 2)})
+		tr.start(1)
+		snap := tr.snapshot()
+		probed := make(chan struct{}, 100)
+		tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
+			if strings.HasSuffix(o.Key, "secret") {
+				return fmt.Errorf("%w: %s", kind, o.Key)
+			}
+			probed <- struct{}{}
+			return nil
+		})
+		if _, err := tr.dial(0).read(index(t, snap, "/a/secret"), 0, 1000, 0); !errors.Is(err, kind) {
+			t.Fatal(err)
+		}
+		<-probed
+		eventually(t, "the failure is looked into", func() error {
+			if tr.workers[0].doubted.Load() != nil {
+				return errors.New("not yet")
+			}
+			return nil
+		})
+		if s := tr.workers[0].Status(); s.Problem != "" {
+			t.Errorf("%v: %s", kind, s.Problem)
+		}
+		if code, text := tr.get(0, wire.PathReady); code != http.StatusOK {
+			t.Errorf("not ready: %s", text)
+		}
 	}
 }
 

@@ -160,6 +160,8 @@ func (w *Worker) Status() wire.WorkerStatus {
 	s.Problem = w.problems.String()
 	if err := w.problems.ready(); err != nil {
 		s.Reason = wire.StatusOf(err).String()
+	} else if err := w.problems.away(); err != nil {
+		s.Reason, s.Serves = wire.StatusOf(err).String(), true
 	}
 	return s
 }

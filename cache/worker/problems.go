@@ -20,6 +20,7 @@ const (
 	problemSnapshot problem = "snapshot" // there is no snapshot yet
 	problemRefresh  problem = "refresh"  // listing again failed; the old snapshot serves on
 	problemBucket   problem = "bucket"   // the bucket refuses to be read
+	problemAway     problem = "away"     // the bucket fails what it is asked, and what is held is served
 	problemMembers  problem = "membership"
 	problemKeys     problem = "keys"
 	problemGateway  problem = "gateway"  // the access keys of the S3 endpoint cannot be read
@@ -69,6 +70,13 @@ func (p *problems) String() string {
 		texts = append(texts, p.text[k])
 	}
 	return strings.Join(texts, "; ")
+}
+
+// away is why the bucket fails what it is asked while the worker serves on; nil while it does not.
+func (p *problems) away() error {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.errs[problemAway]
 }
 
 // ready is nil when the worker can serve.

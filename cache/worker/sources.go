@@ -136,7 +136,7 @@ func (w *Worker) fromBucket(ctx context.Context, f file, read func(ctx context.C
 		// answer that was cut short because time was up says that somebody gave up.
 		err = fmt.Errorf("%w: %s: the bucket sent next to nothing of it for %v: %v", source.ErrUnavailable, f.object.Key, w.sourceTimeout, err)
 	}
-	w.noteBucket(f, err)
+	w.noteBucket(doubt{source: f.source, ask: func(ctx context.Context) error { return w.probe(ctx, f) }}, err)
 	return sums, err
 }
 
@@ -180,46 +180,75 @@ const sumPiece = 2 * checksum.Size
 
 var pieces = sync.Pool{New: func() any { return new([sumPiece]byte) }}
 
-// noteBucket notes a read that the bucket refused, for keepBucket to look into, and that it lets us in again.
-func (w *Worker) noteBucket(f file, err error) {
-	switch {
+// doubt is about a bucket that refused something, or failed to do it.
+type doubt struct {
+	source *scheme.Source
+	final  bool                        // it refused, which does not pass by itself
+	ask    func(context.Context) error // whether it refuses all, or fails for all the tries that an operation has
+	said   wire.Status                 // of the problem that is told; keepBucket's
+}
+
+// noteBucket notes how an operation on a bucket ended: a failure for keepBucket to look into, and that all is well again.
+func (w *Worker) noteBucket(d doubt, err error) {
+	have := w.doubted.Load()
+	switch d.final = errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket); {
 	case err == nil:
-		if r := w.refused.Load(); r != nil && r.source == f.source && w.refused.CompareAndSwap(r, nil) {
-			w.problems.set(problemBucket, nil)
+		if have != nil && have.source == d.source && w.doubted.CompareAndSwap(have, nil) {
+			w.tellBucket(nil)
 		}
-	case errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket):
-		if w.refused.CompareAndSwap(nil, &f) {
+	case d.final && (have == nil || !have.final), source.Temporary(err) && have == nil:
+		if w.doubted.CompareAndSwap(have, &d) {
 			select {
-			case w.refusedNow <- struct{}{}:
+			case w.doubtedNow <- struct{}{}:
 			default:
 			}
 		}
 	}
 }
 
-// keepBucket looks into refused reads: whether one object is refused, which concerns its readers only, or
-// all are, which makes the worker not ready. It asks again with backoff, so that the worker gets ready
-// once the bucket is mended although nobody asks a worker that is not ready.
+// tellBucket sets the bucket's problem. With one that may pass the worker serves on what it holds; so it does where the
+// names of a writable dataset are concerned, since who asks for one is told what the bucket says.
+func (w *Worker) tellBucket(err error) {
+	kind, other := problemBucket, problemAway
+	if w.gateway != nil || source.Temporary(err) {
+		kind, other = other, kind
+	}
+	w.problems.set(kind, err)
+	w.problems.set(other, nil)
+}
+
+// keepBucket looks into what a bucket refused or failed to do: whether it is of one object, which concerns its readers
+// only, or of all. It asks again with backoff, so that the problem is over once the bucket is mended although nobody
+// asks a worker that is not ready.
 func (w *Worker) keepBucket(ctx context.Context) error {
+	failures := make(map[*scheme.Source]int64)
 	for {
+		var look <-chan time.Time
+		if w.gateway != nil {
+			look = w.clock.After(namesLook)
+		}
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-w.refusedNow:
+		case <-w.doubtedNow:
+		case <-look:
+			w.noteNames(failures)
 		}
 		wait := newBackoff()
 		for {
-			f := w.refused.Load()
-			if f == nil {
+			d := w.doubted.Load()
+			if d == nil {
 				break
 			}
-			if err := w.probe(ctx, *f); err == nil {
-				w.noteBucket(*f, nil)
-				break
-			} else if ctx.Err() == nil {
-				w.problems.set(problemBucket, err)
-				if w.refused.Load() == nil {
-					w.problems.set(problemBucket, nil) // a read went well meanwhile
+			if err := d.ask(ctx); err == nil {
+				w.noteBucket(*d, nil)
+				continue
+			} else if ctx.Err() == nil && wire.StatusOf(err) != d.said {
+				// Its first words stay: later ones differ by ports and counts only.
+				d.said = wire.StatusOf(err)
+				w.tellBucket(err)
+				if w.doubted.Load() != d {
+					w.tellBucket(nil) // an operation went well meanwhile
 				}
 			}
 			if w.sleep(ctx, wait.NextBackOff()) != nil {
@@ -229,48 +258,76 @@ func (w *Worker) keepBucket(ctx context.Context) error {
 	}
 }
 
-// probes is how many other objects are tried before a bucket is taken to refuse all reads.
-const probes = 4
+// namesLook is how often it is looked whether names met failures.
+const namesLook = 5 * time.Second
 
-// probe reads a byte of f and, while that is refused, of a few others of the same mount. It is nil when
-// the bucket lets us in for any of them. An object that is gone or changed is an answer too.
-func (w *Worker) probe(ctx context.Context, f file) error {
-	try := func(f file) error {
-		if f.object.Size == 0 {
-			return source.ErrInvalid // reads nothing, proves nothing
-		}
-		ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
-		defer cancel()
-		body, err := f.source.Get(ctx, f.object, 0, 1)
-		if err == nil {
-			_, err = io.ReadFull(body, make([]byte, 1))
-			body.Close()
-		}
-		if errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrChanged) {
-			err = nil
-		}
-		return err
+// noteNames notes where the names of a writable dataset met failures of the bucket since the last look: what is done to
+// names goes by other ways to it than a read of a block.
+func (w *Worker) noteNames(before map[*scheme.Source]int64) {
+	src := w.sources.Load()
+	if src == nil || w.problems.ready() != nil {
+		return // that is told already
 	}
-	first := try(f)
-	if first == nil || errors.Is(first, source.ErrNoBucket) {
-		return first
-	}
-	snap, ok := w.snapshots.get(wire.Digest{})
-	if !ok {
-		return first
-	}
-	defer snap.release()
-	// Spread over the snapshot, since what is refused may be a folder.
-	step := max(1, snap.Len()/(4*probes))
-	for i, tried := 0, 0; i < snap.Len() && tried < probes; i += step {
-		other, ok := snap.file(catalog.Index(i))
-		if !ok || other.source != f.source || other.object.Size == 0 || other.ring.ID == f.ring.ID {
+	for i, s := range src.sources {
+		kinds := s.Meter.Counts().Errors
+		n := kinds["denied"] + kinds["no_bucket"] + kinds["unavailable"] + kinds["throttled"]
+		if n == before[s] {
 			continue
 		}
-		tried++
-		if try(other) == nil {
-			return nil
+		before[s] = n
+		list := func(ctx context.Context) error {
+			ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
+			defer cancel()
+			pages, ok := source.PagerOf(s.Source)
+			if !ok {
+				return nil // names are not served of such
+			}
+			_, err := pages.Page(ctx, source.PageRequest{Prefix: src.mounts[i].Prefix})
+			return err
+		}
+		w.noteBucket(doubt{source: s, ask: list}, source.ErrUnavailable)
+	}
+}
+
+// probes is how many other objects are tried before a bucket is taken to fail all reads.
+const probes = 4
+
+// probe reads a byte of f and of a few others of the same mount, all at once, since of a bucket that is away each takes
+// all its tries. It is nil when the bucket gives any of them; an object that is gone or changed is an answer too.
+func (w *Worker) probe(ctx context.Context, f file) error {
+	ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
+	defer cancel()
+	files := []file{f}
+	if snap, ok := w.snapshots.get(wire.Digest{}); ok {
+		defer snap.release()
+		// Spread over the snapshot, since what is refused may be a folder.
+		step := max(1, snap.Len()/(4*probes))
+		for i := 0; i < snap.Len() && len(files) <= probes; i += step {
+			if other, ok := snap.file(catalog.Index(i)); ok && other.source == f.source && other.object.Size > 0 && other.ring.ID != f.ring.ID {
+				files = append(files, other)
+			}
 		}
 	}
-	return first
+	errs := make([]error, len(files))
+	var wg sync.WaitGroup
+	for i, f := range files {
+		wg.Go(func() {
+			body, err := f.source.Get(ctx, f.object, 0, 1)
+			if err == nil {
+				_, err = io.ReadFull(body, make([]byte, 1))
+				body.Close()
+			}
+			if errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrChanged) {
+				err = nil
+			}
+			if errs[i] = err; err == nil {
+				cancel() // the others need not be waited for
+			}
+		})
+	}
+	wg.Wait()
+	if slices.Contains(errs, nil) {
+		return nil
+	}
+	return errs[0]
 }

@@ -93,9 +93,9 @@ type Worker struct {
 	asking    blockSet
 	guesses   chan struct{} // a token for each fill that nobody asked for
 	digests   *digests
-	// refused is a file that the bucket refused to be read; nil while it lets us in.
-	refused    atomic.Pointer[file]
-	refusedNow chan struct{}
+	// doubted is a bucket that failed; nil while all are well.
+	doubted    atomic.Pointer[doubt]
+	doubtedNow chan struct{}
 	prefetches prefetches
 	mends      mends
 	loads      *loads
@@ -152,7 +152,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16), offers: make(chan struct{}, 1),
 		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(), sourceTimeout: wire.SourceTimeout,
-		refusedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches), mends: make(mends, maxMends),
+		doubtedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches), mends: make(mends, maxMends),
 		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
 	}

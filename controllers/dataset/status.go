@@ -391,7 +391,7 @@ func (r *Reconciler) wrong(p *pass, pod *corev1.Pod) (reason, text string) {
 			return ReasonStarting, pod.Name + ": its pod is starting"
 		}
 		return ReasonNotAnswering, fmt.Sprintf("%s: does not answer the controller: %v", pod.Name, p.missing[pod.Name])
-	case answered && s.Reason != "":
+	case answered && s.Reason != "" && !s.Serves:
 		return ReasonNotReady, fmt.Sprintf("%s: %s", pod.Name, forPeople(p.dataset, s.Problem))
 	case !podReady(pod):
 		return ReasonNotReady, pod.Name + ": is not ready yet"

@@ -1,0 +1,53 @@
+package dataset
+
+import (
+	"strings"
+	"testing"
+	"time"
+
+	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/wire"
+)
+
+// A Dataset whose bucket is away says so, and stays one that pods can start with: its workers serve what they hold.
+func TestADatasetWhoseBucketIsAwayIsDegraded(t *testing.T) {
+	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data"}}
+	d.Spec.Mounts = []v1alpha1.Mount{{Source: "s3://bucket/", Path: "/"}}
+	d.Spec.Workers.Replicas = 1
+	pod := corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data-worker-0"}}
+	pod.Status.Phase, pod.Status.PodIP = corev1.PodRunning, "10.0.0.1"
+	pod.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}
+	for _, c := range []struct {
+		status     wire.WorkerStatus
+		serving    int32
+		phase      v1alpha1.DatasetPhase
+		ready, why string
+	}{
+		{wire.WorkerStatus{}, 1, v1alpha1.DatasetReady, "True", "Ready"},
+		{wire.WorkerStatus{Reason: wire.Unavailable.String(), Problem: "connection refused", Serves: true}, 1, v1alpha1.DatasetDegraded, "False", ReasonUnavailable},
+		{wire.WorkerStatus{Reason: wire.Denied.String(), Problem: "no such key"}, 0, v1alpha1.DatasetPending, "False", ReasonAccessDenied},
+	} {
+		c.status.ID, c.status.Snapshot = pod.Name, "abc"
+		r := &Reconciler{}
+		p := &pass{
+			memory: &memory{said: make(map[string]string)}, dataset: d.DeepCopy(), now: time.Now(),
+			pods: []corev1.Pod{pod}, status: map[string]wire.WorkerStatus{pod.Name: c.status},
+		}
+		p.condition(v1alpha1.ConditionVolumeReady, metav1.ConditionTrue, "Bound", "bound")
+		for _, do := range []phase{r.sourced, r.workersReady} {
+			if err := do(t.Context(), p); err != nil {
+				t.Fatal(err)
+			}
+		}
+		p.summarize()
+		st := p.dataset.Status
+		ready := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionReady)
+		if st.Phase != c.phase || st.Workers.Ready != c.serving || string(ready.Status) != c.ready || ready.Reason != c.why || !strings.Contains(ready.Message, c.status.Problem) {
+			t.Errorf("%+v: phase %s, %d serve, %+v", c.status, st.Phase, st.Workers.Ready, ready)
+		}
+	}
+}
