@@ -1,6 +1,7 @@
 package local
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -223,23 +224,30 @@ func (d *dataset) waitReady(ctx context.Context) error {
 		if r.problem == "" || r.files > files {
 			since, files = now, r.files
 		}
-		limit := d.tier.options.Problems
+		limit, flag := d.tier.options.Problems, ""
 		if r.silent {
 			limit = max(limit, startTimeout)
+		} else if d.tier.options.Flags {
+			flag = " (--give-up)"
 		}
-		if now.Sub(since) > limit {
-			if r.silent {
-				r.problem += d.tails("w*.log")
-			}
+		waited := now.Sub(since) > limit
+		switch {
+		case slices.Contains(final, r.reason):
 			return fmt.Errorf("dataset %s: %s", name(d.object), r.problem)
+		case waited && r.silent:
+			return fmt.Errorf("dataset %s: %s%s", name(d.object), r.problem, d.tails("w*.log"))
+		case waited:
+			return fmt.Errorf("dataset %s: given up after %v%s: %s", name(d.object), limit, flag, r.problem)
 		}
-		word := r.problem
-		if word == "" {
+		word := "not ready yet, waiting for up to " + limit.String() + flag + ": " + r.problem
+		about := cmp.Or(r.reason, r.problem) // the words may differ with every connection
+		if r.problem == "" {
 			word = fmt.Sprintf("listing the bucket: %s so far", count(r.files, "file"))
+			about = word
 		}
-		if now.Sub(spoke) > nextWord && word != said {
-			spoke, said = now, word
-			d.tier.logf("dataset %s: not ready yet: %s", name(d.object), word)
+		if now.Sub(spoke) > nextWord && about != said {
+			spoke, said = now, about
+			d.tier.logf("dataset %s: %s", name(d.object), word)
 		}
 		select {
 		case <-ctx.Done():
@@ -258,7 +266,11 @@ type readiness struct {
 	files   int64  // listed so far
 	problem string // what keeps them from serving; empty while they list
 	silent  bool   // it is that a worker does not answer: its log may say why
+	reason  string // its kind: a worker's Reason
 }
+
+// final are the Reasons that end only when somebody corrects the manifests or the bucket.
+var final = []string{wire.Denied.String(), wire.NoBucket.String(), wire.Invalid.String()}
 
 func (d *dataset) judge(status []wire.WorkerStatus, err error) readiness {
 	r := readiness{ready: err == nil && len(status) == int(d.object.Spec.Workers.Replicas)}
@@ -269,7 +281,7 @@ func (d *dataset) judge(status []wire.WorkerStatus, err error) readiness {
 		p := d.forPeople(s.Problem)
 		// A worker that waits for another one's listing repeats what that said, or finds it not started yet.
 		if r.problem == "" && (listed || !strings.Contains(p, wire.FollowingProblem)) {
-			r.problem = p
+			r.problem, r.reason = p, s.Reason
 		}
 	}
 	if r.problem == "" && err != nil {

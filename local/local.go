@@ -51,15 +51,16 @@ type Options struct {
 	// Gather gives the workers that Workers leaves of a Dataset the memory of all that its manifest wants, so that the
 	// tier holds what that one would.
 	Gather bool
-	// Flags says that Workers and Memory are the user's --workers and --memory, which are then named as the way out.
+	// Flags says that Workers, Memory and Problems are the user's --workers, --memory and --give-up, which are then named
+	// as the way out.
 	Flags bool
 	// S3Domain, when not empty, is a host name that leads to this machine with all names below it: the S3
 	// endpoints are told to clients under it, and answer virtual-host style too.
 	S3Domain string
 	// Log gets a line for what a person should know: progress, restarts, what was scaled down.
 	Log io.Writer
-	// Problems is how long a worker may be unable to serve (wrong credentials, no bucket) before Start
-	// gives up; zero: 10 s.
+	// Problems is how long what may pass (nobody answers at the bucket's address) may keep a worker from serving before
+	// Start gives up; zero: 10 s. What is not mended by waiting (wrong credentials, no bucket) ends Start at once.
 	Problems time.Duration
 }
 

@@ -88,7 +88,7 @@ The exit status is COMMAND's: 127 when there is no such command, 126 when it can
 	f.IntVar(&o.Workers, "workers", 4, "the most workers a Dataset gets on this machine")
 	f.StringVar(&memory, "memory", "", "the most memory of all workers together (default: half of what is available)")
 	f.StringVar(&o.S3Domain, "s3-domain", "", "host name of the S3 endpoint, for clients that put the bucket in front of it; all names below it must lead to this machine (as those below localhost do)")
-	f.DurationVar(&o.Problems, "give-up", 10*time.Second, "how long a bucket may be out of reach at the start")
+	f.DurationVar(&o.Problems, "give-up", 10*time.Second, "how long a bucket may be out of reach at the start; one that refuses the keys, or is not there, is told at once")
 	return cmd
 }
 

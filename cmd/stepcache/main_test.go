@@ -1,6 +1,7 @@
 package main
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"crypto/sha256"
@@ -8,6 +9,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"net/http"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -246,17 +248,22 @@ func TestLocalExitStatus(t *testing.T) {
 
 func TestLocalSaysWhatIsWrongWithTheBucket(t *testing.T) {
 	f := newFixture(t)
-	for _, c := range []struct{ name, from, to, says string }{
-		{"wrong secret", "accessKeySecret: " + bucket.SecretKey, "accessKeySecret: wrong", "check the access key of Secret access-key"},
-		{"no such bucket", "s3://fixture/", "s3://absent/", "bucket not found"},
-		{"no http://", f.server.Endpoint(), strings.TrimPrefix(f.server.Endpoint(), "http://"), "write http:// in front of the endpoint"},
-		{"nobody there", f.server.Endpoint(), "http://127.0.0.1:1", "connection refused"},
+	// What no waiting mends is not waited for: the program's own time is over long before such a time to give up.
+	never := (10 * patience).String()
+	for _, c := range []struct{ name, from, to, giveUp, says string }{
+		{"wrong secret", "accessKeySecret: " + bucket.SecretKey, "accessKeySecret: wrong", never, "check the access key of Secret access-key"},
+		{"no such bucket", "s3://fixture/", "s3://absent/", never, "bucket not found"},
+		{"no http://", f.server.Endpoint(), strings.TrimPrefix(f.server.Endpoint(), "http://"), never, "write http:// in front of the endpoint"},
+		{"nobody there", f.server.Endpoint(), "http://127.0.0.1:1", "10s", "given up after 10s (--give-up): list s3://127.0.0.1:1/fixture/: store unavailable"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			f.write(t, bucket.SecretKey, "64Mi", false)
 			f.replace(t, c.from, c.to)
-			_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--give-up", "1s", "--", "true")
+			_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--give-up", c.giveUp, "--", "true")
 			last := lastLine(stderr)
+			if c.giveUp == never && strings.TrimSpace(stderr) != last {
+				t.Errorf("more than one line:\n%s", stderr)
+			}
 			if status != 1 || !strings.HasPrefix(last, "stepcache: dataset default/data: ") || !strings.Contains(last, c.says) {
 				t.Errorf("status %d, want 1 and %q in the last line of:\n%s", status, c.says, stderr)
 			}
@@ -267,6 +274,32 @@ func TestLocalSaysWhatIsWrongWithTheBucket(t *testing.T) {
 		})
 	}
 	f.nothingLeft(t)
+}
+
+// A bucket that does not answer yet is waited for, and that is said once.
+func TestLocalWaitsForTheBucket(t *testing.T) {
+	f := newFixture(t)
+	proxy := bucket.Faults(t, f.server)
+	proxy.Set(func(*http.Request) bucket.Fault { return bucket.Fault{Reset: true} })
+	f.replace(t, f.server.Endpoint(), proxy.Endpoint())
+	cmd := program(t, f.dir, "local", "-f", f.manifests, "--give-up", patience.String(), "--", "true")
+	out, err := cmd.StderrPipe()
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Start(); err != nil {
+		t.Fatal(err)
+	}
+	var said []string
+	waits := "dataset default/data: not ready yet, waiting for up to " + patience.String() + " (--give-up): list s3://"
+	for lines := bufio.NewScanner(out); lines.Scan(); {
+		if said = append(said, lines.Text()); strings.HasPrefix(lines.Text(), waits) {
+			proxy.Set(nil)
+		}
+	}
+	if err := cmd.Wait(); err != nil || strings.Count(strings.Join(said, "\n"), waits) != 1 {
+		t.Errorf("%v, and it said:\n%s", err, strings.Join(said, "\n"))
+	}
 }
 
 // replace changes the manifests.
