@@ -31,7 +31,7 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 	f.IntVar(&r.Copies, "copies", 0, "workers that hold each block (default: the Dataset's)")
 	f.BoolVar(&r.Pin, "pin", false, "keep the files from eviction")
 	f.BoolVar(&unload, "unload", false, "end the load with this --id and its pins")
-	cmd.RunE = func(cmd *cobra.Command, patterns []string) error {
+	cmd.RunE = func(cmd *cobra.Command, patterns []string) (err error) {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
@@ -65,11 +65,17 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 			r.ID = "cli-" + start.UTC().Format("20060102T150405.000")
 		}
 		r.Paths = patterns
+		var last client.LoadSum
+		defer func() {
+			if err != nil && ctx.Err() != nil {
+				fmt.Fprintf(os.Stderr, "load %s: %s; it goes on in the workers, and `stepcache load --unload --id %s` ends it\n",
+					r.ID, loadLine(last, time.Since(start)), r.ID)
+			}
+		}()
 		if err := control.Load(ctx, r); err != nil {
 			return err
 		}
 		p := newProgress("load "+r.ID, 0)
-		var last client.LoadSum
 		_, err = control.Wait(ctx, r, 200*time.Millisecond, func(s client.LoadSum) {
 			p.set(s.Resident, s.Total)
 			last = s
@@ -84,9 +90,6 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 		}
 		if n := len(last.Workers); err == nil && r.Copies > n {
 			fmt.Fprintf(os.Stderr, "there are %d workers, so that there are %d copies instead of %d\n", n, n, r.Copies)
-		}
-		if ctx.Err() != nil {
-			fmt.Fprintf(os.Stderr, "the load goes on in the workers; `stepcache load --unload --id %s` ends it\n", r.ID)
 		}
 		if err == nil && !r.Pin {
 			// Nothing to keep: the bytes stay by themselves, as long as there is room.

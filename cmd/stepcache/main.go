@@ -29,8 +29,22 @@ func main() {
 	if err != nil && cmd == root {
 		err = usage{err} // it runs nothing itself: there is no such command
 	}
+	err = interrupted(context.Cause(ctx), err)
 	stop()
 	os.Exit(exitStatus(os.Stderr, cmd.CommandPath(), err))
+}
+
+// interrupted says of an error whose cause is a signal that it is, instead of what the code has for it.
+func interrupted(signal, err error) error {
+	switch {
+	case signal == nil || err == nil:
+		return err
+	case err.Error() == signal.Error() || err == context.Canceled:
+		return errors.New("interrupted")
+	case errors.Is(err, signal) || errors.Is(err, context.Canceled):
+		return fmt.Errorf("interrupted: %w", err)
+	}
+	return err
 }
 
 // endings are the signals that ask the program to end, which it does in order. A closed terminal is one of
@@ -94,7 +108,7 @@ Start with "stepcache local": it runs the tier on this machine from the manifest
 func args(check cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(cmd *cobra.Command, given []string) error {
 		if err := check(cmd, given); err != nil {
-			return usage{fmt.Errorf("%s: %w", cmd.CommandPath(), err)}
+			return usage{fmt.Errorf("%s: %w", cmd.Name(), err)}
 		}
 		return nil
 	}

@@ -628,6 +628,93 @@ func TestLocalEndsInOrder(t *testing.T) {
 	f.nothingLeft(t)
 }
 
+// Who interrupts a command is told so, and what was done until then.
+func TestInterruptedCommands(t *testing.T) {
+	f := newFixture(t)
+	f.withoutLoad(t)
+	proxy := bucket.Faults(t, f.server)
+	f.replace(t, f.server.Endpoint(), proxy.Endpoint())
+	cmd, env, errs := background(t, f)
+	tier := env["STEPCACHE_TIER"]
+	asked := make(chan struct{}, 100)
+	hold := func(r *http.Request) bucket.Fault {
+		stall := r.Method == http.MethodGet && strings.HasSuffix(r.URL.Path, "/large")
+		if stall {
+			asked <- struct{}{}
+		}
+		return bucket.Fault{Stall: stall}
+	}
+	interrupt := func(s os.Signal, args ...string) (stdout, stderr string, status int) {
+		t.Helper()
+		cmd := program(t, f.dir, args...)
+		var out, errs bytes.Buffer
+		cmd.Stdout, cmd.Stderr = &out, &errs
+		for len(asked) > 0 {
+			<-asked
+		}
+		proxy.Set(hold)
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
+		}
+		select {
+		case <-asked:
+		case <-time.After(patience):
+			t.Errorf("%v: it does not ask the bucket", args)
+		}
+		if err := cmd.Process.Signal(s); err != nil {
+			t.Fatal(err)
+		}
+		_ = cmd.Wait()
+		return out.String(), errs.String(), cmd.ProcessState.ExitCode()
+	}
+	_, stderr, status := interrupt(syscall.SIGTERM, "load", "--tier", tier, "--id", "mine")
+	if status != 1 || !regexp.MustCompile(`^load mine: .* of .* resident, .*; it goes on in the workers, .*--id mine` + "`" + ` ends it\nstepcache: interrupted(: .*)?\n$`).MatchString(stderr) {
+		t.Errorf("load: status %d: %s", status, stderr)
+	}
+	proxy.Set(nil)
+	if _, stderr, status := run(t, f.dir, "load", "--tier", tier); status != 0 {
+		t.Fatalf("load: status %d: %s", status, stderr)
+	}
+	stdout, stderr, status := interrupt(os.Interrupt, "verify", "--tier", tier, "-f", f.manifests, "--download")
+	if status != 1 || !regexp.MustCompile(`^[0-2] of 3 files compared, 0 not equal\n$`).MatchString(stdout) || stderr != "stepcache: interrupted\n" {
+		t.Errorf("verify: status %d, %q: %s", status, stdout, stderr)
+	}
+	stdout, stderr, status = interrupt(syscall.SIGTERM, "verify", "--tier", tier, "-f", f.manifests, "--download", "-o", "json")
+	var compared []verified
+	if err := json.Unmarshal([]byte(stdout), &compared); status != 1 || err != nil || len(compared) > 2 || stderr != "stepcache: interrupted\n" {
+		t.Errorf("verify -o json: status %d, %v, %q: %s", status, err, stdout, stderr)
+	}
+	proxy.Set(nil)
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v\n%s", err, errs)
+	}
+}
+
+func TestInterruptedError(t *testing.T) {
+	signal, other := errors.New("terminated signal received"), errors.New("other")
+	for _, c := range []struct {
+		signal, err error
+		want        string
+	}{
+		{nil, context.Canceled, "context canceled"},
+		{signal, signal, "interrupted"},
+		{signal, context.Canceled, "interrupted"},
+		{signal, fmt.Errorf("list: %w", context.Canceled), "interrupted: list: context canceled"},
+		{signal, fmt.Errorf("list: %w", signal), "interrupted: list: terminated signal received"},
+		{signal, other, "other"},
+	} {
+		if got := interrupted(c.signal, c.err); got.Error() != c.want {
+			t.Errorf("%v, %v: %v, want %s", c.signal, c.err, got, c.want)
+		}
+	}
+	if err := interrupted(signal, nil); err != nil {
+		t.Error(err)
+	}
+}
+
 func TestLoadOfWhatIsGone(t *testing.T) {
 	f := newFixture(t)
 	f.withoutLoad(t)

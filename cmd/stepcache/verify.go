@@ -41,7 +41,8 @@ func verifyCommand() *cobra.Command {
 		Long: `Reads files through the tier and compares them with the bucket: with the digest that the bucket publishes,
 where its listing has one of the whole object, else with the object itself, downloaded again in the same version
 (--download: always). The bucket is reached with the Dataset and Secret of the manifests named by -f.
-The exit status is 1 when anything differs or could not be compared.`,
+The exit status is 1 when anything differs or could not be compared, or when it was interrupted: it tells what it
+compared until then.`,
 		Example: "  stepcache verify -f dataset.yaml\n  stepcache verify -f manifests/ --download /shards",
 	}
 	t.add(cmd)
@@ -86,16 +87,21 @@ The exit status is 1 when anything differs or could not be compared.`,
 		if len(paths) == 0 {
 			paths = []string{"/"}
 		}
-		results, err := v.run(ctx, paths)
+		results, of, err := v.run(ctx, paths)
+		if err != nil && ctx.Err() == nil {
+			return err
+		}
+		reported := report(cmd, *output, results, of)
 		if err != nil {
 			return err
 		}
-		return report(cmd, *output, results)
+		return reported
 	}
 	return cmd
 }
 
-func report(cmd *cobra.Command, output string, results []verified) error {
+// report tells the results of so many files, or of as many as were compared until the command was interrupted.
+func report(cmd *cobra.Command, output string, results []verified, of int) error {
 	bad := 0
 	for _, r := range results {
 		if r.Result != "equal" {
@@ -110,7 +116,11 @@ func report(cmd *cobra.Command, output string, results []verified) error {
 			return err
 		}
 	} else {
-		fmt.Fprintf(cmd.OutOrStdout(), "%d files compared, %d not equal\n", len(results), bad)
+		ofAll := ""
+		if len(results) < of {
+			ofAll = fmt.Sprintf(" of %d", of)
+		}
+		fmt.Fprintf(cmd.OutOrStdout(), "%d%s files compared, %d not equal\n", len(results), ofAll, bad)
 	}
 	if bad > 0 {
 		return exit(1)
@@ -157,7 +167,8 @@ func (v *verifier) forPeople(err error) string {
 	return text
 }
 
-func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) {
+// run compares the files at and below the paths. Where ctx ends it returns what was compared until then, of how many.
+func (v *verifier) run(ctx context.Context, paths []string) (results []verified, of int, err error) {
 	s := v.client.Snapshot()
 	files := map[catalog.Index]bool{}
 	var total int64
@@ -171,7 +182,7 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 	for _, p := range paths {
 		i, err := lookup(v.client, p)
 		if err != nil {
-			return nil, err
+			return nil, 0, err
 		}
 		if n, _ := s.Node(i); n.Dir {
 			s.Walk(i, add)
@@ -183,7 +194,7 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 	defer p.finish()
 	var mu sync.Mutex
 	var compared atomic.Bool // something was read from the bucket: it lets us in
-	results := []verified{}
+	results = []verified{}
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
 	for i := range files {
@@ -203,6 +214,8 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 				}
 			}
 			switch {
+			case err != nil && ctx.Err() != nil:
+				return context.Cause(ctx) // not of this file
 			case (errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket)) && !compared.Load():
 				return errors.New(v.forPeople(err)) // as for every other file
 			case errors.Is(err, source.ErrChanged), errors.Is(err, source.ErrNotFound):
@@ -217,14 +230,12 @@ func (v *verifier) run(ctx context.Context, paths []string) ([]verified, error) 
 			mu.Lock()
 			defer mu.Unlock()
 			results = append(results, r)
-			return ctx.Err()
+			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
+	err = g.Wait()
 	sort.Slice(results, func(a, b int) bool { return results[a].Path < results[b].Path })
-	return results, nil
+	return results, len(files), err
 }
 
 // compare downloads an object and holds it against what the tier serves.
