@@ -50,6 +50,9 @@ func openState() (*state, error) {
 	// It gets its name once it is locked: another run takes a lock that nobody holds for that of one that was killed.
 	lock, err := lockFile(filepath.Join(dir, "new"), os.O_CREATE)
 	if err == nil {
+		_, err = fmt.Fprintln(lock, os.Getpid()) // see inUse
+	}
+	if err == nil {
 		err = os.Rename(lock.Name(), filepath.Join(dir, lockName))
 	}
 	if err != nil {
@@ -125,7 +128,7 @@ func (s *state) mountFolder(dir string) (string, error) {
 func (s *state) claim(target string) error {
 	const other = "name another folder with --mount"
 	// First of all the mounts: a look at one that nobody serves would hang.
-	if err := clear(target); err != nil {
+	if err := s.clear(target); err != nil {
 		return err
 	}
 	if err := s.folder(target); err != nil {
@@ -140,9 +143,9 @@ func (s *state) claim(target string) error {
 	}
 	s.claims = append(s.claims, f)
 	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
-		return fmt.Errorf("cannot mount at %s: another `stepcache local` mounts there; stop it, or %s", target, other)
+		return s.inUse(target)
 	}
-	if err := clear(target); err != nil {
+	if err := s.clear(target); err != nil {
 		return err
 	}
 	if names, _ := f.Readdirnames(1); len(names) > 0 {
@@ -152,18 +155,35 @@ func (s *state) claim(target string) error {
 }
 
 // clear takes dead mounts of ours away from a folder; one that is alive is an error.
-func clear(target string) error {
+func (s *state) clear(target string) error {
 	at, err := mountinfo.At(target)
 	if err != nil || len(at) == 0 {
 		return err
 	}
-	if at[0].Type == mount.FSType && !alive(at[0]) {
+	if at[0].Type == mount.FSType {
+		if alive(at[0]) {
+			return s.inUse(target)
+		}
 		if detach(target); !mounted(target) {
 			return nil
 		}
 	}
 	return fmt.Errorf("cannot mount at %s: something is mounted there already (%s, from %s); unmount it (umount %s), or name another folder with --mount",
 		target, at[0].Type, at[0].Source, target)
+}
+
+// inUse is the error of a target that another process of ours serves, or is about to; which one is known of runs with
+// the same temporary folder.
+func (s *state) inUse(target string) error {
+	who := "another stepcache"
+	locks, _ := filepath.Glob(filepath.Join(filepath.Dir(s.dir), "*", lockName))
+	for _, lock := range locks {
+		run := &state{dir: filepath.Dir(lock)}
+		if pid, err := os.ReadFile(lock); err == nil && run.dir != s.dir && slices.Contains(run.notes("mounts"), target) {
+			who = "another `stepcache local`, process " + strings.TrimSpace(string(pid)) + ","
+		}
+	}
+	return fmt.Errorf("cannot mount at %s: %s uses it; end that one (Ctrl-C or SIGTERM, which also unmounts), or name another folder with --mount", target, who)
 }
 
 func mounted(target string) bool {

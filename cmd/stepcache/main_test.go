@@ -540,9 +540,13 @@ func TestLocalLeavesOthersAlone(t *testing.T) {
 	f := newFixture(t)
 	mnt := filepath.Join(f.dir, "mnt")
 	cmd, env, errs := background(t, f, "--mount", mnt)
-	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--mount", mnt, "--", "true")
-	if status != 1 || !strings.Contains(stderr, "mounted there already") {
-		t.Errorf("a second run at the same folder: status %d: %s", status, stderr)
+	for dir, says := range map[string]string{
+		f.dir: fmt.Sprintf("data: another `stepcache local`, process %d, uses it; end that one", cmd.Process.Pid), tempDir(t): "data: another stepcache uses it; end that one",
+	} {
+		_, stderr, status := run(t, dir, "local", "-f", f.manifests, "--mount", mnt, "--", "true")
+		if status != 1 || !strings.Contains(stderr, says) || strings.Contains(stderr, "umount ") {
+			t.Errorf("a second run at the same folder: status %d, want %q: %s", status, says, stderr)
+		}
 	}
 	if b, err := os.ReadFile(filepath.Join(mnt, "data", "dir", "small")); string(b) != "small\n" {
 		t.Errorf("the first run's mount afterwards: %q, %v", b, err)
