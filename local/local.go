@@ -217,10 +217,10 @@ func count(n int64, thing string) string {
 
 func (t *Tier) logf(format string, args ...any) { fmt.Fprintf(t.options.Log, format+"\n", args...) }
 
-// Warm runs the DataLoads one after the other, those that others wait for first. A load that cannot
-// complete is reported and does not keep the command from running, since reads still go through; only a
-// load that pins, and so promises that the bytes stay, is an error.
-func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.LoadSum)) error {
+// Warm runs the DataLoads one after the other, those that others wait for first. done gets nil for each that
+// completed, or why it failed, which does not keep the command from running, since reads still go through; only a
+// load that pins, and so promises that the bytes stay, is an error of Warm.
+func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.LoadSum), done func(load string, failed error)) error {
 	for _, l := range t.loads {
 		id := l.Namespace + "/" + l.Name
 		i := slices.IndexFunc(t.datasets, func(d *dataset) bool {
@@ -229,7 +229,8 @@ func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.Loa
 		if l.Spec.Schedule != "" {
 			t.logf("dataload %s: run once; local mode does not keep its schedule %q", id, l.Spec.Schedule)
 		}
-		if err := t.datasets[i].load(ctx, l, func(s client.LoadSum) { progress(id, s) }); err != nil {
+		err := t.datasets[i].load(ctx, l, func(s client.LoadSum) { progress(id, s) })
+		if err != nil {
 			if ctx.Err() != nil {
 				return fmt.Errorf("dataload %s: %w", id, context.Cause(ctx))
 			}
@@ -239,8 +240,9 @@ func (t *Tier) Warm(ctx context.Context, progress func(load string, s client.Loa
 			// The load's own name, and whose it is, is said already.
 			text := strings.TrimPrefix(err.Error(), "dataset "+name(t.datasets[i].object)+": ")
 			text = strings.ReplaceAll(text, "load "+loadID(l)+": ", "")
-			t.logf("dataload %s: %s; the steps read the rest from the bucket", id, text)
+			err = errors.New(text + "; the steps read the rest from the bucket")
 		}
+		done(id, err)
 	}
 	return nil
 }

@@ -44,7 +44,10 @@ STEPCACHE_DATASET (DIR/NAME, where there is one Dataset) and STEPCACHE_DATASET_N
 Dataset also STEPCACHE_S3_ENDPOINT, STEPCACHE_S3_BUCKET and STEPCACHE_S3_CREDENTIALS (a folder with the access
 keys and with env, a file to source for the AWS CLI and SDKs).
 A Secret that is not among the manifests is taken from the environment (the error says from where).
-The exit status is COMMAND's: 127 when there is no such command, 126 when it cannot be run.`,
+The exit status is COMMAND's: 127 when there is no such command, 126 when it cannot be run.
+
+A DataLoad that fails is told when it does and again at the end. COMMAND runs all the same, since it reads the rest from
+the bucket, and its exit status stays; without COMMAND it is 1. Only a DataLoad that pins ends the run.`,
 		Example: `  stepcache local -f genomes.yaml --mount /mnt/data -- sh -c 'sha256sum $STEPCACHE_DATASET/*'
   stepcache local -f dataset.yaml          # then, elsewhere: export STEPCACHE_TIER=...; stepcache ls /`,
 		RunE: func(cmd *cobra.Command, command []string) error {
@@ -106,7 +109,8 @@ func runLocal(ctx context.Context, o local.Options, command []string) error {
 		return err
 	}
 	defer t.Close()
-	if err := warm(ctx, t); err != nil {
+	failed, err := warm(ctx, t)
+	if err != nil {
 		return err
 	}
 	before, _ := ask(t) // what cannot be told now is not told later
@@ -116,6 +120,12 @@ func runLocal(ctx context.Context, o local.Options, command []string) error {
 		fmt.Fprintln(os.Stderr, "stepcache: report:", err)
 	}
 	writeReports(os.Stderr, before, after)
+	if len(command) == 0 && status == nil {
+		return failed // nothing else was to be done
+	}
+	if failed != nil {
+		fmt.Fprintln(os.Stderr, "stepcache:", failed) // again: what the command printed stands in between
+	}
 	return status
 }
 
@@ -134,28 +144,36 @@ func notFound(err error) int {
 	return 127
 }
 
-func warm(ctx context.Context, t *local.Tier) error {
-	var current string
+// warm runs the DataLoads; failed is of those that the command can do without.
+func warm(ctx context.Context, t *local.Tier) (failed, err error) {
 	var p *progress
 	var last client.LoadSum
 	began := time.Now()
-	done := func() {
+	end := func() {
 		if p != nil {
 			p.finish()
-			fmt.Fprintf(os.Stderr, "%s: %s\n", current, loadLine(last, time.Since(began)))
+			p = nil
 		}
 	}
-	err := t.Warm(ctx, func(load string, s client.LoadSum) {
-		if name := "load " + load; name != current {
-			done()
-			current, began = name, time.Now()
-			p = newProgress(current, s.Total)
+	defer end()
+	err = t.Warm(ctx, func(load string, s client.LoadSum) {
+		if p == nil {
+			p = newProgress("load "+load, s.Total)
 		}
 		p.set(s.Resident, s.Total)
 		last = s
+	}, func(load string, why error) {
+		end()
+		if why == nil {
+			fmt.Fprintf(os.Stderr, "load %s: %s\n", load, loadLine(last, time.Since(began)))
+		} else {
+			why = fmt.Errorf("load %s failed, with %s of %s resident: %w", load, size(last.Resident), size(last.Total), why)
+			fmt.Fprintln(os.Stderr, why)
+			failed = errors.Join(failed, why)
+		}
+		last, began = client.LoadSum{}, time.Now()
 	})
-	done()
-	return err
+	return failed, err
 }
 
 // runCommand runs the command, or waits for Ctrl-C, and gives back the exit status.

@@ -356,8 +356,21 @@ func TestLocalLoadThatDoesNotFit(t *testing.T) {
 	}
 	f.write(t, bucket.SecretKey, "16Mi", false)
 	_, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--", "true")
-	if status != 0 || !strings.Contains(stderr, "the steps read the rest from the bucket") {
+	said := regexp.MustCompile(`(?m)^(stepcache: )?load default/warm failed, with .* of .* resident: .*; the steps read the rest from the bucket$`)
+	told := said.FindAllString(stderr, -1)
+	if status != 0 || len(told) != 2 || told[1] != "stepcache: "+told[0] || lastLine(stderr) != told[1] || strings.Contains(stderr, "load default/warm: ") {
 		t.Errorf("a load that does not fit: status %d:\n%s", status, stderr)
+	}
+	if _, stderr, status = run(t, f.dir, "local", "-f", f.manifests, "--", "sh", "-c", "exit 7"); status != 7 {
+		t.Errorf("a command after a load that does not fit: status %d, want its own, 7:\n%s", status, stderr)
+	}
+	cmd, _, errs := background(t, f)
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	var exit *exec.ExitError
+	if err := cmd.Wait(); !errors.As(err, &exit) || exit.ExitCode() != 1 || !strings.HasPrefix(lastLine(errs.String()), "stepcache: load default/warm failed") {
+		t.Errorf("no command, and a load that does not fit: %v, want exit status 1:\n%s", err, errs)
 	}
 	f.server.PutT(t, "fixture", "huge", make([]byte, 17<<20))
 	if _, stderr, _ = run(t, f.dir, "local", "-f", f.manifests, "--", "true"); !strings.Contains(stderr, "/huge has 17825792 bytes") || !strings.Contains(stderr, "more workers do not help") {
@@ -672,7 +685,7 @@ func TestInterruptedCommands(t *testing.T) {
 		return out.String(), errs.String(), cmd.ProcessState.ExitCode()
 	}
 	_, stderr, status := interrupt(syscall.SIGTERM, "load", "--tier", tier, "--id", "mine")
-	if status != 1 || !regexp.MustCompile(`^load mine: .* of .* resident, .*; it goes on in the workers, .*--id mine` + "`" + ` ends it\nstepcache: interrupted(: .*)?\n$`).MatchString(stderr) {
+	if status != 1 || !regexp.MustCompile(`^load mine: .* of .* resident, .*; it goes on in the workers, .*--id mine`+"`"+` ends it\nstepcache: interrupted(: .*)?\n$`).MatchString(stderr) {
 		t.Errorf("load: status %d: %s", status, stderr)
 	}
 	proxy.Set(nil)
