@@ -127,11 +127,11 @@
 // Concurrency: Names is safe for concurrent use. Its goroutines belong to Run, which returns after the last
 // of them, and to the calls that began them. No lock is held over I/O. Failure: errors wrap those of
 // packages source and gateway. A put that fails leaves nothing visible, nothing staged and no parts: those
-// that it cannot remove, since the bucket is away, are removed once it is back. Parts of a put that the death of
-// the process cut off are removed by the next one in the same folder, which finds their names in a journal. Where
-// the folder is lost too, or the process died while the bucket told it the name (of an upload without parts then),
-// the bucket's own rule for unfinished uploads must remove them; in an exclusive dataset a worker aborts every
-// upload older than UploadAge.
+// that it cannot remove, since the bucket is away or denies it, are removed once it lets us. Parts of a put that the
+// death of the process cut off are removed by the next one in the same folder, which finds their names in a journal.
+// Where the folder is lost too, or the process died while the bucket told it the name (of an upload without parts
+// then), or the bucket refuses for good to remove them, the bucket's own rule for unfinished uploads must; in an
+// exclusive dataset a worker aborts every upload older than UploadAge.
 //
 // It may import cache/objects/journal, cache/gateway (the contract), cache/checksum, cache/ring, cache/source,
 // cache/store and cache/wire.

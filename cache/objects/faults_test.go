@@ -244,6 +244,33 @@ func TestABucketThatRefusesToAbort(t *testing.T) {
 	})
 }
 
+// An upload whose abort the bucket refuses for good is not asked for again and again.
+func TestABucketThatNeverAborts(t *testing.T) {
+	f := bucket.Faults(t, theServer(t))
+	tr := newTier(t, f.Endpoint()).start(1)
+	f.Set(func(r *http.Request) bucket.Fault {
+		q := r.URL.Query()
+		if r.Method == http.MethodDelete && q.Has("uploadId") {
+			return bucket.Fault{Status: 405, Code: "MethodNotAllowed"}
+		}
+		if r.Method == http.MethodPut && q.Get("partNumber") == "2" {
+			return bucket.Fault{Status: 403, Code: "AccessDenied"}
+		}
+		return bucket.Fault{}
+	})
+	if _, err := tr.put(0, "refused", content(40<<20, 1), minio.PutObjectOptions{}); code(err) != "AccessDenied" {
+		t.Errorf("%v", err)
+	}
+	journal := filepath.Join(tr.path(tr.workers[0].m.ID), "uploads")
+	eventually(t, "the upload is given up", func() error {
+		text, err := os.ReadFile(journal)
+		if !strings.Contains(string(text), `"ended":true`) {
+			return fmt.Errorf("%v: the journal is %s", err, text)
+		}
+		return nil
+	})
+}
+
 // What the bucket does not take is told in its own words, whether the client spoke to the owner or to another worker.
 func TestWhatTheBucketRefusesIsTold(t *testing.T) {
 	f := bucket.Faults(t, theServer(t))

@@ -28,13 +28,12 @@ type uploadRecord struct {
 type uploads struct {
 	path string
 
-	mu     sync.Mutex
-	f      *os.File
-	left   map[uploadRecord]bool // by a former process or a put that could not abort it, to be aborted
-	live   map[uploadRecord]bool
-	more   chan struct{} // holds one when left has more
-	lines  int
-	broken error // why the journal cannot be written
+	mu    sync.Mutex
+	f     *os.File
+	left  map[uploadRecord]bool // by a former process or a put that could not abort it, to be aborted
+	live  map[uploadRecord]bool
+	more  chan struct{} // holds one when left has more
+	lines int
 }
 
 func openUploads(path string) (*uploads, error) {
@@ -136,9 +135,8 @@ func (u *uploads) note(r uploadRecord) {
 	if err == nil {
 		_, err = u.f.Write(append(line, '\n'))
 	}
-	u.broken = err
 	if u.lines++; err != nil || u.lines > 1000+4*(len(u.live)+len(u.left)) {
-		u.broken = u.rewrite()
+		_ = u.rewrite() // where the journal cannot be written, a put goes on without: a kill may then leave its parts
 	}
 }
 
@@ -216,10 +214,16 @@ func (n *Names) clean(ctx context.Context) {
 			}
 			known = true
 			err = m.writer.AbortUpload(ctx, r.Key, r.ID)
-			if err == nil || errors.Is(err, source.ErrNoUpload) {
+			switch refusal := (*source.Refusal)(nil); {
+			case err == nil || errors.Is(err, source.ErrNoUpload):
 				n.uploads.ended(place{m, r.Key}, r.ID, true)
 				n.log.Info("removed the parts that a put left", "key", r.Key)
-			} else if ctx.Err() == nil {
+			case errors.As(err, &refusal):
+				// Of the request itself, which stays what it is; keys that do not allow it may be corrected.
+				n.uploads.ended(place{m, r.Key}, r.ID, true)
+				n.log.Warn("gave up the parts that a put left: the bucket's own rule for unfinished uploads must remove them",
+					"key", r.Key, "upload", r.ID, "error", err)
+			case ctx.Err() == nil:
 				n.log.Warn("the parts that a put left cannot be removed yet", "key", r.Key, "upload", r.ID, "error", err)
 			}
 			break
