@@ -170,7 +170,7 @@ const (
 // keepUploads aborts what a former process or a put left and, in an exclusive dataset, what everybody left.
 func (n *Names) keepUploads(ctx context.Context) {
 	var swept time.Time
-	pause := cleanEvery
+	pause, again := cleanEvery, cleanEvery
 	for {
 		every, more := sweepEvery, n.uploads.more
 		if before := len(n.uploads.remains()); before > 0 {
@@ -186,10 +186,10 @@ func (n *Names) keepUploads(ctx context.Context) {
 		}
 		if now := n.c.Clock.Now(); n.c.Exclusive && now.Sub(swept) >= sweepEvery {
 			if err := n.sweep(ctx, now); err == nil {
-				swept = now
-			} else {
-				every = min(every, cleanEvery)
-				n.log.Debug("old uploads were not looked at", "error", err)
+				swept, again = now, cleanEvery
+			} else { // one that denies it does so for long
+				every, again = min(every, again), min(2*again, sweepEvery)
+				n.log.Debug("old uploads were not all given up", "error", err)
 			}
 		}
 		select {
@@ -244,6 +244,7 @@ func (n *Names) sweep(ctx context.Context, now time.Time) error {
 	if err != nil {
 		return err
 	}
+	var refused error
 	for _, m := range mounts {
 		found, err := m.writer.Uploads(ctx, m.prefix, maxUploads)
 		if err != nil {
@@ -253,11 +254,16 @@ func (n *Names) sweep(ctx context.Context, now time.Time) error {
 			if now.Sub(u.Started) < UploadAge || !strings.HasPrefix(u.Key, m.prefix) { // some stores tell all
 				continue
 			}
-			if err := m.writer.AbortUpload(ctx, u.Key, u.ID); err != nil && !errors.Is(err, source.ErrNoUpload) {
+			err := m.writer.AbortUpload(ctx, u.Key, u.ID)
+			if refusal := (*source.Refusal)(nil); errors.As(err, &refusal) {
+				refused = err // which keeps no other from being given up
+				continue
+			}
+			if err != nil && !errors.Is(err, source.ErrNoUpload) {
 				return err
 			}
 			n.log.Info("gave up an upload in parts that nobody completed", "key", u.Key, "begun", u.Started)
 		}
 	}
-	return nil
+	return refused
 }

@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"strings"
 	"testing"
 	"time"
 
@@ -17,6 +18,7 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/cache/worker"
+	"github.com/stepcache/stepcache/test/bucket"
 )
 
 // ask connects to worker i with a key of the role and asks for requests about names.
@@ -204,6 +206,35 @@ func TestOldUploads(t *testing.T) {
 			t.Errorf("of a bucket that others write to, %q are left", u)
 		}
 	}
+}
+
+// One that the bucket never gives up keeps it from no other.
+func TestOldUploadsOfWhichOneIsRefused(t *testing.T) {
+	f := bucket.Faults(t, theServer(t))
+	tr := newTier(t, f.Endpoint())
+	f.Set(func(r *http.Request) bucket.Fault {
+		if r.Method == http.MethodDelete && strings.HasSuffix(r.URL.Path, "/a") {
+			return bucket.Fault{Status: 405, Code: "MethodNotAllowed"}
+		}
+		return bucket.Fault{}
+	})
+	core := minio.Core{Client: tr.direct}
+	for _, key := range []string{"a", "b"} {
+		if _, err := core.NewMultipartUpload(t.Context(), tr.bucket, tr.prefix+key, minio.PutObjectOptions{}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tr.write.Exclusive = true
+	tr.deps = func(_ int, d *worker.Deps) { d.Clock = later{objects.UploadAge + time.Hour} }
+	tr.add()
+	tr.publish()
+	tr.run(0)
+	eventually(t, "the other is given up", func() error {
+		if u := tr.uploads(); len(u) != 1 || u[0] != tr.prefix+"a" {
+			return fmt.Errorf("%q", u)
+		}
+		return nil
+	})
 }
 
 // In an exclusive dataset a version is remembered for longer; the rules are the same.
