@@ -2,6 +2,7 @@ package client
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/json"
 	"errors"
@@ -424,7 +425,7 @@ func (k *Control) Wait(ctx context.Context, r wire.LoadRequest, every time.Durat
 			case sum.FailedFiles > 0 && len(sum.Missing) == 0 && sum.Settled():
 				// Failures has fewer than FailedFiles where there are many, and is never empty.
 				return sum, fmt.Errorf("dataset %s: load %s: %d of %d files could not be loaded; the first: %s: %s",
-					k.config.Dataset, r.ID, sum.FailedFiles, sum.Files, sum.Failures[0].Path, sum.Failures[0].Reason)
+					k.config.Dataset, r.ID, sum.FailedFiles, sum.Files, cmp.Or(sum.Failures[0].Quoted, sum.Failures[0].Path), sum.Failures[0].Reason)
 			case lost:
 				_ = k.Load(ctx, r) // who still does not know it is in the next sum
 			}

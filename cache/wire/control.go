@@ -1,6 +1,10 @@
 package wire
 
-import "time"
+import (
+	"strconv"
+	"time"
+	"unicode/utf8"
+)
 
 // Role is what a key permits. Keys are separate: a reader's key cannot write or control.
 type Role uint8
@@ -137,7 +141,16 @@ type LoadStatus struct {
 // LoadFailure is one file that could not be loaded, and why.
 type LoadFailure struct {
 	Path   string `json:"path"`
+	Quoted string `json:"quoted,omitempty"` // see Quoted
 	Reason string `json:"reason"`
+}
+
+// Quoted is a path that is not UTF-8, which JSON cannot carry, in quotes; empty for others.
+func Quoted(path string) string {
+	if utf8.ValidString(path) {
+		return ""
+	}
+	return strconv.Quote(path)
 }
 
 // FileResidency is how much of one file a worker holds.

@@ -403,7 +403,8 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 				l.update(func(s *wire.LoadStatus) {
 					s.FailedFiles++
 					if len(s.Failures) < maxFailures {
-						s.Failures = append(s.Failures, wire.LoadFailure{Path: snap.Path(it.index), Reason: err.Error()})
+						path := snap.Path(it.index)
+						s.Failures = append(s.Failures, wire.LoadFailure{Path: path, Quoted: wire.Quoted(path), Reason: err.Error()})
 					}
 				})
 			}

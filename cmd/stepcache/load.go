@@ -21,7 +21,8 @@ func loadCommand() *cobra.Command {
 		Short: "Warm the tier: its workers fetch what they own",
 		Long: `Makes files resident: each worker fetches the blocks that it owns, so that each byte leaves the bucket once.
 Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in it); without one everything is loaded. With
---pin the files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.`,
+--pin the files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.
+-o json has a path that is not UTF-8 as ls does.`,
 		Example: "  stepcache load\n  stepcache load --pin --id shards /shards",
 	}
 	t.add(cmd)

@@ -284,11 +284,7 @@ func list(s *catalog.Snapshot, i catalog.Index, recursive bool, f func(entry) bo
 }
 
 func newEntry(path string, dir bool, size int64, modified time.Time) entry {
-	e := entry{Path: path, Dir: dir, Size: size, Modified: modified}
-	if !utf8.ValidString(path) {
-		e.Quoted = strconv.Quote(path)
-	}
-	return e
+	return entry{Path: path, Quoted: wire.Quoted(path), Dir: dir, Size: size, Modified: modified}
 }
 
 func describe(s *catalog.Snapshot, i catalog.Index) entry {

@@ -27,6 +27,7 @@ import (
 	"github.com/stepcache/stepcache/cache/mount"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/test/bucket"
 )
 
@@ -815,6 +816,48 @@ func TestPrintable(t *testing.T) {
 		if got := printable(path); got != want {
 			t.Errorf("printable(%q) = %s, want %s", path, got, want)
 		}
+	}
+}
+
+// Nor do verify and load take one of them for the other.
+func TestJSONOfResultsTellsNamesApart(t *testing.T) {
+	dir := tempDir(t)
+	data := filepath.Join(dir, "files")
+	if err := os.Mkdir(data, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range []string{"a\xfe", "a\xff", "plain"} {
+		if err := os.WriteFile(filepath.Join(data, name), []byte(name), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f := &fixture{dir: dir, manifests: filepath.Join(dir, "manifests.yaml")}
+	text := "apiVersion: data.stepcache.dev/v1alpha1\nkind: Dataset\nmetadata: {name: data}\nspec:\n  mounts:\n  - source: file://" + data +
+		"\n  workers: {replicas: 1, memory: 16Mi}\n"
+	if err := os.WriteFile(f.manifests, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	cmd, env, errs := background(t, f)
+	tier := env["STEPCACHE_TIER"]
+	if err := os.Remove(filepath.Join(data, "a\xff")); err != nil {
+		t.Fatal(err)
+	}
+	stdout, stderr, _ := run(t, dir, "load", "--tier", tier, "-o", "json")
+	var loaded struct{ Failures []wire.LoadFailure }
+	if err := json.Unmarshal([]byte(stdout), &loaded); err != nil || len(loaded.Failures) != 1 || loaded.Failures[0].Quoted != `"/a\xff"` || !strings.Contains(stderr, `"/a\xff"`) {
+		t.Errorf("load: %v, %q: %s", err, stdout, stderr)
+	}
+	stdout, stderr, _ = run(t, dir, "verify", "--tier", tier, "-f", f.manifests, "-o", "json")
+	var results []verified
+	err := json.Unmarshal([]byte(stdout), &results)
+	if want := []string{`"/a\xfe"`, `"/a\xff"`, ""}; err != nil || len(results) != 3 || !slices.EqualFunc(results, want, func(v verified, q string) bool { return v.Quoted == q }) {
+		t.Errorf("verify: %v, %q, want %q: %s", err, stdout, want, stderr)
+	}
+	if err := cmd.Process.Signal(os.Interrupt); err != nil {
+		t.Fatal(err)
+	}
+	if err := cmd.Wait(); err != nil {
+		t.Errorf("%v\n%s", err, errs)
 	}
 }
 

@@ -20,13 +20,15 @@ import (
 	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/scheme"
+	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/local"
 )
 
 // verified is what verify found of one file.
 type verified struct {
 	Path   string `json:"path"`
-	Result string `json:"result"` // equal, DIFFERENT, changed, failed
+	Quoted string `json:"quoted,omitempty"` // see wire.Quoted
+	Result string `json:"result"`           // equal, DIFFERENT, changed, failed
 	How    string `json:"how,omitempty"`
 	Reason string `json:"reason,omitempty"`
 }
@@ -42,7 +44,7 @@ func verifyCommand() *cobra.Command {
 where its listing has one of the whole object, else with the object itself, downloaded again in the same version
 (--download: always). The bucket is reached with the Dataset and Secret of the manifests named by -f.
 The exit status is 1 when anything differs or could not be compared, or when it was interrupted: it tells what it
-compared until then.`,
+compared until then. -o json has a path that is not UTF-8 as ls does.`,
 		Example: "  stepcache verify -f dataset.yaml\n  stepcache verify -f manifests/ --download /shards",
 	}
 	t.add(cmd)
@@ -200,7 +202,7 @@ func (v *verifier) run(ctx context.Context, paths []string) (results []verified,
 	for i := range files {
 		g.Go(func() error {
 			mount, o, _ := s.Object(i)
-			r := verified{Path: s.Path(i)}
+			r := verified{Path: s.Path(i), Quoted: wire.Quoted(s.Path(i))}
 			var equal bool
 			var err error
 			if hash := o.Digest.Algorithm.New(); hash != nil && !v.download {
