@@ -8,6 +8,7 @@ import (
 	"os"
 	"sync/atomic"
 	"syscall"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -40,10 +41,20 @@ type flight struct {
 	sums    []uint64
 	// joined is closed when somebody else than who began it waits; nil where nobody wants to know.
 	joined chan struct{}
+	// unwanted cancels the fill where nobody comes back to wait for it; nil while somebody waits.
+	unwanted *time.Timer
 }
+
+// lingers is for how long a fill goes on of which the last waiter's time was up: who is slow because the bucket is comes
+// again, and would never get the block if it was begun anew each time.
+const lingers = 30 * time.Second
 
 // join adds a waiter.
 func (fl *flight) join() {
+	if fl.unwanted != nil {
+		fl.unwanted.Stop()
+		fl.unwanted = nil
+	}
 	if fl.waiters == 1 && fl.joined != nil {
 		close(fl.joined)
 		fl.joined = nil
@@ -53,7 +64,7 @@ func (fl *flight) join() {
 
 // Acquire returns the block in use, filling it if it is absent. All callers that want the block while a
 // fill is under way share it; one whose context ends leaves the others' fill running, and the last one to
-// leave cancels it. An error of the fill goes to all who wait then; later callers try again. When the
+// leave cancels it: a while later where its deadline was the end. An error of the fill goes to all who wait then; later callers try again. When the
 // policy refuses the block or nothing can be evicted for it, it comes from heap.
 func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) (*Block, error) {
 	return s.AcquireSummed(ctx, o, n, func(ctx context.Context, p []byte) ([]uint64, error) { return nil, fill(ctx, p) })
@@ -112,13 +123,13 @@ func (s *Store) acquire(ctx context.Context, o ring.Object, n int64, fly func(co
 			}
 			continue
 		}
-		if b == nil || b.flight == nil {
-			b = s.start(ctx, ob, n, b, fly)
-		} else {
+		joined := b != nil && b.flight != nil
+		if joined {
 			s.stats.Shared++
+		} else {
+			b = s.start(ctx, ob, n, b, fly)
 		}
 		fl := b.flight
-		joined := fl.waiters > 0
 		fl.join()
 		s.mu.Unlock()
 
@@ -135,7 +146,7 @@ func (s *Store) await(ctx context.Context, fl *flight) (*Block, error) {
 	select {
 	case <-fl.done:
 	case <-ctx.Done():
-		s.leave(fl)
+		s.leave(fl, errors.Is(ctx.Err(), context.DeadlineExceeded))
 		return nil, wrap(fl.b, ctx.Err())
 	}
 	if fl.err != nil {
@@ -257,12 +268,16 @@ func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fly fun
 	return b
 }
 
-// leave takes one waiter off a flight. The last one cancels the fill.
-func (s *Store) leave(fl *flight) {
+// leave takes one waiter off a flight. The last one cancels the fill, unless it may come back.
+func (s *Store) leave(fl *flight, back bool) {
 	s.mu.Lock()
 	if !fl.ended {
 		fl.waiters--
-		if fl.waiters == 0 {
+		switch {
+		case fl.waiters > 0:
+		case back:
+			fl.unwanted = time.AfterFunc(s.lingers, func() { s.abandon(fl) })
+		default:
 			fl.left = true
 			fl.cancel()
 		}
@@ -277,6 +292,16 @@ func (s *Store) leave(fl *flight) {
 		fl.heap.release()
 	default:
 		s.unuse(fl.b, true)
+	}
+}
+
+// abandon cancels a fill that nobody waits for.
+func (s *Store) abandon(fl *flight) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if !fl.ended && fl.waiters == 0 {
+		fl.left = true
+		fl.cancel()
 	}
 }
 
@@ -314,6 +339,9 @@ func (s *Store) end(fl *flight, heap *buffer, sums []uint64, err error) {
 	var unused *os.File
 	s.mu.Lock()
 	fl.ended, fl.err, fl.heap, fl.sums = true, err, heap, sums
+	if fl.unwanted != nil {
+		fl.unwanted.Stop()
+	}
 	b.flight = nil
 	switch {
 	case err == nil && heap == nil:

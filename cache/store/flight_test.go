@@ -6,6 +6,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -236,4 +237,99 @@ func TestFillsWaitForBuffersInLine(t *testing.T) {
 		defer s.buffers.mu.Unlock()
 		return s.buffers.used == 0 && s.buffers.kept <= s.buffers.total
 	})
+}
+
+// timed is a context whose deadline is when a test says.
+type timed struct {
+	context.Context
+	up chan struct{}
+}
+
+func (c timed) Done() <-chan struct{} { return c.up }
+func (c timed) Err() error {
+	select {
+	case <-c.up:
+		return context.DeadlineExceeded
+	default:
+		return nil
+	}
+}
+
+// A reader whose time was up finds the fill that it began; one that went away ends it, and so does one that does not
+// come again. What nobody waits for in the end is kept.
+func TestAFillGoesOnForWhoseTimeWasUp(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	gate := make(chan struct{})
+	var fills atomic.Int32
+	var wg sync.WaitGroup
+	// read waits for a block as a reader does that leaves by leave.
+	read := func(ctx context.Context, o ring.Object, leave func(), want error) {
+		t.Helper()
+		wg.Go(func() {
+			b, err := s.Acquire(ctx, o, 0, func(ctx context.Context, p []byte) error {
+				fills.Add(1)
+				select {
+				case <-gate:
+					return filler(o, 0)(ctx, p)
+				case <-ctx.Done():
+					return ctx.Err()
+				}
+			})
+			if !errors.Is(err, want) {
+				t.Errorf("%v, want %v", err, want)
+			}
+			if err == nil {
+				check(t, o, 0, b)
+				b.Release()
+			}
+		})
+		waiters(t, s, o, 0, 1)
+		leave()
+	}
+	late := func(o ring.Object) {
+		t.Helper()
+		up := make(chan struct{})
+		read(timed{t.Context(), up}, o, func() { close(up) }, context.DeadlineExceeded)
+		wg.Wait()
+	}
+	again, gone, unwatched, forgotten := anObject(1, 1000), anObject(2, 1000), anObject(3, 1000), anObject(4, 1000)
+	late(again)
+	late(unwatched)
+	ctx, cancel := context.WithCancel(t.Context())
+	read(ctx, gone, cancel, context.Canceled)
+	wg.Wait()
+	eventually(t, func() bool { return flights(s, gone) == 0 })
+	s.lingers = time.Millisecond
+	late(forgotten)
+	eventually(t, func() bool { return flights(s, forgotten) == 0 })
+	if n := flights(s, again) + flights(s, unwatched); n != 2 {
+		t.Errorf("%d fills go on", n)
+	}
+	read(t.Context(), again, func() { close(gate) }, nil)
+	wg.Wait()
+	if n := fills.Load(); n != 4 {
+		t.Errorf("%d fills of 4 blocks", n)
+	}
+	eventually(t, func() bool { return s.Residency(unwatched).Blocks == 1 })
+	b, ok := s.Lookup(unwatched, 0)
+	if !ok {
+		t.Fatal("it is not there")
+	}
+	check(t, unwatched, 0, b)
+	b.Release()
+	checkBooks(t, s)
+}
+
+// flights is how many fills of an object are under way.
+func flights(s *Store, o ring.Object) (n int) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if ob := s.objects[o.ID]; ob != nil {
+		for _, b := range ob.blocks {
+			if b.flight != nil {
+				n++
+			}
+		}
+	}
+	return n
 }

@@ -31,6 +31,7 @@ import (
 	"os"
 	"path/filepath"
 	"sync"
+	"time"
 
 	"github.com/maypok86/otter/v2"
 
@@ -68,8 +69,8 @@ type Options struct {
 }
 
 // Fill writes exactly len(p) bytes, the block's content, into p. It is called at most once at a time per
-// block. Its context ends when nobody waits for the block any more or the store closes; it has no deadline
-// of its own.
+// block. Its context ends when nobody waits for the block any more, and is not expected to come back, or the store
+// closes; it has no deadline of its own.
 type Fill func(ctx context.Context, p []byte) error
 
 // FillSummed is a Fill that also gives the sums of the block (package checksum), which it has just compared with what
@@ -128,8 +129,10 @@ type Store struct {
 
 	ctx    context.Context // of all fills
 	cancel context.CancelFunc
-	wg     sync.WaitGroup // fills, hands without one, and drops that wait for a fill
-	hands  hands
+	// lingers is lingers, but for tests.
+	lingers time.Duration
+	wg      sync.WaitGroup // fills, hands without one, and drops that wait for a fill
+	hands   hands
 
 	mu      sync.Mutex
 	idle    sync.Cond // an eviction or a write ended
@@ -198,7 +201,7 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 	}
 	s := &Store{
 		dir: opts.Dir, log: opts.Logger, quota: opts.Quota, limit: opts.Quota, max: opts.Quota - baseCost,
-		buffers: newBuffers(opts.BufferBytes),
+		buffers: newBuffers(opts.BufferBytes), lingers: lingers,
 		objects: make(map[source.ID]*object),
 		owners:  make(map[string]map[key]struct{}),
 		zombies: make(map[*object]struct{}),

@@ -304,6 +304,28 @@ func TestALoadFromABucketThatIsSlowFinishes(t *testing.T) {
 	}
 }
 
+// A block that takes longer than its reader waits is not begun anew when the reader comes again.
+func TestAReaderOfASlowBucketFindsItsBlockOnTheWay(t *testing.T) {
+	s := bucket.StartT(t, bucket.Options{BytesPerSecond: 2 << 20})
+	want := content(ring.BlockSize, 1)
+	s.PutT(t, "data", "f", want)
+	tr, _ := overBucket(t, s, s.Endpoint(), "")
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	c := tr.dial(0)
+	before := s.Sent()
+	eventually(t, "it has come", func() error {
+		_, p, err := c.ask(wire.Request{Op: wire.OpRead, Index: i, Length: ring.BlockSize, WaitMillis: 500})
+		if err == nil && !bytes.Equal(p, want) {
+			t.Fatal("other bytes")
+		}
+		return err
+	})
+	if sent := s.Sent() - before; sent > ring.BlockSize*13/10 {
+		t.Errorf("the bucket sent %d bytes of an object of %d", sent, int64(ring.BlockSize))
+	}
+}
+
 // TestABucketThatFailsForAWhile: 503, resets and truncated bodies cost time only.
 func TestABucketThatFailsForAWhile(t *testing.T) {
 	s := bucket.StartT(t, bucket.Options{})
