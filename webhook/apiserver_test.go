@@ -36,9 +36,6 @@ import (
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/client"
-	"github.com/stepcache/stepcache/cache/source"
-	"github.com/stepcache/stepcache/cache/wire"
-	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/controllers/envtest"
 	"github.com/stepcache/stepcache/test/ports"
 )
@@ -228,60 +225,8 @@ func (a *apiServer) replica(o Options) (port int, stop func()) {
 // It returns which host owns a file.
 func (a *apiServer) genomesWorker(d *v1alpha1.Dataset) func(file string) string {
 	a.t.Helper()
-	dir := a.t.TempDir()
-	keys := wire.GenerateKeys()
-	for name, size := range genomes {
-		path := filepath.Join(dir, "bucket", name)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, nil, 0o644), os.Truncate(path, size)); err != nil {
-			a.t.Fatal(err)
-		}
-	}
-	for _, sub := range []string{"store", "keys"} {
-		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
-			a.t.Fatal(err)
-		}
-	}
-	if err := wire.WriteKeys(filepath.Join(dir, "keys"), keys); err != nil {
-		a.t.Fatal(err)
-	}
-	w, err := worker.New(a.ctx, worker.Config{
-		Dataset: "argo/genomes", ID: "genomes-worker-0", Memory: 64 << 20, Dir: filepath.Join(dir, "store"), KeysDir: filepath.Join(dir, "keys"),
-		Listen: "127.0.0.1:0", Control: "127.0.0.1:0",
-		Mounts: []worker.Mount{{Path: "/", Config: source.Config{URL: "file://" + filepath.Join(dir, "bucket")}}},
-	}, worker.Deps{Logger: slog.New(slog.DiscardHandler)})
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	ctx, cancel := context.WithCancel(a.ctx)
-	done := make(chan error, 1)
-	go func() { done <- w.Serve(ctx) }()
-	a.t.Cleanup(func() {
-		cancel()
-		<-done
-		w.Close()
-	})
-	a.await("listing", func() error {
-		if w.Status().Snapshot == "" {
-			return errors.New(w.Status().Problem)
-		}
-		return nil
-	})
-	m := members("n1", "n2")
-	m.Members[0].Addr = w.Addr().String()
-	list, err := json.Marshal(m)
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	read, err := os.ReadFile(filepath.Join(dir, "keys", "read"))
-	if err != nil {
-		a.t.Fatal(err)
-	}
-	labels := map[string]string{v1alpha1.LabelDataset: "genomes"}
-	a.create(
-		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.ReaderName("genomes"), Labels: labels}, Data: map[string][]byte{v1alpha1.KeyRead: read}},
-		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.TierName("genomes"), Labels: labels}, Data: map[string]string{v1alpha1.KeyMembership: string(list)}},
-	)
-	d.Status.Phase, d.Status.Snapshot, d.Status.Bytes = v1alpha1.DatasetReady, w.Status().Snapshot, 5<<30
+	m, keys, secret, list := runGenomes(a.t, d)
+	a.create(secret, list)
 	if err := a.c.Status().Update(a.ctx, d); err != nil {
 		a.t.Fatal(err)
 	}

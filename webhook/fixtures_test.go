@@ -3,6 +3,7 @@ package webhook
 import (
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"log/slog"
@@ -28,6 +29,9 @@ import (
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/cache/worker"
+	"github.com/stepcache/stepcache/controllers/envtest"
 )
 
 var update = flag.Bool("update", false, "write the golden patches")
@@ -132,6 +136,65 @@ func members(nodes ...string) ring.Membership {
 		m.Members = append(m.Members, ring.Member{ID: fmt.Sprintf("genomes-worker-%d", i), Node: n, Addr: "127.0.0.1:1", State: ring.Ready})
 	}
 	return m
+}
+
+// runGenomes runs a real worker of argo/genomes, in a membership with one that is dead, and writes d's status. It
+// returns the objects that the controller would make.
+func runGenomes(t testing.TB, d *v1alpha1.Dataset) (ring.Membership, wire.Keys, *corev1.Secret, *corev1.ConfigMap) {
+	t.Helper()
+	dir := t.TempDir()
+	keys := wire.GenerateKeys()
+	for name, size := range genomes {
+		path := filepath.Join(dir, "bucket", name)
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, nil, 0o644), os.Truncate(path, size)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	for _, sub := range []string{"store", "keys"} {
+		if err := os.Mkdir(filepath.Join(dir, sub), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if err := wire.WriteKeys(filepath.Join(dir, "keys"), keys); err != nil {
+		t.Fatal(err)
+	}
+	w, err := worker.New(context.Background(), worker.Config{
+		Dataset: "argo/genomes", ID: "genomes-worker-0", Memory: 64 << 20, Dir: filepath.Join(dir, "store"), KeysDir: filepath.Join(dir, "keys"),
+		Listen: "127.0.0.1:0", Control: "127.0.0.1:0",
+		Mounts: []worker.Mount{{Path: "/", Config: source.Config{URL: "file://" + filepath.Join(dir, "bucket")}}},
+	}, worker.Deps{Logger: quiet()})
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan error, 1)
+	go func() { done <- w.Serve(ctx) }()
+	t.Cleanup(func() {
+		cancel()
+		<-done
+		w.Close()
+	})
+	envtest.Eventually(t, "listing", func() error {
+		if w.Status().Snapshot == "" {
+			return errors.New(w.Status().Problem)
+		}
+		return nil
+	})
+	m := members("n1", "n2")
+	m.Members[0].Addr = w.Addr().String()
+	list, err := json.Marshal(m)
+	if err != nil {
+		t.Fatal(err)
+	}
+	read, err := os.ReadFile(filepath.Join(dir, "keys", "read"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	d.Status.Phase, d.Status.Snapshot, d.Status.Bytes = v1alpha1.DatasetReady, w.Status().Snapshot, 5<<30
+	labels := map[string]string{v1alpha1.LabelDataset: "genomes"}
+	return m, keys,
+		&corev1.Secret{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.ReaderName("genomes"), Labels: labels}, Data: map[string][]byte{v1alpha1.KeyRead: read}},
+		&corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: "argo", Name: v1alpha1.TierName("genomes"), Labels: labels}, Data: map[string]string{v1alpha1.KeyMembership: string(list)}}
 }
 
 // holdings are of argo/genomes, with a worker on each node of newWorld.

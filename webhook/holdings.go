@@ -47,18 +47,36 @@ type Holdings struct {
 	Cache, Live kclient.Reader
 	// Dialer connects to workers; nil means a net.Dialer.
 	Dialer func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Room is how many bytes of memory the snapshots of all Datasets may take together; zero means no bound. Beyond
+	// it pods are placed without a look at their files: the webhook must not die of a Dataset, since pods of all
+	// others are refused while it is away.
+	Room   int64
 	Logger *slog.Logger
 
 	mu sync.RWMutex
 	of map[types.NamespacedName]holding
+	// pulled is the memory of snapshots that are being pulled.
+	pulled map[types.NamespacedName]int64
 }
+
+var errNoRoom = errors.New("the webhook has no memory for it: raise its limit (resources.limits.memory)")
 
 // holding is what is known of one Dataset. It is not changed, but replaced.
 type holding struct {
 	members ring.Membership
 	digest  string
-	// snapshot is nil until it is pulled.
+	// snapshot is nil until it is pulled, and where there is no room for it.
 	snapshot *catalog.Snapshot
+	// tooBig is the size of the snapshot that there is no room for.
+	tooBig int64
+}
+
+// size is the memory that it takes.
+func (k holding) size() int64 {
+	if k.snapshot == nil {
+		return 0
+	}
+	return int64(len(k.snapshot.Encoded()))
 }
 
 // Reconcile brings what is known of one Dataset up to date.
@@ -83,18 +101,24 @@ func (h *Holdings) Reconcile(ctx context.Context, r reconcile.Request) (reconcil
 	known, _ := h.get(r.NamespacedName)
 	known.members = m
 	h.set(r.NamespacedName, &known)
-	if d.Status.Snapshot == "" || d.Status.Snapshot == known.digest || len(m.Members) == 0 {
+	same := d.Status.Snapshot == known.digest
+	if d.Status.Snapshot == "" || same && known.tooBig == 0 || len(m.Members) == 0 {
 		return reconcile.Result{}, nil
+	}
+	defer h.pullEnds(r.NamespacedName)
+	if same && !h.admit(r.NamespacedName, known.digest, known.tooBig) {
+		return reconcile.Result{RequeueAfter: holdingsRetry}, nil // others may have gone by then
 	}
 	s, err := h.pull(ctx, d, m)
 	if err != nil {
 		// Placement by Dataset goes on meanwhile, so this is no error of the webhook's.
-		h.Logger.Info("a Dataset's snapshot cannot be had: its pods are placed without a look at their files",
-			"dataset", r.NamespacedName.String(), "reason", err)
+		if known.tooBig == 0 || !errors.Is(err, errNoRoom) {
+			h.Logger.Info("a Dataset's snapshot cannot be had: its pods are placed without a look at their files",
+				"dataset", r.NamespacedName.String(), "reason", err)
+		}
 		return reconcile.Result{RequeueAfter: holdingsRetry}, nil
 	}
-	known.snapshot, known.digest = s, d.Status.Snapshot
-	h.set(r.NamespacedName, &known)
+	h.set(r.NamespacedName, &holding{members: m, digest: d.Status.Snapshot, snapshot: s})
 	return reconcile.Result{}, nil
 }
 
@@ -126,19 +150,76 @@ func (h *Holdings) pull(ctx context.Context, d *v1alpha1.Dataset, m ring.Members
 	}
 	ctx, cancel := context.WithTimeoutCause(ctx, pullTimeout, errors.New("the workers did not send the snapshot in time"))
 	defer cancel()
+	ctx, refuse := context.WithCancelCause(ctx)
+	defer refuse(nil)
+	admitted := false
 	c, err := client.Dial(ctx, client.Config{
 		Dataset: d.Namespace + "/" + d.Name, Membership: m, Keys: wire.Keys{Read: keys},
 		Snapshot: digest, BufferBytes: ring.BlockSize, Dialer: h.Dialer, Logger: h.Logger,
+		Progress: func(p client.Progress) {
+			if p.Size == 0 || admitted {
+				return
+			}
+			if admitted = h.admit(types.NamespacedName{Namespace: d.Namespace, Name: d.Name}, d.Status.Snapshot, p.Size); !admitted {
+				refuse(fmt.Errorf("it is %s: %w", size(p.Size), errNoRoom))
+			}
+		},
 	})
-	if err != nil {
-		if cause := context.Cause(ctx); cause != nil {
-			err = fmt.Errorf("%w: %w", cause, err)
-		}
+	if err == nil {
+		defer c.Close()
+	}
+	switch cause := context.Cause(ctx); {
+	case errors.Is(cause, errNoRoom): // a small one came whole all the same
+		return nil, cause
+	case err != nil && cause != nil:
+		return nil, fmt.Errorf("%w: %w", cause, err)
+	case err != nil:
 		return nil, err
 	}
-	defer c.Close()
 	// The client's own goes with it.
 	return catalog.Open(slices.Clone(c.Snapshot().Encoded()))
+}
+
+// admit says whether there is room for a snapshot of so many bytes, and takes it until pullEnds: twice its size, since
+// the client has a copy of its own. One that is held of the Dataset goes where both cannot be.
+func (h *Holdings) admit(name types.NamespacedName, digest string, size int64) bool {
+	if h.Room == 0 {
+		return true
+	}
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	left := h.Room - 2*size
+	for n, k := range h.of {
+		if n != name {
+			left -= k.size()
+		}
+	}
+	for n, bytes := range h.pulled {
+		if n != name {
+			left -= bytes
+		}
+	}
+	k := h.of[name]
+	if left < k.size() {
+		k.snapshot, k.digest = nil, ""
+	}
+	if left < 0 {
+		k.digest, k.tooBig = digest, size
+		h.of[name] = k
+		return false
+	}
+	h.of[name] = k
+	if h.pulled == nil {
+		h.pulled = make(map[types.NamespacedName]int64)
+	}
+	h.pulled[name] = 2 * size
+	return true
+}
+
+func (h *Holdings) pullEnds(name types.NamespacedName) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	delete(h.pulled, name)
 }
 
 func (h *Holdings) get(name types.NamespacedName) (holding, bool) {

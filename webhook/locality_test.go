@@ -1,20 +1,30 @@
 package webhook
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"log/slog"
 	"maps"
 	"math"
+	"net"
+	"reflect"
 	"strings"
+	"sync/atomic"
 	"testing"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"k8s.io/apimachinery/pkg/types"
+	kclient "sigs.k8s.io/controller-runtime/pkg/client"
+	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -114,6 +124,95 @@ func TestShareIsBounded(t *testing.T) {
 	}
 	if got, _ := h.Share(d, []string{"/many/0001", "/many/0002"}); len(got) > 2 {
 		t.Errorf("two files on %d nodes", len(got))
+	}
+}
+
+// known are objects that the webhook's cache would have.
+type known struct {
+	kclient.Reader
+	objects []kclient.Object
+}
+
+func (k known) Get(_ context.Context, name types.NamespacedName, o kclient.Object, _ ...kclient.GetOption) error {
+	for _, have := range k.objects {
+		if reflect.TypeOf(have) == reflect.TypeOf(o) && kclient.ObjectKeyFromObject(have) == name {
+			reflect.ValueOf(o).Elem().Set(reflect.ValueOf(have).Elem())
+			return nil
+		}
+	}
+	return apierrors.NewNotFound(schema.GroupResource{}, name.Name)
+}
+
+// A Dataset of very many files must not take the webhook down, and with it the pods of all others.
+func TestSnapshotsThatDoNotFitAreNotPulled(t *testing.T) {
+	d := dataset("argo", "genomes")
+	_, _, secret, list := runGenomes(t, d)
+	var dials atomic.Int64
+	var log bytes.Buffer
+	start := func(room int64) *Holdings {
+		k := known{objects: []kclient.Object{d, secret, list}}
+		return &Holdings{Cache: k, Live: k, Room: room, Logger: slog.New(slog.NewTextHandler(&log, &slog.HandlerOptions{Level: slog.LevelInfo})),
+			Dialer: func(ctx context.Context, network, addr string) (net.Conn, error) {
+				dials.Add(1)
+				return (&net.Dialer{}).DialContext(ctx, network, addr)
+			}}
+	}
+	name := types.NamespacedName{Namespace: "argo", Name: "genomes"}
+	reconciled := func(h *Holdings) *catalog.Snapshot {
+		t.Helper()
+		r, err := h.Reconcile(t.Context(), reconcile.Request{NamespacedName: name})
+		if err != nil {
+			t.Fatal(err)
+		}
+		k, _ := h.get(name)
+		if again := r.RequeueAfter > 0; again != (k.snapshot == nil) {
+			t.Errorf("again in %v with snapshot %v", r.RequeueAfter, k.snapshot)
+		}
+		return k.snapshot
+	}
+
+	s := reconciled(start(0))
+	if s == nil {
+		t.Fatalf("no snapshot without a bound:\n%s", &log)
+	}
+	size := int64(len(s.Encoded()))
+
+	h := start(2*size - 1)
+	log.Reset()
+	if reconciled(h) != nil {
+		t.Error("pulled into half the room that it takes")
+	}
+	if text := log.String(); strings.Count(text, "without a look at their files") != 1 || !strings.Contains(text, "resources.limits.memory") {
+		t.Errorf("it said:\n%s", text)
+	}
+	if share, total := h.Share(d, []string{"/shards/0001.bin"}); len(share) != 2 || total != float64(d.Status.Bytes) {
+		t.Errorf("placed by %v of %v, not by the Dataset as a whole", share, total)
+	}
+	log.Reset()
+	before := dials.Load()
+	if reconciled(h) != nil || log.Len() > 0 || dials.Load() != before {
+		t.Errorf("asked for again in vain, with %d connections:\n%s", dials.Load()-before, &log)
+	}
+
+	other := types.NamespacedName{Namespace: "ref", Name: "hg38"}
+	h = start(3*size - 1)
+	h.set(other, &holding{snapshot: s})
+	if reconciled(h) != nil {
+		t.Error("pulled beside another for which the room is taken")
+	}
+	h.set(other, nil)
+	if reconciled(h) == nil {
+		t.Error("not pulled when the other had gone")
+	}
+
+	// The one before goes where there is no room for both.
+	h = start(2 * size)
+	h.set(name, &holding{digest: "before", snapshot: s})
+	if got := reconciled(h); got == nil || got == s {
+		t.Error("the new snapshot was not pulled in place of the one before")
+	}
+	if !h.admit(other, "digest", size/2) {
+		t.Error("room stays taken after a pull")
 	}
 }
 

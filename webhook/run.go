@@ -51,6 +51,8 @@ type Options struct {
 	PullPolicy  corev1.PullPolicy
 	PullSecrets []string
 	StageLimit  int64
+	// SnapshotBytes is the Holdings' Room.
+	SnapshotBytes int64
 	// Host and Port are where it serves.
 	Host string
 	Port int
@@ -135,7 +137,7 @@ func newManager(cluster *rest.Config, o Options) (manager.Manager, error) {
 		}
 	}
 	known := informed{m.GetCache()}
-	holdings := &Holdings{Cache: m.GetCache(), Live: m.GetAPIReader(), Dialer: o.Dialer, Logger: o.Logger}
+	holdings := &Holdings{Cache: m.GetCache(), Live: m.GetAPIReader(), Dialer: o.Dialer, Room: o.SnapshotBytes, Logger: o.Logger}
 	if err := holdings.SetupWithManager(m); err != nil {
 		return nil, err
 	}

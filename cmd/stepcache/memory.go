@@ -43,6 +43,20 @@ func keepMemory(beside, buffers int64, readers int, log *slog.Logger) (fittingBe
 	return beside, buffers
 }
 
+// keepSnapshots is keepMemory for a process that holds Datasets' snapshots: it returns how many bytes they may have, half
+// of the limit. While one is pulled half of that may be outside the heap.
+func keepSnapshots(log *slog.Logger) (snapshots int64) {
+	limit, limited := meminfo.Limit()
+	if !limited {
+		return 0
+	}
+	snapshots = limit / 2
+	heap := limit / 8 * 5
+	keepHeap(heap)
+	log.Info("within the container's memory limit", "limit", limit, "heap", heap, "snapshots", snapshots)
+	return snapshots
+}
+
 func keepHeap(most int64) {
 	if os.Getenv("GOMEMLIMIT") == "" {
 		debug.SetMemoryLimit(most)

@@ -33,7 +33,7 @@ func TestFitIntoAContainer(t *testing.T) {
 	}
 }
 
-// Every command that serves mounts heeds the limit, and says so.
+// Every command that serves mounts or holds snapshots heeds the limit, and says so.
 func TestMemoryLimitOfTheContainerIsHeeded(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("only root may mount what a container sees")
@@ -51,10 +51,13 @@ func TestMemoryLimitOfTheContainerIsHeeded(t *testing.T) {
 		// There is no tier.
 		"sidecar": {[]string{"sidecar", "--dir", dir + "/none/x", "--tier", dir + "/none", "--buffer", "1GiB", "--dataset", "a/b", "--dataset", "a/c"},
 			"heap=1610612736 buffers=402653184 beside=0", true},
+		// There is no cluster.
+		"webhook": {[]string{"webhook", "--namespace", "system", "--image", "stepcache:test"}, "heap=1342177280 snapshots=1073741824", false},
 	} {
 		t.Run(name, func(t *testing.T) {
 			cmd := program(t, dir, c.args...)
 			inContainer(cmd, "2147483648")
+			cmd.Env = append(cmd.Env, "KUBECONFIG="+dir+"/none")
 			out, err := cmd.CombinedOutput()
 			var exit *exec.ExitError
 			if errors.As(err, &exit) && exit.ExitCode() == noContainer {

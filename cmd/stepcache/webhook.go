@@ -60,6 +60,7 @@ Containers that it adds to pods run the image that --image names, or that its ow
 			o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
 			ctrl.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
 			klog.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
+			o.SnapshotBytes = keepSnapshots(o.Logger)
 			cluster, err := ctrl.GetConfig()
 			if err != nil {
 				return fmt.Errorf("webhook: no cluster: %w", err)
