@@ -230,6 +230,7 @@ func TestArgoContainersGetNoMounts(t *testing.T) {
 }
 
 func TestDenials(t *testing.T) {
+	hostNetwork := func(pod map[string]any) { pod["spec"].(map[string]any)["hostNetwork"] = true }
 	deleting := metav1.NewTime(time.Unix(1, 0))
 	volume := func(pod map[string]any) {
 		c := pod["spec"].(map[string]any)["containers"].([]any)[0].(map[string]any)
@@ -263,6 +264,8 @@ func TestDenials(t *testing.T) {
 		{"sidecar where it is not allowed", []func(map[string]any){inject("sidecar")}, func(w *world) { w.namespaces["argo"][labelEnforce], w.service = "baseline", false }, []string{"privileged", "baseline", "use stage"}},
 		{"sidecar of another namespace", []func(map[string]any){inject("sidecar"), mounts("ref/hg38=/ref")}, nil, []string{"ref/hg38 is of another namespace", "use the mode csi"}},
 		{"stage of another namespace", []func(map[string]any){inject("stage"), mounts("ref/hg38=/ref")}, nil, []string{"use the mode csi"}},
+		{"sidecar in the node's network", []func(map[string]any){inject("sidecar"), hostNetwork}, nil, []string{"hostNetwork", "use csi"}},
+		{"stage in the node's network", []func(map[string]any){inject("stage"), hostNetwork}, nil, []string{"hostNetwork", "use csi"}},
 		{"stage of a writable Dataset", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"ReadWrite", "use the mode csi or sidecar"}},
 		{"a replaced claim of a writable Dataset", []func(map[string]any){mounts(""), claimed("oss-data")}, func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, []string{"claim oss-data", "access: ReadWrite", "spec.replaces", "S3 endpoint"}},
 		{"stage of too much", []func(map[string]any){inject("stage")}, func(w *world) { w.datasets[0].Status.Bytes = 5 << 30 }, []string{"5.0 GiB", "4.0 GiB", AnnotationStagePaths}},
@@ -508,6 +511,7 @@ func TestModes(t *testing.T) {
 			p.Spec.Affinity = &corev1.Affinity{NodeAffinity: &corev1.NodeAffinity{RequiredDuringSchedulingIgnoredDuringExecution: &corev1.NodeSelector{NodeSelectorTerms: terms}}}
 		})
 	}
+	hostNetwork := pod(func(p *corev1.Pod) { p.Spec.HostNetwork = true })
 	virtual := pod(func(p *corev1.Pod) { p.Spec.NodeSelector = map[string]string{"type": "virtual-kubelet"} })
 	for _, c := range []struct {
 		name    string
@@ -532,6 +536,8 @@ func TestModes(t *testing.T) {
 		{"asked for csi", csi, virtual, nil, false, csi},
 		{"asked for stage", stage, pod(nil), nil, true, stage},
 		{"asked for sidecar", sidecar, pod(nil), nil, true, sidecar},
+		{"node's network", auto, hostNetwork, nil, true, csi},
+		{"node's network, without another way", sidecar, hostNetwork, nil, false, sidecar},
 	} {
 		got, err := choose(c.asked, c.pod, "argo", c.labels, c.service)
 		if err != nil || got != c.want {

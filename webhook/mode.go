@@ -65,6 +65,9 @@ func privilegesOf(namespaceLabels map[string]string) privileges {
 // choose decides the mode of a pod that asked for one.
 func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[string]string, nodeService bool) (mode, error) {
 	may := privilegesOf(namespaceLabels)
+	if pod.Spec.HostNetwork && (asked == sidecar || asked == stage) && lends(pod, namespaceLabels, nodeService) {
+		return "", fmt.Errorf("the mode %s reads through the pod's own network, and the workers let in pods by label (NetworkPolicy), which does not tell a pod with hostNetwork: use csi, which reads through the node service", asked)
+	}
 	switch asked {
 	case auto:
 		switch {
@@ -89,7 +92,7 @@ func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[s
 	return asked, nil
 }
 
-// lends says whether there is a node service that lends a pod's sidecar its mounts, so that it needs no right.
+// lends says whether there is a node service where the pod runs: it lends a sidecar its mounts, which so needs no right.
 func lends(pod *corev1.Pod, namespaceLabels map[string]string, nodeService bool) bool {
 	return nodeService && !serverless(pod, namespaceLabels)
 }
