@@ -26,7 +26,8 @@ rights, the definitions and the namespace; labels of nodes and namespaces and Se
 a bucket holds is not touched.
 
 It waits for the pods that use a Dataset and names them: without the node service they could not end. End them, or
-have them deleted with --delete-pods. There is no --force that goes on without them, since they would be left
+have them deleted with --delete-pods. Those that a Deployment, StatefulSet or the like would make anew are left: it
+names that, to be scaled to 0 or deleted. There is no --force that goes on without them, since they would be left
 Terminating for ever.
 
 It can be stopped and run again at any point. Where the controller does not run, its part is done from here.`,
@@ -58,7 +59,7 @@ It can be stopped and run again at any point. Where the controller does not run,
 	f := cmd.Flags()
 	f.StringVar(&o.Namespace, "namespace", "stepcache-system", "namespace of the installation")
 	f.BoolVar(&o.DryRun, "dry-run", false, "say what would be done, and which pods are in the way")
-	f.BoolVar(&o.DeletePods, "delete-pods", false, "delete the pods that use a Dataset instead of waiting for them")
+	f.BoolVar(&o.DeletePods, "delete-pods", false, "delete the pods that use a Dataset instead of waiting for them, but for those that would be made anew")
 	f.DurationVar(&timeout, "timeout", 0, "give up waiting after this long; 0 waits for ever")
 	f.StringVar(&kubeconfig, "kubeconfig", "", "how to reach the cluster (default $KUBECONFIG, ~/.kube/config, or as a pod does)")
 	f.StringVar(&kubecontext, "context", "", "context of the kubeconfig")

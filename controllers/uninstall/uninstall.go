@@ -27,6 +27,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
@@ -40,7 +41,7 @@ type Options struct {
 	Namespace string
 	// DryRun tells what would be done and does nothing.
 	DryRun bool
-	// DeletePods ends the pods that use a Dataset instead of waiting for them.
+	// DeletePods ends the pods that use a Dataset instead of waiting for them, but for those that would be made anew.
 	DeletePods bool
 	// Poll is how often what is waited for is looked at; zero means 2 s.
 	Poll time.Duration
@@ -246,24 +247,29 @@ func (u *uninstaller) dataset(ctx context.Context, d *v1alpha1.Dataset, alone bo
 		return "", err
 	}
 	if len(pods) > 0 {
+		users := fmt.Sprintf("%s that use Dataset %s", dataset.Named(pods), name)
+		if !u.DeletePods {
+			if u.DryRun {
+				u.say("would wait for %s", users)
+			}
+			return users + " (end them, or run with --delete-pods)", nil
+		}
 		if u.DryRun {
-			verb := "would wait for"
-			if u.DeletePods {
-				verb = "would delete"
-			}
-			u.say("%s %s that use Dataset %s", verb, dataset.Named(pods), name)
-			return name, nil
+			u.say("would delete %s", users)
 		}
-		if u.DeletePods {
-			for _, p := range pods {
-				ns, n, _ := strings.Cut(p, "/")
-				if err := u.end(ctx, ns, n); err != nil {
-					return "", err
-				}
-			}
-			return fmt.Sprintf("the end of %s that use Dataset %s", dataset.Named(pods), name), nil
+		makers, err := u.end(ctx, pods)
+		if err != nil {
+			return "", err
 		}
-		return fmt.Sprintf("%s that use Dataset %s (end them, or run with --delete-pods)", dataset.Named(pods), name), nil
+		waits := "the end of " + users
+		if len(makers) > 0 {
+			// To delete its pods again and again would never end.
+			waits += fmt.Sprintf("; those of %s would be made anew: scale it to 0, or delete it", some(makers))
+			if u.DryRun {
+				u.say("would wait for %s", waits)
+			}
+		}
+		return waits, nil
 	}
 	if alone && !u.DryRun {
 		fresh := &v1alpha1.Dataset{}
@@ -286,13 +292,51 @@ func (u *uninstaller) dataset(ctx context.Context, d *v1alpha1.Dataset, alone bo
 	return "the end of Dataset " + name, nil
 }
 
-// end deletes a pod, once.
-func (u *uninstaller) end(ctx context.Context, namespace, name string) error {
-	p := &corev1.Pod{}
-	if err := u.c.Get(ctx, client.ObjectKey{Namespace: namespace, Name: name}, p); err != nil {
-		return client.IgnoreNotFound(err)
+// end deletes pods, once, but not those that would be made anew: it names who does that.
+func (u *uninstaller) end(ctx context.Context, pods []string) (makers []string, err error) {
+	for _, name := range pods {
+		p := &corev1.Pod{}
+		p.Namespace, p.Name, _ = strings.Cut(name, "/")
+		if err := u.c.Get(ctx, client.ObjectKeyFromObject(p), p); apierrors.IsNotFound(err) {
+			continue
+		} else if err != nil {
+			return nil, err
+		}
+		maker, err := u.maker(ctx, p)
+		if err != nil {
+			return nil, err
+		}
+		switch {
+		case maker != "" && !slices.Contains(makers, maker):
+			makers = append(makers, maker)
+		case maker == "" && !u.DryRun:
+			if err := u.remove(ctx, p); err != nil {
+				return nil, err
+			}
+		}
 	}
-	return u.remove(ctx, p)
+	return makers, nil
+}
+
+// maker names who makes a new pod when this one is deleted; "" if nobody does. A Job does a few times only.
+func (u *uninstaller) maker(ctx context.Context, p *corev1.Pod) (string, error) {
+	owner := metav1.GetControllerOf(p)
+	if owner == nil || !slices.Contains([]string{"DaemonSet", "ReplicaSet", "ReplicationController", "StatefulSet"}, owner.Kind) {
+		return "", nil
+	}
+	o := &metav1.PartialObjectMetadata{}
+	o.SetGroupVersionKind(schema.FromAPIVersionAndKind(owner.APIVersion, owner.Kind))
+	err := u.c.Get(ctx, client.ObjectKey{Namespace: p.Namespace, Name: owner.Name}, o)
+	if absent(err) || err == nil && !o.DeletionTimestamp.IsZero() {
+		return "", nil
+	}
+	if err != nil {
+		return "", err
+	}
+	if above := metav1.GetControllerOf(o); above != nil { // a Deployment, say: to scale the ReplicaSet is no use
+		owner = above
+	}
+	return owner.Kind + " " + p.Namespace + "/" + owner.Name, nil
 }
 
 // some are the first names of a list.

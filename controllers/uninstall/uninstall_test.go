@@ -470,6 +470,42 @@ func TestUninstallWithADeadControllerAndPodsThatItDeletes(t *testing.T) {
 	w.clean()
 }
 
+// To delete the pods of a Deployment again and again would never end.
+func TestUninstallLeavesPodsThatWouldBeMadeAnew(t *testing.T) {
+	w := newWorld(t)
+	w.data()
+	w.stop()
+	w.controllerRuns(0)
+	yes := true
+	pods := metav1.LabelSelector{MatchLabels: map[string]string{"app": "web"}}
+	set := &appsv1.ReplicaSet{
+		ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "web-1", OwnerReferences: []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "Deployment", Name: "web", UID: "1", Controller: &yes}}},
+		Spec: appsv1.ReplicaSetSpec{Selector: &pods, Template: corev1.PodTemplateSpec{
+			ObjectMeta: metav1.ObjectMeta{Labels: pods.MatchLabels}, Spec: corev1.PodSpec{Containers: []corev1.Container{{Name: "main", Image: "busybox"}}},
+		}},
+	}
+	w.must(w.Create(t.Context(), set))
+	claim := corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "genomes"}}
+	theirs, lone := w.pod("web-1-a", nil, claim), w.pod("lone", nil, claim)
+	theirs.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "ReplicaSet", Name: set.Name, UID: set.UID, Controller: &yes}}
+	w.must(w.Create(t.Context(), theirs))
+	w.must(w.Create(t.Context(), lone))
+
+	out, done := w.uninstall(t.Context(), func(o *uninstall.Options) { o.DeletePods, o.DryRun = true, true })
+	w.must(<-done)
+	w.says(out, "those of Deployment "+w.ns+"/web would be made anew")
+
+	out, done = w.uninstall(t.Context(), func(o *uninstall.Options) { o.DeletePods = true })
+	w.says(out, "1 pods ("+w.ns+"/web-1-a) that use Dataset "+w.ns+"/genomes; those of Deployment "+w.ns+"/web would be made anew: scale it to 0")
+	if text := out.String(); !strings.Contains(text, "deleted Pod "+w.ns+"/lone") || strings.Contains(text, "deleted Pod "+w.ns+"/web") {
+		t.Errorf("it said:\n%s", text)
+	}
+	// Without its set the pod is one as others.
+	w.must(w.Delete(t.Context(), set))
+	w.must(<-done)
+	w.clean()
+}
+
 // What workers acknowledged and the bucket does not have is not lost by the way.
 func TestUninstallWithADeadControllerAsksBeforeItLosesWrites(t *testing.T) {
 	w := newWorld(t)
