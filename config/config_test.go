@@ -253,6 +253,29 @@ func TestInstallationIsAccepted(t *testing.T) {
 	}
 }
 
+// README.md names what an upgrade replaces: all workloads but those whose pods stay.
+func TestHealthChecksAreOfWhatAnUpgradeReplaces(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(readme), "```yaml\nhealthChecks:\n")
+	text, _, _ = strings.Cut(text, "```")
+	got := strings.Split(strings.TrimSpace(text), "\n")
+	var want []string
+	for _, u := range build(t, "default") {
+		strategy, _, _ := unstructured.NestedString(u.Object, "spec", "updateStrategy", "type")
+		if u.GroupVersionKind().Group == "apps" && strategy != "OnDelete" {
+			want = append(want, fmt.Sprintf("- {apiVersion: %s, kind: %s, name: %s, namespace: %s}", u.GetAPIVersion(), u.GetKind(), u.GetName(), u.GetNamespace()))
+		}
+	}
+	slices.Sort(got)
+	slices.Sort(want)
+	if !slices.Equal(got, want) {
+		t.Errorf("README.md has the health checks\n%s\nwant\n%s", strings.Join(got, "\n"), strings.Join(want, "\n"))
+	}
+}
+
 // A misspelled field would be dropped by the API server without a word, were it not compared.
 func TestUnknownFieldsOfTheOperatorAreFound(t *testing.T) {
 	dir := t.TempDir()
