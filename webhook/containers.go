@@ -2,6 +2,7 @@ package webhook
 
 import (
 	"fmt"
+	"maps"
 	"path"
 	"slices"
 	"strconv"
@@ -63,7 +64,7 @@ func (j *Injector) viaLent(p *patch, needs []*need) error {
 	mounts := []corev1.VolumeMount{{Name: name, MountPath: nodeDir, ReadOnly: true}}
 	server := j.server(p, needs, mounts, "--node-socket", socket)
 	server.SecurityContext = unprivileged()
-	p.first(server)
+	p.first(fit(p, server)...)
 	return nil
 }
 
@@ -79,7 +80,7 @@ func (j *Injector) server(p *patch, needs []*need, mounts []corev1.VolumeMount, 
 	c.RestartPolicy = &always
 	c.VolumeMounts = mounts
 	c.Env = []corev1.EnvVar{{Name: "NODE_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "spec.nodeName"}}}}
-	c.Resources = resources("100m", "192Mi", "512Mi")
+	c.Resources = resources("100m", "1", "192Mi", "512Mi")
 	c.StartupProbe = &corev1.Probe{
 		ProbeHandler:  corev1.ProbeHandler{Exec: &corev1.ExecAction{Command: append([]string{"/stepcache", "sidecar", "--check"}, at...)}},
 		PeriodSeconds: 1, TimeoutSeconds: 10, FailureThreshold: 1800, // the bucket may have to be listed first
@@ -123,7 +124,7 @@ func (j *Injector) viaSidecar(p *patch, needs []*need) error {
 	mounts := []corev1.VolumeMount{{Name: p.pod.Spec.Volumes[len(p.pod.Spec.Volumes)-1].Name, MountPath: hostDir, MountPropagation: &shared}}
 	keeper := j.container(keeperName, "sidecar", "--keep", "--dir", dir)
 	keeper.VolumeMounts = slices.Clone(mounts)
-	keeper.Resources = resources("10m", "32Mi", "128Mi")
+	keeper.Resources = resources("10m", "100m", "32Mi", "128Mi")
 	server := j.server(p, needs, mounts, "--dir", dir)
 	always := corev1.ContainerRestartPolicyAlways
 	root, yes, no := int64(0), true, false
@@ -133,7 +134,7 @@ func (j *Injector) viaSidecar(p *patch, needs []*need) error {
 			Privileged: &yes, RunAsUser: &root, RunAsNonRoot: &no, ReadOnlyRootFilesystem: &yes, AllowPrivilegeEscalation: &yes,
 		}
 	}
-	p.first(keeper, server)
+	p.first(fit(p, keeper, server)...)
 	return nil
 }
 
@@ -170,10 +171,10 @@ func (j *Injector) viaStage(namespace string, p *patch, needs []*need) (warnings
 	c.VolumeMounts = mounts
 	// Next to nothing of the CPU: a pod's share is what its hungriest container asks for, so a step that asks for
 	// more copies with that, and a hundred steps that do not cannot starve the worker that serves them all.
-	c.Resources = resources("10m", "192Mi", "512Mi")
+	c.Resources = resources("10m", "1", "192Mi", "512Mi")
 	c.TerminationMessagePolicy = corev1.TerminationMessageFallbackToLogsOnError
 	c.SecurityContext = unprivileged()
-	p.first(c)
+	p.first(fit(p, c)...)
 	return warnings, nil
 }
 
@@ -302,11 +303,60 @@ func (j *Injector) container(name string, args ...string) corev1.Container {
 	return corev1.Container{Name: name, Image: j.Image, ImagePullPolicy: j.PullPolicy, Command: []string{"/stepcache"}, Args: args}
 }
 
-func resources(cpu, memory, limit string) corev1.ResourceRequirements {
-	return corev1.ResourceRequirements{
-		Requests: corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)},
-		Limits:   corev1.ResourceList{corev1.ResourceMemory: resource.MustParse(limit)},
+func resources(cpu, mostCPU, memory, mostMemory string) corev1.ResourceRequirements {
+	of := func(cpu, memory string) corev1.ResourceList {
+		return corev1.ResourceList{corev1.ResourceCPU: resource.MustParse(cpu), corev1.ResourceMemory: resource.MustParse(memory)}
 	}
+	return corev1.ResourceRequirements{Requests: of(cpu, memory), Limits: of(mostCPU, mostMemory)}
+}
+
+// fit has the containers that are added ask for resources in the way of the pod's own. A pod of the QoS class Guaranteed
+// stays so, and keeps the CPUs that it has for itself. A limit of the CPU, which costs speed, is only for pods that have
+// it everywhere: a quota may ask for it. It is as many times ours as the pod's largest has CPUs. And what the pod as a
+// whole may have, which was measured for its own containers, grows by theirs.
+func fit(p *patch, added ...corev1.Container) []corev1.Container {
+	own := slices.Concat(p.pod.Spec.InitContainers, p.pod.Spec.Containers)
+	whole := p.pod.Spec.Resources
+	largest := int64(1000)
+	limited := !slices.ContainsFunc(own, func(c corev1.Container) bool {
+		largest = max(largest, c.Resources.Limits.Cpu().MilliValue())
+		return c.Resources.Limits.Cpu().IsZero()
+	})
+	equal := whole != nil && guaranteed(*whole) ||
+		whole == nil && !slices.ContainsFunc(own, func(c corev1.Container) bool { return !guaranteed(c.Resources) })
+	for _, c := range added {
+		limits := c.Resources.Limits
+		switch {
+		case equal:
+			maps.Copy(c.Resources.Requests, limits)
+		case limited:
+			limits[corev1.ResourceCPU] = *resource.NewMilliQuantity(limits.Cpu().MilliValue()*largest/1000, resource.DecimalSI)
+		default:
+			delete(limits, corev1.ResourceCPU)
+		}
+		if whole == nil {
+			continue
+		}
+		for name, q := range c.Resources.Requests {
+			p.grow("requests", whole.Requests, name, q)
+			if limit, ok := limits[name]; ok {
+				q = limit
+			}
+			p.grow("limits", whole.Limits, name, q)
+		}
+	}
+	return added
+}
+
+// guaranteed says whether requests are equal to limits, as the QoS class Guaranteed wants it.
+func guaranteed(r corev1.ResourceRequirements) bool {
+	for _, name := range []corev1.ResourceName{corev1.ResourceCPU, corev1.ResourceMemory} {
+		limit := r.Limits[name]
+		if request, ok := r.Requests[name]; limit.IsZero() || ok && request.Cmp(limit) != 0 {
+			return false
+		}
+	}
+	return true
 }
 
 // size writes bytes for people.

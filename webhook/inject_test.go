@@ -5,6 +5,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"slices"
 	"strings"
@@ -106,6 +107,50 @@ func TestWhatIsAddedIsRestricted(t *testing.T) {
 				t.Errorf("%s: mounts of %s propagate", m, v.Name)
 			}
 		}
+	}
+}
+
+// What is added must not cost the pod its QoS class, nor have a quota or the API server refuse it.
+func TestWhatIsAddedAsksForResourcesAsThePodDoes(t *testing.T) {
+	list := func(cpu, memory string) map[string]any { return map[string]any{"cpu": cpu, "memory": memory} }
+	main := func(requests, limits map[string]any) func(map[string]any) {
+		return func(pod map[string]any) {
+			pod["spec"].(map[string]any)["containers"].([]any)[0].(map[string]any)["resources"] = map[string]any{"requests": requests, "limits": limits}
+		}
+	}
+	whole := func(requests, limits map[string]any) func(map[string]any) {
+		return func(pod map[string]any) {
+			pod["spec"].(map[string]any)["resources"] = map[string]any{"requests": requests, "limits": limits}
+		}
+	}
+	write := func(r *corev1.ResourceRequirements) string {
+		if r == nil {
+			return ""
+		}
+		return fmt.Sprintf("%s %s of %s %s", r.Requests.Cpu(), r.Requests.Memory(), r.Limits.Cpu(), r.Limits.Memory())
+	}
+	for name, c := range map[string]struct {
+		change      func(map[string]any)
+		want, whole string
+	}{
+		"nothing said":    {func(map[string]any) {}, "100m 192Mi of 0 512Mi", ""},
+		"Guaranteed":      {main(list("4", "1Gi"), list("4", "1Gi")), "1 512Mi of 1 512Mi", ""},
+		"CPU limited":     {main(list("1", "1Gi"), list("4", "2Gi")), "100m 192Mi of 4 512Mi", ""},
+		"no CPU limit":    {main(list("1", "1Gi"), map[string]any{"memory": "1Gi"}), "100m 192Mi of 0 512Mi", ""},
+		"pod":             {whole(list("1", "1Gi"), list("2", "2Gi")), "100m 192Mi of 0 512Mi", "1100m 1216Mi of 2100m 2560Mi"},
+		"Guaranteed pod":  {whole(list("2", "1Gi"), list("2", "1Gi")), "1 512Mi of 1 512Mi", "3 1536Mi of 3 1536Mi"},
+		"pod's CPU alone": {whole(map[string]any{"cpu": "1"}, map[string]any{}), "100m 192Mi of 0 512Mi", "1100m 0 of 0 0"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			raw := readPod(t, "plain", inject("sidecar"), c.change)
+			pod := decodePod(t, apply(t, raw, injectHandler(t, newWorld()).Handle(context.Background(), request("argo", raw))))
+			if got := write(&pod.Spec.InitContainers[0].Resources); got != c.want {
+				t.Errorf("the sidecar asks for %s, want %s", got, c.want)
+			}
+			if got := write(pod.Spec.Resources); got != c.whole {
+				t.Errorf("the pod asks for %s, want %s", got, c.whole)
+			}
+		})
 	}
 }
 

@@ -9,6 +9,7 @@ import (
 
 	"gomodules.xyz/jsonpatch/v2"
 	corev1 "k8s.io/api/core/v1"
+	"k8s.io/apimachinery/pkg/api/resource"
 )
 
 // patch collects the JSON Patch operations on one pod. It changes the pod along, so that a later
@@ -119,6 +120,15 @@ func (p *patch) first(cs ...corev1.Container) {
 		}
 	}
 	p.pod.Spec.InitContainers = slices.Concat(cs, p.pod.Spec.InitContainers)
+}
+
+// grow adds to what the pod as a whole asks for or may have, where it says so.
+func (p *patch) grow(kind string, of corev1.ResourceList, name corev1.ResourceName, more resource.Quantity) {
+	if q, ok := of[name]; ok {
+		q.Add(more)
+		of[name] = q
+		p.add("/spec/resources/"+kind+"/"+escape(string(name)), q)
+	}
 }
 
 // prefer appends preferred node affinity.
