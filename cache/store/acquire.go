@@ -41,20 +41,23 @@ type flight struct {
 	sums    []uint64
 	// joined is closed when somebody else than who began it waits; nil where nobody wants to know.
 	joined chan struct{}
-	// unwanted cancels the fill where nobody comes back to wait for it; nil while somebody waits.
+	// stays says that it goes on for a while after its last waiter's deadline, and unwanted cancels it where nobody
+	// comes back; nil while somebody waits.
+	stays    bool
 	unwanted *time.Timer
 }
 
-// lingers is for how long a fill goes on of which the last waiter's time was up: who is slow because the bucket is comes
-// again, and would never get the block if it was begun anew each time.
-const lingers = 30 * time.Second
+const (
+	// lingers is for how long a fill goes on of which the last waiter's time was up: who is slow because the bucket is
+	// comes again, and would never get the block if it was begun anew each time.
+	lingers = 30 * time.Second
+	// maxLingering bounds how many do so at once: whoever waited for one holds nothing for it any more.
+	maxLingering = 16
+)
 
-// join adds a waiter.
-func (fl *flight) join() {
-	if fl.unwanted != nil {
-		fl.unwanted.Stop()
-		fl.unwanted = nil
-	}
+// join adds a waiter. The caller holds s.mu.
+func (s *Store) join(fl *flight) {
+	s.linger(fl, nil)
 	if fl.waiters == 1 && fl.joined != nil {
 		close(fl.joined)
 		fl.joined = nil
@@ -62,21 +65,36 @@ func (fl *flight) join() {
 	fl.waiters++
 }
 
+// linger sets what ends a fill that nobody waits for, nil for nothing. The caller holds s.mu.
+func (s *Store) linger(fl *flight, end *time.Timer) {
+	if fl.unwanted != nil {
+		fl.unwanted.Stop()
+		s.lingering--
+	}
+	if fl.unwanted = end; end != nil {
+		s.lingering++
+	}
+}
+
 // Acquire returns the block in use, filling it if it is absent. All callers that want the block while a
 // fill is under way share it; one whose context ends leaves the others' fill running, and the last one to
-// leave cancels it: a while later where its deadline was the end. An error of the fill goes to all who wait then; later callers try again. When the
-// policy refuses the block or nothing can be evicted for it, it comes from heap.
+// leave cancels it, or, where that one's deadline was the end, it goes on for up to half a minute. An error of the fill
+// goes to all who wait then; later callers try again. When the policy refuses the block or nothing can be evicted for
+// it, it comes from heap.
 func (s *Store) Acquire(ctx context.Context, o ring.Object, n int64, fill Fill) (*Block, error) {
-	return s.AcquireSummed(ctx, o, n, func(ctx context.Context, p []byte) ([]uint64, error) { return nil, fill(ctx, p) })
+	return s.acquire(ctx, o, n, true, func(ctx context.Context, fl *flight) {
+		s.run(ctx, fl, func(ctx context.Context, p []byte) ([]uint64, error) { return nil, fill(ctx, p) })
+	})
 }
 
-// AcquireSummed is Acquire for who receives a block together with its sums.
+// AcquireSummed is Acquire for who receives a block together with its sums. The fill ends with its last waiter, also at
+// a deadline: what waits for another worker is bounded by those who wait here.
 func (s *Store) AcquireSummed(ctx context.Context, o ring.Object, n int64, fill FillSummed) (*Block, error) {
-	return s.acquire(ctx, o, n, func(ctx context.Context, fl *flight) { s.run(ctx, fl, fill) })
+	return s.acquire(ctx, o, n, false, func(ctx context.Context, fl *flight) { s.run(ctx, fl, fill) })
 }
 
-// acquire returns the block in use; fly makes the flight of one that is absent.
-func (s *Store) acquire(ctx context.Context, o ring.Object, n int64, fly func(context.Context, *flight)) (*Block, error) {
+// acquire returns the block in use; fly makes the flight of one that is absent, which stays or not.
+func (s *Store) acquire(ctx context.Context, o ring.Object, n int64, stays bool, fly func(context.Context, *flight)) (*Block, error) {
 	if err := checkBlock(o, n); err != nil {
 		return nil, err
 	}
@@ -127,10 +145,10 @@ func (s *Store) acquire(ctx context.Context, o ring.Object, n int64, fly func(co
 		if joined {
 			s.stats.Shared++
 		} else {
-			b = s.start(ctx, ob, n, b, fly)
+			b = s.start(ctx, ob, n, b, stays, fly)
 		}
 		fl := b.flight
-		fl.join()
+		s.join(fl)
 		s.mu.Unlock()
 
 		got, err := s.await(ctx, fl)
@@ -249,7 +267,7 @@ func (s *Store) unuse(b *block, opened bool) {
 }
 
 // start begins the flight of a block that is absent (b is nil) or corrupt.
-func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fly func(context.Context, *flight)) *block {
+func (s *Store) start(ctx context.Context, o *object, n int64, b *block, stays bool, fly func(context.Context, *flight)) *block {
 	if b == nil {
 		b = &block{obj: o, n: n, size: int32(blockLen(o.size, n)), state: filling}
 		o.blocks[n] = b
@@ -257,7 +275,7 @@ func (s *Store) start(ctx context.Context, o *object, n int64, b *block, fly fun
 	// The fill outlives the caller that began it, but keeps its values (traces); Close ends it too.
 	fctx, cancel := context.WithCancel(context.WithoutCancel(ctx))
 	stop := context.AfterFunc(s.ctx, cancel)
-	fl := &flight{b: b, done: make(chan struct{}), cancel: cancel}
+	fl := &flight{b: b, done: make(chan struct{}), cancel: cancel, stays: stays}
 	b.flight = fl
 	s.stats.Misses++
 	s.hands.run(&s.wg, func() {
@@ -275,8 +293,8 @@ func (s *Store) leave(fl *flight, back bool) {
 		fl.waiters--
 		switch {
 		case fl.waiters > 0:
-		case back:
-			fl.unwanted = time.AfterFunc(s.lingers, func() { s.abandon(fl) })
+		case back && fl.stays && s.lingering < maxLingering:
+			s.linger(fl, time.AfterFunc(s.lingers, func() { s.abandon(fl) }))
 		default:
 			fl.left = true
 			fl.cancel()
@@ -339,9 +357,7 @@ func (s *Store) end(fl *flight, heap *buffer, sums []uint64, err error) {
 	var unused *os.File
 	s.mu.Lock()
 	fl.ended, fl.err, fl.heap, fl.sums = true, err, heap, sums
-	if fl.unwanted != nil {
-		fl.unwanted.Stop()
-	}
+	s.linger(fl, nil)
 	b.flight = nil
 	switch {
 	case err == nil && heap == nil:

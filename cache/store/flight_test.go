@@ -320,6 +320,54 @@ func TestAFillGoesOnForWhoseTimeWasUp(t *testing.T) {
 	checkBooks(t, s)
 }
 
+// Of fills that nobody waits for a few go on at once, and none that waits for another worker.
+func TestFewFillsGoOnForNobody(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	hang := func(ctx context.Context, _ []byte) error {
+		<-ctx.Done()
+		return ctx.Err()
+	}
+	var wg sync.WaitGroup
+	late := func(i int, acquire func(ctx context.Context, o ring.Object) error) (o ring.Object) {
+		o = anObject(i, 1000)
+		up := make(chan struct{})
+		wg.Go(func() {
+			if err := acquire(timed{t.Context(), up}, o); !errors.Is(err, context.DeadlineExceeded) {
+				t.Errorf("%v", err)
+			}
+		})
+		waiters(t, s, o, 0, 1)
+		close(up)
+		wg.Wait()
+		return o
+	}
+	peers := late(0, func(ctx context.Context, o ring.Object) error {
+		_, err := s.AcquireSummed(ctx, o, 0, func(ctx context.Context, p []byte) ([]uint64, error) { return nil, hang(ctx, p) })
+		return err
+	})
+	eventually(t, func() bool { return flights(s, peers) == 0 })
+	var all []ring.Object
+	for i := range maxLingering + 3 {
+		all = append(all, late(i+1, func(ctx context.Context, o ring.Object) error {
+			_, err := s.Acquire(ctx, o, 0, hang)
+			return err
+		}))
+	}
+	eventually(t, func() bool {
+		n := 0
+		for _, o := range all {
+			n += flights(s, o)
+		}
+		return n == maxLingering
+	})
+	s.mu.Lock()
+	n := s.lingering
+	s.mu.Unlock()
+	if n != maxLingering {
+		t.Errorf("%d are counted", n)
+	}
+}
+
 // flights is how many fills of an object are under way.
 func flights(s *Store, o ring.Object) (n int) {
 	s.mu.Lock()

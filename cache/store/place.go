@@ -22,7 +22,7 @@ var ErrNoRoom = errors.New("no room in the store")
 // already: room is made first, and the fill writes to where the block is to stay. So it is ErrNoRoom where
 // AcquireSummed serves from heap, and the fill is not called then.
 func (s *Store) Place(ctx context.Context, o ring.Object, n int64, fill FillPlace) (*Block, error) {
-	return s.acquire(ctx, o, n, func(ctx context.Context, fl *flight) { s.place(ctx, fl, fill) })
+	return s.acquire(ctx, o, n, true, func(ctx context.Context, fl *flight) { s.place(ctx, fl, fill) })
 }
 
 // AcquirePlaced is AcquireSummed for who receives a block piece by piece from where an answer may not come: room is
@@ -31,7 +31,7 @@ func (s *Store) Place(ctx context.Context, o ring.Object, n int64, fill FillPlac
 // block is served from heap. The fill is called again, to begin anew, where no buffer is free at once or the file
 // system refuses what it had room for.
 func (s *Store) AcquirePlaced(ctx context.Context, o ring.Object, n int64, fill FillPlace) (*Block, error) {
-	return s.acquire(ctx, o, n, func(ctx context.Context, fl *flight) { s.arrive(ctx, fl, fill) })
+	return s.acquire(ctx, o, n, true, func(ctx context.Context, fl *flight) { s.arrive(ctx, fl, fill) })
 }
 
 // arrive fills one block and admits it with its first piece.

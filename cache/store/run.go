@@ -49,13 +49,13 @@ func (s *Store) Begin(ctx context.Context, o ring.Object, n int64, most int, fil
 	begun := make([]Pending, 0, of)
 	for i := range of {
 		joined := make(chan struct{})
-		b := s.start(ctx, ob, n+int64(i), nil, func(ctx context.Context, fl *flight) {
+		b := s.start(ctx, ob, n+int64(i), nil, true, func(ctx context.Context, fl *flight) {
 			s.arrive(ctx, fl, func(ctx context.Context, w io.WriterAt) ([]uint64, error) {
 				return fill(ctx, Part{I: i, Of: of, Joined: joined}, w)
 			})
 		})
 		b.flight.joined = joined
-		b.flight.join()
+		s.join(b.flight)
 		begun = append(begun, Pending{s, b.flight})
 	}
 	return begun, nil

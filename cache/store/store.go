@@ -134,11 +134,12 @@ type Store struct {
 	wg      sync.WaitGroup // fills, hands without one, and drops that wait for a fill
 	hands   hands
 
-	mu      sync.Mutex
-	idle    sync.Cond // an eviction or a write ended
-	closed  bool
-	objects map[source.ID]*object
-	owners  map[string]map[key]struct{} // pins by owner
+	mu        sync.Mutex
+	lingering int       // fills that nobody waits for
+	idle      sync.Cond // an eviction or a write ended
+	closed    bool
+	objects   map[source.ID]*object
+	owners    map[string]map[key]struct{} // pins by owner
 
 	policy   *otter.Cache[key, *block]
 	max      int64    // the policy's maximum in bytes
