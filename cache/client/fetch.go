@@ -88,12 +88,12 @@ func (c *Client) fetch(ctx context.Context, w piece, dst []byte) error {
 		case r.stale && c.members.view() != seen:
 			continue
 		case r.unknown && round >= settle: // they have had time to get it from each other
-			if err := c.unwanted.Load(); err != nil {
-				return c.explain(w, *err)
-			}
 			select {
 			case c.forgotten <- struct{}{}:
 			default:
+			}
+			if err := c.unwanted.Load(); err != nil {
+				return c.explain(w, *err)
 			}
 		}
 		c.count.rounds.Add(1)

@@ -13,51 +13,64 @@ import (
 // remind has the workers keep the snapshot for as long as this client reads by it, also while nothing that is read asks
 // them, and gives it back once none holds it: all may have lost their memory since the bucket was listed anew.
 func (c *Client) remind(ctx context.Context) {
+	// All readers of a dataset find out in one moment, maybe while its workers begin.
+	pause := c.pauses()
+	pause.InitialInterval, pause.MaxInterval = c.timing.retryMax, 30*c.timing.retryMax
+	pause.Reset()
+	said := ""
 	for sleepUntil(ctx, c.timing.remind-rand.N(c.timing.remind/5+1), c.forgotten) {
-		err := c.giveBack(ctx)
-		if err != nil && ctx.Err() == nil {
+		refused, err := c.keepSnapshot(ctx)
+		switch {
+		case err == nil:
+			pause.Reset()
+			said = ""
+		case ctx.Err() == nil && err.Error() != said:
+			said = err.Error()
 			c.log.Info("no worker holds the snapshot that this reads", "dataset", c.config.Dataset, "digest", c.short(), "error", err)
 		}
-		if !errors.Is(err, source.ErrInvalid) {
-			c.unwanted.Store(nil)
-			continue
+		c.unwanted.Store(nil)
+		if refused {
+			err = fmt.Errorf("snapshot %s, which this reads, is held by no worker any more and not taken back; begin anew to read the current one: %w", c.short(), err)
+			c.unwanted.Store(&err)
 		}
-		err = fmt.Errorf("snapshot %s, which this reads, is held by no worker any more and not taken back; begin anew to read the current one: %w", c.short(), err)
-		c.unwanted.Store(&err)
+		if !sleep(ctx, pause.NextBackOff()) {
+			return
+		}
 	}
 }
 
-// giveBack asks every worker for the snapshot and offers it to one if none holds it; the others get it from that one. It
-// is source.ErrInvalid if all who could be asked refuse it, whatever the time.
-func (c *Client) giveBack(ctx context.Context) error {
+// keepSnapshot asks every worker for the snapshot and offers it to one if none holds it; the others get it from that
+// one. refused says that there is no worker but has refused it.
+func (c *Client) keepSnapshot(ctx context.Context) (refused bool, err error) {
 	var without []*peer
-	held, last := false, errors.New("no worker is ready")
-	for _, p := range c.sources() {
+	held, err := false, errors.New("no worker is ready")
+	peers := c.sources()
+	for _, p := range peers {
 		ask, cancel := context.WithTimeoutCause(ctx, c.timing.worker, wire.ErrLate)
-		_, _, err := p.small(ask, wire.Request{Op: wire.OpSnapshot, Snapshot: c.digest, Length: 1})
+		_, _, aerr := p.small(ask, wire.Request{Op: wire.OpSnapshot, Snapshot: c.digest, Length: 1})
 		cancel()
 		switch {
-		case err == nil:
+		case aerr == nil:
 			held = true
-		case errors.Is(err, wire.ErrUnknownSnapshot):
+		case errors.Is(aerr, wire.ErrUnknownSnapshot):
 			without = append(without, p)
 		default:
-			last = fmt.Errorf("worker %s: %w", p.member.ID, err)
+			err = fmt.Errorf("worker %s: %w", p.member.ID, aerr)
 		}
 	}
 	if held {
-		return nil
+		return false, nil
 	}
-	for i, p := range without {
-		err := c.offer(ctx, p)
-		if err == nil {
-			return nil
+	refused = len(without) > 0 && len(without) == len(peers)
+	for _, p := range without {
+		oerr := c.offer(ctx, p)
+		if oerr == nil {
+			return false, nil
 		}
-		if i == 0 || !errors.Is(err, source.ErrInvalid) {
-			last = fmt.Errorf("worker %s: %w", p.member.ID, err)
-		}
+		refused = refused && errors.Is(oerr, source.ErrInvalid)
+		err = fmt.Errorf("worker %s: %w", p.member.ID, oerr)
 	}
-	return last
+	return refused, err
 }
 
 func (c *Client) offer(ctx context.Context, p *peer) error {

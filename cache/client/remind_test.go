@@ -56,7 +56,7 @@ func TestAReaderIsToldThatItsMountsAreGone(t *testing.T) {
 	k := overFolder(t, map[string][]byte{"a": content(1, 100)})
 	k.start("w0")
 	c := k.dial(nil)
-	other := t.TempDir()
+	was, other := k.mounts, t.TempDir()
 	if err := os.WriteFile(filepath.Join(other, "a"), []byte("another"), 0o644); err != nil {
 		t.Fatal(err)
 	}
@@ -66,6 +66,15 @@ func TestAReaderIsToldThatItsMountsAreGone(t *testing.T) {
 	if !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "begin anew") || !strings.Contains(err.Error(), "does not mount any more") {
 		t.Errorf("it was told: %v", err)
 	}
+	k.mounts = was // and are there again
+	if err := os.WriteFile(filepath.Join(k.folder(), "new"), nil, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	k.forgetful("w0")
+	eventually(t, "it reads on", func() bool {
+		_, err := c.ReadAt(testContext(t), lookup(t, c, "a"), make([]byte, 100), 0)
+		return err == nil
+	})
 }
 
 // What is read from pages or descriptors asks for nothing: the snapshot is asked for all the same.

@@ -14,14 +14,20 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// offerRoom is what an offered snapshot may be larger than four times the current one, in bytes.
-const offerRoom = 64 << 20
+const (
+	// offerRoom is what an offered snapshot may be larger than four times the current one, in bytes.
+	offerRoom = 64 << 20
+	// offerRate is at least how many bytes a second of it come, after offerStart: meanwhile no other is taken.
+	offerRate  = 4 << 20
+	offerStart = 10 * time.Second
+)
 
 // offered takes back a snapshot that a reader still reads by and no worker holds any more: all have lost their memory
 // since, or dropped it. What it says is the reader's word. So it must be of mounts that are configured now, below
 // whose prefixes all its keys are then; the bucket is what decides whether it has such a version of them; and the
-// store knows their blocks by all that tells one version from another.
-func (c *conn) offered(ctx context.Context, req wire.Request, from io.Reader) error {
+// store knows their blocks by all that tells one version from another. ctx is the connection's, serving that of the
+// worker, which takes nothing any more once it stops.
+func (c *conn) offered(ctx, serving context.Context, req wire.Request, from io.Reader) error {
 	w := c.worker
 	if req.Snapshot == (wire.Digest{}) {
 		return fmt.Errorf("%w: a snapshot without a digest", source.ErrInvalid)
@@ -50,20 +56,14 @@ func (c *conn) offered(ctx context.Context, req wire.Request, from io.Reader) er
 	}
 	src := w.sources.Load()
 	snap, err := w.receiveSnapshot(req.Snapshot, func(to io.Writer) error {
-		for off := int64(0); off < req.Off; {
-			n := min(req.Off-off, wire.MaxPayload)
-			if err := c.SetReadDeadline(time.Now().Add(wire.WorkerTimeout)); err != nil {
-				return err
-			}
-			if err := ctx.Err(); err != nil {
-				return err
-			}
-			if _, err := io.CopyN(to, from, n); err != nil {
-				return err
-			}
-			off += n
+		if err := c.SetReadDeadline(time.Now().Add(offerStart + time.Duration(req.Off/offerRate)*time.Second)); err != nil {
+			return err
 		}
-		return nil
+		if err := serving.Err(); err != nil { // its end sets a deadline, too
+			return err
+		}
+		_, err := io.CopyN(to, from, req.Off)
+		return err
 	}, src.covers)
 	if err != nil {
 		if errors.Is(err, catalog.ErrCorrupt) || errors.Is(err, wire.ErrCorrupt) {

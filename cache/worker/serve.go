@@ -203,7 +203,7 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn, permit *permit) {
 			return
 		}
 		if req.Op == wire.OpOffer {
-			if err := c.offered(cctx, req, r); err != nil {
+			if err := c.offered(cctx, ctx, req, r); err != nil {
 				c.fail(cctx, req, err)
 			}
 			return

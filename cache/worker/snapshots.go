@@ -16,12 +16,13 @@ import (
 )
 
 // Old snapshots are kept while mounts read by them: as long as they were asked for within keepUnused, which readers see
-// to (wire.RemindEvery). Beyond maxSnapshots those go that nobody reminded of lately, beyond maxRead any.
+// to (wire.RemindEvery). Beyond maxSnapshots those go that nobody reminded of lately, and any once all take more than a
+// part of the worker's memory: a reader gives its own back.
 const (
 	keepUnused   = 30 * time.Minute
 	lately       = 3 * wire.RemindEvery / 2
 	maxSnapshots = 8
-	maxRead      = 64
+	snapshotPart = 16
 )
 
 // snapshot is a held snapshot with the sources of its mounts. It is closed when it was dropped from the
@@ -78,7 +79,8 @@ func (s *snapshot) release() {
 
 // snapshots are the snapshots that this worker holds, one of them current.
 type snapshots struct {
-	now func() time.Time
+	now    func() time.Time
+	memory int64 // the worker's
 
 	mu      sync.Mutex
 	held    map[wire.Digest]*snapshot
@@ -202,7 +204,7 @@ func (s *snapshots) expire() []wire.Digest {
 		}
 		least := keepUnused
 		switch {
-		case len(s.held) > maxRead:
+		case len(s.held) > maxSnapshots && s.bytes() > s.memory/snapshotPart:
 			least = 0
 		case len(s.held) > maxSnapshots:
 			least = lately
@@ -212,6 +214,14 @@ func (s *snapshots) expire() []wire.Digest {
 		}
 		drop(oldest)
 	}
+}
+
+// bytes is what all of them take. The caller holds s.mu.
+func (s *snapshots) bytes() (n int64) {
+	for _, h := range s.held {
+		n += int64(len(h.Encoded()))
+	}
+	return n
 }
 
 // closeAll closes every snapshot at the end, when nobody uses one any more.
