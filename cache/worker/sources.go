@@ -184,6 +184,7 @@ var pieces = sync.Pool{New: func() any { return new([sumPiece]byte) }}
 type doubt struct {
 	source *scheme.Source
 	final  bool                        // it refused, which does not pass by itself
+	names  bool                        // of what is done to names, of which a block that is read says nothing
 	ask    func(context.Context) error // whether it refuses all, or fails for all the tries that an operation has
 	said   wire.Status                 // of the problem that is told; keepBucket's
 }
@@ -193,7 +194,7 @@ func (w *Worker) noteBucket(d doubt, err error) {
 	have := w.doubted.Load()
 	switch d.final = errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket); {
 	case err == nil:
-		if have != nil && have.source == d.source && w.doubted.CompareAndSwap(have, nil) {
+		if have != nil && have.source == d.source && (d.names || !have.names) && w.doubted.CompareAndSwap(have, nil) {
 			w.tellBucket(nil)
 		}
 	case d.final && (have == nil || !have.final), source.Temporary(err) && have == nil:
@@ -209,8 +210,8 @@ func (w *Worker) noteBucket(d doubt, err error) {
 // tellBucket sets the bucket's problem. With one that may pass the worker serves on what it holds; so it does where the
 // names of a writable dataset are concerned, since who asks for one is told what the bucket says.
 func (w *Worker) tellBucket(err error) {
-	kind, other := problemBucket, problemAway
-	if w.gateway != nil || source.Temporary(err) {
+	kind, other := problemAway, problemBucket
+	if w.gateway == nil && (errors.Is(err, source.ErrDenied) || errors.Is(err, source.ErrNoBucket)) {
 		kind, other = other, kind
 	}
 	w.problems.set(kind, err)
@@ -274,6 +275,9 @@ func (w *Worker) noteNames(before map[*scheme.Source]int64) {
 		if n == before[s] {
 			continue
 		}
+		if have := w.doubted.Load(); have != nil && have.source != s {
+			continue // one at a time
+		}
 		before[s] = n
 		list := func(ctx context.Context) error {
 			ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
@@ -285,7 +289,7 @@ func (w *Worker) noteNames(before map[*scheme.Source]int64) {
 			_, err := pages.Page(ctx, source.PageRequest{Prefix: src.mounts[i].Prefix})
 			return err
 		}
-		w.noteBucket(doubt{source: s, ask: list}, source.ErrUnavailable)
+		w.noteBucket(doubt{source: s, names: true, ask: list}, source.ErrUnavailable)
 	}
 }
 
