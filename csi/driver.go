@@ -155,7 +155,15 @@ type service struct {
 	mu   sync.Mutex
 	sets map[string]*dataset // by namespace/name
 	busy map[string]bool     // paths that a call is working on
-	made []made              // the sockets of this process
+	// probes are the mounts that are asked whether somebody serves them (dead), by path.
+	probes map[string]*probe
+	made   []made // the sockets of this process
+}
+
+// probe is a question to a mount, answered by err once done is closed.
+type probe struct {
+	done chan struct{}
+	err  error
 }
 
 // made is a socket that this process made and a successor replaces.
@@ -189,7 +197,7 @@ func newService(c Config) *service {
 	s := &service{
 		config: c, log: c.Logger, now: time.Now, patience: patience, mountsDir: filepath.Join(c.Dir, "mounts"),
 		budget: newBudget(c.CacheDir, c.NodeMemory, c.Logger), left: make(chan struct{}), known: make(chan struct{}, 1),
-		sets: map[string]*dataset{}, busy: map[string]bool{},
+		sets: map[string]*dataset{}, busy: map[string]bool{}, probes: map[string]*probe{},
 	}
 	s.keeping = &keeping{s: s}
 	s.lender = newLender(s)

@@ -525,15 +525,27 @@ func (s *service) sweep(ctx context.Context, former []mountinfo.Mount) error {
 }
 
 // dead says whether a mount's server is gone for good. One that is parked and unserved does not answer at all:
-// that is not dead, and the goroutine that asked waits until it is served or gone.
+// that is not dead, and the goroutine that asked, one for each path, waits until it is served or gone.
 func (s *service) dead(ctx context.Context, dir string) bool {
-	answer := make(chan error, 1)
-	go func() { answer <- statfs(dir) }()
+	s.mu.Lock()
+	p := s.probes[dir]
+	if p == nil {
+		p = &probe{done: make(chan struct{})}
+		s.probes[dir] = p
+		go func() {
+			p.err = statfs(dir)
+			s.mu.Lock()
+			delete(s.probes, dir)
+			s.mu.Unlock()
+			close(p.done)
+		}()
+	}
+	s.mu.Unlock()
 	t := time.NewTimer(probeTimeout)
 	defer t.Stop()
 	select {
-	case err := <-answer:
-		return isDead(err)
+	case <-p.done:
+		return isDead(p.err)
 	case <-t.C:
 	case <-ctx.Done():
 	}
