@@ -17,7 +17,6 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	networkingv1 "k8s.io/api/networking/v1"
 	policyv1 "k8s.io/api/policy/v1"
-	"k8s.io/apimachinery/pkg/fields"
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/selection"
@@ -87,7 +86,7 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 				&policyv1.PodDisruptionBudget{}: mine,
 				&networkingv1.NetworkPolicy{}:   mine,
 				&corev1.Node{}:                  {Transform: slim},
-				&appsv1.DaemonSet{}:             {Namespaces: map[string]cache.Config{o.Dataset.Namespace: {}}, Field: fields.OneTermEqualSelector("metadata.name", node.DaemonSet)},
+				&appsv1.DaemonSet{}:             {Namespaces: map[string]cache.Config{o.Dataset.Namespace: {}}, Label: labels.SelectorFromSet(labels.Set(node.DaemonSets))},
 			},
 		},
 		Client:                        client.Options{Cache: &client.CacheOptions{DisableFor: []client.Object{&corev1.Secret{}}}},

@@ -2,11 +2,12 @@
 //
 // A node of which nothing is known takes pods with Datasets, so that an autoscaler, which knows of the nodes that it
 // could add no more than their kind, adds one for them; the kubelet then tries their mounts until the node service is
-// there. So it is the nodes without that are labelled: v1alpha1.LabelNodeReady is "false" on those where the DaemonSet
-// runs no pod, at once, and on those where it does and the service has not come in a while. "true" is the node
-// service's own word, which takes the place of "false" and is left alone wherever the DaemonSet keeps a pod.
+// there. So it is the nodes without that are labelled: v1alpha1.LabelNodeReady is "false" on those where no DaemonSet of
+// it runs a pod, at once, and on those where one does and the service has not come in a while. "true" is the node
+// service's own word, which takes the place of "false" and is left alone wherever a DaemonSet keeps a pod. An installation
+// may have several, of other names, for nodes of several kinds: they are told by their label.
 //
-// "false" stays until that word, also where the DaemonSet runs a pod again: the service says it as soon as a pod can
+// "false" stays until that word, also where a DaemonSet runs a pod again: the service says it as soon as a pod can
 // mount anything, and a "false" that was taken away before would come back on nodes where it does not come up.
 //
 // It owns one reconciler of Nodes. Concurrency: one pass at a time; since when a node lacks the service is remembered
@@ -40,8 +41,8 @@ import (
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch;patch
 // +kubebuilder:rbac:groups=apps,resources=daemonsets,verbs=get;list;watch,namespace=stepcache-system
 
-// DaemonSet is the name of the node service's.
-const DaemonSet = "stepcache-node"
+// DaemonSets selects those of the node service in an installation's namespace.
+var DaemonSets = client.MatchingLabels{v1alpha1.LabelComponent: v1alpha1.ComponentNode}
 
 // Grace is how long a ready node may be without the service: an image has to be pulled. "false" any sooner would have
 // an autoscaler add another node for the pods that wait. It is longer than the pause after which a node service that
@@ -73,9 +74,6 @@ func New(c client.Client, o dataset.Options) *Reconciler {
 func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 	all := handler.EnqueueRequestsFromMapFunc(func(ctx context.Context, o client.Object) []reconcile.Request {
 		nodes := &corev1.NodeList{}
-		if o.GetName() != DaemonSet || o.GetNamespace() != r.Namespace {
-			return nil
-		}
 		if err := r.client.List(ctx, nodes); err != nil {
 			log.FromContext(ctx).Error(err, "nodes are not looked at again for a change of the node service")
 			return nil
@@ -112,7 +110,8 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	if !lacks {
 		delete(r.lacks, node.Name)
 	}
-	why := fmt.Sprintf("daemonset %s/%s runs no pod there", r.Namespace, DaemonSet)
+	sets := fmt.Sprintf("daemonset of namespace %s with the label %s=%s", r.Namespace, v1alpha1.LabelComponent, v1alpha1.ComponentNode)
+	why := fmt.Sprintf("no %s runs a pod there", sets)
 	switch {
 	case lacks:
 		had, ok := r.lacks[node.Name]
@@ -123,7 +122,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		if left := had.since.Add(Grace).Sub(r.Clock.Now()); left > 0 {
 			return reconcile.Result{RequeueAfter: left}, nil
 		}
-		why = fmt.Sprintf("it has been ready for %v without the service; see the pod of daemonset %s/%s there", Grace, r.Namespace, DaemonSet)
+		why = fmt.Sprintf("it has been ready for %v without the service; see the pod of the %s there", Grace, sets)
 	case runs || label == "false":
 		return reconcile.Result{}, nil
 	}
@@ -159,15 +158,23 @@ var passing = map[string]bool{
 	corev1.TaintNodeDiskPressure: true, corev1.TaintNodeMemoryPressure: true, corev1.TaintNodePIDPressure: true,
 }
 
-// runs says whether the DaemonSet runs the node service on the node, by the rules of the cluster's own controller of
-// DaemonSets.
+// runs says whether a DaemonSet runs the node service on the node.
 func (r *Reconciler) runs(ctx context.Context, node *corev1.Node) (bool, error) {
-	set := &appsv1.DaemonSet{}
-	if err := r.client.Get(ctx, client.ObjectKey{Namespace: r.Namespace, Name: DaemonSet}, set); err != nil {
-		return false, client.IgnoreNotFound(err)
+	sets := &appsv1.DaemonSetList{}
+	if err := r.client.List(ctx, sets, client.InNamespace(r.Namespace), DaemonSets); err != nil {
+		return false, err
 	}
-	spec := &set.Spec.Template.Spec
-	if fits, err := nodeaffinity.NewRequiredNodeAffinity(spec.NodeSelector, spec.Affinity).Match(node); err != nil || !fits {
+	for i := range sets.Items {
+		if ok, err := fits(ctx, &sets.Items[i].Spec.Template.Spec, node); ok || err != nil {
+			return ok, err
+		}
+	}
+	return false, nil
+}
+
+// fits says whether a DaemonSet runs a pod on the node, by the rules of the cluster's own controller of DaemonSets.
+func fits(ctx context.Context, spec *corev1.PodSpec, node *corev1.Node) (bool, error) {
+	if ok, err := nodeaffinity.NewRequiredNodeAffinity(spec.NodeSelector, spec.Affinity).Match(node); err != nil || !ok {
 		return false, err
 	}
 	// A pod that runs stays for all but NoExecute, and goes on saying "true".

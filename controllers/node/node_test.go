@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"os"
 	"sync/atomic"
 	"testing"
@@ -106,18 +107,20 @@ func (w *world) must(err error) {
 }
 
 // service installs the DaemonSet of config/node, changed, and waits until the controller knows it.
-func (w *world) service(change func(*corev1.PodSpec)) *appsv1.DaemonSet {
+func (w *world) service(change func(*appsv1.DaemonSet)) *appsv1.DaemonSet {
 	w.Helper()
 	b, err := os.ReadFile("../../config/node/node.yaml")
 	w.must(err)
 	set := &appsv1.DaemonSet{}
 	w.must(yaml.UnmarshalStrict(b, set))
 	if change != nil {
-		change(&set.Spec.Template.Spec)
+		change(set)
 	}
 	w.must(w.Create(w.Context(), set))
+	probe := maps.Clone(linux)
+	maps.Copy(probe, set.Spec.Template.Spec.NodeSelector)
 	envtest.Eventually(w, "the controller knows the DaemonSet", func() error {
-		w.node("probe", linux)
+		w.node("probe", probe)
 		w.looked()
 		label := w.get("probe").Labels[v1alpha1.LabelNodeReady]
 		w.must(w.Delete(w.Context(), &corev1.Node{ObjectMeta: metav1.ObjectMeta{Name: "probe"}}))
@@ -302,10 +305,26 @@ func TestChangesOfTheDaemonSet(t *testing.T) {
 	w.eventually("b", "false")
 }
 
+// Nodes of another kind may have a DaemonSet of their own, and kustomize may give a name a prefix.
+func TestANodeIsServedByAnyDaemonSetOfTheNodeService(t *testing.T) {
+	w := newWorld(t)
+	for _, pool := range []string{"small", "large"} {
+		w.service(func(s *appsv1.DaemonSet) {
+			s.Name, s.Spec.Template.Spec.NodeSelector = pool+"-node", map[string]string{"pool": pool}
+		})
+	}
+	served := with(linux, v1alpha1.LabelNodeReady, "true")
+	w.node("small", with(served, "pool", "small"))
+	w.node("large", with(served, "pool", "large"))
+	w.node("other", with(served, "pool", "other"))
+	w.looked()
+	w.labels("two pools", map[string]string{"small": "true", "large": "true", "other": "false"})
+}
+
 func TestTaintsThatTheDaemonSetDoesNotTolerate(t *testing.T) {
 	w := newWorld(t)
-	w.service(func(s *corev1.PodSpec) {
-		s.Tolerations = []corev1.Toleration{{Key: "gpu", Operator: corev1.TolerationOpExists}}
+	w.service(func(s *appsv1.DaemonSet) {
+		s.Spec.Template.Spec.Tolerations = []corev1.Toleration{{Key: "gpu", Operator: corev1.TolerationOpExists}}
 	})
 	taint := func(key string, effect corev1.TaintEffect) corev1.Taint {
 		return corev1.Taint{Key: key, Effect: effect}
