@@ -234,5 +234,7 @@ func ended(l *v1alpha1.DataLoad) bool {
 
 // id names a run of a load to the workers, which take 253 bytes. The UID tells apart names that are cut.
 func id(l *v1alpha1.DataLoad) string {
-	return fmt.Sprintf("%s.%s.%s.%d", l.Namespace, l.Name[:min(160, len(l.Name))], string(l.UID)[:min(8, len(l.UID))], l.Status.StartTime.Unix())
+	name := l.Namespace + "." + l.Name
+	run := fmt.Sprintf(".%s.%d", string(l.UID)[:min(8, len(l.UID))], l.Status.StartTime.Unix())
+	return name[:min(253-len(run), len(name))] + run
 }

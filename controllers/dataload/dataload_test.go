@@ -81,6 +81,11 @@ func TestWorkersTakeTheIDOfEveryRun(t *testing.T) {
 	if x, y := id(a), id(b); len(x) > 253 || x == y {
 		t.Errorf("ids %q and %q", x, y)
 	}
+	// A name that fits is left as it is: a run under way would be another one.
+	a.Namespace, a.Name = "argo", strings.Repeat("a", 200)
+	if got, want := id(a), "argo."+a.Name+".01234567.1000000"; got != want {
+		t.Errorf("id %q, want %q", got, want)
+	}
 }
 
 func TestAnEditAppliesFromTheNextRun(t *testing.T) {
