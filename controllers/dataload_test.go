@@ -236,7 +236,7 @@ func TestScheduledLoadRunsAgain(t *testing.T) {
 	l := w.dataload("hourly", "genomes")
 	l.Spec.Schedule, l.Spec.Pin = "@hourly", true
 	w.must(w.Create(t.Context(), l))
-	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", "its first run is at")
+	w.condition(l, v1alpha1.ConditionComplete, metav1.ConditionFalse, "Waiting", "its next run is at")
 	next := l.Status.NextScheduleTime
 	if next == nil || next.UTC().Minute() != 0 || next.Sub(w.clock.Now()) > time.Hour {
 		t.Fatalf("next run at %v", next)

@@ -6,6 +6,7 @@ import (
 	"testing"
 	"time"
 
+	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
@@ -68,6 +69,36 @@ func TestScheduleThatNeverComesIsToldOnce(t *testing.T) {
 	}
 	if len(p.events) != 1 || !strings.Contains(p.events[0].note, "0 0 31 2 *") {
 		t.Errorf("events %v", p.events)
+	}
+	// One that is corrected waits for its time, and is not taken for a run that was put off.
+	l.Spec.Schedule, l.Generation = "@hourly", 4
+	for range 2 {
+		if err := r.advance(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		l.Status.ObservedGeneration = 4
+	}
+	if s := l.Status; s.Phase != v1alpha1.DataLoadPending || !meta.IsStatusConditionFalse(s.Conditions, v1alpha1.ConditionFailed) || s.CompletionTime != nil ||
+		!strings.Contains(meta.FindStatusCondition(s.Conditions, v1alpha1.ConditionComplete).Message, "its next run is at") || len(p.events) != 1 {
+		t.Errorf("events %v, status %+v", p.events, s)
+	}
+}
+
+func TestFirstRunThatIsPutOffStaysDue(t *testing.T) {
+	l := &v1alpha1.DataLoad{}
+	l.Spec.Schedule = "@hourly"
+	r, p := &Reconciler{}, &pass{load: l, now: time.Unix(1_000_000, 0)}
+	for _, want := range []string{ReasonWaiting, ReasonDatasetNotFound, ReasonDatasetNotFound} {
+		if err := r.advance(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		if c := meta.FindStatusCondition(l.Status.Conditions, v1alpha1.ConditionComplete); c.Reason != want || l.Status.Phase != v1alpha1.DataLoadPending {
+			t.Errorf("status %+v, want reason %s", l.Status, want)
+		}
+		p.now = l.Status.NextScheduleTime.Time
+		if want == ReasonDatasetNotFound {
+			p.now = p.now.Add(-time.Minute) // before the time of the next one
+		}
 	}
 }
 

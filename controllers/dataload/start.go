@@ -19,13 +19,18 @@ const waitPoll = 30 * time.Second
 func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 	st := &p.load.Status
 	due, err := r.due(p)
+	c := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionFailed)
+	invalid := c != nil && c.Reason == ReasonInvalidSchedule
 	if err != nil {
-		c := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionFailed)
-		if c == nil || c.Reason != ReasonInvalidSchedule || c.ObservedGeneration != p.load.Generation {
+		if !invalid || c.ObservedGeneration != p.load.Generation {
 			st.NextScheduleTime = nil // of the schedule before
 			r.fail(p, ReasonInvalidSchedule, "%v", err)
 		}
 		return nil
+	}
+	if invalid {
+		st.Phase, st.CompletionTime = v1alpha1.DataLoadPending, nil
+		p.condition(v1alpha1.ConditionFailed, metav1.ConditionFalse, conditionNotApplicable, "the schedule was corrected")
 	}
 	switch {
 	case st.Phase == v1alpha1.DataLoadRunning:
@@ -38,7 +43,7 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 	case st.Phase == v1alpha1.DataLoadComplete:
 		return r.keep(ctx, p)
 	case p.load.Spec.Schedule != "" && (st.Phase == "" || st.Phase == v1alpha1.DataLoadPending):
-		r.wait(p, ReasonWaiting, "its first run is at %s", st.NextScheduleTime.UTC().Format(time.RFC3339))
+		r.wait(p, ReasonWaiting, "its next run is at %s", st.NextScheduleTime.UTC().Format(time.RFC3339))
 	}
 	return nil
 }
@@ -54,7 +59,8 @@ func (r *Reconciler) due(p *pass) (bool, error) {
 	if err != nil {
 		return false, err
 	}
-	due := st.Phase == v1alpha1.DataLoadPending && st.StartTime != nil // put off
+	c := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionComplete)
+	due := st.Phase == v1alpha1.DataLoadPending && c != nil && c.Reason != ReasonWaiting // put off
 	if st.NextScheduleTime != nil && !st.NextScheduleTime.After(p.now) {
 		due = true
 	}
@@ -167,11 +173,8 @@ func (r *Reconciler) after(ctx context.Context, p *pass) (bool, error) {
 	return false, nil
 }
 
-// putOff leaves a run that is due for later.
+// putOff leaves a run that is due for later. The reason of one that is scheduled is another than ReasonWaiting, see due.
 func (r *Reconciler) putOff(p *pass, reason, format string, a ...any) {
-	if p.load.Spec.Schedule != "" && p.load.Status.StartTime == nil {
-		p.load.Status.StartTime = &metav1.Time{Time: p.now.Truncate(time.Second)} // so that it stays due
-	}
 	r.wait(p, reason, format, a...)
 	p.soon(waitPoll)
 }
