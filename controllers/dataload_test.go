@@ -218,7 +218,7 @@ func TestLoadRunsAfterAnother(t *testing.T) {
 	bad := w.dataload("bad", "genomes")
 	bad.Spec.Paths = []v1alpha1.PathPattern{"/nothing"}
 	w.must(w.Create(t.Context(), bad))
-	third := w.dataload("third", "genomes")
+	third := w.dataload("third", "absent") // what cannot run does not wait for its Dataset
 	third.Spec.RunAfter = &v1alpha1.Reference{Name: "bad"}
 	w.must(w.Create(t.Context(), third))
 	w.condition(third, v1alpha1.ConditionFailed, metav1.ConditionTrue, "PredecessorFailed", `"bad"`)
@@ -396,8 +396,8 @@ func TestLoadIsKeptBeyondItsTimeToLiveForTheOneThatRunsAfterIt(t *testing.T) {
 	second := w.dataload("second", "late")
 	second.Spec.RunAfter = &v1alpha1.Reference{Name: "first"}
 	w.must(w.Create(t.Context(), second))
-	w.condition(second, v1alpha1.ConditionComplete, metav1.ConditionFalse, "DatasetNotFound")
 	first := w.load(d, "first", func(l *v1alpha1.DataLoad) { l.Spec.TTLSecondsAfterFinished = ptr.To[int32](60) })
+	w.condition(second, v1alpha1.ConditionComplete, metav1.ConditionFalse, "DatasetNotFound")
 	w.stopManager()
 	w.clock.advance(time.Minute)
 	r := dataload.New(w.Client, w.Client, events.NewFakeRecorder(100), dataset.Options{Clock: w.clock})
@@ -409,6 +409,7 @@ func TestLoadIsKeptBeyondItsTimeToLiveForTheOneThatRunsAfterIt(t *testing.T) {
 		t.Fatal("deleted while another load waits to run after it")
 	}
 	w.start()
+	w.event("Kept", `"second"`)
 	w.ready("late", 1, 0, 0)
 	w.condition(second, v1alpha1.ConditionComplete, metav1.ConditionTrue, "Loaded")
 	w.stopManager()

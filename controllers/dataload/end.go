@@ -3,7 +3,6 @@ package dataload
 import (
 	"context"
 	"errors"
-	"slices"
 	"time"
 
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -61,24 +60,32 @@ func (r *Reconciler) expired(ctx context.Context, p *pass) (bool, error) {
 		p.soon(left)
 		return false, nil
 	}
-	waiting, err := r.waitFor(ctx, l)
-	if waiting || err != nil {
-		p.soon(waitPoll)
+	waits, err := r.waits(ctx, l)
+	if err != nil {
 		return false, err
+	}
+	if waits != "" {
+		p.note("Kept", "Delete", "its time to live is over, but dataload %q, which runs after it, has not begun: see what that waits for, or delete it", waits)
+		p.soon(waitPoll)
+		return false, nil
 	}
 	return true, client.IgnoreNotFound(r.client.Delete(ctx, l, client.Preconditions{UID: &l.UID}))
 }
 
-// waitFor says whether others have yet to run after a load.
-func (r *Reconciler) waitFor(ctx context.Context, l *v1alpha1.DataLoad) (bool, error) {
+// waits is the name of a load that has yet to run after l; empty: there is none.
+func (r *Reconciler) waits(ctx context.Context, l *v1alpha1.DataLoad) (string, error) {
 	list := &v1alpha1.DataLoadList{}
 	if err := r.client.List(ctx, list, client.InNamespace(l.Namespace)); err != nil {
-		return false, err
+		return "", err
 	}
-	return slices.ContainsFunc(list.Items, func(o v1alpha1.DataLoad) bool {
-		return o.Spec.RunAfter != nil && o.Spec.RunAfter.Name == l.Name && o.DeletionTimestamp.IsZero() &&
-			(o.Status.Phase == "" || o.Status.Phase == v1alpha1.DataLoadPending)
-	}), nil
+	for i := range list.Items {
+		o := &list.Items[i]
+		if o.Spec.RunAfter != nil && o.Spec.RunAfter.Name == l.Name && o.DeletionTimestamp.IsZero() &&
+			(o.Status.Phase == "" || o.Status.Phase == v1alpha1.DataLoadPending) {
+			return o.Name, nil
+		}
+	}
+	return "", nil
 }
 
 // forgetRun ends the last run at the workers, and with it its pins.

@@ -73,6 +73,10 @@ func (r *Reconciler) due(p *pass) (bool, error) {
 
 // start writes a new run down once nothing is in its way; the next pass tells the workers.
 func (r *Reconciler) start(ctx context.Context, p *pass) error {
+	// First, since others are kept until this one has begun or failed.
+	if ok, err := r.after(ctx, p); !ok || err != nil {
+		return err
+	}
 	d := p.dataset
 	ref := p.load.Spec.DatasetRef.Name
 	switch {
@@ -85,9 +89,6 @@ func (r *Reconciler) start(ctx context.Context, p *pass) error {
 	case p.load.CopiesOf(d) > d.Spec.Workers.Replicas:
 		r.fail(p, ReasonTooManyCopies, "%d copies of each block need as many workers; dataset %q has %d: scale it, or create a DataLoad with fewer copies", p.load.CopiesOf(d), ref, d.Spec.Workers.Replicas)
 		return nil
-	}
-	if ok, err := r.after(ctx, p); !ok || err != nil {
-		return err
 	}
 	if text := notReady(d); text != "" {
 		r.putOff(p, ReasonDatasetNotReady, "dataset %q is not ready: %s", ref, text)
