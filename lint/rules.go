@@ -38,7 +38,7 @@ func (w *workflow) outputs(t *template) (all []*finding) {
 		archive := a.get("archive")
 		tar, level := archive.get("tar"), archive.in("tar", "compressionLevel")
 		if !archive.ok() || tar.ok() && !level.ok() {
-			f := report(a.line(), Warning, Gzip, "output %q is packed with tar and gzip, by one thread at some 30 MB/s: say archive: {tar: {compressionLevel: 0}} to keep the tar alone, and with it permissions and links; {none: {}} passes it on as it is, a directory as one object a file, but the inputs that read it then need a mode, for a directory with recurseMode: true", a.get("name").str())
+			f := report(a.line(), Warning, Gzip, "output %q is packed with tar and gzip, by one thread at some 30 MB/s: say archive: {tar: {compressionLevel: 0}} to pack it without compressing, with permissions and links; {none: {}} packs nothing, but the inputs that read it then need a mode, for a directory with recurseMode: true", a.get("name").str())
 			// Only this leaves what the inputs get as it was, whoever reads them.
 			c := change{to: a, key: "archive", after: []string{"path", "name"}, value: "{tar: {compressionLevel: 0}}", json: `{"tar": {"compressionLevel": 0}}`}
 			if tar.ok() {

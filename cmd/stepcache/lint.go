@@ -33,7 +33,8 @@ prints FILE:LINE: what it found, what to do and why. A folder stands for the .ya
   claim    an input is copied from a bucket into each pod that could mount it (note)
 
 --fix writes the corrected files; -o yaml prints them. Both change only what the findings name: comments and
-order stay. An output stays a tar, without gzip: archive: {none: {}} is faster still, but loses permissions.
+order stay. An output stays a tar, packed without compressing: archive: {none: {}} is faster still, but loses
+permissions.
 
 A comment "# stepcache:ignore RULE, RULE" on a line, above it, or above a document takes its findings away;
 without names, all of them.
