@@ -280,6 +280,10 @@ func (q *request) uploads() error {
 	}
 	if more && !answer.IsTruncated && most > 0 {
 		// All that is known is told; the end of it is no end of the list.
+		if len(found) == 0 {
+			// So the store takes no prefix and told of others.
+			return failure(http.StatusBadRequest, "InvalidRequest", "There are more uploads under way in the bucket than can be listed, and none of those that it tells is asked for here: complete or abort some of them at the bucket.")
+		}
 		if len(answer.Upload)+len(answer.CommonPrefixes) == 0 {
 			return failure(http.StatusBadRequest, "InvalidRequest", "There are more uploads under way than can be listed, and no others to tell: complete or abort some, or ask for a longer prefix.")
 		}

@@ -388,7 +388,7 @@ func TestMoreUploadsThanCanBeListed(t *testing.T) {
 		for pages := 0; ; pages++ {
 			a := f.do(t, call{method: "GET", path: "/" + bucket, query: query})
 			if a.status != 200 || pages > 4 {
-				if a.code != "InvalidRequest" {
+				if a.code != "InvalidRequest" || !bytes.Contains(a.body, []byte("a longer prefix")) {
 					t.Errorf("in the end: %s", a)
 				}
 				break
@@ -418,6 +418,9 @@ func TestMoreUploadsThanCanBeListed(t *testing.T) {
 		if strings.Join(got, " ") != c.want {
 			t.Errorf("%+v: listed %q", c, got)
 		}
+	}
+	if a := f.do(t, call{method: "GET", path: "/" + bucket, query: url.Values{"uploads": {""}, "prefix": {"none"}}}); a.code != "InvalidRequest" || !bytes.Contains(a.body, []byte("at the bucket")) {
+		t.Errorf("none of those that are listed is below the prefix: %s", a)
 	}
 	if a := f.must(t, call{method: "GET", path: "/" + bucket, query: url.Values{"uploads": {""}, "max-uploads": {"0"}}}); bytes.Contains(a.body, []byte("<IsTruncated>true<")) {
 		t.Errorf("a page of nothing: %s", a)
