@@ -48,7 +48,7 @@ func openState() (*state, error) {
 		return nil, fmt.Errorf("the temporary folder's name %s is too long for the Unix sockets below it (%d characters at most): set TMPDIR to a shorter one", dir, socketPath)
 	}
 	// It gets its name once it is locked: another run takes a lock that nobody holds for that of one that was killed.
-	lock, err := lockFile(filepath.Join(dir, "new"), os.O_CREATE)
+	lock, err := lockFile(filepath.Join(dir, newName), os.O_CREATE)
 	if err == nil {
 		_, err = fmt.Fprintln(lock, os.Getpid()) // see inUse
 	}
@@ -78,8 +78,11 @@ func private(dir string) error {
 	return nil
 }
 
-// lockName is the file in a run's folder that it has locked.
-const lockName = "lock"
+// lockName is the file in a run's folder that it has locked; it is newName until it is locked.
+const lockName, newName = "lock", "new"
+
+// making is far longer than a folder is without its lock while a run is being made.
+const making = time.Hour
 
 func lockFile(path string, flags int) (*os.File, error) {
 	f, err := os.OpenFile(path, flags|os.O_RDWR, 0o600)
@@ -103,6 +106,13 @@ func sweep(parent string) {
 	for _, e := range entries {
 		dir := filepath.Join(parent, e.Name())
 		lock, err := lockFile(filepath.Join(dir, lockName), 0)
+		if errors.Is(err, fs.ErrNotExist) {
+			if info, err := e.Info(); err == nil && info.IsDir() && time.Since(info.ModTime()) > making {
+				// Of a run that was killed before it had the lock; what has more in it is not a run's.
+				_ = os.Remove(filepath.Join(dir, newName))
+				_ = os.Remove(dir)
+			}
+		}
 		if err != nil {
 			continue // alive, being made, or not a run's
 		}

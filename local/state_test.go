@@ -1,9 +1,11 @@
 package local
 
 import (
+	"errors"
 	"os"
 	"path/filepath"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 )
@@ -43,12 +45,27 @@ func TestRunsThatStartTogetherLeaveEachOtherAlone(t *testing.T) {
 		t.Fatal(err)
 	}
 	killed.lock.Close()
+	made, being := filepath.Join(filepath.Dir(killed.dir), "r1"), filepath.Join(filepath.Dir(killed.dir), "r2")
+	for _, dir := range []string{made, being} {
+		if err := errors.Join(os.Mkdir(dir, 0o700), os.WriteFile(filepath.Join(dir, newName), nil, 0o600)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	before := time.Now().Add(-2 * making)
+	if err := os.Chtimes(made, before, before); err != nil { // that run was killed before it had its lock
+		t.Fatal(err)
+	}
 	next, err := openState()
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer next.close()
-	if _, err := os.Lstat(killed.dir); !os.IsNotExist(err) {
-		t.Errorf("the folder of a killed run is left: %v", err)
+	for _, dir := range []string{killed.dir, made} {
+		if _, err := os.Lstat(dir); !os.IsNotExist(err) {
+			t.Errorf("the folder of a killed run is left: %v", err)
+		}
+	}
+	if _, err := os.Lstat(filepath.Join(being, newName)); err != nil {
+		t.Errorf("a run that is being made: %v", err)
 	}
 }
