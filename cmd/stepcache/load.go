@@ -32,7 +32,7 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 	f.IntVar(&r.Copies, "copies", 0, "workers that hold each block (default: the Dataset's)")
 	f.BoolVar(&r.Pin, "pin", false, "keep the files from eviction")
 	f.BoolVar(&unload, "unload", false, "end the load with this --id and its pins")
-	cmd.RunE = func(cmd *cobra.Command, patterns []string) (err error) {
+	cmd.RunE = func(cmd *cobra.Command, patterns []string) error {
 		if err := checkOutput(*output); err != nil {
 			return err
 		}
@@ -67,13 +67,10 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 		}
 		r.Paths = patterns
 		var last client.LoadSum
-		defer func() {
-			if err != nil && ctx.Err() != nil {
-				fmt.Fprintf(os.Stderr, "load %s: %s; it goes on in the workers, and `stepcache load --unload --id %s` ends it\n",
-					r.ID, loadLine(last, time.Since(start)), r.ID)
-			}
-		}()
 		if err := control.Load(ctx, r); err != nil {
+			if ctx.Err() != nil {
+				fmt.Fprintf(os.Stderr, "load %s: workers may have begun, and `stepcache load --unload --id %s` ends it\n", r.ID, r.ID)
+			}
 			return err
 		}
 		p := newProgress("load "+r.ID, 0)
@@ -82,6 +79,10 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 			last = s
 		})
 		p.finish()
+		if err != nil && ctx.Err() != nil {
+			fmt.Fprintf(os.Stderr, "load %s: %s; it goes on in the workers, and `stepcache load --unload --id %s` ends it\n",
+				r.ID, loadLine(last, time.Since(start)), r.ID)
+		}
 		if *output == "json" {
 			if e := printJSON(cmd.OutOrStdout(), newLoadReport(last)); err == nil {
 				err = e
