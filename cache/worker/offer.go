@@ -32,15 +32,15 @@ func (c *conn) offered(ctx, serving context.Context, req wire.Request, from io.R
 	if req.Snapshot == (wire.Digest{}) {
 		return fmt.Errorf("%w: a snapshot without a digest", source.ErrInvalid)
 	}
+	if held, ok := w.snapshots.get(req.Snapshot); ok {
+		held.release()
+		return c.reply(ctx, req, wire.Reply{}, nil)
+	}
 	select {
 	case w.offers <- struct{}{}:
 		defer func() { <-w.offers }()
 	default:
 		return fmt.Errorf("%w: worker %s is receiving another snapshot", wire.ErrOverloaded, w.config.ID)
-	}
-	if held, ok := w.snapshots.get(req.Snapshot); ok {
-		held.release()
-		return c.reply(ctx, req, wire.Reply{}, nil)
 	}
 	current, ok := w.snapshots.get(wire.Digest{})
 	if !ok {
