@@ -12,6 +12,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -236,9 +237,9 @@ func TestALoadTriesAgainWhatFailedForAWhile(t *testing.T) {
 	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
 	tr.start(1)
 	tr.snapshot()
-	tries := 0
+	var tries atomic.Int64 // a bucket that fails is also probed
 	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error {
-		if tries++; tries <= 2 {
+		if tries.Add(1) <= 2 {
 			return fmt.Errorf("%w: injected", source.ErrUnavailable)
 		}
 		return nil
