@@ -270,7 +270,7 @@ type readiness struct {
 }
 
 // final are the Reasons that end only when somebody corrects the manifests or the bucket.
-var final = []string{wire.Denied.String(), wire.NoBucket.String(), wire.Invalid.String()}
+var final = []string{wire.Denied.String(), wire.NoBucket.String(), wire.Unversioned.String(), wire.Invalid.String()}
 
 func (d *dataset) judge(status []wire.WorkerStatus, err error) readiness {
 	r := readiness{ready: err == nil && len(status) == int(d.object.Spec.Workers.Replicas)}
