@@ -152,7 +152,7 @@ type Client struct {
 	nears    nears
 	latency  latency
 	count    counters
-	// forgotten has a token while reads fail since workers do not hold the snapshot; unwanted is why none ever will.
+	// forgotten has a token while reads fail since workers do not hold the snapshot; unwanted is why all refuse it now.
 	forgotten chan struct{}
 	unwanted  atomic.Pointer[error]
 
