@@ -21,6 +21,7 @@ import (
 	registration "k8s.io/kubelet/pkg/apis/pluginregistration/v1"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 )
 
@@ -44,6 +45,8 @@ type Config struct {
 	NodeMemory int64
 	// BufferBytes is the memory of each mount for what is on its way; 128 MiB.
 	BufferBytes int64
+	// Buffers are what all mounts have together for that; nil: nothing bounds it.
+	Buffers *client.Buffers
 	// Linger is how long a mount is kept without a pod; a minute.
 	Linger time.Duration
 	// KeeperWait is how long a start waits for the keeper; 10 s.

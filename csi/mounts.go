@@ -206,7 +206,7 @@ func (d *dataset) renew(keys []wire.Key) {
 func (s *service) clientConfig(namespace, name string) client.Config {
 	return client.Config{
 		Dataset: namespace + "/" + name, Seeds: s.config.Seeds(namespace, name), Node: s.config.NodeName,
-		BufferBytes: s.config.BufferBytes, SnapshotDir: s.snapshotDir(),
+		BufferBytes: s.config.BufferBytes, Buffers: s.config.Buffers, SnapshotDir: s.snapshotDir(),
 		Logger: s.log, Dialer: s.dialWorker, Descriptor: checkLeased,
 	}
 }

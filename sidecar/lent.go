@@ -27,11 +27,12 @@ const lentRetry = 200 * time.Millisecond
 type LentOptions struct {
 	// Socket is the node service's, in a volume of the pod.
 	Socket string
-	// Tier, Datasets, Node, BufferBytes and Logger are as in Options.
+	// Tier, Datasets, Node, BufferBytes, Buffers and Logger are as in Options.
 	Tier        string
 	Datasets    []string
 	Node        string
 	BufferBytes int64
+	Buffers     *client.Buffers
 	Logger      *slog.Logger
 }
 
@@ -197,7 +198,7 @@ func (a *attendant) begin(ctx context.Context, conn *broker.Conn) error {
 
 // serve serves one mount: the one that a predecessor served, or a new one.
 func (a *attendant) serve(ctx context.Context, conn *broker.Conn, v broker.Volume) (*lentMount, error) {
-	o := Options{Tier: a.o.Tier, Node: a.o.Node, BufferBytes: a.o.BufferBytes, Logger: a.o.Logger}
+	o := Options{Tier: a.o.Tier, Node: a.o.Node, BufferBytes: a.o.BufferBytes, Buffers: a.o.Buffers, Logger: a.o.Logger}
 	config, err := o.client(v.Dataset)
 	if err != nil {
 		return nil, err

@@ -48,7 +48,9 @@ type Options struct {
 	Node string
 	// BufferBytes is the memory of each Dataset's reader; zero means the client's default.
 	BufferBytes int64
-	Logger      *slog.Logger
+	// Buffers are what all of them have together; nil: nothing bounds that.
+	Buffers *client.Buffers
+	Logger  *slog.Logger
 }
 
 // Serve mounts the Datasets and serves them until ctx ends. That a Dataset is still being listed is waited
@@ -201,7 +203,7 @@ func (o *Options) client(dataset string) (client.Config, error) {
 	if err != nil {
 		return client.Config{}, err
 	}
-	c.KeySource, c.Logger, c.BufferBytes = watch.Keys, o.Logger, o.BufferBytes
+	c.KeySource, c.Logger, c.BufferBytes, c.Buffers = watch.Keys, o.Logger, o.BufferBytes, o.Buffers
 	if o.Node != "" {
 		c.Node = o.Node
 	}

@@ -60,9 +60,11 @@ func (e *extent) covers(lo, hi int) bool { return e.lo <= lo && hi <= e.hi }
 //
 // Once nobody has read for a while all of it goes back to the system (rest): a node has many readers, of which few read.
 type blocks struct {
-	budget int64
+	most   int64    // of what shared leaves
+	shared *Buffers // with the process's other clients
 
 	mu      sync.Mutex
+	joined  bool // shared counts these
 	extents map[blockKey][]*extent
 	taken   int64 // by extents and hedges
 	free    [classes][][]byte
@@ -86,15 +88,29 @@ func class(n int) (k, size int) {
 	return k, checksum.Size << k
 }
 
-func newBlocks(budget int64) *blocks {
-	return &blocks{budget: budget, extents: make(map[blockKey][]*extent)}
+func newBlocks(most int64, shared *Buffers) *blocks {
+	return &blocks{most: most, shared: shared, extents: make(map[blockKey][]*extent)}
 }
 
-// bound lessens the budget.
-func (b *blocks) bound(budget int64) {
+// budget is what the buffers may take now.
+func (b *blocks) budget() int64 { return min(b.most, b.shared.part.Load()) }
+
+// trim gives up what is beyond the budget since that became smaller, except what is in use or awaited: that goes when it
+// is done with and another block wants its room.
+func (b *blocks) trim() {
 	b.mu.Lock()
 	defer b.mu.Unlock()
-	b.budget = max(min(b.budget, budget), ring.BlockSize)
+	b.room(0, false)
+	for b.taken+b.pooled > b.budget() && b.shrink(0) {
+	}
+}
+
+// leave is for who needs no share any more, until it takes a buffer again. b.mu is held.
+func (b *blocks) leave() {
+	if b.joined {
+		b.joined = false
+		b.shared.leave(b)
+	}
 }
 
 // maxSpent is how much is kept of what was read to its end while other memory can be had.
@@ -197,14 +213,15 @@ func (b *blocks) add(ctx context.Context, key blockKey, lo, hi, n int, ahead *st
 
 // room makes room for size bytes. b.mu is held.
 func (b *blocks) room(size int64, ahead bool) bool {
+	budget := b.budget()
 	if ahead {
-		for b.ahead+size > b.budget/4*3 {
+		for b.ahead+size > budget/4*3 {
 			if !b.evictStale() {
 				return false
 			}
 		}
 	}
-	for b.taken+size > b.budget {
+	for b.taken+size > budget {
 		switch {
 		case b.spent.Len() > 0:
 			b.evict(b.spent.Front().Value.(*extent))
@@ -220,7 +237,7 @@ func (b *blocks) room(size int64, ahead bool) bool {
 			return false
 		}
 	}
-	for b.taken+b.pooled+size > b.budget && b.shrink(size) {
+	for b.taken+b.pooled+size > budget && b.shrink(size) {
 	}
 	return true
 }
@@ -232,7 +249,7 @@ func (b *blocks) evictStale() bool {
 		return false
 	}
 	e := b.unread.Front().Value.(*extent)
-	if b.clock-e.born < 2*b.budget {
+	if b.clock-e.born < 2*b.budget() {
 		return false
 	}
 	b.waste(e)
@@ -268,7 +285,11 @@ func (b *blocks) take(n int) []byte {
 	k, size := class(n)
 	b.uses++
 	b.taken += int64(size)
-	for len(b.free[k]) == 0 && b.spentBy > min(b.budget/4, maxSpent) {
+	if !b.joined {
+		b.joined = true
+		b.shared.join(b)
+	}
+	for len(b.free[k]) == 0 && b.spentBy > min(b.budget()/4, maxSpent) {
 		b.evict(b.spent.Front().Value.(*extent))
 	}
 	if have := len(b.free[k]); have > 0 {
@@ -297,7 +318,17 @@ func (b *blocks) rest() int64 {
 		}
 	}
 	b.free, b.pooled = [classes][][]byte{}, 0
+	if b.taken == 0 {
+		b.leave()
+	}
 	return had - b.taken
+}
+
+// close is for the end of the client; what is still in use is freed by its users.
+func (b *blocks) close() {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.leave()
 }
 
 // put takes a buffer back. b.mu is held.
@@ -313,10 +344,11 @@ func (b *blocks) spare(n int) (buf []byte, size int, ok bool) {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	_, size = class(n)
-	if b.taken+int64(size) > b.budget {
+	budget := b.budget()
+	if b.taken+int64(size) > budget {
 		return nil, 0, false
 	}
-	for b.taken+b.pooled+int64(size) > b.budget && b.shrink(int64(size)) {
+	for b.taken+b.pooled+int64(size) > budget && b.shrink(int64(size)) {
 	}
 	return b.take(n), size, true
 }

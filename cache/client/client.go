@@ -22,7 +22,7 @@
 // # Rules
 //
 // Concurrency: everything is safe for concurrent use. Every goroutine belongs to a Client and has ended when
-// Close returns. Memory is Config.BufferBytes, from the moment a buffer waits for its bytes, and a small
+// Close returns. Memory is Config.BufferBytes, or less by what Config.Buffers leaves, from the moment a buffer waits for its bytes, and a small
 // fixed buffer for each read under way that finds no room; it goes back to the system when nobody has read for a
 // minute or two. Failure: errors name the dataset, the file and
 // its object, and wrap the source's errors (source.ErrChanged and so on), ErrNoLease, wire.ErrUnauthorized
@@ -71,6 +71,8 @@ type Config struct {
 	Copies int
 	// BufferBytes bounds the memory for blocks; zero means 256 MiB. At least one block.
 	BufferBytes int64
+	// Buffers are shared with the process's other clients; nil: nobody knows of them, and BufferBytes alone count.
+	Buffers *Buffers
 	// Store is the node's cache; nil for none. The caller closes it, after the Client.
 	Store *store.Store
 	// Snapshot is the digest of the snapshot to read; zero: the workers' current one.
@@ -202,9 +204,12 @@ func newClient(config Config, t timing) (*Client, error) {
 	if config.BufferBytes == 0 {
 		config.BufferBytes = defaultBuffers
 	}
+	if config.Buffers == nil {
+		config.Buffers = NewBuffers(config.BufferBytes)
+	}
 	c := &Client{
 		config: config, copies: max(1, config.Copies), log: config.Logger, timing: t, dialer: config.Dialer, now: time.Now, limit: meminfo.Limit,
-		cache: newBlocks(config.BufferBytes), streams: newStreams(), socks: make(map[string]*sock),
+		cache: newBlocks(config.BufferBytes, config.Buffers), streams: newStreams(), socks: make(map[string]*sock),
 		forgotten: make(chan struct{}, 1),
 	}
 	if c.log == nil {
@@ -248,6 +253,7 @@ func (c *Client) Close() error {
 	if c.snapshot != nil {
 		c.snapshot.Close()
 	}
+	c.cache.close()
 	c.release()
 	return nil
 }

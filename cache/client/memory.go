@@ -60,7 +60,7 @@ func (c *Client) reserve(n int64) error {
 		inMemory.heap = debug.SetMemoryLimit(-1)
 	}
 	c.reserved += n
-	c.cache.bound(keepFromHeap(n) / 2)
+	c.cache.shared.bound(keepFromHeap(n) / 2)
 	return nil
 }
 

@@ -37,7 +37,7 @@ func TestBlocksAskForHugePages(t *testing.T) {
 	if _, err := os.Stat("/sys/kernel/mm/transparent_hugepage"); err != nil {
 		t.Skip("the kernel has no transparent huge pages")
 	}
-	b := newBlocks(4 * ring.BlockSize)
+	b := newBlocks(4*ring.BlockSize, NewBuffers(4*ring.BlockSize))
 	for range 3 {
 		p, _, ok := b.spare(ring.BlockSize)
 		if !ok {
@@ -116,7 +116,7 @@ func TestMemoryIsGivenBackWhenNobodyReads(t *testing.T) {
 }
 
 func TestRestLeavesWhatIsInUse(t *testing.T) {
-	b := newBlocks(8 * ring.BlockSize)
+	b := newBlocks(8*ring.BlockSize, NewBuffers(8*ring.BlockSize))
 	add := func(block int64, ahead *stream) *extent {
 		e, made := b.add(t.Context(), blockKey{1, block}, 0, 1, checksum.Size, ahead)
 		if !made {

@@ -54,7 +54,7 @@ func (c *Client) Stats() Stats {
 		BufferBytes: n.bufferBytes.Load(), NearBytes: n.nearBytes.Load(), StoreBytes: n.storeBytes.Load(), DirectBytes: n.directBytes.Load(),
 		WorkerBytes: n.workerBytes.Load(), Corrupt: n.corrupt.Load(), Refetched: n.refetched.Load(),
 		Fallbacks: n.fallbacks.Load(), Rounds: n.rounds.Load(), Hedges: n.hedges.Load(), HedgeWins: n.hedgeWins.Load(),
-		Leases: n.leases.Load(), Epoch: c.members.view().Epoch, Budget: c.cache.budget,
+		Leases: n.leases.Load(), Epoch: c.members.view().Epoch, Budget: c.cache.budget(),
 	}
 	s.Buffered, s.Pooled = c.cache.usage()
 	return s

@@ -5,6 +5,7 @@ import (
 	"os"
 	"runtime/debug"
 
+	"github.com/stepcache/stepcache/cache/client"
 	"github.com/stepcache/stepcache/cache/mount/meminfo"
 )
 
@@ -17,30 +18,32 @@ const (
 	mostBuffers = 128 << 20
 )
 
-// keepMemory fits what a process that serves mounts for so many Datasets may use to the limit of its container, if there
-// is one: beside, in bytes, what it keeps outside its heap, and buffers, what each reader may have. They come back
-// smaller where there is no room for them, which is told, since who is beyond the limit is killed.
+// keepMemory fits what a process that serves mounts may use to the limit of its container, if there is one: beside, in
+// bytes, what it keeps outside its heap, and buffers, what each reader may have. They come back smaller where there is no
+// room for them, which is told, since who is beyond the limit is killed. shared is what all readers have together; nil
+// without a limit.
 //
 // Of what is left beside, three quarters are for the heap, and the rest for what the collector does not see: stacks of
 // threads, tables of open files, page caches in use. The collector works harder before the heap outgrows that, as with
 // GOMEMLIMIT, which goes before: by itself it lets the heap become twice what is in use.
-func keepMemory(beside, buffers int64, readers int, log *slog.Logger) (fittingBeside, fittingBuffers int64) {
+func keepMemory(beside, buffers int64, log *slog.Logger) (fittingBeside, fittingBuffers int64, shared *client.Buffers) {
 	if buffers == 0 {
 		buffers = mostBuffers
 	}
 	limit, limited := meminfo.Limit()
 	if !limited {
-		return beside, buffers
+		return beside, buffers, nil
 	}
 	askedBeside, asked := beside, buffers
-	heap, beside, buffers := fit(limit, beside, buffers, readers)
+	heap, beside, buffers, together := fit(limit, beside, buffers)
 	keepHeap(heap)
-	log.Info("within the container's memory limit", "limit", limit, "heap", heap, "buffers", buffers, "beside", beside)
+	log.Info("within the container's memory limit", "limit", limit, "heap", heap, "buffers", buffers, "together", together,
+		"beside", beside)
 	if beside < askedBeside || buffers < asked {
 		log.Warn("the container's memory limit has no room for what was asked for: raise it (resources.limits.memory)",
 			"limit", limit, "askedBuffers", asked, "buffers", buffers, "askedBeside", askedBeside, "beside", beside)
 	}
-	return beside, buffers
+	return beside, buffers, client.NewBuffers(together)
 }
 
 // keepSnapshots is keepMemory for a process that holds Datasets' snapshots: it returns how many bytes they may have, half
@@ -63,14 +66,11 @@ func keepHeap(most int64) {
 	}
 }
 
-// fit is keepMemory's arithmetic. Half of the heap is for buffers, but that one reader may have what it asked for where
-// that leaves the least; what is beside may leave no less than one reader needs.
-func fit(limit, beside, buffers int64, readers int) (heap, fittingBeside, fittingBuffers int64) {
+// fit is keepMemory's arithmetic. Half of the heap is for the buffers of all readers together, but that one may have what
+// it asked for where that leaves the least; what is beside may leave no less than one reader needs.
+func fit(limit, beside, buffers int64) (heap, fittingBeside, fittingBuffers, together int64) {
 	beside = max(min(beside, limit-(leastHeap+buffers)*4/3), 0)
 	heap = (limit - beside) / 4 * 3
-	most := heap - leastHeap
-	if readers > 1 {
-		most = heap / 2 / int64(readers)
-	}
-	return heap, beside, min(buffers, max(most, leastBuffers))
+	buffers = min(buffers, max(heap-leastHeap, leastBuffers))
+	return heap, beside, buffers, max(heap/2, buffers)
 }

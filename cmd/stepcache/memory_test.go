@@ -14,21 +14,18 @@ import (
 func TestFitIntoAContainer(t *testing.T) {
 	const mib = 1 << 20
 	for name, c := range map[string]struct {
-		limit, beside, buffers int64
-		readers                int
-		heap, left, each       int64
+		limit, beside, buffers     int64
+		heap, left, each, together int64
 	}{
-		"all fits":                     {2048 * mib, 0, 128 * mib, 1, 1536 * mib, 0, 128 * mib},
-		"beside as large as the limit": {2048 * mib, 2048 * mib, 128 * mib, 1, 192 * mib, 1792 * mib, 128 * mib},
-		"beside larger":                {2048 * mib, 4096 * mib, 128 * mib, 1, 192 * mib, 1792 * mib, 128 * mib},
-		"buffers larger":               {512 * mib, 0, 1024 * mib, 1, 384 * mib, 0, 320 * mib},
-		"one reader":                   {512 * mib, 0, 128 * mib, 1, 384 * mib, 0, 128 * mib},
-		"three readers":                {512 * mib, 0, 128 * mib, 3, 384 * mib, 0, 64 * mib},
-		"more readers than room":       {512 * mib, 0, 128 * mib, 100, 384 * mib, 0, leastBuffers},
-		"next to no memory":            {64 * mib, 64 * mib, 128 * mib, 1, 48 * mib, 0, leastBuffers},
+		"all fits":                     {2048 * mib, 0, 128 * mib, 1536 * mib, 0, 128 * mib, 768 * mib},
+		"beside as large as the limit": {2048 * mib, 2048 * mib, 128 * mib, 192 * mib, 1792 * mib, 128 * mib, 128 * mib},
+		"beside larger":                {2048 * mib, 4096 * mib, 128 * mib, 192 * mib, 1792 * mib, 128 * mib, 128 * mib},
+		"buffers larger":               {512 * mib, 0, 1024 * mib, 384 * mib, 0, 320 * mib, 320 * mib},
+		"a sidecar":                    {512 * mib, 0, 128 * mib, 384 * mib, 0, 128 * mib, 192 * mib},
+		"next to no memory":            {64 * mib, 64 * mib, 128 * mib, 48 * mib, 0, leastBuffers, 24 * mib},
 	} {
-		if heap, left, each := fit(c.limit, c.beside, c.buffers, c.readers); heap != c.heap || left != c.left || each != c.each {
-			t.Errorf("%s: heap %d, beside %d, buffers %d", name, heap/mib, left/mib, each/mib)
+		if heap, left, each, together := fit(c.limit, c.beside, c.buffers); heap != c.heap || left != c.left || each != c.each || together != c.together {
+			t.Errorf("%s: heap %d, beside %d, buffers %d, together %d", name, heap/mib, left/mib, each/mib, together/mib)
 		}
 	}
 }
@@ -45,12 +42,12 @@ func TestMemoryLimitOfTheContainerIsHeeded(t *testing.T) {
 		warns bool
 	}{
 		// There is nothing to listen on, so that it ends.
-		"node": {[]string{"node", "--node-name", "n", "--kubelet-dir", dir, "--keeper-wait", "1ms", "--listen", "127.0.0.1:99999"}, "heap=1610612736 buffers=134217728 beside=0", false},
+		"node": {[]string{"node", "--node-name", "n", "--kubelet-dir", dir, "--keeper-wait", "1ms", "--listen", "127.0.0.1:99999"}, "heap=1610612736 buffers=134217728 together=805306368 beside=0", false},
 		"node with too much memory": {[]string{"node", "--node-memory", "4GiB", "--node-name", "n", "--kubelet-dir", dir, "--keeper-wait", "1ms", "--listen", "127.0.0.1:99999"},
-			"heap=201326592 buffers=134217728 beside=1879048192", true},
+			"heap=201326592 buffers=134217728 together=134217728 beside=1879048192", true},
 		// There is no tier.
-		"sidecar": {[]string{"sidecar", "--dir", dir + "/none/x", "--tier", dir + "/none", "--buffer", "1GiB", "--dataset", "a/b", "--dataset", "a/c"},
-			"heap=1610612736 buffers=402653184 beside=0", true},
+		"sidecar": {[]string{"sidecar", "--dir", dir + "/none/x", "--tier", dir + "/none", "--buffer", "2GiB", "--dataset", "a/b", "--dataset", "a/c"},
+			"heap=1610612736 buffers=1543503872 together=1543503872 beside=0", true},
 		// There is no cluster.
 		"webhook": {[]string{"webhook", "--namespace", "system", "--image", "stepcache:test"}, "heap=1342177280 snapshots=1073741824", false},
 	} {

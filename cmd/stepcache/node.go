@@ -55,7 +55,7 @@ at SIGTERM, unless a successor has taken over.`,
 			if err := c.Validate(); err != nil {
 				return usage{fmt.Errorf("node: %w", err)}
 			}
-			c.NodeMemory, c.BufferBytes = keepMemory(c.NodeMemory, c.BufferBytes, 1, c.Logger)
+			c.NodeMemory, c.BufferBytes, c.Buffers = keepMemory(c.NodeMemory, c.BufferBytes, c.Logger)
 			if err := mount.Supported(); err != nil {
 				return err
 			}
@@ -85,7 +85,7 @@ at SIGTERM, unless a successor has taken over.`,
 	f.StringVar(&c.Keeper, "keeper", "", "the keeper's socket (default keeper.sock in the driver's folder)")
 	f.StringVar(&c.CacheDir, "cache-dir", "/cache", "where the node's caches are mounted, seen by this process only")
 	f.StringVar(&memory, "node-memory", "0", "memory for what other nodes' workers send, for all Datasets together; 0 streams. Less where the container's limit has no room for it")
-	f.StringVar(&buffers, "buffers", "128MiB", "memory of each mount for blocks on their way")
+	f.StringVar(&buffers, "buffers", "128MiB", "memory of each mount for blocks on their way; less where many are read at once and the container's limit is small")
 	f.DurationVar(&c.Linger, "linger", time.Minute, "how long a mount is kept after its last pod")
 	f.DurationVar(&c.KeeperWait, "keeper-wait", 10*time.Second, "how long a start waits for the keeper")
 	f.StringVar(&c.Listen, "listen", ":7072", "address of /healthz, /readyz and /metrics; empty: none")

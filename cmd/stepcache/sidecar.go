@@ -60,10 +60,11 @@ probe.`,
 				return usage{errors.New("sidecar: --tier or --dataset is missing: say what to mount")}
 			}
 			o.BufferBytes, o.Logger = int64(n), logger()
-			_, o.BufferBytes = keepMemory(0, o.BufferBytes, len(names), o.Logger)
+			_, o.BufferBytes, o.Buffers = keepMemory(0, o.BufferBytes, o.Logger)
 			if socket != "" {
 				return sidecar.ServeLent(cmd.Context(), sidecar.LentOptions{
-					Socket: socket, Tier: o.Tier, Datasets: o.Datasets, Node: o.Node, BufferBytes: o.BufferBytes, Logger: o.Logger,
+					Socket: socket, Tier: o.Tier, Datasets: o.Datasets, Node: o.Node,
+					BufferBytes: o.BufferBytes, Buffers: o.Buffers, Logger: o.Logger,
 				})
 			}
 			return sidecar.Serve(cmd.Context(), o)
