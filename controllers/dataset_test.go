@@ -425,6 +425,9 @@ func TestWorkersWhosePodsAreRefusedAreToldWithTheWords(t *testing.T) {
 	w.clock.advance(time.Minute)
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Refused", "0 of 1 workers serve", "exceeded quota: none", long)
 	w.event("Refused", "exceeded quota: none")
+	tell("c", "FailedCreate", `pods "genomes-worker-0" is forbidden: failed quota: cpus: must specify limits.cpu for: worker`, set.UID, 4*time.Minute)
+	w.clock.advance(2 * time.Minute)
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Refused", "failed quota: cpus", "set spec.workers.cpuLimit")
 
 	// Once there is a newer pod than the refusal it is over.
 	w.set(func(w *world) { w.podless = false })

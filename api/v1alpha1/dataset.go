@@ -173,14 +173,23 @@ type Workers struct {
 	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('64Ti')) <= 0",message="memory of a worker must be at most 64Ti"
 	Memory resource.Quantity `json:"memory"`
 
-	// CPU is what each worker asks of its node, 250m where it is absent; there is no limit. On a node whose CPUs
-	// are all busy it is what the worker gets, and a worker serves about 1 GB/s with one.
+	// CPU is what each worker asks of its node, 250m where it is absent. On a node whose CPUs are all busy it is what
+	// the worker gets, and a worker serves about 1 GB/s with one.
 	//
 	// +optional
 	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$')",message="must be a quantity such as 250m or 2, of at most 32 digits, with a whole exponent of at most two"
 	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('10m')) >= 0",message="cpu of a worker must be at least 10m"
 	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('1k')) <= 0",message="cpu of a worker must be at most 1k"
 	CPU *resource.Quantity `json:"cpu,omitempty"`
+
+	// CPULimit bounds what each worker takes of CPUs that nobody else wants, for namespaces whose quota has limits.cpu. It
+	// costs speed: where it is absent, which is best, nothing does. A worker asks for no more than this.
+	//
+	// +optional
+	// +kubebuilder:validation:XValidation:rule="string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$')",message="must be a quantity such as 250m or 2, of at most 32 digits, with a whole exponent of at most two"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('10m')) >= 0",message="cpuLimit of a worker must be at least 10m"
+	// +kubebuilder:validation:XValidation:rule="!string(self).matches('^[^eE]{1,32}([eE]([-+]?[0-9]{1,2}|i)?)?$') || !isQuantity(string(self)) || quantity(string(self)).compareTo(quantity('1k')) <= 0",message="cpuLimit of a worker must be at most 1k"
+	CPULimit *resource.Quantity `json:"cpuLimit,omitempty"`
 
 	// Copies is how many workers hold each block, on distinct nodes where there are enough.
 	//

@@ -610,6 +610,11 @@ func (in *Workers) DeepCopyInto(out *Workers) {
 		x := (*in).DeepCopy()
 		*out = &x
 	}
+	if in.CPULimit != nil {
+		in, out := &in.CPULimit, &out.CPULimit
+		x := (*in).DeepCopy()
+		*out = &x
+	}
 	if in.Template != nil {
 		in, out := &in.Template, &out.Template
 		*out = new(WorkerTemplate)

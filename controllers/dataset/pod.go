@@ -69,15 +69,23 @@ func memoryOf(d *v1alpha1.Dataset) (store, heap int64) {
 	return store, heap + upstreams(d)*(upstream.Buffers+store-quota)
 }
 
-// cpu is what a worker asks of its node, which is what it is left with when all CPUs are busy: a node's pods ask
-// for no more together than it has. A quarter of one serves some 250 MB/s then; where a node's network is faster
-// and its steps take every CPU, spec.workers.cpu asks for more. It is not limited: the CPUs that nobody takes
-// are the worker's.
-func cpu(d *v1alpha1.Dataset) resource.Quantity {
+// resources are what a worker has. The CPU that it asks for is what it is left with when all CPUs are busy: a node's pods
+// ask for no more together than it has. A quarter of one serves some 250 MB/s then; where a node's network is faster
+// and its steps take every CPU, spec.workers.cpu asks for more. It is limited only where the Dataset says so: the CPUs
+// that nobody takes are the worker's.
+func resources(d *v1alpha1.Dataset, memory resource.Quantity) corev1.ResourceRequirements {
+	cpu := resource.MustParse("250m")
 	if q := d.Spec.Workers.CPU; q != nil {
-		return *q
+		cpu = *q
 	}
-	return resource.MustParse("250m")
+	limits := corev1.ResourceList{corev1.ResourceMemory: memory}
+	if q := d.Spec.Workers.CPULimit; q != nil {
+		limits[corev1.ResourceCPU] = *q
+		if q.Cmp(cpu) < 0 {
+			cpu = *q
+		}
+	}
+	return corev1.ResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: cpu}, Limits: limits}
 }
 
 // apart adds that no two pods with the labels stand on one node: two copies there are one.
@@ -217,11 +225,8 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 				{Name: "POD_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.name"}}},
 				{Name: "GOMEMLIMIT", Value: strconv.FormatInt(heap*3/4, 10)},
 			},
-			Ports: ports,
-			Resources: corev1.ResourceRequirements{
-				Requests: corev1.ResourceList{corev1.ResourceMemory: memory, corev1.ResourceCPU: cpu(d)},
-				Limits:   corev1.ResourceList{corev1.ResourceMemory: memory},
-			},
+			Ports:     ports,
+			Resources: resources(d, memory),
 			// On a node where many pods start at once a worker that is well may not answer for a minute, and a
 			// restart then costs its readers more than waiting does: they go round one that hangs by themselves.
 			// A worker that verifies what it finds in its memory after a restart takes a while to listen.

@@ -68,23 +68,32 @@ func TestWorkersStayOutOfServiceMeshesUnlessAskedIn(t *testing.T) {
 	}
 }
 
-// On a node whose CPUs are all busy a worker has what it asks for, and nothing limits it on another.
+// On a node whose CPUs are all busy a worker has what it asks for, and nothing but the Dataset limits it on another.
 func TestWorkersAskForCPUAsTheDatasetSays(t *testing.T) {
 	r := &Reconciler{Options: Options{Store: StoreEmptyDir}}
 	d := &v1alpha1.Dataset{}
 	d.Namespace, d.Name = "argo", "genomes"
 	d.Spec.Workers = v1alpha1.Workers{Replicas: 1, Memory: resource.MustParse("64Mi")}
-	for _, c := range []struct {
-		asked *resource.Quantity
-		want  string
-	}{{nil, "250m"}, {ptr.To(resource.MustParse("10m")), "10m"}, {ptr.To(resource.MustParse("4")), "4"}} {
-		d.Spec.Workers.CPU = c.asked
-		all := r.podSpec(&pass{dataset: d}, "stepcache:v1").Containers[0].Resources
-		if got := all.Requests.Cpu().String(); got != c.want {
-			t.Errorf("%v: asks for %s, want %s", c.asked, got, c.want)
+	of := func(q string) *resource.Quantity {
+		if q == "" {
+			return nil
 		}
-		if _, limited := all.Limits[corev1.ResourceCPU]; limited {
-			t.Errorf("%v: is limited", c.asked)
+		return ptr.To(resource.MustParse(q))
+	}
+	for _, c := range []struct{ cpu, limit, request string }{
+		{"", "", "250m"}, {"10m", "", "10m"}, {"4", "", "4"},
+		{"", "2", "250m"}, {"1", "1", "1"}, {"", "100m", "100m"}, {"2", "500m", "500m"},
+	} {
+		d.Spec.Workers.CPU, d.Spec.Workers.CPULimit = of(c.cpu), of(c.limit)
+		all := r.podSpec(&pass{dataset: d}, "stepcache:v1").Containers[0].Resources
+		if got := all.Requests.Cpu().String(); got != c.request {
+			t.Errorf("cpu %q, limit %q: asks for %s, want %s", c.cpu, c.limit, got, c.request)
+		}
+		if got, limited := all.Limits[corev1.ResourceCPU]; limited != (c.limit != "") || limited && got.String() != c.limit {
+			t.Errorf("cpu %q, limit %q: is limited to %s (%t)", c.cpu, c.limit, &got, limited)
+		}
+		if all.Limits.Memory().Cmp(*all.Requests.Memory()) != 0 || all.Limits.Memory().IsZero() {
+			t.Errorf("cpu %q, limit %q: %v", c.cpu, c.limit, all)
 		}
 	}
 }

@@ -340,6 +340,9 @@ func (r *Reconciler) podsRefused(ctx context.Context, p *pass) string {
 			words, since = e.Message, at
 		}
 	}
+	if strings.Contains(words, "must specify limits.cpu") { // of a quota, in a namespace without defaults
+		words += ": set spec.workers.cpuLimit"
+	}
 	p.asked, p.words = p.now, words
 	return words
 }

@@ -70,8 +70,12 @@ func (r *Reconciler) config(ctx context.Context, p *pass) error {
 		string(b), p.dataset.Spec.Workers.MemoryBytes(), p.dataset.Spec.Workers.Template, r.Store,
 		p.dataset.Annotations[v1alpha1.AnnotationRollout],
 	}
+	// What is not asked for must not change the hash of pods from before.
 	if q := p.dataset.Spec.Workers.CPU; q != nil {
-		asked = append(asked, q.MilliValue()) // what is not asked for must not change the hash of pods from before
+		asked = append(asked, q.MilliValue())
+	}
+	if q := p.dataset.Spec.Workers.CPULimit; q != nil {
+		asked = append(asked, "limit", q.MilliValue())
 	}
 	if p.wanted, err = hashOf(asked); err != nil {
 		return err
