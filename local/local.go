@@ -26,8 +26,8 @@ import (
 	"github.com/stepcache/stepcache/api/manifest"
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/mount"
-	"github.com/stepcache/stepcache/cache/mount/meminfo"
 	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/tier"
 )

@@ -8,7 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
-	"github.com/stepcache/stepcache/cache/mount/meminfo"
+	"github.com/stepcache/stepcache/cache/meminfo"
 )
 
 const (

@@ -29,7 +29,7 @@
 // or the context's.
 //
 // It may import cache/catalog, cache/checksum, cache/ring, cache/source (for its errors), cache/store, cache/wire and
-// cache/mount/meminfo.
+// cache/meminfo.
 package client
 
 import (
@@ -45,7 +45,7 @@ import (
 	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
-	"github.com/stepcache/stepcache/cache/mount/meminfo"
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/store"
 	"github.com/stepcache/stepcache/cache/wire"

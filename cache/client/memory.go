@@ -3,13 +3,12 @@ package client
 import (
 	"errors"
 	"fmt"
-	"math"
-	"runtime/debug"
 	"sync"
 	"unsafe"
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 )
 
@@ -40,7 +39,6 @@ var errTooLarge = errors.New("the snapshot is too large for this container")
 var inMemory struct {
 	sync.Mutex
 	bytes int64
-	heap  int64 // the heap's limit without any
 }
 
 // reserve makes room for a snapshot of n bytes in memory until release. With those of the process's other clients it may
@@ -55,9 +53,6 @@ func (c *Client) reserve(n int64) error {
 	if inMemory.bytes+n > limit/3*2 {
 		return fmt.Errorf("%w: it takes %d MiB of its memory, of which the limit is %d MiB: raise that, or have the node service mount the Dataset",
 			errTooLarge, n>>20, limit>>20)
-	}
-	if inMemory.bytes == 0 {
-		inMemory.heap = debug.SetMemoryLimit(-1)
 	}
 	c.reserved += n
 	c.cache.shared.bound(keepFromHeap(n) / 2)
@@ -77,10 +72,5 @@ func (c *Client) release() {
 // keepFromHeap returns the heap's limit from now on. inMemory is locked.
 func keepFromHeap(n int64) int64 {
 	inMemory.bytes += n
-	if inMemory.heap == math.MaxInt64 {
-		return inMemory.heap
-	}
-	heap := max(inMemory.heap-inMemory.bytes, inMemory.heap/4)
-	debug.SetMemoryLimit(heap)
-	return heap
+	return meminfo.MoveHeap(-n)
 }

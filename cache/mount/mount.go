@@ -39,7 +39,7 @@
 // cannot say what a user needs to know; what Mount, Park and the others return is not logged.
 //
 // It may import cache/catalog, cache/client, cache/ring and cache/source (for their sizes and errors), cache/wire
-// (for the deadline) and its own sub-packages.
+// (for the deadline), cache/meminfo and its own sub-packages.
 package mount
 
 import (

@@ -14,7 +14,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
-	"github.com/stepcache/stepcache/cache/mount/meminfo"
+	"github.com/stepcache/stepcache/cache/meminfo"
 )
 
 // Pushing: in NoOpen mode the kernel asks for a small file with one request, and its reader waits for that. Where it

@@ -10,7 +10,7 @@ import (
 func hotStore(t *testing.T, held int) (s *Store, hotObjects []ring.Object) {
 	t.Helper()
 	const size = 64 << 10
-	s = open(t, Options{Dir: memDir(t), Quota: max(minQuota, baseCost+int64(held)*(size+inodeCost+3*recordLen(size)))})
+	s = open(t, Options{Dir: memDir(t), Quota: max(minQuota, baseCost+int64(held)*(size+inodeCost+3*recordLen(size)+entryCost))})
 	for range 20 {
 		for i := range int((s.quota - baseCost) / s.weight(size)) {
 			acquire(t, s, anObject(i, size), 0).Release()

@@ -16,7 +16,7 @@ func TestReadersOfNewDataShareItOnACacheThatWasHot(t *testing.T) {
 		lag     = 3
 		fresh   = 300
 	)
-	s := open(t, Options{Dir: memDir(t), Quota: max(minQuota, baseCost+int64(held)*(size+inodeCost+3*recordLen(size)))})
+	s := open(t, Options{Dir: memDir(t), Quota: max(minQuota, baseCost+int64(held)*(size+inodeCost+3*recordLen(size)+entryCost))})
 	fetched := 0
 	read := func(i int) {
 		b, err := s.Acquire(context.Background(), anObject(i, size), 0, func(context.Context, []byte) error {

@@ -8,6 +8,7 @@ import (
 
 	"golang.org/x/sys/unix"
 
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 )
@@ -109,10 +110,10 @@ func checkBlock(o ring.Object, n int64) error {
 	return nil
 }
 
-// weight is what a block of that many bytes holds of the quota: its pages, the share of an inode, and its
-// journal record three times, since the journal may be half garbage while it is being rewritten.
+// weight is what a block of that many bytes holds of the quota: its pages, the share of an inode, its journal record
+// three times, since the journal may be half garbage while it is being rewritten, and its entry in the heap.
 func (s *Store) weight(size int) int64 {
-	return s.roundUp(int64(size)) + inodeCost + 3*recordLen(size)
+	return s.roundUp(int64(size)) + inodeCost + 3*recordLen(size) + entryCost
 }
 
 func (s *Store) roundUp(n int64) int64 { return (n + s.unit - 1) / s.unit * s.unit }
@@ -124,6 +125,10 @@ func (s *Store) charge(b *block) {
 	b.obj.reserved++
 	b.obj.charged += w
 	s.used += w
+	s.entries++
+	if n := s.entries * entryCost; n >= s.inHeap+entriesStep {
+		s.raiseHeap(n)
+	}
 	s.pages += s.roundUp(int64(b.size))
 	if b.inPolicy {
 		s.inPolicy += w
@@ -141,8 +146,19 @@ func (s *Store) uncharge(b *block) {
 	b.obj.reserved--
 	b.obj.charged -= w
 	s.used -= w
+	s.entries--
+	if n := s.entries * entryCost; n <= s.inHeap-entriesStep {
+		s.raiseHeap(n)
+	}
 	s.pages -= s.roundUp(int64(b.size))
 	s.changes++
+}
+
+// raiseHeap keeps the heap's limit so many bytes above what it is without a store: what the blocks' entries take, which
+// the quota counts, so that the file system holds as much less.
+func (s *Store) raiseHeap(n int64) {
+	meminfo.MoveHeap(n - s.inHeap)
+	s.inHeap = n
 }
 
 // setState moves b between states and keeps the counts of resident blocks.

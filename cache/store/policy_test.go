@@ -11,7 +11,7 @@ import (
 func hits(t *testing.T, trace []int, held int) (store, lru float64) {
 	t.Helper()
 	const size = 4096
-	s := open(t, Options{Dir: memDir(t), Quota: max(minQuota, baseCost+int64(held)*(size+inodeCost+3*recordLen(size)))})
+	s := open(t, Options{Dir: memDir(t), Quota: max(minQuota, baseCost+int64(held)*(size+inodeCost+3*recordLen(size)+entryCost))})
 	if n := (s.quota - baseCost) / s.weight(size); n > int64(held) {
 		t.Fatalf("it holds %d", n)
 	}

@@ -8,6 +8,7 @@ import (
 	"os"
 	"path/filepath"
 	"runtime"
+	"runtime/debug"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -119,7 +120,7 @@ func TestBytesPerCachedByte(t *testing.T) {
 	for _, c := range []struct {
 		size, count int
 		most        float64
-	}{{16 << 10, 4000, 1.3}, {256 << 10, 400, 1.05}, {ring.BlockSize, 40, 1.02}} {
+	}{{4 << 10, 20000, 1.5}, {16 << 10, 4000, 1.3}, {256 << 10, 400, 1.05}, {ring.BlockSize, 40, 1.02}} {
 		t.Run(fmt.Sprintf("%dKiB", c.size>>10), func(t *testing.T) {
 			s := open(t, Options{Dir: ownTmpfs(t, 256*mib), Quota: 256 * mib, BufferBytes: ring.BlockSize})
 			acquire(t, s, anObject(-1, int64(c.size)), 0).Release() // its buffer is not the objects'
@@ -144,8 +145,8 @@ func TestBytesPerCachedByte(t *testing.T) {
 				t.Errorf("%.3f bytes for each byte cached, at most %.2f", ratio, c.most)
 			}
 			// And what the quota counts is not less than what is there.
-			if used := s.Stats().Used; used < p {
-				t.Errorf("the quota counts %d bytes, the tmpfs holds %d", used, p)
+			if used := s.Stats().Used; used < p+inodes+h {
+				t.Errorf("the quota counts %d bytes, the tmpfs holds %d, its inodes %d and the heap %d", used, p, inodes, h)
 			}
 		})
 	}
@@ -269,4 +270,36 @@ func TestConcurrentUseOfEverythingGivesRightBytes(t *testing.T) {
 		load(t, s, anObject(i, sizes[i%len(sizes)]))
 	}
 	checkBooks(t, s)
+}
+
+// The heap's limit is that of a process whose store is empty: what the entries take is the quota's.
+func TestTheHeapsLimitFollowsTheEntries(t *testing.T) {
+	defer debug.SetMemoryLimit(debug.SetMemoryLimit(1 << 40))
+	raised := func() int64 { return debug.SetMemoryLimit(-1) - 1<<40 }
+	const blocks = 3 * entriesStep / entryCost
+	dir := ownTmpfs(t, 512*mib)
+	options := Options{Dir: dir, Quota: 512 * mib, BufferBytes: ring.BlockSize}
+	s := open(t, options)
+	for i := range blocks {
+		load(t, s, anObject(i, 1))
+	}
+	if n := raised(); n <= 2*entriesStep || n > 3*entriesStep {
+		t.Errorf("raised by %d bytes for %d blocks", n, blocks)
+	}
+	if err := s.Close(); err != nil {
+		t.Fatal(err)
+	}
+	if n := raised(); n != 0 {
+		t.Errorf("raised by %d bytes by a store that is closed", n)
+	}
+	s = open(t, options)
+	if n := raised(); n != blocks*entryCost {
+		t.Errorf("raised by %d bytes for the %d blocks of a former process", n, blocks)
+	}
+	for i := range blocks / 2 {
+		s.Drop(anObject(i, 1))
+	}
+	if n := raised(); n < blocks/2*entryCost || n > blocks/2*entryCost+entriesStep {
+		t.Errorf("raised by %d bytes for %d blocks", n, blocks/2)
+	}
 }

@@ -130,6 +130,7 @@ func (s *Store) recover(ctx context.Context) error {
 			return err
 		}
 	}
+	s.raiseHeap(s.entries * entryCost)
 	if err := s.compactJournal(); err != nil {
 		return fmt.Errorf("cannot write the journal; the file system is full or read-only: %w", err)
 	}
@@ -142,6 +143,9 @@ func (s *Store) recover(ctx context.Context) error {
 func (s *Store) readDir() ([]*found, error) {
 	var objects []*found
 	if f, err := os.Open(s.journal.path); err == nil {
+		if st, err := f.Stat(); err == nil {
+			s.raiseHeap(st.Size() / recordLen(1) * entryCost) // as many blocks at most
+		}
 		objects, err = readJournal(f)
 		f.Close()
 		if errors.Is(err, errOtherJournal) {

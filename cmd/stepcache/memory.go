@@ -6,7 +6,7 @@ import (
 	"runtime/debug"
 
 	"github.com/stepcache/stepcache/cache/client"
-	"github.com/stepcache/stepcache/cache/mount/meminfo"
+	"github.com/stepcache/stepcache/cache/meminfo"
 )
 
 const (

@@ -43,13 +43,15 @@ const mi = 1 << 20
 // Everything that can be charged to the pod is in it, so that a full cache is a clean "no space" and never
 // an OOM kill, after which the pod could not even start again, its tmpfs being charged to it still:
 //
-//   - store, the size of the tmpfs: the quota, within which the store counts pages, kernel inodes and its
-//     journal, and room for the snapshots that are kept beside it (an eighth of the quota, 64 MiB to 1 GiB;
-//     a million files take 130 MB). A snapshot that does not fit is served from heap.
-//   - heap: 128 MiB of buffers for fills and uncached reads, as much again for connections, the runtime and
-//     what the collector has not collected yet, 1/64 of the quota for the index (1.5 KiB for each cached
-//     file of 100 KiB), and once more the room of a snapshot, which is built in heap when the bucket is
-//     listed. GOMEMLIMIT is set below it, so that the collector works harder before the kernel kills.
+//   - store, the size of the tmpfs: the quota, within which the store counts pages, kernel inodes, its journal and its
+//     entries in the heap (1 KiB for each cached block, of small files a fifth of the quota), and room for the
+//     snapshots that are kept beside it (an eighth of the quota, 64 MiB to 1 GiB; a million files take 130 MB). A
+//     snapshot that does not fit is served from heap.
+//   - heap, without those entries: buffers for fills and uncached reads (64 MiB to 256, a sixteenth of the quota), for
+//     connections, the runtime and what the collector has not collected yet, for which there is 1/64 of the quota
+//     more, and once more the room of a snapshot, which is built in heap when the bucket is listed. GOMEMLIMIT is
+//     set below it, and moved by the store as its entries grow, so that the collector works harder before the
+//     kernel kills.
 //
 // TestAFullCacheIsNeverAnOOMKill holds a real worker to it in a control group: of 449 MiB at a quota of 64 MiB
 // it held 234 at most, of 1,552 MiB at 1 GiB 1,200.

@@ -1,5 +1,5 @@
 // Package meminfo tells how much memory can be had: of the machine, and within the limit of the control groups that this
-// process is in. It imports nothing of this module.
+// process is in. It moves the limit of the process's heap for those who share that. It imports nothing of this module.
 package meminfo
 
 import (
