@@ -44,7 +44,7 @@ func (h *Inject) Handle(ctx context.Context, r admission.Request) admission.Resp
 		}
 		return refused(err)
 	}
-	draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)
+	warnings = append(warnings, draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)...)
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)
 }
 
@@ -81,19 +81,19 @@ func (h *Locality) Handle(ctx context.Context, r admission.Request) admission.Re
 	needs, err := h.needs(ctx, r.Namespace, p.pod)
 	if err == nil {
 		needs = slices.DeleteFunc(needs, func(n *need) bool { return kept(p.pod, n) })
-		draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)
+		warnings = append(warnings, draw(ctx, h.Injector, h.Placer, r.Namespace, p, needs)...)
 	}
 	return admission.Patched("", p.ops...).WithWarnings(warnings...)
 }
 
 // draw places a pod on the nodes that hold what it reads, unless it runs on one that is made for it and holds
 // nothing.
-func draw(ctx context.Context, j *Injector, l *Placer, namespace string, p *patch, needs []*need) {
+func draw(ctx context.Context, j *Injector, l *Placer, namespace string, p *patch, needs []*need) (warnings []string) {
 	labels, err := j.Cluster.NamespaceLabels(ctx, namespace)
 	if err != nil || serverless(p.pod, labels) {
-		return
+		return nil
 	}
-	l.Place(ctx, namespace, p, j.loads(ctx, namespace, p.pod, needs))
+	return l.Place(ctx, namespace, p, j.loads(ctx, namespace, p.pod, needs))
 }
 
 // podOf reads the pod of a request; nil where there is nothing to do, with an error if it cannot be read.

@@ -259,6 +259,18 @@ func (h *Holdings) SetupWithManager(m ctrl.Manager) error {
 		Complete(h)
 }
 
+// Nodes are those with Ready workers of the Dataset, one as often as it has some; none where that is not known.
+func (h *Holdings) Nodes(d *v1alpha1.Dataset) []string {
+	k, _ := h.get(types.NamespacedName{Namespace: d.Namespace, Name: d.Name})
+	var nodes []string
+	for _, m := range k.members.Members {
+		if m.State == ring.Ready && m.Node != "" {
+			nodes = append(nodes, m.Node)
+		}
+	}
+	return nodes
+}
+
 // Share is how many bytes each node holds of what the patterns match in the Dataset, and how many they are in
 // all; of the whole Dataset where they match nothing, or there are none. Nil: nobody holds any of it, or it is
 // not known.

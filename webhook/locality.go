@@ -3,6 +3,7 @@ package webhook
 import (
 	"cmp"
 	"context"
+	"fmt"
 	"maps"
 	"math"
 	"slices"
@@ -13,8 +14,12 @@ import (
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
 
-// maxNodes bounds how many nodes one pod's affinity names.
-const maxNodes = 64
+const (
+	// maxNodes bounds how many nodes one pod's preferred affinity names.
+	maxNodes = 64
+	// maxRequired bounds how many its required affinity names: 16 KiB of every pod, at the longest names.
+	maxRequired = 256
+)
 
 // Nodes is what locality knows of nodes.
 type Nodes interface {
@@ -31,12 +36,12 @@ type Placer struct {
 
 // Place appends node affinity for the Datasets that the pod reads. It never fails: a pod that is not
 // placed is only slower.
-func (l *Placer) Place(ctx context.Context, namespace string, p *patch, needs []*need) {
+func (l *Placer) Place(ctx context.Context, namespace string, p *patch, needs []*need) (warnings []string) {
 	if _, done := p.pod.Annotations[AnnotationPlaced]; done {
-		return
+		return nil
 	}
 	if p.pod.Spec.NodeName != "" {
-		return
+		return nil
 	}
 	sum, total := make(map[string]float64), 0.0
 	var placed []string
@@ -45,7 +50,7 @@ func (l *Placer) Place(ctx context.Context, namespace string, p *patch, needs []
 			continue
 		}
 		share, bytes := l.share(ctx, n, reads(p.pod, namespace, n))
-		if len(share) == 0 {
+		if len(share) == 0 && n.dataset.Spec.Locality != v1alpha1.LocalityRequire {
 			continue
 		}
 		placed = append(placed, n.String())
@@ -53,18 +58,63 @@ func (l *Placer) Place(ctx context.Context, namespace string, p *patch, needs []
 		for host, bytes := range share {
 			sum[host] += bytes
 		}
-		if n.dataset.Spec.Locality == v1alpha1.LocalityRequire {
-			p.require(hostnames(slices.Sorted(maps.Keys(share))))
-		}
 	}
-	if len(placed) == 0 {
-		return
+	required, warnings := l.required(ctx, needs)
+	preferred := terms(sum, total)
+	if len(required) == 0 && len(preferred) == 0 {
+		return warnings
 	}
-	p.prefer(terms(sum, total))
+	if len(required) > 0 {
+		p.require(hostnames(required))
+	}
+	if len(preferred) > 0 {
+		p.prefer(preferred)
+	}
 	p.annotate(AnnotationPlaced, strings.Join(placed, ","))
+	return warnings
 }
 
-// share is what each node that takes pods holds of a Dataset, by hostname, for the nodes that hold most.
+// required are the hosts on which the pod may run: those of all workers of each Dataset that wants it so, whatever the
+// pod seems to read of it, since a guess must not keep a pod waiting. None: on all.
+func (l *Placer) required(ctx context.Context, needs []*need) (hosts, warnings []string) {
+	var by []string
+	for _, n := range needs {
+		if n.dataset.Spec.Locality != v1alpha1.LocalityRequire {
+			continue
+		}
+		all := l.hosts(ctx, n.dataset)
+		switch {
+		case len(all) == 0:
+			continue
+		case len(all) > maxRequired:
+			warnings = append(warnings, fmt.Sprintf("locality: Require of Dataset %s has no effect: its workers are on %d nodes, and a pod can be told no more than %d: the pod runs on any node",
+				n, len(all), maxRequired))
+			continue
+		case len(by) > 0:
+			all = slices.DeleteFunc(all, func(host string) bool { return !slices.Contains(hosts, host) })
+		}
+		if by = append(by, n.String()); len(all) == 0 {
+			return nil, append(warnings, fmt.Sprintf("locality: Require of Datasets %s has no effect: no node has workers of all of them, so that the pod runs on any node: give them the same nodes by spec.workers.template.spec, or one of them locality: Prefer",
+				strings.Join(by, " and ")))
+		}
+		hosts = all
+	}
+	return hosts, warnings
+}
+
+// hosts are the hostnames of the nodes with Ready workers of the Dataset, in order, of those that take pods.
+func (l *Placer) hosts(ctx context.Context, d *v1alpha1.Dataset) []string {
+	var all []string
+	for _, node := range l.Holdings.Nodes(d) {
+		if host, ok := l.Nodes.Hostname(ctx, node); ok {
+			all = append(all, host)
+		}
+	}
+	slices.Sort(all)
+	return slices.Compact(all)
+}
+
+// share is what each node that takes pods holds of a Dataset, by hostname.
 func (l *Placer) share(ctx context.Context, n *need, patterns []string) (byHost map[string]float64, total float64) {
 	byHost = make(map[string]float64)
 	byNode, total := l.Holdings.Share(n.dataset, patterns)
@@ -75,12 +125,6 @@ func (l *Placer) share(ctx context.Context, n *need, patterns []string) (byHost 
 		if host, ok := l.Nodes.Hostname(ctx, node); ok && bytes > 0 {
 			byHost[host] += bytes
 		}
-	}
-	if len(byHost) <= maxNodes {
-		return byHost, total
-	}
-	for _, host := range most(byHost)[maxNodes:] {
-		delete(byHost, host)
 	}
 	return byHost, total
 }
@@ -93,11 +137,11 @@ func most(byHost map[string]float64) []string {
 }
 
 // terms prefers each host by the share of the bytes that it holds, in percent; hosts of one weight are in one
-// term.
+// term. Where all are too many, those of the least weights are left out, of one weight all: to name some of those that
+// nothing sets apart would send the pods of all steps there, as the scheduler counts the greatest weight as 100.
 func terms(byHost map[string]float64, total float64) []corev1.PreferredSchedulingTerm {
 	var all []corev1.PreferredSchedulingTerm
-	hosts := most(byHost)
-	for _, host := range hosts[:min(len(hosts), maxNodes)] {
+	for _, host := range most(byHost) {
 		w := int32(min(max(math.Round(100*byHost[host]/total), 1), 100))
 		if last := len(all) - 1; last >= 0 && all[last].Weight == w {
 			values := &all[last].Preference.MatchExpressions[0].Values
@@ -108,8 +152,13 @@ func terms(byHost map[string]float64, total float64) []corev1.PreferredSchedulin
 			MatchExpressions: []corev1.NodeSelectorRequirement{hostnames([]string{host})},
 		}})
 	}
+	left := maxNodes
 	for i := range all {
-		slices.Sort(all[i].Preference.MatchExpressions[0].Values)
+		values := all[i].Preference.MatchExpressions[0].Values
+		if left -= len(values); left < 0 {
+			return all[:i]
+		}
+		slices.Sort(values)
 	}
 	return all
 }

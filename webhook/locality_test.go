@@ -11,6 +11,7 @@ import (
 	"math"
 	"net"
 	"reflect"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -219,8 +220,21 @@ func TestSnapshotsThatDoNotFitAreNotPulled(t *testing.T) {
 func place(t *testing.T, w *world, h *Holdings, pod *corev1.Pod, needs ...*need) *patch {
 	t.Helper()
 	p := &patch{pod: pod}
-	(&Placer{Nodes: w, Holdings: h}).Place(context.Background(), "argo", p, needs)
+	if warnings := (&Placer{Nodes: w, Holdings: h}).Place(context.Background(), "argo", p, needs); len(warnings) > 0 {
+		t.Errorf("warnings %q", warnings)
+	}
 	return p
+}
+
+// workersOn adds nodes from 0 to the world, with a worker of the Dataset on each.
+func (w *world) workersOn(h *Holdings, namespace, name string, nodes int) {
+	var all []string
+	for i := range nodes {
+		node := fmt.Sprintf("m%03d", i)
+		w.nodes[node] = "h" + node
+		all = append(all, node)
+	}
+	h.set(types.NamespacedName{Namespace: namespace, Name: name}, &holding{members: members(all...)})
 }
 
 func TestPlace(t *testing.T) {
@@ -247,26 +261,101 @@ func TestPlace(t *testing.T) {
 			t.Errorf("%s: %v", c.name, p.ops)
 		}
 	}
-	// Only nodes that are there are named, and not more than a pod should carry.
-	nodes := make([]string, 200)
-	w := newWorld()
-	for i := range nodes {
-		nodes[i] = fmt.Sprintf("m%d", i)
-		w.nodes[nodes[i]] = "h" + nodes[i]
-	}
-	delete(w.nodes, "m7")
-	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members(nodes...)})
-	pod := &corev1.Pod{}
-	place(t, w, h, pod, n)
-	named := 0
-	for _, term := range pod.Spec.Affinity.NodeAffinity.PreferredDuringSchedulingIgnoredDuringExecution {
-		named += len(term.Preference.MatchExpressions[0].Values)
-		if term.Weight < 1 || term.Weight > 100 {
-			t.Errorf("weight %d", term.Weight)
+}
+
+// To name the first of many nodes that hold the same would pack the pods of all steps onto them.
+func TestNodesThatNothingSetsApartAreNotPreferred(t *testing.T) {
+	const key = "w/p/0"
+	for _, c := range []struct {
+		name  string
+		nodes int
+		need  *need
+		want  func(*Holdings) map[string]int32
+	}{
+		{"as many as a pod names", maxNodes, &need{dataset: dataset("argo", "genomes")}, func(*Holdings) map[string]int32 {
+			all := map[string]int32{}
+			for i := range maxNodes {
+				all[fmt.Sprintf("hm%03d", i)] = 2
+			}
+			return all
+		}},
+		{"more", 200, &need{dataset: dataset("argo", "genomes")}, func(*Holdings) map[string]int32 { return nil }},
+		{"more, and one that owns what is loaded", 200, &need{dataset: dataset("argo", "genomes"), keys: []string{key}}, func(h *Holdings) map[string]int32 {
+			k, _ := h.get(types.NamespacedName{Namespace: "argo", Name: "genomes"})
+			return map[string]int32{"h" + k.members.NameOwners("argo/genomes", key, 1)[0].Node: 100}
+		}},
+	} {
+		w, h, pod := newWorld(), holdings(t), &corev1.Pod{}
+		w.workersOn(h, "argo", "genomes", c.nodes)
+		p := place(t, w, h, pod, c.need)
+		if got, want := preferred(pod), c.want(h); !maps.Equal(got, want) || len(want) == 0 && len(p.ops) > 0 {
+			t.Errorf("%s: drawn to %v by %v, want %v", c.name, got, p.ops, want)
 		}
 	}
-	if named != maxNodes {
-		t.Errorf("%d nodes named", named)
+}
+
+// What a step seems to read is a guess: a thousand steps that name one file would wait for the node that holds it.
+func TestRequireNamesTheNodesOfAllWorkers(t *testing.T) {
+	required := func(d *v1alpha1.Dataset) { d.Spec.Locality = v1alpha1.LocalityRequire }
+	many := func(n int) (hosts []string) {
+		for i := range n {
+			hosts = append(hosts, fmt.Sprintf("hm%03d", i))
+		}
+		return hosts
+	}
+	genomes := &need{dataset: dataset("argo", "genomes", required)}
+	other := &need{dataset: dataset("argo", "other", required)}
+	const file = "/index/chr1.fai"
+	step := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Annotations: map[string]string{AnnotationStagePaths: file}}}
+	owner := owners(t, holdings(t), file, 1)[0]
+	for _, c := range []struct {
+		name  string
+		world func(*world, *Holdings)
+		pod   *corev1.Pod
+		needs []*need
+		want  []string
+		warns []string
+	}{
+		{"one file", nil, step, []*need{genomes}, []string{"host1", "host2", "host3"}, nil},
+		{"a node that takes no pods", func(w *world, _ *Holdings) { delete(w.nodes, "n2") }, step, []*need{genomes}, []string{"host1", "host3"}, nil},
+		{"the file's own node takes none", func(w *world, _ *Holdings) { delete(w.nodes, owner) }, step, []*need{genomes},
+			slices.DeleteFunc([]string{"host1", "host2", "host3"}, func(host string) bool { return host == newWorld().nodes[owner] }), nil},
+		{"more nodes than are preferred", func(w *world, h *Holdings) { w.workersOn(h, "argo", "genomes", 200) }, &corev1.Pod{}, []*need{genomes}, many(200), nil},
+		{"too many", func(w *world, h *Holdings) { w.workersOn(h, "argo", "genomes", maxRequired+1) }, &corev1.Pod{}, []*need{genomes}, nil,
+			[]string{"argo/genomes", "257 nodes", "no more than 256"}},
+		{"two Datasets", func(_ *world, h *Holdings) {
+			h.set(types.NamespacedName{Namespace: "argo", Name: "other"}, &holding{members: members("n3", "n2", "n4")})
+		}, &corev1.Pod{}, []*need{genomes, other}, []string{"host2", "host3"}, nil},
+		{"two Datasets on different nodes", func(w *world, h *Holdings) {
+			w.workersOn(h, "argo", "other", 3)
+		}, &corev1.Pod{}, []*need{genomes, other}, nil, []string{"argo/genomes and argo/other", "no node has workers of all"}},
+		{"another whose workers are not known", nil, &corev1.Pod{}, []*need{other, genomes}, []string{"host1", "host2", "host3"}, nil},
+		{"another that prefers", func(w *world, h *Holdings) { w.workersOn(h, "argo", "other", 3) }, &corev1.Pod{},
+			[]*need{genomes, {dataset: dataset("argo", "other")}}, []string{"host1", "host2", "host3"}, nil},
+	} {
+		w, h := newWorld(), holdings(t)
+		if c.world != nil {
+			c.world(w, h)
+		}
+		p := &patch{pod: c.pod.DeepCopy()}
+		warnings := (&Placer{Nodes: w, Holdings: h}).Place(t.Context(), "argo", p, c.needs)
+		var got []string
+		if a := p.pod.Spec.Affinity; a != nil && a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution != nil {
+			terms := a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
+			if len(terms) != 1 || len(terms[0].MatchExpressions) != 1 {
+				t.Errorf("%s: required: %v", c.name, terms)
+			}
+			got = terms[0].MatchExpressions[0].Values
+			if p.pod.Annotations[AnnotationPlaced] == "" {
+				t.Errorf("%s: not marked", c.name)
+			}
+		}
+		if !slices.Equal(got, c.want) {
+			t.Errorf("%s: required: %v, want %v", c.name, got, c.want)
+		}
+		if text := strings.Join(warnings, "\n"); (text == "") != (c.warns == nil) || slices.ContainsFunc(c.warns, func(s string) bool { return !strings.Contains(text, s) }) {
+			t.Errorf("%s: warnings %q, want %q", c.name, warnings, c.warns)
+		}
 	}
 }
 

@@ -18,7 +18,7 @@ const (
 
 // reads guesses which files and folders of a Dataset the pod reads, as patterns: what AnnotationStagePaths
 // says; the input artifacts of a workflow's step; and paths below the Dataset's mounts that stand in
-// commands, arguments, variables and scripts. A guess may be wrong, so that only placement rests on it.
+// commands, arguments, variables and scripts. A guess may be wrong, so that no more than a preference rests on it.
 func reads(pod *corev1.Pod, namespace string, n *need) []string {
 	var patterns []string
 	add := func(p string) {

@@ -106,7 +106,9 @@ type DatasetSpec struct {
 	// +default={"policy":"Never"}
 	Refresh Refresh `json:"refresh,omitzero"`
 
-	// Locality says how pods are drawn to the nodes that hold their data.
+	// Locality says how pods are drawn to the nodes that hold their data. Prefer has the scheduler prefer the nodes
+	// that hold most of what a pod seems to read. Require also keeps pods on nodes that have a worker of this Dataset when
+	// they are made, up to 256 nodes; pods that no such node has room for wait. None leaves pods alone.
 	//
 	// +optional
 	// +default="Prefer"
