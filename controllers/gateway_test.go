@@ -1,9 +1,12 @@
 package controllers_test
 
 import (
+	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"slices"
 	"strings"
 	"testing"
@@ -15,10 +18,15 @@ import (
 	networkingv1 "k8s.io/api/networking/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/apis/meta/v1/unstructured"
+	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/runtime/schema"
+	"k8s.io/apimachinery/pkg/types"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/yaml"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/controllers/envtest"
 )
 
 // repository is an entry of a ConfigMap as Argo reads it.
@@ -206,6 +214,59 @@ func TestWritableDatasetWhoseNameIsNoBucketsIsRefused(t *testing.T) {
 
 // Before Kubernetes 1.34 a Service cannot prefer the client's node; it is one like any other then, and is not tried
 // again in every pass.
+// An object that a rule came after must get its status and lose its finalizer: its namespace would never go.
+func TestDatasetsFromBeforeARuleOfNamesGetTheirStatusAndGo(t *testing.T) {
+	w := newWorld(t)
+	b, err := os.ReadFile("../config/crd/data.stepcache.dev_datasets.yaml")
+	w.must(err)
+	crd := &unstructured.Unstructured{}
+	w.must(yaml.Unmarshal(b, &crd.Object))
+	// Another group, since other tests want the rules.
+	const group = "before.example.com"
+	crd.SetName("datasets." + group)
+	crd.Object["spec"].(map[string]any)["group"] = group
+	openapi := crd.Object["spec"].(map[string]any)["versions"].([]any)[0].(map[string]any)["schema"].(map[string]any)["openAPIV3Schema"].(map[string]any)
+	const rules = "x-kubernetes-validations"
+	of := openapi[rules]
+	delete(openapi, rules)
+	patch, err := json.Marshal([]map[string]any{{"op": "add", "path": "/spec/versions/0/schema/openAPIV3Schema/" + rules, "value": of}})
+	w.must(err)
+	w.must(w.Create(t.Context(), crd))
+	t.Cleanup(func() { w.must(w.Delete(context.Background(), crd)) })
+
+	named := func(name string, access v1alpha1.Access) *unstructured.Unstructured {
+		d := w.dataset(name, 1)
+		d.Spec.Access = access
+		d.Finalizers = []string{"example.com/kept"}
+		object, err := runtime.DefaultUnstructuredConverter.ToUnstructured(d)
+		w.must(err)
+		delete(object, "status")
+		u := &unstructured.Unstructured{Object: object}
+		u.SetGroupVersionKind(schema.GroupVersionKind{Group: group, Version: v1alpha1.GroupVersion.Version, Kind: v1alpha1.KindDataset})
+		return u
+	}
+	old := []*unstructured.Unstructured{named("ab", v1alpha1.ReadWrite), named("9a", v1alpha1.ReadOnly)}
+	for _, u := range old {
+		envtest.Eventually(t, "the kind is served", func() error { return w.Create(t.Context(), u) })
+	}
+	w.must(w.Patch(t.Context(), crd, client.RawPatch(types.JSONPatchType, patch)))
+	for name, access := range map[string]v1alpha1.Access{"cd": v1alpha1.ReadWrite, "9c": v1alpha1.ReadOnly} {
+		envtest.Eventually(t, "new ones are refused", func() error {
+			if err := w.Create(t.Context(), named(name, access), client.DryRunAll); !apierrors.IsInvalid(err) || !strings.Contains(err.Error(), "the name of a Dataset") {
+				return fmt.Errorf("%s: %v", name, err)
+			}
+			return nil
+		})
+	}
+	for _, u := range old {
+		u.Object["status"] = map[string]any{"phase": string(v1alpha1.DatasetReady)}
+		w.must(w.Status().Update(t.Context(), u))
+		u.SetFinalizers(nil)
+		w.must(w.Update(t.Context(), u))
+		w.must(w.Delete(t.Context(), u))
+	}
+}
+
 func TestAnOlderAPIServerGetsAServiceThatItKnows(t *testing.T) {
 	w := newWorld(t)
 	w.requests.refusing("PreferSameNode")

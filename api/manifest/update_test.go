@@ -73,6 +73,15 @@ func TestUpdateRules(t *testing.T) {
 	if errs := Validate(t.Context(), after); len(errs) == 0 {
 		t.Error("the object is valid as a new one, so that the test tells nothing")
 	}
+	before, after = typed[v1alpha1.Dataset](t, "Dataset", with("access: ReadWrite")), typed[v1alpha1.Dataset](t, "Dataset", with("access: ReadWrite"))
+	before.Name, after.Name = "ab", "ab"
+	after.Finalizers = []string{"example.com/kept"}
+	if errs := ValidateUpdate(t.Context(), after, before); len(errs) > 0 {
+		t.Error(errs)
+	}
+	if errs := Validate(t.Context(), after); len(errs) == 0 {
+		t.Error("the name is valid of a new object, so that the test tells nothing")
+	}
 	if errs := ValidateUpdate(t.Context(), before, load("{datasetRef: {name: a}}")); len(errs) == 0 {
 		t.Error("a Dataset became a DataLoad")
 	}
