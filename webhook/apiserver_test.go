@@ -307,6 +307,11 @@ func TestAgainstAPIServer(t *testing.T) {
 		return err
 	})
 	owner := a.genomesWorker(d)
+	fluidPod := func(claim string) []byte {
+		return readPod(t, "argo-v3.7", put("labels", labelFluid, "true"), func(pod map[string]any) {
+			pod["spec"].(map[string]any)["volumes"].([]any)[2].(map[string]any)["persistentVolumeClaim"].(map[string]any)["claimName"] = claim
+		})
+	}
 
 	t.Run("placed by file", func(t *testing.T) {
 		a.await("snapshot", func() error {
@@ -356,6 +361,18 @@ func TestAgainstAPIServer(t *testing.T) {
 			} else if got := a.typed(u).Annotations[AnnotationInjected]; got != l.mode {
 				t.Errorf("%s=%s: injected %q, want %q", l.key, l.value, got, l.mode)
 			}
+		}
+		a.create(dataset("ref", "hg38", func(d *v1alpha1.Dataset) { d.Spec.Locality = v1alpha1.LocalityNone }))
+		for _, p := range []struct{ namespace, claim, mode string }{
+			{"argo", "oss-data", "csi"}, {"argo", "fluids", ""}, {"ref", "hg38", "csi"}, {"unwatched", "fluids", ""},
+		} {
+			a.await("the Dataset is known", func() error {
+				u, err := a.pod(p.namespace, fluidPod(p.claim))
+				if err == nil && a.typed(u).Annotations[AnnotationInjected] != p.mode {
+					err = fmt.Errorf("claim %s in namespace %s: injected %q, want %q", p.claim, p.namespace, a.typed(u).Annotations[AnnotationInjected], p.mode)
+				}
+				return err
+			})
 		}
 	})
 	t.Run("pods of the system", func(t *testing.T) {
@@ -501,6 +518,16 @@ func TestAgainstAPIServer(t *testing.T) {
 		}
 		if _, err := a.pod("argo", stepPod(t, "results-s3.argo.svc:9000", "results", "w/p/out")); err != nil {
 			t.Errorf("a workflow's pod that loads artifacts: %v", err)
+		}
+		// Fluid's own pods do not depend on us, and those that may be ours are not let in without their data.
+		if _, err := a.pod("unwatched", fluidPod("fluids")); err != nil {
+			t.Errorf("a pod of Fluid's: %v", err)
+		}
+		if _, err := a.pod("argo", fluidPod("oss-data")); err == nil {
+			t.Error("a pod with a label of Fluid and the claim that a Dataset replaces is let in")
+		}
+		if _, err := a.pod("unwatched", readPod(t, "plain", inject(""), put("labels", labelFluid, "true"))); err == nil {
+			t.Error("a pod with a label of Fluid and our annotation is let in")
 		}
 	})
 	t.Run("certificates", a.certificates)

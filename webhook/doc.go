@@ -13,7 +13,8 @@
 // S3 endpoint.
 //
 // There are two mutating endpoints because they fail differently. PathInject fails closed: a pod without
-// its data is worse than a refused one. PathLocality fails open: a pod on another node is only slower.
+// its data is worse than a refused one; but a label of Fluid in a namespace that is not watched is Fluid's to answer,
+// too, and fails open. PathLocality fails open: a pod on another node is only slower.
 // What a call needs is in memory: Datasets, namespaces, nodes and memberships in informers, snapshots
 // pulled by digest in the background (Holdings). A call makes no request to anybody.
 //

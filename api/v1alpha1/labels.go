@@ -23,7 +23,8 @@ const (
 	// without, with value "false": the controller's word. Without either value nothing is known yet, as of a new node.
 	LabelNodeReady = Group + "/node-ready"
 	// LabelWatched is on namespaces that have a Dataset with replaces or locality, with value "true": there
-	// the webhook also looks at workflow pods that do not carry LabelInject.
+	// the webhook also looks at workflow pods that do not carry LabelInject, and pods with a label of Fluid are
+	// refused while it is away.
 	LabelWatched = Group + "/watched"
 	// LabelMonitoring is set by users, with value "true", on the namespace of whoever collects metrics: the
 	// workers' NetworkPolicy lets its pods in.
