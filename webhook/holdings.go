@@ -300,15 +300,8 @@ func (h *Holdings) Share(d *v1alpha1.Dataset, patterns []string) (share map[stri
 			}
 		}
 	}
-	left := max(1, maxPlacements/ready)
-	found := false
-	for i := range filesOf(k.snapshot, patterns) {
-		if left--; left < 0 {
-			clear(share) // as many files as that are everywhere
-			found, total = false, 0
-			break
-		}
-		found = true
+	files := filesOf(k.snapshot, patterns, max(1, maxPlacements/ready))
+	for _, i := range files {
 		o, _ := k.snapshot.Ring(i)
 		bytes := float64(max(o.Size, 1))
 		if o.Size > ring.StripeThreshold {
@@ -320,7 +313,7 @@ func (h *Holdings) Share(d *v1alpha1.Dataset, patterns []string) (share map[stri
 			share[m.Node] += bytes
 		}
 	}
-	if !found {
+	if len(files) == 0 {
 		spread(float64(max(d.Status.Bytes, 1)))
 	}
 	delete(share, "")
@@ -355,61 +348,53 @@ func (h *Holdings) Names(d *v1alpha1.Dataset, keys []string) (share map[string]f
 func weight(m ring.Member) float64 { return float64(max(m.Weight, 1)) }
 
 // filesOf are the files of a snapshot that match any of the patterns, as in a DataLoad: one that matches a
-// folder stands for all in it. A file is told once.
-func filesOf(s *catalog.Snapshot, patterns []string) func(func(catalog.Index) bool) {
-	return func(yield func(catalog.Index) bool) {
-		if s == nil {
+// folder stands for all in it. A file is told once. None where they are more than most, or too many to look at: as many
+// are everywhere, and the first of them would say that they are where these are.
+func filesOf(s *catalog.Snapshot, patterns []string, most int) (files []catalog.Index) {
+	if s == nil {
+		return nil
+	}
+	seen := make(map[catalog.Index]bool)
+	enough := false
+	add := func(i catalog.Index) {
+		if seen[i] {
 			return
 		}
-		seen := make(map[catalog.Index]bool)
-		once := func(i catalog.Index) bool {
-			if seen[i] {
-				return true
-			}
-			seen[i] = true
-			return yield(i)
+		seen[i] = true
+		files = append(files, i)
+		enough = enough || len(files) > most
+	}
+	for _, p := range patterns {
+		folder, wild := p, hasWildcard(p)
+		if wild {
+			folder, _ = doublestar.SplitPattern(p)
+		} else {
+			folder = unescape(p)
 		}
-		for _, p := range patterns {
-			folder, wild := p, hasWildcard(p)
-			if wild {
-				folder, _ = doublestar.SplitPattern(p)
-			} else {
-				folder = unescape(p)
+		from, ok := s.Lookup(path.Clean(folder))
+		if !ok || !wild && from == 0 {
+			continue // all of it is no hint
+		}
+		pattern := strings.TrimSuffix(p, "/")
+		if !strings.HasSuffix(pattern, "/**") {
+			pattern += "/**"
+		}
+		looked := 0
+		s.Walk(from, func(i catalog.Index) bool {
+			if looked++; looked > maxPlacements {
+				enough = true
+			} else if !wild {
+				add(i)
+			} else if ok, _ := doublestar.Match(pattern, s.Path(i)); ok {
+				add(i)
 			}
-			i, ok := s.Lookup(path.Clean(folder))
-			if !ok {
-				continue
-			}
-			if !wild {
-				if i == 0 {
-					continue // all of it is no hint
-				}
-				more := true
-				s.Walk(i, func(i catalog.Index) bool { more = once(i); return more })
-				if !more {
-					return
-				}
-				continue
-			}
-			pattern := strings.TrimSuffix(p, "/")
-			if !strings.HasSuffix(pattern, "/**") {
-				pattern += "/**"
-			}
-			more, looked := true, 0
-			s.Walk(i, func(i catalog.Index) bool {
-				if looked++; looked > maxPlacements {
-					return false
-				}
-				if ok, _ := doublestar.Match(pattern, s.Path(i)); ok {
-					more = once(i)
-				}
-				return more
-			})
-			if !more {
-				return
-			}
+			return !enough
+		})
+		if enough {
+			return nil
 		}
 	}
+	return files
 }
 
 // hasWildcard says whether a pattern can match more than one path and what is below it.

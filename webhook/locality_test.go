@@ -128,6 +128,23 @@ func TestShareIsBounded(t *testing.T) {
 	}
 }
 
+// Nor by those of its files that come first.
+func TestShareOfWhatIsTooMuchToLookAtIsTheDatasets(t *testing.T) {
+	files := map[string]int64{"a/first.fa": 1, "z/last.fa": 1}
+	for i := range maxPlacements {
+		files[fmt.Sprintf("many/%06d", i)] = 1
+	}
+	h := &Holdings{Logger: quiet()}
+	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members("n1", "n2", "n3"), snapshot: snapshot(t, "", files)})
+	d := dataset("argo", "genomes")
+	if got, total := h.Share(d, []string{"/*/*.fa"}); len(got) != 3 || total != float64(d.Status.Bytes) {
+		t.Errorf("%v of %v: not the Dataset as a whole", got, total)
+	}
+	if got, total := h.Share(d, []string{"/a/*.fa", "/z/last.fa"}); total != 2 {
+		t.Errorf("two files: %v of %v", got, total)
+	}
+}
+
 // known are objects that the webhook's cache would have.
 type known struct {
 	kclient.Reader
