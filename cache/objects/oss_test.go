@@ -10,15 +10,55 @@ import (
 	"github.com/stepcache/stepcache/cache/source/oss/osstest"
 )
 
-// A bucket of OSS takes writes as one of S3 does, with its own ETags.
-func TestOverOSS(t *testing.T) {
-	s := osstest.StartT(t, osstest.Options{})
+// overOSS has a tier write to a bucket of OSS in the place of its own.
+func (tr *tier) overOSS() *osstest.Server {
+	tr.t.Helper()
+	s := osstest.StartT(tr.t, osstest.Options{})
 	s.MakeBucket("artifacts")
-	tr := newTier(t, "")
 	c := s.Credential()
 	tr.files("oss", map[string]string{"accessKeyID": c.AccessKeyID, "accessKeySecret": c.AccessKeySecret})
 	m := &tr.mounts[0]
 	m.URL, m.Endpoint, m.Region, m.CredentialsDir = "oss://artifacts/runs/", s.Endpoint(), s.Region(), tr.path("oss")
+	return s
+}
+
+// Two who put a lock in a bucket with versioning, which OSS does not decide, are both told that it is none; what is
+// written back comes there all the same.
+func TestOverOSSWithVersioning(t *testing.T) {
+	for _, mayAsk := range []bool{true, false} {
+		bt := newBackTier(t)
+		s := bt.overOSS()
+		s.SetVersioning("artifacts", "Enabled")
+		if !mayAsk {
+			s.Inject(osstest.Fault{Kind: osstest.Refused, Op: "GetBucketVersioning"})
+		}
+		bt.start(2)
+		onlyIfAbsent := minio.PutObjectOptions{}
+		onlyIfAbsent.SetMatchETagExcept("*")
+		for i := range 2 {
+			if _, err := bt.put(i, "lock", []byte("mine"), onlyIfAbsent); err == nil || mayAsk && code(err) != "InvalidRequest" {
+				t.Errorf("worker %d, who may ask %v: %v", i, mayAsk, err)
+			}
+		}
+		bt.writesBack()
+		for i := range 2 {
+			for _, p := range []string{"1", "2"} {
+				bt.mustPut(i, bt.keyOwnedBy(i, "new"), []byte(p))
+			}
+		}
+		bt.nothingHeld()
+		for i := range 2 {
+			if got, _ := s.Object("artifacts", "runs/"+bt.keyOwnedBy(i, "new")); string(got) != "2" {
+				t.Errorf("the bucket has %q of the name of worker %d", got, i)
+			}
+		}
+	}
+}
+
+// A bucket of OSS takes writes as one of S3 does, with its own ETags.
+func TestOverOSS(t *testing.T) {
+	tr := newTier(t, "")
+	s := tr.overOSS()
 	tr.start(2)
 	for n, size := range []int{0, 1000, 20 << 20} {
 		key, p := fmt.Sprintf("out/%d", size), content(size, n)

@@ -22,6 +22,7 @@ import (
 	"os"
 	"strconv"
 	"strings"
+	"sync/atomic"
 	"time"
 	"unicode/utf8"
 
@@ -39,6 +40,8 @@ type Bucket struct {
 	credentials *credentials.Reader
 	bucket      *sdk.Bucket
 	deps        deps
+	// asked says that the bucket was asked whether it has versioning, versioned that something told that it has.
+	asked, versioned atomic.Bool
 }
 
 var (

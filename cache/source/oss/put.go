@@ -56,7 +56,7 @@ func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int6
 	if err := b.checkKey("put", key); err != nil {
 		return source.Object{}, err
 	}
-	if err := b.condition(key, o, map[string]string{}); err != nil {
+	if err := b.decides(ctx, key, o); err != nil {
 		return source.Object{}, err
 	}
 	p := &put{Bucket: b, key: key, in: r, size: size, part: partOf(size, b.deps.part), options: o}
@@ -70,10 +70,18 @@ func (b *Bucket) putWith(ctx context.Context, key string, r io.Reader, size int6
 	if err != nil {
 		return source.Object{}, err
 	}
+	send := p.parts
 	if p.ended {
-		return p.whole(ctx, first)
+		send = p.whole
 	}
-	return p.parts(ctx, first)
+	made, err := send(ctx, first)
+	if err == nil {
+		err = b.decided(key, o)
+	}
+	if err != nil {
+		return source.Object{}, err
+	}
+	return made, nil
 }
 
 // partOf is the size of the parts of an object: larger than least when there would be too many.
@@ -106,11 +114,18 @@ const nonceMetadata = "Stepcache-Put"
 // header is that of a request that makes the object, or begins it.
 func (p *put) header() map[string]string {
 	h := attributes(p.options.Attributes)
-	_ = p.condition(p.key, p.options, h) // checked before
+	p.condition(h)
 	if p.nonce != "" {
 		h[metaPrefix+nonceMetadata] = p.nonce
 	}
 	return h
+}
+
+// condition adds the put's own, of which decides made sure, to the header of a request.
+func (p *put) condition(h map[string]string) {
+	if p.options.IfAbsent {
+		h["x-oss-forbid-overwrite"] = "true"
+	}
 }
 
 // next reads the next part, into buf where it has room. It sets ended when there is nothing behind it.
@@ -321,7 +336,7 @@ func (p *put) complete(ctx context.Context, id string, parts []source.Part) (eta
 	}
 	r := request{op: "put", method: "POST", key: p.key, params: map[string]string{"uploadId": id},
 		header: map[string]string{"Content-Type": "application/xml"}, body: content}
-	_ = p.condition(p.key, p.options, r.header) // checked before
+	p.condition(r.header)
 	err = source.Try(ctx, source.RetryOptions{Slack: finishTimeout}, func(ctx context.Context) error {
 		var out struct {
 			XMLName xml.Name `xml:"CompleteMultipartUploadResult"`

@@ -52,6 +52,9 @@ func (b *Bucket) do(ctx context.Context, r request) (*answer, error) {
 		body = bytes.NewReader(r.body)
 	}
 	resp, err := b.bucket.Do(r.method, r.key, params, options, body, nil)
+	if resp != nil && resp.Headers.Get("x-oss-version-id") != "" {
+		b.versioned.Store(true)
+	}
 	if err != nil {
 		if resp != nil {
 			resp.Body.Close()

@@ -49,15 +49,61 @@ func attributes(a source.Attributes) map[string]string {
 	return h
 }
 
-// condition adds what the store can decide to h. It knows "only if absent", and no other.
-func (b *Bucket) condition(key string, o source.WriteOptions, h map[string]string) error {
+// decides refuses a put with conditions that the store does not decide: it knows "only if absent" of a bucket without
+// versioning, and nothing else.
+func (b *Bucket) decides(ctx context.Context, key string, o source.WriteOptions) error {
 	if o.IfMatch != "" {
 		return &source.Error{Op: "put", Name: b.name(key), Kind: source.ErrInvalid, Err: errors.New("OSS puts an object only if it is absent, not only over a certain version"),
 			Hint: "put it without If-Match"}
 	}
-	if o.IfAbsent {
-		h["x-oss-forbid-overwrite"] = "true"
+	if !o.IfAbsent {
+		return nil
 	}
+	if err := b.askVersioning(ctx); err != nil {
+		return fmt.Errorf("put %s only if it is absent, which takes a bucket without versioning: %w", b.name(key), err)
+	}
+	if b.versioned.Load() {
+		return b.undecided(key, "")
+	}
+	return nil
+}
+
+// decided refuses to tell that a put was done on a condition, where the store's answers say that there is versioning: it
+// could not be asked before, or was turned on since.
+func (b *Bucket) decided(key string, o source.WriteOptions) error {
+	if o.IfAbsent && b.versioned.Load() {
+		return b.undecided(key, "; it was put all the same, perhaps over another")
+	}
+	return nil
+}
+
+func (b *Bucket) undecided(key, outcome string) error {
+	return &source.Error{Op: "put", Name: b.name(key), Kind: source.ErrInvalid,
+		Err:  errors.New(`OSS knows no "only if absent" in a bucket whose versioning is enabled or suspended` + outcome),
+		Hint: "put it without If-None-Match, or into a bucket that never had versioning"}
+}
+
+// askVersioning asks once whether the bucket has versioning. Credentials that may not ask and stores that do not know the
+// question are no answer: then its other answers tell (see do).
+func (b *Bucket) askVersioning(ctx context.Context) error {
+	if b.asked.Load() || b.versioned.Load() {
+		return nil
+	}
+	var out struct {
+		XMLName xml.Name `xml:"VersioningConfiguration"`
+		Status  string
+	}
+	err := source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) error {
+		_, err := b.exchange(ctx, request{op: "stat", method: "GET", params: map[string]string{"versioning": ""}}, maxAnswer, &out)
+		return err
+	})
+	if err != nil && !errors.Is(err, source.ErrDenied) && !errors.Is(err, source.ErrInvalid) && !errors.Is(err, source.ErrNotFound) {
+		return err
+	}
+	if err == nil && out.Status != "" { // it stays empty until it is enabled, and never is again
+		b.versioned.Store(true)
+	}
+	b.asked.Store(true)
 	return nil
 }
 
@@ -173,11 +219,14 @@ func (b *Bucket) Parts(ctx context.Context, key, upload string, after, max int) 
 
 // CompleteUpload implements source.Writer.
 func (b *Bucket) CompleteUpload(ctx context.Context, key, upload string, parts []source.Part, o source.WriteOptions) (source.Object, error) {
-	if err := b.condition(key, o, map[string]string{}); err != nil {
+	if err := b.decides(ctx, key, o); err != nil {
 		return source.Object{}, err
 	}
 	p := &put{Bucket: b, key: key, options: o}
 	etag, _, err := p.complete(ctx, upload, parts)
+	if err == nil {
+		err = b.decided(key, o)
+	}
 	if err != nil {
 		return source.Object{}, err
 	}

@@ -50,6 +50,98 @@ func TestOfTwoConditionalPutsOfTheSameBytesOneIsTold(t *testing.T) {
 	}
 }
 
+// With versioning OSS puts over whatever is there, so nobody is told that a put was conditional: no request is made where
+// that is known before, and otherwise the answer tells.
+func TestAConditionalPutIntoABucketWithVersioningIsRefused(t *testing.T) {
+	for _, status := range []string{"Enabled", "Suspended"} {
+		for _, size := range []int{5000, 3*smallPart + 1} {
+			s, b := start(t, osstest.Options{}, deps{part: smallPart})
+			put := func(key string) error {
+				_, err := b.PutObject(t.Context(), key, bytes.NewReader(bytesOf(size)), int64(size), source.WriteOptions{IfAbsent: true})
+				return err
+			}
+			refused := func(what string, err error) {
+				t.Helper()
+				if !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "versioning") {
+					t.Errorf("%s, %d bytes, %s: %v", status, size, what, err)
+				}
+			}
+			for _, key := range []string{"a", "b"} {
+				if err := put(key); err != nil {
+					t.Fatal(err)
+				}
+			}
+			if n := s.Count("GetBucketVersioning"); n != 1 {
+				t.Errorf("it was asked %d times", n)
+			}
+			s.SetVersioning(testBucket, status)
+			refused("turned on since", put("a")) // as the answer tells
+			refused("known by an answer", put("c"))
+			if _, ok := s.Object(testBucket, "c"); ok {
+				t.Error("it was put all the same")
+			}
+			var err error
+			if b, err = open(configOf(t, s), deps{part: smallPart}); err != nil {
+				t.Fatal(err)
+			}
+			for range 2 {
+				refused("asked", put("c"))
+			}
+			_, err = b.CompleteUpload(t.Context(), "c", "none", nil, source.WriteOptions{IfAbsent: true})
+			refused("completed", err)
+			if _, ok := s.Object(testBucket, "c"); ok || s.Count("GetBucketVersioning") != 2 {
+				t.Errorf("there: %v, asked %d times", ok, s.Count("GetBucketVersioning"))
+			}
+			if _, err := b.PutObject(t.Context(), "c", bytes.NewReader(bytesOf(size)), int64(size), source.WriteOptions{}); err != nil {
+				t.Errorf("without a condition: %v", err)
+			}
+		}
+	}
+}
+
+// Credentials that may not ask do not make a bucket one with versioning, nor one without; a store that does not answer
+// is asked again.
+func TestWhoMayNotAskForVersioning(t *testing.T) {
+	put := func(b *Bucket, key string) error {
+		_, err := b.PutObject(t.Context(), key, strings.NewReader("x"), 1, source.WriteOptions{IfAbsent: true})
+		return err
+	}
+	s, b := start(t, osstest.Options{}, deps{})
+	s.Inject(osstest.Fault{Kind: osstest.Unavailable, Op: "GetBucketVersioning", Times: 2})
+	s.Inject(osstest.Fault{Kind: osstest.Refused, Op: "GetBucketVersioning"})
+	if err := put(b, "k"); err != nil {
+		t.Error(err)
+	}
+	if err := put(b, "k"); !errors.Is(err, source.ErrChanged) {
+		t.Errorf("it is there: %v", err)
+	}
+	if n := s.Count("GetBucketVersioning"); n != 3 {
+		t.Errorf("it was asked %d times", n)
+	}
+	s.SetVersioning(testBucket, "Enabled")
+	complete := func(b *Bucket, key string) error {
+		upload, err := b.BeginUpload(t.Context(), key, source.Attributes{})
+		if err != nil {
+			return err
+		}
+		part, err := b.PutPart(t.Context(), key, upload, 1, strings.NewReader("x"), 1, source.Sums{})
+		if err != nil {
+			return err
+		}
+		_, err = b.CompleteUpload(t.Context(), key, upload, []source.Part{part}, source.WriteOptions{IfAbsent: true})
+		return err
+	}
+	for _, write := range []func(*Bucket, string) error{put, put, complete} { // of these none is told that it was first
+		b, err := open(configOf(t, s), deps{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := write(b, "lock"); !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "versioning") {
+			t.Errorf("%v", err)
+		}
+	}
+}
+
 // Who began an upload for a put is told whether it is gone, so that somebody aborts one that is not.
 func TestAPutTellsWhetherItsUploadIsGone(t *testing.T) {
 	denied := func(op string) osstest.Fault { return osstest.Fault{Kind: osstest.Refused, Op: op} }
@@ -139,6 +231,9 @@ func TestAFailureUnderAStatusOfSuccess(t *testing.T) {
 // What marks a put as this one is in the place of a user's own metadata of that name.
 func TestAUsersMetadataIsNoMark(t *testing.T) {
 	b := withHandler(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet { // whether it has versioning: this store does not know
+			return
+		}
 		if got := r.Header.Values("X-Oss-Meta-Stepcache-Put"); len(got) != 1 || got[0] == "mine" {
 			t.Errorf("marked as %q", got)
 		}

@@ -29,6 +29,9 @@ func (s *Server) get(c *call, b *bucket) error {
 		o = &followed
 	}
 	h := c.w.Header()
+	if id := b.versionID(); id != "" {
+		h.Set("x-oss-version-id", id)
+	}
 	h.Set("ETag", `"`+o.ETag+`"`)
 	h.Set("Last-Modified", o.Modified.Format(http.TimeFormat))
 	h.Set("Accept-Ranges", "bytes")
@@ -207,9 +210,11 @@ func kept(h http.Header) map[string]string {
 	return out
 }
 
-// storeIf stores o unless the request forbids to overwrite what is there.
+// storeIf stores o unless the request forbids to overwrite what is there, which has no effect with versioning.
 func (b *bucket) storeIf(c *call, o *object) error {
-	if c.r.Header.Get("x-oss-forbid-overwrite") == "true" {
+	if id := b.versionID(); id != "" {
+		c.w.Header().Set("x-oss-version-id", id)
+	} else if c.r.Header.Get("x-oss-forbid-overwrite") == "true" {
 		b.forbid.Lock()
 		defer b.forbid.Unlock()
 		if b.find(o.Key) != nil {

@@ -185,6 +185,14 @@ func (s *Server) makeBucket(name string, public bool) *bucket {
 	return b
 }
 
+// SetVersioning sets the versioning of a bucket to Enabled or Suspended.
+func (s *Server) SetVersioning(bucket, status string) {
+	b := s.bucket(bucket)
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	b.versioning = status
+}
+
 func (s *Server) bucket(name string) *bucket {
 	s.mu.Lock()
 	defer s.mu.Unlock()
@@ -279,6 +287,8 @@ func operation(method, key string, q url.Values) string {
 	switch {
 	case method == "GET" && !object && q.Has("location"):
 		return "GetBucketLocation"
+	case method == "GET" && !object && q.Has("versioning"):
+		return "GetBucketVersioning"
 	case method == "GET" && !object && q.Get("list-type") == "2":
 		return "ListObjectsV2"
 	case method == "PUT" && !object:
@@ -347,6 +357,14 @@ func (s *Server) handle(c *call, anonymous bool) error {
 			XMLName xml.Name `xml:"LocationConstraint"`
 			Region  string   `xml:",chardata"`
 		}{Region: "oss-" + s.options.Region})
+	case "GetBucketVersioning":
+		b.mu.Lock()
+		status := b.versioning
+		b.mu.Unlock()
+		return c.answer(struct {
+			XMLName xml.Name `xml:"VersioningConfiguration"`
+			Status  string   `xml:",omitempty"`
+		}{Status: status})
 	case "ListObjectsV2":
 		return s.list(c, b)
 	case "GetObject", "HeadObject":

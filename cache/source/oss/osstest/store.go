@@ -24,10 +24,12 @@ type bucket struct {
 	dir    string // empty: in memory
 	public bool   // guarded by Server.mu until served
 
-	mu      sync.Mutex
-	objects map[string]*object
-	sorted  []string // keys in byte order; nil when out of date
-	uploads map[string]*upload
+	mu sync.Mutex
+	// versioning is empty, Enabled or Suspended, of which only the effect on conditions and answers is served.
+	versioning string
+	objects    map[string]*object
+	sorted     []string // keys in byte order; nil when out of date
+	uploads    map[string]*upload
 
 	forbid sync.Mutex // held by a put that must not overwrite
 }
@@ -155,6 +157,19 @@ func (b *bucket) drop(old *object) {
 		os.Remove(b.record(old.Blob))
 		b.discard(old.Blob)
 	}
+}
+
+// versionID is what answers about an object say where there is versioning, and otherwise empty.
+func (b *bucket) versionID() string {
+	b.mu.Lock()
+	defer b.mu.Unlock()
+	switch b.versioning {
+	case "":
+		return ""
+	case "Suspended":
+		return "null"
+	}
+	return random(16)
 }
 
 func (b *bucket) find(key string) *object {
