@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net/http/httptrace"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -238,7 +239,7 @@ func TestPausesOfTheReaderAreNoStall(t *testing.T) {
 			}
 			return bytes.NewReader(s.content[off : off+length]), nil
 		}
-		b, err := source.Retry(source.Stall(s, time.Second), source.RetryOptions{}).Get(t.Context(), s.object(), 0, 10_000)
+		b, err := source.Retry(source.Stall(s, time.Second, time.Second), source.RetryOptions{}).Get(t.Context(), s.object(), 0, 10_000)
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -286,7 +287,7 @@ func TestStallEndsWhatHangs(t *testing.T) {
 			}
 			return bytes.NewReader(s.content[off : off+length]), nil
 		}
-		stall := source.Stall(s, 6*time.Second)
+		stall := source.Stall(s, 6*time.Second, time.Minute)
 		start := time.Now()
 		_, err := readAll(t.Context(), stall, s.object(), 0, 10_000)
 		if !errors.Is(err, source.ErrUnavailable) || time.Since(start) != 6*time.Second {
@@ -309,6 +310,100 @@ func TestStallEndsWhatHangs(t *testing.T) {
 			t.Errorf("canceled by its owner: %v", err)
 		}
 	})
+}
+
+// bulk is a Writer that deletes many at once, and no more.
+type bulk struct {
+	*script
+	source.Pager
+	source.Writer
+	deleted func(context.Context) error
+}
+
+func (b bulk) Delete(ctx context.Context, key string) error { return b.script.Delete(ctx, key) }
+
+func (b bulk) DeleteAll(ctx context.Context, _ []string) (map[string]bool, error) {
+	return nil, b.deleted(ctx)
+}
+
+type pager func(context.Context, source.PageRequest) (source.Page, error)
+
+func (f pager) Page(ctx context.Context, q source.PageRequest) (source.Page, error) { return f(ctx, q) }
+
+// A store may have much to look through before it answers a list or a bulk delete. One that is away is not waited for
+// that long, and one that never answers is given up.
+func TestSlowAnswersAreWaitedFor(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		var answer func(context.Context) error
+		store := bulk{deleted: func(ctx context.Context) error { return answer(ctx) }, script: &script{}}
+		store.Pager = pager(func(ctx context.Context, q source.PageRequest) (source.Page, error) {
+			return source.Page{Objects: []source.Object{{Key: "k"}}}, answer(ctx)
+		})
+		s := source.Retry(source.Limit(source.Stall(store, 6*time.Second, time.Minute), source.LimitOptions{}), source.RetryOptions{Logger: slog.New(slog.DiscardHandler)})
+		w, _ := source.WriterOf(s)
+		deleter, _ := source.BulkDeleterOf(w)
+		pages, _ := source.PagerOf(s)
+		sleep := func(ctx context.Context, d time.Duration) error {
+			select {
+			case <-time.After(d):
+				return nil
+			case <-ctx.Done():
+				return &source.Error{Kind: source.ContextKind(ctx), Err: ctx.Err()}
+			}
+		}
+		for name, c := range map[string]struct {
+			answer      func(context.Context) error
+			least, most time.Duration
+			fails       string
+		}{
+			"slow": {func(ctx context.Context) error { return sleep(ctx, 50*time.Second) }, 50 * time.Second, 50 * time.Second, ""},
+			"slow, in several requests": {func(ctx context.Context) error {
+				for range 5 {
+					if err := sleep(ctx, 50*time.Second); err != nil {
+						return err
+					}
+					httptrace.ContextClientTrace(ctx).GotFirstResponseByte()
+				}
+				return nil
+			}, 250 * time.Second, 250 * time.Second, ""},
+			"never":          {func(ctx context.Context) error { return sleep(ctx, time.Hour) }, 2 * time.Minute, 2 * time.Minute, "no sign of life for 1m0s"},
+			"nobody there":   {func(context.Context) error { return &source.Error{Kind: source.ErrUnavailable} }, 10 * time.Second, 20 * time.Second, "gave up"},
+			"late, then not": {lateThenNot(sleep), time.Minute, 80 * time.Second, ""},
+		} {
+			for what, do := range map[string]func(context.Context) error{
+				"list": func(ctx context.Context) error { _, err := pages.Page(ctx, source.PageRequest{}); return err },
+				"delete": func(ctx context.Context) error {
+					_, err := deleter.DeleteAll(ctx, []string{"k"})
+					return err
+				},
+			} {
+				answer = c.answer
+				start, tries := time.Now(), 0
+				err := do(source.NotifyTries(t.Context(), func(error) { tries++ }))
+				took := time.Since(start)
+				if (err != nil) != (c.fails != "") || err != nil && (!errors.Is(err, source.ErrUnavailable) || !strings.Contains(err.Error(), c.fails)) {
+					t.Errorf("%s, %s: %v", name, what, err)
+				}
+				if took < c.least || took > c.most {
+					t.Errorf("%s, %s: took %v", name, what, took)
+				}
+				if name == "never" && (tries != 1 || strings.Contains(err.Error(), "delete markers") != (what == "list")) {
+					t.Errorf("%s, %s: told of %d tries, and then %v", name, what, tries, err)
+				}
+			}
+		}
+	})
+}
+
+// lateThenNot answers every second time at once, and otherwise never.
+func lateThenNot(sleep func(context.Context, time.Duration) error) func(context.Context) error {
+	tries := 0
+	return func(ctx context.Context) error {
+		if tries++; tries%2 == 0 {
+			return nil
+		}
+		return sleep(ctx, time.Hour)
+	}
 }
 
 func TestLimitBoundsRequests(t *testing.T) {
@@ -449,7 +544,7 @@ func TestDecoratorsListInPages(t *testing.T) {
 	}
 	m := source.NewMeter("s3://bucket")
 	var src source.Source = pagedSource{&script{}, k}
-	src = source.Retry(source.Limit(source.Measure(source.Stall(src, time.Minute), m), source.LimitOptions{Requests: 3}), source.RetryOptions{Logger: slog.New(slog.DiscardHandler)})
+	src = source.Retry(source.Limit(source.Measure(source.Stall(src, time.Minute, time.Minute), m), source.LimitOptions{Requests: 3}), source.RetryOptions{Logger: slog.New(slog.DiscardHandler)})
 	listed := 0
 	if err := src.List(t.Context(), "", func(source.Object) error { listed++; return nil }); err != nil || listed != 5000 {
 		t.Errorf("%d listed, %v", listed, err)

@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"math"
 	"strings"
 
 	"golang.org/x/sync/errgroup"
@@ -111,12 +112,14 @@ func (l *lister) list(ctx context.Context, s span) error {
 			continue
 		}
 		split, err := l.split(ctx, &s, objects)
-		if err != nil {
+		switch {
+		case Temporary(err) && ctx.Err() == nil:
+			pause = math.MaxInt // a listing in one part is better than none
+		case err != nil:
 			return err
-		}
-		if split {
+		case split:
 			pause = minPages
-		} else {
+		default:
 			pause = min(pause*2, 64)
 		}
 		wait = pause

@@ -168,6 +168,33 @@ func (f pageFunc) Page(_ context.Context, q source.PageRequest) (source.Page, er
 	return f(q), nil
 }
 
+// Where a store cannot answer for common prefixes, everything is listed in one part.
+func TestListPagesWithoutPlacesToCut(t *testing.T) {
+	var list []string
+	for i := range 20_000 {
+		list = append(list, fmt.Sprintf("%02d/%d", i%50, i))
+	}
+	for _, kind := range []error{source.ErrUnavailable, source.ErrDenied} {
+		k := sorted(list, 100)
+		var looks atomic.Int32
+		k.fault = func(q source.PageRequest) error {
+			if q.Delimited {
+				looks.Add(1)
+				return &source.Error{Op: "list", Kind: kind}
+			}
+			return nil
+		}
+		n := 0
+		err := source.ListPages(t.Context(), k, "", func(source.Object) error { n++; return nil })
+		if kind == source.ErrUnavailable && (err != nil || n != len(list)) || kind == source.ErrDenied && !errors.Is(err, kind) {
+			t.Errorf("%v: %d listed, %v", kind, n, err)
+		}
+		if looks.Load() != 1 {
+			t.Errorf("%v: asked %d times", kind, looks.Load())
+		}
+	}
+}
+
 func TestListPagesErrors(t *testing.T) {
 	var list []string
 	for i := range 20_000 {

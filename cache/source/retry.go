@@ -16,7 +16,8 @@ import (
 // whose clock is fake, which leaves no second clock to be passed about.
 type RetryOptions struct {
 	// Elapsed bounds the time for which one operation is tried without any progress; zero means 20 s. An
-	// operation on a body that does come, however slowly, is not ended by it.
+	// operation on a body that does come, however slowly, is not ended by it, nor is a page of a list or a bulk delete:
+	// Stall ends its tries, and one that it ended is followed by another.
 	Elapsed time.Duration
 	// Slack is how much longer than Elapsed a try that has begun may take, for Try only: a request that
 	// sends many bytes takes its time.
@@ -93,10 +94,7 @@ func (t *trier) try(ctx context.Context, elapsed time.Duration, f func() error) 
 		}
 		return struct{}{}, last
 	}, backoff.WithBackOff(waits), backoff.WithMaxElapsedTime(max(elapsed, 1)), backoff.WithNotify(func(_ error, wait time.Duration) {
-		if f, ok := ctx.Value(triesKey{}).(func(error)); ok {
-			f(last)
-		}
-		t.log(last, wait)
+		t.failed(ctx, last, wait)
 	}))
 	if err == nil {
 		return nil
@@ -105,6 +103,14 @@ func (t *trier) try(ctx context.Context, elapsed time.Duration, f func() error) 
 		return fmt.Errorf("%w (gave up after %d tries in %v)", last, tries, time.Since(start).Round(time.Millisecond))
 	}
 	return last
+}
+
+// failed tells of a try that is followed by another.
+func (t *trier) failed(ctx context.Context, err error, wait time.Duration) {
+	if f, ok := ctx.Value(triesKey{}).(func(error)); ok {
+		f(err)
+	}
+	t.log(err, wait)
 }
 
 func (t *trier) log(err error, wait time.Duration) {
@@ -146,9 +152,21 @@ func (r *retry) run(ctx context.Context, f func(ctx context.Context) error) erro
 	return r.try(ctx, r.Elapsed, func() error { return f(ctx) })
 }
 
+// patient is run for what a store may take its time over, of which Stall knows how much: a try that lasts is not ended
+// here, and one that was is followed by another although Elapsed is over.
+func (r *retry) patient(ctx context.Context, f func(ctx context.Context) error) error {
+	try := func() error { return r.try(ctx, r.Elapsed, func() error { return f(ctx) }) }
+	err := try()
+	if !errors.Is(err, errSilent) || ctx.Err() != nil {
+		return err
+	}
+	r.failed(ctx, err, 0)
+	return try()
+}
+
 // Page implements Pager.
 func (r *retry) Page(ctx context.Context, q PageRequest) (page Page, err error) {
-	err = r.run(ctx, func(ctx context.Context) error {
+	err = r.patient(ctx, func(ctx context.Context) error {
 		page, err = r.pages.Page(ctx, q)
 		return err
 	})

@@ -122,9 +122,17 @@ type around interface {
 type call struct {
 	op   int // a Meter's
 	name string
-	// again: the operation may be repeated, and is of those that answer soon.
-	again bool
+	pace pace
 }
+
+// pace is how an operation is tried.
+type pace int
+
+const (
+	once pace = iota // it takes its time, and cannot be repeated
+	soon             // it is answered soon or tried again
+	slow             // it is tried again, and the store may have much to look through before it answers
+)
 
 // WriterOf is the Writer below s, with everything that the decorators of this package do around it; false
 // when the store is none.
@@ -157,8 +165,8 @@ type decorated struct {
 	chain []around
 }
 
-func (d *decorated) do(ctx context.Context, op int, key string, again bool, f func(context.Context) error) error {
-	c := call{op: op, name: d.url + "/" + key, again: again}
+func (d *decorated) do(ctx context.Context, op int, key string, p pace, f func(context.Context) error) error {
+	c := call{op: op, name: d.url + "/" + key, pace: p}
 	run := f
 	for i := len(d.chain) - 1; i >= 0; i-- {
 		a, next := d.chain[i], run
@@ -175,7 +183,7 @@ func (d *decorated) content(r io.Reader) io.Reader {
 }
 
 func (d *decorated) Describe(ctx context.Context, key string) (o Object, a Attributes, err error) {
-	err = d.do(ctx, opStat, key, true, func(ctx context.Context) error {
+	err = d.do(ctx, opStat, key, soon, func(ctx context.Context) error {
 		o, a, err = d.w.Describe(ctx, key)
 		return err
 	})
@@ -183,7 +191,7 @@ func (d *decorated) Describe(ctx context.Context, key string) (o Object, a Attri
 }
 
 func (d *decorated) PutObject(ctx context.Context, key string, r io.Reader, size int64, w WriteOptions) (o Object, err error) {
-	err = d.do(ctx, opPut, key, false, func(ctx context.Context) error {
+	err = d.do(ctx, opPut, key, once, func(ctx context.Context) error {
 		o, err = d.w.PutObject(ctx, key, d.content(r), size, w)
 		return err
 	})
@@ -191,7 +199,7 @@ func (d *decorated) PutObject(ctx context.Context, key string, r io.Reader, size
 }
 
 func (d *decorated) Copy(ctx context.Context, from Object, key string, w WriteOptions) (o Object, err error) {
-	err = d.do(ctx, opPut, key, false, func(ctx context.Context) error {
+	err = d.do(ctx, opPut, key, once, func(ctx context.Context) error {
 		o, err = d.w.Copy(ctx, from, key, w)
 		return err
 	})
@@ -199,7 +207,7 @@ func (d *decorated) Copy(ctx context.Context, from Object, key string, w WriteOp
 }
 
 func (d *decorated) BeginUpload(ctx context.Context, key string, a Attributes) (upload string, err error) {
-	err = d.do(ctx, opPut, key, false, func(ctx context.Context) error {
+	err = d.do(ctx, opPut, key, once, func(ctx context.Context) error {
 		upload, err = d.w.BeginUpload(ctx, key, a)
 		return err
 	})
@@ -207,7 +215,7 @@ func (d *decorated) BeginUpload(ctx context.Context, key string, a Attributes) (
 }
 
 func (d *decorated) PutPart(ctx context.Context, key, upload string, number int, r io.Reader, size int64, sums Sums) (p Part, err error) {
-	err = d.do(ctx, opPut, key, false, func(ctx context.Context) error {
+	err = d.do(ctx, opPut, key, once, func(ctx context.Context) error {
 		p, err = d.w.PutPart(ctx, key, upload, number, d.content(r), size, sums)
 		return err
 	})
@@ -217,7 +225,7 @@ func (d *decorated) PutPart(ctx context.Context, key, upload string, number int,
 func (d *decorated) PartHeld(size int64) int64 { return d.w.PartHeld(size) }
 
 func (d *decorated) Parts(ctx context.Context, key, upload string, after, max int) (parts []Part, more bool, err error) {
-	err = d.do(ctx, opList, key, true, func(ctx context.Context) error {
+	err = d.do(ctx, opList, key, soon, func(ctx context.Context) error {
 		parts, more, err = d.w.Parts(ctx, key, upload, after, max)
 		return err
 	})
@@ -225,7 +233,7 @@ func (d *decorated) Parts(ctx context.Context, key, upload string, after, max in
 }
 
 func (d *decorated) CompleteUpload(ctx context.Context, key, upload string, parts []Part, w WriteOptions) (o Object, err error) {
-	err = d.do(ctx, opPut, key, false, func(ctx context.Context) error {
+	err = d.do(ctx, opPut, key, once, func(ctx context.Context) error {
 		o, err = d.w.CompleteUpload(ctx, key, upload, parts, w)
 		return err
 	})
@@ -234,7 +242,7 @@ func (d *decorated) CompleteUpload(ctx context.Context, key, upload string, part
 
 func (d *decorated) AbortUpload(ctx context.Context, key, upload string) error {
 	tries := 0
-	return d.do(ctx, opDelete, key, true, func(ctx context.Context) error {
+	return d.do(ctx, opDelete, key, soon, func(ctx context.Context) error {
 		tries++
 		err := d.w.AbortUpload(ctx, key, upload)
 		if tries > 1 && errors.Is(err, ErrNoUpload) {
@@ -246,7 +254,7 @@ func (d *decorated) AbortUpload(ctx context.Context, key, upload string) error {
 
 // DeleteAll implements BulkDeleter, of a Writer that is one.
 func (d *decorated) DeleteAll(ctx context.Context, keys []string) (gone map[string]bool, err error) {
-	err = d.do(ctx, opDelete, "", true, func(ctx context.Context) error {
+	err = d.do(ctx, opDelete, "", slow, func(ctx context.Context) error {
 		gone, err = d.w.(BulkDeleter).DeleteAll(ctx, keys)
 		return err
 	})
@@ -254,7 +262,7 @@ func (d *decorated) DeleteAll(ctx context.Context, keys []string) (gone map[stri
 }
 
 func (d *decorated) Uploads(ctx context.Context, prefix string, max int) (u []Upload, err error) {
-	err = d.do(ctx, opList, prefix, true, func(ctx context.Context) error {
+	err = d.do(ctx, opList, prefix, slow, func(ctx context.Context) error {
 		u, err = d.w.Uploads(ctx, prefix, max)
 		return err
 	})
@@ -268,8 +276,11 @@ func (r *retry) inner() Source { return r.Source }
 func (r *retry) content(in io.Reader) io.Reader { return in }
 
 func (r *retry) around(ctx context.Context, c call, f func(context.Context) error) error {
-	if !c.again {
+	switch c.pace {
+	case once:
 		return f(ctx)
+	case slow:
+		return r.patient(ctx, f)
 	}
 	return r.run(ctx, f)
 }
@@ -302,8 +313,12 @@ func (s *stall) inner() Source { return s.Source }
 func (s *stall) content(in io.Reader) io.Reader { return in }
 
 func (s *stall) around(ctx context.Context, c call, f func(context.Context) error) error {
-	if !c.again {
+	limit := s.limit
+	switch c.pace {
+	case once:
 		return f(ctx)
+	case slow:
+		limit = s.slow
 	}
-	return s.watch(ctx, meterOps[c.op], c.name, f)
+	return s.watch(ctx, meterOps[c.op], c.name, limit, f)
 }

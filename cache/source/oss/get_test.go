@@ -117,7 +117,7 @@ func TestFaultyAnswers(t *testing.T) {
 			s, b := start(t, osstest.Options{}, deps{})
 			var stalling source.Source = b
 			if c.fault.Kind == osstest.Stall {
-				stalling = source.Stall(b, 2*time.Second)
+				stalling = source.Stall(b, 2*time.Second, 2*time.Second)
 			}
 			if _, err := s.Put(testBucket, "k", want); err != nil {
 				t.Fatal(err)

@@ -16,8 +16,13 @@ import (
 	"github.com/stepcache/stepcache/cache/source/s3"
 )
 
-// stallAfter is how long a request may show no sign of life: three tries fit into the time of a retry.
-const stallAfter = 6 * time.Second
+const (
+	// stallAfter is how long a request may show no sign of life: three tries fit into the time of a retry.
+	stallAfter = 6 * time.Second
+	// slowAfter is the same for a page of a list and a bulk delete: S3 has been seen to take two minutes to find its way
+	// past the markers of deleted versions. That nobody is there to connect to shows before, within seconds.
+	slowAfter = 150 * time.Second
+)
 
 // Source is an opened source with its decorators: retry around limit around measure around stall around the store.
 // Measure is innermost, so that its figures are what the store saw, tries that failed included; retry is
@@ -49,7 +54,7 @@ func Open(ctx context.Context, c source.Config, options ...Option) (*Source, err
 		return nil, err
 	}
 	meter := source.NewMeter(s.URL())
-	s = source.Measure(source.Stall(s, stallAfter), meter)
+	s = source.Measure(source.Stall(s, stallAfter, slowAfter), meter)
 	s = source.Limit(s, source.LimitOptions{Requests: c.MaxRequests, BytesPerSecond: c.BytesPerSecond})
 	return &Source{Source: source.Retry(s, retry), Meter: meter}, nil
 }

@@ -161,7 +161,7 @@ func testStallEndsWithContext(t *testing.T, s *suite) {
 	// Without a deadline of the caller's, Stall ends the wait and Retry goes on.
 	var asked atomic.Int32
 	f.Set(func(*http.Request) bucket.Fault { return bucket.Fault{Stall: asked.Add(1) == 1} })
-	patient := source.Retry(source.Stall(src, 2*time.Second), source.RetryOptions{Elapsed: time.Minute})
+	patient := source.Retry(source.Stall(src, 2*time.Second, 2*time.Second), source.RetryOptions{Elapsed: time.Minute})
 	if got, err := read(t.Context(), patient, o, 0, 1000); err != nil || len(got) != 1000 {
 		t.Errorf("after a stall: %d bytes, %v", len(got), err)
 	}
