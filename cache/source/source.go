@@ -64,8 +64,8 @@ type Object struct {
 	// Digest is the whole-object digest that the store publishes with a listing or stat; may be zero.
 	Digest Digest
 	// Skip, when not empty, says in a listing why this entry is no object that can be read (a local
-	// folder's sockets, devices, links that lead out of it). Such an entry has no Version. It is listed so
-	// that whoever shows the listing can count and report it.
+	// folder's sockets, devices, links that lead out of it; OSS's links that cannot be followed). Such an
+	// entry has no Version. It is listed so that whoever shows the listing can count and report it.
 	Skip string
 }
 

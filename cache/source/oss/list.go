@@ -85,22 +85,37 @@ func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, e
 	return out, b.follow(ctx, out.Objects, links)
 }
 
+// unfollowed is why a link is no object that can be read, by the error of following it. Others end the listing.
+var unfollowed = []struct {
+	err error
+	why string
+}{
+	{source.ErrNotFound, "a symbolic link to nothing"},
+	{source.ErrDenied, "a symbolic link to what the credentials may not read"},
+	{source.ErrInvalid, "a symbolic link to what the store does not give, such as an archived object"},
+	{source.ErrUnversioned, "a symbolic link to an object without a version"},
+}
+
 // follow replaces symlinks by what reading them gives. A listing describes the link itself, whose ETag and
-// size no read would match. A link to nothing stays as it was listed: reading it then says what is wrong.
+// size no read would match.
 func (b *Bucket) follow(ctx context.Context, objects []source.Object, links []int) error {
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
 	for _, i := range links {
 		g.Go(func() error {
-			o, err := b.Stat(ctx, objects[i].Key)
-			if errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrUnversioned) {
-				return nil
-			}
-			if err != nil {
+			link := objects[i]
+			// Each is tried again alone: one that fails must not have a thousand of them followed anew.
+			err := source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) (err error) {
+				objects[i], err = b.Stat(ctx, link.Key)
 				return err
+			})
+			for _, u := range unfollowed {
+				if errors.Is(err, u.err) {
+					objects[i] = source.Object{Key: link.Key, Size: link.Size, ModTime: link.ModTime, Skip: u.why}
+					return nil
+				}
 			}
-			objects[i] = o
-			return nil
+			return err
 		})
 	}
 	return g.Wait()

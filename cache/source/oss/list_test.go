@@ -5,7 +5,10 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net/http"
+	"net/http/httptrace"
 	"strings"
+	"sync"
+	"sync/atomic"
 	"testing"
 
 	"github.com/stepcache/stepcache/cache/source"
@@ -120,11 +123,60 @@ func TestListFollowsSymlinks(t *testing.T) {
 	if content, err := read(t, b, got["link"], 0, 7); err != nil || string(content) != "content" || got["link"].Size != 7 {
 		t.Errorf("link: %+v %q %v", got["link"], content, err)
 	}
-	if _, ok := got["dangling"]; !ok {
-		t.Error("a link to nothing is not listed")
+	if o := got["dangling"]; o.Skip == "" || o.Version != "" {
+		t.Errorf("a link to nothing: %+v", o)
 	}
 	if _, err := b.Stat(t.Context(), "dangling"); !errors.Is(err, source.ErrNotFound) {
 		t.Errorf("a link to nothing: %v", err)
+	}
+}
+
+// TestListWithLinksThatCannotBeFollowed: they are listed with the reason, and keep no other from being listed; one that is
+// not answered for is asked for again alone, and its answer is a sign of life.
+func TestListWithLinksThatCannotBeFollowed(t *testing.T) {
+	answers := map[string][]int{"archived": {400}, "denied": {403}, "gone": {404}, "busy": {503, 503, 200}, "good": {200}, "unversioned": {200}}
+	var mu sync.Mutex
+	asked := map[string]int{}
+	b := withHandler(t, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method == http.MethodGet {
+			fmt.Fprint(w, "<ListBucketResult>")
+			for key := range answers {
+				fmt.Fprintf(w, "<Contents><Key>%s</Key><Type>Symlink</Type><ETag>\"link\"</ETag></Contents>", key)
+			}
+			fmt.Fprint(w, "</ListBucketResult>")
+			return
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		key := r.URL.Path[strings.LastIndexByte(r.URL.Path, '/')+1:]
+		status := answers[key][min(asked[key], len(answers[key])-1)]
+		asked[key]++
+		if key != "unversioned" {
+			w.Header().Set("ETag", `"v"`)
+		}
+		w.Header().Set("Content-Length", "7")
+		w.WriteHeader(status)
+	})
+	var signs atomic.Int32
+	ctx := httptrace.WithClientTrace(t.Context(), &httptrace.ClientTrace{GotFirstResponseByte: func() { signs.Add(1) }})
+	page, err := b.Page(ctx, source.PageRequest{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	got := map[string]string{}
+	for _, o := range page.Objects {
+		if got[o.Key] = o.Skip; (o.Version == "v") != (o.Skip == "") {
+			t.Errorf("%+v", o)
+		}
+	}
+	want := map[string]string{"busy": "", "good": "", "archived": "archived", "denied": "credentials", "gone": "nothing", "unversioned": "version"}
+	for key, why := range want {
+		if skip, ok := got[key]; !ok || !strings.Contains(skip, why) || (why == "") != (skip == "") {
+			t.Errorf("%s: listed %v, skipped for %q", key, ok, skip)
+		}
+	}
+	if n := signs.Load(); len(got) != len(want) || asked["good"] != 1 || n != 9 {
+		t.Errorf("%q with %d answers, asked %v", got, n, asked)
 	}
 }
 
