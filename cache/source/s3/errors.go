@@ -29,6 +29,8 @@ type answer struct {
 	expires      string // taken out of the header
 	uncompressed bool
 	err          error
+	// end, once set, is called instead of sending another request, which is one for the next page.
+	end context.CancelFunc
 }
 
 type answerKey struct{}
@@ -43,8 +45,13 @@ func watch(ctx context.Context) (context.Context, *answer) {
 type transport struct{ next http.RoundTripper }
 
 func (t *transport) RoundTrip(r *http.Request) (*http.Response, error) {
+	a, ok := r.Context().Value(answerKey{}).(*answer)
+	if ok && a.end != nil {
+		a.end() // minio-go takes no pause before it passes on this error alone
+		return nil, context.Canceled
+	}
 	resp, err := t.next.RoundTrip(r)
-	if a, ok := r.Context().Value(answerKey{}).(*answer); ok {
+	if ok {
 		*a = answer{err: err}
 		if err == nil {
 			a.status, a.after, a.uncompressed = resp.StatusCode, retryAfter(resp), resp.Uncompressed

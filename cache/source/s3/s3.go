@@ -115,29 +115,37 @@ func (b *Bucket) URL() string { return b.url }
 
 func (b *Bucket) object(key string) string { return fmt.Sprintf("%s/%s", b.url, key) }
 
-// Page implements source.Pager.
+// Page implements source.Pager: one page of the store, which may be shorter than asked for. A page is in no order of
+// names (all objects, then all prefixes), so that a part of it would hide names that sort before others of it.
 func (b *Bucket) Page(ctx context.Context, q source.PageRequest) (source.Page, error) {
-	const most = 1000
-	ctx, seen := watch(ctx)
+	ours, seen := watch(ctx)
+	ours, end := context.WithCancel(ours)
+	defer end()
 	no := false
 	var page source.Page
-	for o := range b.core.ListObjectsIter(ctx, b.name, minio.ListObjectsOptions{
-		Prefix: q.Prefix, StartAfter: q.After, Recursive: !q.Delimited, MaxKeys: most, FetchOwner: &no,
+	for o := range b.core.ListObjectsIter(ours, b.name, minio.ListObjectsOptions{
+		Prefix: q.Prefix, StartAfter: q.After, Recursive: !q.Delimited, MaxKeys: 1000, FetchOwner: &no,
 	}) {
+		if o.Err != nil && seen.end != nil {
+			page.More = true // the next page was about to be asked for
+			break
+		}
 		if o.Err != nil {
 			return source.Page{}, b.fail(ctx, "list", q.Prefix, seen, o.Err)
 		}
 		// minio-go tells prefixes from objects only by what they lack.
-		if q.Delimited && strings.HasSuffix(o.Key, "/") && o.ETag == "" && o.LastModified.IsZero() {
+		prefix := q.Delimited && strings.HasSuffix(o.Key, "/") && o.ETag == "" && o.LastModified.IsZero()
+		switch {
+		case prefix && o.Key <= q.After || o.Key == q.After && q.After != "":
+			continue // stores name once more what a page starts at or within
+		case prefix:
 			page.Prefixes = append(page.Prefixes, o.Key)
-		} else {
+		default:
 			page.Objects = append(page.Objects, b.listed(o))
 		}
-		// The iterator would go on to the next page by itself; one page a request keeps each retried alone.
-		if len(page.Objects)+len(page.Prefixes) == most {
-			page.More = true
-			break
-		}
+		// The iterator goes on to the next page by itself. It may while this one is empty; else one page a request
+		// keeps each retried alone.
+		seen.end = end
 	}
 	// The iterator says nothing when it ends because the context did.
 	if err := ctx.Err(); err != nil {
