@@ -2,6 +2,7 @@ package s3_test
 
 import (
 	"bytes"
+	"compress/gzip"
 	"context"
 	"errors"
 	"fmt"
@@ -116,6 +117,12 @@ func TestDigestIsOfTheWholeObjectOrNone(t *testing.T) {
 // A store that ignores If-Match or Range never yields other bytes than those asked for.
 func TestStoreThatIgnoresWhatIsAsked(t *testing.T) {
 	o := source.Object{Key: "k", Size: 1000, Version: etag}
+	part := func(w http.ResponseWriter, n int) {
+		w.Header().Set("Content-Range", "bytes 10-19/1000")
+		w.WriteHeader(206)
+		w.(http.Flusher).Flush()
+		_, _ = w.Write(make([]byte, n))
+	}
 	for name, c := range map[string]struct {
 		answer    func(w http.ResponseWriter)
 		off, n    int64
@@ -140,15 +147,14 @@ func TestStoreThatIgnoresWhatIsAsked(t *testing.T) {
 			w.WriteHeader(206)
 			_, _ = w.Write(make([]byte, 30))
 		}, 10, 10, source.ErrInvalid, 0},
-		"no length, too long": {func(w http.ResponseWriter) {
+		"no length": {func(w http.ResponseWriter) {
 			w.(http.Flusher).Flush()
-			_, _ = w.Write(make([]byte, 2000))
-		}, 0, 1000, nil, 1000},
-		"no length, too short": {func(w http.ResponseWriter) {
-			w.(http.Flusher).Flush()
-			_, _ = w.Write(make([]byte, 500))
-		}, 0, 1000, source.ErrUnavailable, 500},
-		"a page of HTML": {func(w http.ResponseWriter) { w.Header().Del("ETag"); fmt.Fprint(w, "<html>log in</html>") }, 0, 1000, source.ErrUnversioned, 0},
+			_, _ = w.Write(make([]byte, 1000))
+		}, 0, 1000, source.ErrInvalid, 0},
+		"a part, no length":            {func(w http.ResponseWriter) { part(w, 10) }, 10, 10, nil, 10},
+		"a part, no length, too long":  {func(w http.ResponseWriter) { part(w, 11) }, 10, 10, source.ErrInvalid, 0},
+		"a part, no length, too short": {func(w http.ResponseWriter) { part(w, 9) }, 10, 10, source.ErrUnavailable, 9},
+		"a page of HTML":               {func(w http.ResponseWriter) { w.Header().Del("ETag"); fmt.Fprint(w, "<html>log in</html>") }, 0, 1000, source.ErrUnversioned, 0},
 	} {
 		b := answering(t, source.Config{}, func(w http.ResponseWriter, _ *http.Request) {
 			w.Header().Set("ETag", `"`+etag+`"`)
@@ -158,6 +164,55 @@ func TestStoreThatIgnoresWhatIsAsked(t *testing.T) {
 		got, _, err := get(t.Context(), b, o, c.off, c.n)
 		if !errors.Is(err, c.kind) || len(got) != c.wantBytes {
 			t.Errorf("%s: %d bytes, %v", name, len(got), err)
+		}
+	}
+}
+
+// What is stored encoded is read as it is stored, also from a store that decodes it for who does not accept that. Of an
+// object that is not, such a store tells no length to who does.
+func TestStoreThatDecodes(t *testing.T) {
+	var zipped bytes.Buffer
+	z := gzip.NewWriter(&zipped)
+	text := strings.Repeat("stepcache ", 1000)
+	if _, err := io.WriteString(z, text); err != nil || z.Close() != nil {
+		t.Fatal(err)
+	}
+	stubborn := false // decodes whatever is accepted
+	b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+		w.Header().Set("ETag", `"`+etag+`"`)
+		w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+		encoded, accepted := strings.HasSuffix(r.URL.Path, "zipped"), r.Header.Get("Accept-Encoding") == "gzip"
+		switch {
+		case encoded && accepted && !stubborn:
+			http.ServeContent(w, r, "", time.Time{}, bytes.NewReader(zipped.Bytes()))
+		case !encoded && !accepted:
+			http.ServeContent(w, r, "", time.Time{}, strings.NewReader(text))
+		default:
+			w.(http.Flusher).Flush()
+			_, _ = io.WriteString(w, text)
+		}
+	})
+	for key, want := range map[string]string{"zipped": zipped.String(), "plain": text} {
+		o, err := b.Stat(t.Context(), key)
+		if err != nil || o.Size != int64(len(want)) {
+			t.Errorf("%s: %+v, %v, want %d bytes", key, o, err, len(want))
+		}
+		o = source.Object{Key: key, Size: int64(len(want)), Version: etag}
+		if got, _, err := get(t.Context(), b, o, 0, o.Size); err != nil || string(got) != want {
+			t.Errorf("%s: %d bytes, %v, want %d", key, len(got), err, len(want))
+		}
+		if got, _, err := get(t.Context(), b, o, 5, 20); err != nil || string(got) != want[5:25] {
+			t.Errorf("a part of %s: %q, %v", key, got, err)
+		}
+	}
+	stubborn = true
+	o := source.Object{Key: "zipped", Size: int64(zipped.Len()), Version: etag}
+	_, statErr := b.Stat(t.Context(), "zipped")
+	_, _, getErr := get(t.Context(), b, o, 0, o.Size)
+	_, _, partErr := get(t.Context(), b, o, 5, 20)
+	for _, err := range []error{statErr, getErr, partErr} {
+		if !errors.Is(err, source.ErrInvalid) || !strings.Contains(err.Error(), "Content-Encoding") {
+			t.Errorf("a store that decodes all the same: %v", err)
 		}
 	}
 }

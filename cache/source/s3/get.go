@@ -41,6 +41,11 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 	}
 	ctx, seen := watch(ctx)
 	body, info, header, err := b.core.GetObject(ctx, b.name, o.Key, options)
+	if err == nil && decoded(seen, info) {
+		_ = body.Close() // its bytes may be others than the store holds
+		asStored(&options)
+		body, info, header, err = b.core.GetObject(ctx, b.name, o.Key, options)
+	}
 	if err != nil {
 		err = b.fail(ctx, "get", o.Key, seen, err)
 		var e *source.Error
@@ -55,15 +60,34 @@ func (b *Bucket) Get(ctx context.Context, o source.Object, off, length int64) (s
 		return source.Body{}, err
 	}
 	return source.Body{
-		ReadCloser: &reader{body: body, bucket: b, ctx: ctx, key: o.Key, left: length},
+		ReadCloser: &reader{body: body, bucket: b, ctx: ctx, key: o.Key, left: length, bounded: info.Size >= 0},
 		Digest:     digest(info, whole),
 	}, nil
+}
+
+// decoded says whether an answer may be about other bytes than are stored: the stores of Google and Cloudflare decode an
+// object with a Content-Encoding for who does not accept it, and then leave its length out. A range tells its own.
+func decoded(seen *answer, info minio.ObjectInfo) bool {
+	return info.Size < 0 && seen.status == http.StatusOK
+}
+
+// asStored asks not to decode. It is not asked always, since Cloudflare's store then tells no length of other objects.
+func asStored(options *minio.GetObjectOptions) { options.Set("Accept-Encoding", "gzip") }
+
+// noLength refuses an answer whose bytes nothing bounds.
+func (b *Bucket) noLength(op, key string) error {
+	return &source.Error{Op: op, Name: b.object(key), Kind: source.ErrInvalid,
+		Err:  errors.New("the answer tells no length, as where a Content-Encoding is decoded on the way"),
+		Hint: "put the object without Content-Encoding, or use the store's own endpoint"}
 }
 
 // check compares the answer with the question.
 func (b *Bucket) check(o source.Object, off, length int64, whole bool, seen *answer, info minio.ObjectInfo, header http.Header) error {
 	changed := func(format string, args ...any) error {
 		return &source.Error{Op: "get", Name: b.object(o.Key), Kind: source.ErrChanged, Err: fmt.Errorf(format, args...)}
+	}
+	if decoded(seen, info) {
+		return b.noLength("get", o.Key)
 	}
 	version, err := b.version("get", o.Key, info)
 	if err != nil {
@@ -79,7 +103,7 @@ func (b *Bucket) check(o source.Object, off, length int64, whole bool, seen *ans
 		if seen.status != http.StatusOK {
 			return b.invalid("get", o.Key, fmt.Errorf("status %d for the whole object", seen.status))
 		}
-		if info.Size >= 0 && info.Size != o.Size {
+		if info.Size != o.Size {
 			return changed("the store has %d bytes, asked were %d", info.Size, o.Size)
 		}
 		return nil
@@ -107,7 +131,9 @@ type reader struct {
 	ctx    context.Context
 	key    string
 	left   int64
-	err    error
+	// bounded says that the answer told its length, which body does not exceed.
+	bounded bool
+	err     error
 }
 
 func (r *reader) Read(p []byte) (int, error) {
@@ -120,6 +146,12 @@ func (r *reader) Read(p []byte) (int, error) {
 	p = p[:min(int64(len(p)), r.left)]
 	n, err := r.body.Read(p)
 	r.left -= int64(n)
+	if n > 0 && r.left == 0 && !r.bounded {
+		if more, _ := io.ReadFull(r.body, make([]byte, 1)); more > 0 { // the last bytes are kept back: who has them asks no more
+			r.err = r.bucket.invalid("get", r.key, errors.New("the answer is longer than what was asked for"))
+			return 0, r.err
+		}
+	}
 	switch {
 	case r.left == 0:
 		err = nil // all that was asked for is here, however the connection ended

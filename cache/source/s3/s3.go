@@ -181,6 +181,10 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 	var options minio.StatObjectOptions
 	options.Set("x-amz-checksum-mode", "ENABLED")
 	o, err := b.core.StatObject(ctx, b.name, key, options)
+	if err == nil && decoded(seen, o) {
+		asStored(&options)
+		o, err = b.core.StatObject(ctx, b.name, key, options)
+	}
 	if err != nil {
 		err = b.fail(ctx, "stat", key, seen, err)
 		if errors.Is(err, source.ErrNotFound) && (seen.doubtful || time.Since(time.Unix(0, b.answered.Load())) > trust) {
@@ -190,12 +194,12 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 	}
 	o.Headers.Set("Expires", seen.expires)
 	b.has()
+	if o.Size < 0 {
+		return source.Object{}, o, b.noLength("stat", key)
+	}
 	version, err := b.version("stat", key, o)
 	if err != nil {
 		return source.Object{}, o, err
-	}
-	if o.Size < 0 {
-		return source.Object{}, o, b.invalid("stat", key, errors.New("the store does not tell the object's size"))
 	}
 	return source.Object{Key: key, Size: o.Size, Version: version, ModTime: o.LastModified, Digest: digest(o, true)}, o, nil
 }
