@@ -4,7 +4,8 @@
 // It owns where credentials come from and when they are read again, for every kind of store; how they
 // sign a request is the store's. Concurrency: a Reader is safe for concurrent use. Failure: Get fails
 // with a source.Error of kind ErrDenied that names the folder and the key that is missing and never
-// holds a value; Open fails only for settings that can never work, so that a Secret may come later.
+// holds a value, or ErrUnavailable where another try may get them; Open fails only for settings that can
+// never work, so that a Secret may come later.
 //
 // It may import cache/source.
 package credentials
@@ -66,7 +67,8 @@ type Options struct {
 	// Getenv replaces os.Getenv.
 	Getenv func(string) string
 	// Ambient asks the platform (instance or pod identity). It is called for every Get, so it keeps what
-	// it got until that expires. Used only where the Config says Ambient.
+	// it got until that expires. An error that is a source.Error is Get's; any other is a refusal. Used only where the
+	// Config says Ambient.
 	Ambient func(context.Context) (Value, error)
 }
 
@@ -136,6 +138,9 @@ func (r *Reader) Get(ctx context.Context) (Value, error) {
 		if err != nil {
 			if ctx.Err() != nil {
 				return Value{}, &source.Error{Op: "get credentials", Name: r.name, Kind: source.ContextKind(ctx), Err: ctx.Err()}
+			}
+			if known := (*source.Error)(nil); errors.As(err, &known) {
+				return Value{}, known
 			}
 			return Value{}, r.denied(fmt.Errorf("the platform gives none: %w", err), "give the pod or machine an identity, or set credentialsSecretRef")
 		}

@@ -158,6 +158,8 @@ func TestPlatformOnlyWhereAllowedAndLast(t *testing.T) {
 	}
 	_, err = open(source.Config{Ambient: true}, nil, errors.New("no metadata service")).Get(t.Context())
 	want(t, err, source.ErrDenied, "no metadata service", "identity")
+	_, err = open(source.Config{Ambient: true}, nil, &source.Error{Kind: source.ErrUnavailable, Err: errors.New("it restarts")}).Get(t.Context())
+	want(t, err, source.ErrUnavailable, "it restarts")
 }
 
 // The kubelet replaces a Secret's files by renaming ..data: the id and secret read are always a pair.

@@ -2,7 +2,6 @@ package s3
 
 import (
 	"context"
-	"net/http"
 	"sync"
 	"time"
 
@@ -15,9 +14,8 @@ import (
 // signer gives minio-go the credentials as they are now. minio-go asks IsExpired before each request,
 // and keeps what it got until that says true.
 type signer struct {
-	reader *credentials.Reader
-	// platform keeps the credentials of an instance or pod identity until they expire.
-	platform *miniocreds.Credentials
+	reader   *credentials.Reader
+	platform *platform
 
 	mu     sync.Mutex
 	last   credentials.Value
@@ -30,21 +28,17 @@ type signer struct {
 const lookEvery = 100 * time.Millisecond
 
 func newSigner(c source.Config) (*signer, error) {
-	s := &signer{platform: miniocreds.NewIAM(""), now: time.Now}
+	s := &signer{now: time.Now}
+	s.platform = newPlatform(c.URL, func() time.Time { return s.now() })
 	var err error
-	s.reader, err = credentials.Open(c, credentials.Options{Env: credentials.S3Env, Ambient: s.ambient})
+	s.reader, err = credentials.Open(c, credentials.Options{Env: credentials.S3Env, Ambient: s.platform.get})
 	return s, err
-}
-
-func (s *signer) ambient(ctx context.Context) (credentials.Value, error) {
-	v, err := s.platform.GetWithContext(&miniocreds.CredContext{Context: ctx, Client: http.DefaultClient})
-	return credentials.Value{AccessKeyID: v.AccessKeyID, AccessKeySecret: v.SecretAccessKey, SessionToken: v.SessionToken}, err
 }
 
 // IsExpired implements credentials.Provider of minio-go.
 func (s *signer) IsExpired() bool {
 	if s.reader.FromPlatform() {
-		return s.platform.IsExpired()
+		return s.platform.stale(s.value())
 	}
 	now := s.now()
 	s.mu.Lock()
