@@ -304,6 +304,64 @@ func TestErrorsSayWhatToDo(t *testing.T) {
 	}
 }
 
+// Why HEAD is refused is asked for where its answer, which has no body, cannot say so.
+func TestHeadThatDoesNotSayWhy(t *testing.T) {
+	xml := func(status int, code, more string) http.HandlerFunc {
+		return func(w http.ResponseWriter, _ *http.Request) {
+			w.WriteHeader(status)
+			fmt.Fprintf(w, `<Error><Code>%s</Code><Message>the store's own words</Message>%s</Error>`, code, more)
+		}
+	}
+	for _, c := range []struct {
+		head int
+		get  http.HandlerFunc
+		kind error
+		want string
+	}{
+		{400, xml(400, "ExpiredToken", ""), source.ErrDenied, "ExpiredToken"},
+		{400, xml(403, "RequestTimeTooSkewed", ""), source.ErrDenied, "clock"},
+		{400, xml(400, "AuthorizationHeaderMalformed", "<Region>eu-west-3</Region>"), source.ErrInvalid, "set region: eu-west-3"},
+		{301, xml(301, "PermanentRedirect", "<Region>eu-west-3</Region>"), source.ErrInvalid, "set region: eu-west-3"},
+		{400, xml(400, "InvalidRequest", ""), source.ErrInvalid, "own words"},
+		{400, xml(404, "NoSuchBucket", ""), source.ErrNoBucket, "make the bucket"},
+		{400, xml(503, "SlowDown", ""), source.ErrThrottled, "own words"},
+		{400, xml(416, "InvalidRange", ""), source.ErrInvalid, "400 Bad Request to HEAD"},
+		{400, func(w http.ResponseWriter, _ *http.Request) {
+			w.Header().Set("Last-Modified", time.Unix(1e9, 0).UTC().Format(http.TimeFormat))
+			_, _ = w.Write(make([]byte, 1000))
+		}, source.ErrInvalid, "400 Bad Request to HEAD"},
+		{400, func(w http.ResponseWriter, _ *http.Request) {
+			http.Error(w, "Client sent an HTTP request to an HTTPS server.", 400)
+		}, source.ErrInvalid, "leave http:// out"},
+	} {
+		b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+			if r.Method == http.MethodHead {
+				w.WriteHeader(c.head)
+			} else {
+				c.get(w, r)
+			}
+		})
+		_, err := b.Stat(t.Context(), "k")
+		if !errors.Is(err, c.kind) || !strings.Contains(err.Error(), c.want) || strings.Contains(err.Error(), "http://") != strings.Contains(c.want, "http://") {
+			t.Errorf("want %v and %q: %v", c.kind, c.want, err)
+		}
+		var told *source.Refusal
+		if errors.As(err, &told) != (c.want == "own words" && c.kind == source.ErrInvalid) {
+			t.Errorf("%v is passed on of: %v", told, err)
+		}
+	}
+	b := answering(t, source.Config{}, func(w http.ResponseWriter, r *http.Request) {
+		if r.Method != http.MethodHead {
+			t.Errorf("%s %s, of what HEAD has said", r.Method, r.URL)
+		}
+		w.Header().Set("x-minio-error-code", "ExpiredToken")
+		w.WriteHeader(400)
+	})
+	if _, err := b.Stat(t.Context(), "k"); !errors.Is(err, source.ErrDenied) {
+		t.Errorf("a code in a header: %v", err)
+	}
+}
+
 // That something is not there is said by the store alone: neither a proxy that has lost it nor a store that does not know
 // the key any more makes a deletion done, or an object gone.
 func TestNotFoundIsOfTheObject(t *testing.T) {

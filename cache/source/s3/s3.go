@@ -13,6 +13,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"time"
@@ -186,6 +187,11 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 		o, err = b.core.StatObject(ctx, b.name, key, options)
 	}
 	if err != nil {
+		// The status is all that is known; a store that tells the code in a header has said enough.
+		if s := seen.status; (s == http.StatusBadRequest || s == http.StatusMovedPermanently) &&
+			strings.HasPrefix(minio.ToErrorResponse(err).Code, strconv.Itoa(s)) {
+			return source.Object{}, o, b.reason(ctx, key, s)
+		}
 		err = b.fail(ctx, "stat", key, seen, err)
 		if errors.Is(err, source.ErrNotFound) && (seen.doubtful || time.Since(time.Unix(0, b.answered.Load())) > trust) {
 			return source.Object{}, o, b.missing(ctx, key, err)
@@ -202,6 +208,21 @@ func (b *Bucket) stat(ctx context.Context, key string) (source.Object, minio.Obj
 		return source.Object{}, o, err
 	}
 	return source.Object{Key: key, Size: o.Size, Version: version, ModTime: o.LastModified, Digest: digest(o, true)}, o, nil
+}
+
+// reason asks for a byte of an object that HEAD is refused for: what the store does not take may be the session token, the
+// region, or the name, which only an answer with a body says.
+func (b *Bucket) reason(ctx context.Context, key string, status int) error {
+	ctx, seen := watch(ctx)
+	var options minio.GetObjectOptions
+	options.Set("Range", "bytes=0-0")
+	body, _, _, err := b.core.GetObject(ctx, b.name, key, options)
+	if err == nil {
+		_ = body.Close() // whatever it is
+	} else if seen.status != http.StatusRequestedRangeNotSatisfiable { // which an empty object is answered with
+		return b.fail(ctx, "stat", key, seen, err)
+	}
+	return b.invalid("stat", key, fmt.Errorf("%d %s to HEAD, of an object that can be read", status, http.StatusText(status)))
 }
 
 // trust is how long after an answer of the bucket an answer to HEAD that something is not there is believed.
