@@ -79,6 +79,9 @@ type unsent struct {
 	local bool // it is in this worker's journal
 	// at are the others that hold it, tried those that may, since they were asked to.
 	at, tried map[string]ring.Member
+	// refused is why the bucket did not take it when it was tried last, where another try will not help; by is whose that is.
+	refused error
+	by      *mount
 }
 
 // pending is a name of which something is not in the bucket yet, or of which other members may hold what is
@@ -94,14 +97,16 @@ type pending struct {
 	kept bool
 	gen  uint64 // grows when all of this was found anew
 	// through are writes that go to the bucket directly, under way or waiting; committing those that are
-	// being held. Only one of the two kinds goes on at a time.
-	through, committing int
-	queued, flushing    bool
-	checks              bool // the bucket may have the newest entry already: a former process or owner sent it
-	tries               int
-	next                time.Time // of another try
-	err                 error     // of the last try
-	changed             chan struct{}
+	// being held. Only one of the two kinds goes on at a time. Of the first, over are those that take the place of
+	// what the bucket refuses, and dropped is up to where one has.
+	through, committing, over int
+	dropped                   journal.Seq
+	queued, flushing          bool
+	checks                    bool // the bucket may have the newest entry already: a former process or owner sent it
+	tries                     int
+	next                      time.Time // of another try
+	err                       error     // of the last try
+	changed                   chan struct{}
 }
 
 func newBack(n *Names, c Back) (*back, error) {
@@ -153,6 +158,24 @@ func (p *pending) newest() *unsent {
 		return nil
 	}
 	return p.entries[len(p.entries)-1]
+}
+
+// refused is why what is pending does not come to the bucket, nor what it has by now is dropped, however often that is
+// tried; nil when it may.
+func (p *pending) refused() error {
+	if e := p.newest(); e != nil {
+		return e.refused
+	}
+	if lasting(p.err) {
+		return p.err
+	}
+	return nil
+}
+
+// heldUp says whether nothing is to be brought to the bucket: it would come there over a write that takes its place.
+func (p *pending) heldUp() bool {
+	e := p.newest()
+	return p.over > 0 && e != nil && e.Seq.Compare(p.dropped) > 0
 }
 
 // name is the state of a key. The caller holds the mutex.
@@ -263,14 +286,17 @@ func (b *back) nextSeq(epoch uint64) journal.Seq {
 	return journal.Seq{Epoch: epoch, N: b.last}
 }
 
-// lagging says whether the bucket is too far behind.
+// lagging says whether the bucket is too far behind. What it refuses for good is not, once it has taken what came later:
+// then it does not refuse everything.
 func (b *back) lagging() bool {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	before := b.n.c.Clock.Now().Add(-b.maxAge)
 	for _, p := range b.names {
-		if len(p.entries) > 0 && p.entries[0].Time.Before(before) {
-			return true
+		for _, e := range p.entries {
+			if e.Time.Before(before) && (e.refused == nil || e.by != nil && e.by.taken.Load() <= e.Time.UnixNano()) {
+				return true
+			}
 		}
 	}
 	return false
@@ -301,10 +327,23 @@ func (b *back) self(s state) ring.Member {
 	return ring.Member{ID: b.n.c.Self}
 }
 
+// passage is a write that goes to the bucket itself. None, where writes are not acknowledged before the bucket has them,
+// does nothing.
+type passage struct {
+	b *back
+	p *pending
+	s state
+	// upto, when not zero, is what the write takes the place of, since the bucket refuses that; gen is the name's then.
+	upto journal.Seq
+	gen  uint64
+}
+
 // through begins a write that goes to the bucket itself: after all that is pending of the name, and such that
-// no copy of that can come back over it. done must be called when it has ended.
-func (b *back) through(ctx context.Context, key string, s state) (done func(), err error) {
-	if s, err = b.waitSure(ctx, key, s); err != nil {
+// no copy of that can come back over it. One over whatever there is does not wait for what the bucket refuses for good:
+// since it may fail, that is pending, and served, until acknowledge. done must be called when it has ended.
+func (b *back) through(ctx context.Context, key string, s state, over bool) (*passage, error) {
+	s, err := b.waitSure(ctx, key, s)
+	if err != nil {
 		return nil, err
 	}
 	b.mu.Lock()
@@ -312,21 +351,25 @@ func (b *back) through(ctx context.Context, key string, s state) (done func(), e
 		b.mu.Unlock()
 		return nil, errStopping(b.n)
 	}
-	p := b.name(key)
-	p.through++
+	t := &passage{b: b, p: b.name(key), s: s}
+	t.p.through++
 	b.mu.Unlock()
-	done = func() {
-		b.mu.Lock()
-		p.through--
-		b.tidy(p)
-		b.mu.Unlock()
+	if err := t.wait(ctx, over); err != nil {
+		t.done()
+		return nil, err
 	}
+	return t, nil
+}
+
+// wait waits until nothing is pending and no copy can come back, or until the write may go over what is.
+func (t *passage) wait(ctx context.Context, over bool) (err error) {
+	b, p := t.b, t.p
 	within := time.NewTimer(flushWait)
 	defer within.Stop()
 	for {
 		list := b.n.epochs.now().Membership
 		b.mu.Lock()
-		changed, failed := p.changed, p.err
+		changed, failed, refused := p.changed, p.err, p.refused()
 		pending := len(p.entries) > 0 || p.committing > 0
 		safe := !p.kept && (len(p.stale) == 0 || p.marked(list) >= b.copies-1)
 		busy := p.flushing || p.kept
@@ -337,32 +380,105 @@ func (b *back) through(ctx context.Context, key string, s state) (done func(), e
 			b.enqueue(p)
 		}
 		b.mu.Unlock()
-		if now, ok := b.sure(key); !ok {
-			err = fmt.Errorf("%w: %q: the membership has changed", gateway.ErrBusy, key)
+		if now, ok := b.sure(p.key); !ok {
+			err = fmt.Errorf("%w: %q: the membership has changed", gateway.ErrBusy, p.key)
 		} else if now.Epoch != list.Epoch {
 			continue
 		} else if !pending && safe {
-			return done, nil
+			return nil
 		} else if !pending && !busy {
-			if err = b.secure(ctx, p, s); err == nil {
+			if err = b.secure(ctx, p, t.s); err == nil {
 				continue
 			}
-		} else if lasting(failed) {
-			err = failed
-		}
-		if err == nil {
-			select {
-			case <-changed:
-				continue
-			case <-within.C:
-				err = errors.Join(fmt.Errorf("%w: %q: what was put before is not in the bucket yet", gateway.ErrBusy, key), failed)
-			case <-ctx.Done():
-				err = ctx.Err()
+		} else if refused != nil && over && pending {
+			if t.takeOver() {
+				return nil
 			}
+		} else if refused != nil {
+			err = refused
 		}
-		done()
-		return nil, err
+		if err != nil {
+			return err
+		}
+		select {
+		case <-changed:
+		case <-within.C:
+			return errors.Join(fmt.Errorf("%w: %q: what was put before is not in the bucket yet", gateway.ErrBusy, p.key), failed)
+		case <-ctx.Done():
+			return ctx.Err()
+		}
 	}
+}
+
+// takeOver has nothing of the name be brought to the bucket until the write has ended; false while something is, or while
+// more is being held.
+func (t *passage) takeOver() bool {
+	t.b.mu.Lock()
+	defer t.b.mu.Unlock()
+	if t.p.flushing || t.p.committing > 0 || len(t.p.entries) == 0 || t.p.refused() == nil {
+		return false
+	}
+	t.p.over++
+	t.upto, t.gen = t.p.newest().Seq, t.p.gen
+	return true
+}
+
+// over says whether the write takes the place of something that the bucket refuses.
+func (t *passage) over() bool { return t != nil && t.upto != journal.Seq{} }
+
+// acknowledge waits until the write, which the bucket has committed by now, may be acknowledged.
+func (t *passage) acknowledge(ctx context.Context, w *write) error {
+	if t.over() {
+		if err := t.drop(ctx); err != nil {
+			return err
+		}
+	}
+	return w.acknowledge(ctx)
+}
+
+// drop drops what the write took the place of, such that no copy of it comes back.
+func (t *passage) drop(ctx context.Context) error {
+	b, p := t.b, t.p
+	same := func() error {
+		b.mu.Lock()
+		defer b.mu.Unlock()
+		if p.gen != t.gen { // found anew meanwhile: another may have owned the name
+			return fmt.Errorf("%w: %q: the membership has changed", gateway.ErrBusy, p.key)
+		}
+		return nil
+	}
+	b.mu.Lock()
+	if p.gen == t.gen && p.dropped.Compare(t.upto) < 0 {
+		p.dropped = t.upto
+		if e := p.newest(); e != nil && e.Seq == t.upto {
+			e.refused, p.tries = nil, 0
+		}
+		b.enqueue(p)
+	}
+	b.mu.Unlock()
+	if err := same(); err != nil {
+		return err
+	}
+	if err := t.wait(ctx, false); err != nil {
+		return err
+	}
+	return same()
+}
+
+// done ends a write, whatever became of it.
+func (t *passage) done() {
+	if t == nil {
+		return
+	}
+	t.b.mu.Lock()
+	defer t.b.mu.Unlock()
+	t.p.through--
+	if t.over() {
+		if t.p.over--; t.p.over == 0 {
+			t.b.enqueue(t.p)
+		}
+	}
+	t.b.tidy(t.p)
 }
 
 // lasting says whether what went wrong with a try to bring something to the bucket will again.

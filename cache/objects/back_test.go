@@ -686,17 +686,29 @@ func TestBackStopsOnceTheBucketHasEverything(t *testing.T) {
 	}
 }
 
-// Reads and listings see every acknowledged write, in its order, while the bucket throttles and names are written
-// over and deleted at once; what the bucket has in the end is the last of them.
-func TestBackHistoriesWithABucketThatThrottles(t *testing.T) {
-	bt := newBackTier(t)
-	var n atomic.Int64
+// throttleAndRefuse has the bucket throttle every other put, and refuse most of those of one key, and some deletes of it,
+// as if for good, until takeAll: then it only throttles.
+func (bt *backTier) throttleAndRefuse(key string) (takeAll func()) {
+	var n, of atomic.Int64
+	var all atomic.Bool
 	bt.proxy.Set(func(r *http.Request) bucket.Fault {
-		if r.Method == http.MethodPut && n.Add(1)%2 == 0 {
+		refuses := strings.HasSuffix(r.URL.Path, "/"+key) && !all.Load()
+		switch {
+		case refuses && r.Method == http.MethodPut && of.Add(1)%8 != 0, refuses && r.Method == http.MethodDelete && of.Add(1)%4 == 0:
+			return bucket.Fault{Status: 403, Code: "AccessDenied"}
+		case r.Method == http.MethodPut && n.Add(1)%2 == 0:
 			return bucket.Fault{Status: 503, Code: "SlowDown"}
 		}
 		return bucket.Fault{}
 	})
+	return func() { all.Store(true) }
+}
+
+// Reads and listings see every acknowledged write, in its order, while the bucket throttles, refuses one name, and names
+// are written over and deleted at once; what the bucket has in the end is the last of them.
+func TestBackHistoriesWithABucketThatThrottles(t *testing.T) {
+	bt := newBackTier(t)
+	takeAll := bt.throttleAndRefuse("key-2")
 	bt.start(3)
 	bt.writesBack()
 	acked := func() (n int64) {
@@ -710,6 +722,7 @@ func TestBackHistoriesWithABucketThatThrottles(t *testing.T) {
 	var wg sync.WaitGroup
 	h.clients(&wg, 6, 30, 3, func(r *rand.Rand) int { return r.IntN(3) })
 	wg.Wait()
+	takeAll()
 	h.check()
 	bt.nothingHeld()
 	if acked() == before {
@@ -731,13 +744,7 @@ func TestBackHistoriesWithABucketThatThrottles(t *testing.T) {
 func TestBackHistoriesWhileTheMembershipChanges(t *testing.T) {
 	bt := newBackTier(t)
 	bt.write.FlushWithin = worker.Duration(time.Second)
-	var n atomic.Int64
-	bt.proxy.Set(func(r *http.Request) bucket.Fault {
-		if r.Method == http.MethodPut && n.Add(1)%2 == 0 {
-			return bucket.Fault{Status: 503, Code: "SlowDown"}
-		}
-		return bucket.Fault{}
-	})
+	takeAll := bt.throttleAndRefuse("key-2")
 	const workers, clients, each, changes, keys = 4, 6, 30, 4, 3
 	bt.start(workers)
 	bt.writesBack()
@@ -785,6 +792,7 @@ func TestBackHistoriesWhileTheMembershipChanges(t *testing.T) {
 		}
 	}
 	wg.Wait()
+	takeAll()
 	h.check()
 	if acked() == before {
 		t.Error("no write was acknowledged before the bucket had it: the test shows nothing")

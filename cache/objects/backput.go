@@ -105,7 +105,7 @@ func (b *back) put(ctx context.Context, key string, p place, s state, size int64
 
 // draft begins an entry for a put; nil when it is to go through.
 func (b *back) draft(key string, p place, s state, size int64, o optionsJSON) *journal.Draft {
-	if kind := p.tags.kind.Load(); size > MaxBack || o.IfMatch != "" || o.IfAbsent || kind == tagsUnknown || kind == tagsOther {
+	if kind := p.tags.kind.Load(); size > MaxBack || !o.unconditional() || kind == tagsUnknown || kind == tagsOther {
 		return nil
 	}
 	b.mu.Lock()
@@ -227,13 +227,13 @@ func (b *back) entry(key string, r journal.Record) journal.Record {
 func (b *back) flushed(ctx context.Context, st *pending, seq journal.Seq) error {
 	for {
 		b.mu.Lock()
-		done, failed, changed := st.floor.Compare(seq) >= 0, st.err, st.changed
+		done, refused, changed := st.floor.Compare(seq) >= 0, st.refused(), st.changed
 		b.mu.Unlock()
 		switch {
 		case done:
 			return nil
-		case lasting(failed):
-			return failed
+		case refused != nil:
+			return refused
 		}
 		select {
 		case <-changed:
@@ -324,17 +324,24 @@ func (b *back) spread(ctx context.Context, st *pending, s state, e *unsent) bool
 
 // putThrough is a put that goes to the bucket itself.
 func (b *back) putThrough(ctx context.Context, key string, p place, s state, size int64, r io.Reader, o optionsJSON) (version, error) {
-	done, err := b.through(ctx, key, s)
+	t, err := b.through(ctx, key, s, o.unconditional())
 	if err != nil {
 		return version{}, fmt.Errorf("put %q: %w", key, err)
 	}
-	defer done()
-	if size > MaxBack || o.IfMatch != "" || o.IfAbsent || p.tags.kind.Load() != tagsUnknown {
-		return b.n.putThrough(ctx, key, p, s, true, size, r, o)
-	}
+	defer t.done()
+	learns := size <= MaxBack && o.unconditional() && p.tags.kind.Load() == tagsUnknown
 	sum := newSummed(r, o.Sums)
-	v, err := b.n.putThrough(ctx, key, p, s, true, size, sum, o)
+	if learns {
+		r = sum
+	}
+	v, err := b.n.putThrough(ctx, key, p, s, true, size, r, o)
 	if err == nil {
+		p.takes(b.n.c.Clock.Now())
+		if t.over() {
+			err = acknowledged(key, t.drop(ctx))
+		}
+	}
+	if err == nil && learns {
 		p.tags.learn(sum.md5(), v.object.Version)
 		if p.tags.kind.Load() == tagsOther {
 			b.n.log.Warn("writes to this bucket are not acknowledged before it has them: its ETags are not the MD5 of the content, so what it will give cannot be told", "bucket", p.URL())

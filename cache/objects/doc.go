@@ -69,6 +69,12 @@
 // ETag the bucket will give (see tags). When that turns out only after a put was read, it is acknowledged when it is in
 // the bucket. So nothing is ever acknowledged with fewer copies, and what the bucket says is what a client is told.
 //
+// What the bucket refuses for good stays pending, and the status says why. It does not count as lagging once the bucket
+// has taken what was put later, and no write waits for it that takes its place, which has no conditions. Such a write may
+// fail too. So what it takes the place of stays pending until the bucket has the write (or, of a delete, says that it has
+// nothing of that name); nothing of the name is brought there meanwhile. Then it is dropped as if the bucket had it, in
+// the same way and while the same is sure, before the write is acknowledged.
+//
 // What is pending overrides the bucket: for its owner's reads, which are by its own state of the name, and for
 // listings. Those ask the members before the bucket, and go by what each one knows to be pending of its own names: what
 // it does not tell then is in the bucket, or somebody has put it since. Of the names of an owner that cannot be reached,
@@ -116,11 +122,10 @@
 // refused. A worker that did not look at its membership for hungAfter is not sure until it has asked everybody again.
 //
 // An owner that starts anew asks the bucket first whether it has the newest version already. Where others write to the
-// bucket as well, the last to arrive there wins, as ever; that is when it is brought there, not when it was put. What
-// the bucket refuses for good stays pending, and the status says why. A copy whose bytes have changed is found by its
-// sums and taken from another holder. A worker that is stopped refuses writes and ends once it holds nothing any more,
-// for bounded time; past that, the others have it. One that is out of the list holds nothing any more once the bucket
-// has what it held, or enough members do.
+// bucket as well, the last to arrive there wins, as ever; that is when it is brought there, not when it was put. A copy
+// whose bytes have changed is found by its sums and taken from another holder. A worker that is stopped refuses writes
+// and ends once it holds nothing any more, for bounded time; past that, the others have it. One that is out of the list
+// holds nothing any more once the bucket has what it held, or enough members do.
 //
 // # Rules
 //

@@ -57,7 +57,7 @@ func (b *back) keepFlushing(ctx context.Context) {
 			if p != nil {
 				p.queued = false
 			}
-			if p == nil || p.flushing {
+			if p == nil || p.flushing || p.heldUp() {
 				b.mu.Unlock()
 				continue
 			}
@@ -141,13 +141,23 @@ func (b *back) flushOnce(ctx context.Context, p *pending) error {
 	}
 	b.mu.Lock()
 	e, checks, gen := p.newest(), p.checks, p.gen
+	needless := e != nil && e.Seq.Compare(p.dropped) <= 0 // the bucket has what came after it
 	b.mu.Unlock()
 	if e != nil {
-		at, err := b.n.locate(p.key)
-		if err == nil {
-			err = b.send(ctx, p, at, s, e, checks)
+		var at place
+		var err error
+		if !needless {
+			if at, err = b.n.locate(p.key); err == nil {
+				err = b.send(ctx, p, at, s, e, checks)
+			}
 		}
 		if err != nil {
+			b.mu.Lock()
+			e.refused, e.by = nil, at.mount
+			if lasting(err) {
+				e.refused = err
+			}
+			b.mu.Unlock()
 			if ctx.Err() == nil {
 				b.trouble(fmt.Errorf("%q is not in the bucket yet: %w", p.key, err))
 				b.repair(ctx, p, s)
@@ -160,7 +170,7 @@ func (b *back) flushOnce(ctx context.Context, p *pending) error {
 			b.mu.Unlock()
 			return nil // found anew meanwhile: the bucket is asked then
 		}
-		p.floor, p.checks, p.kept = e.Seq, false, true
+		p.floor, p.checks, p.kept, p.err = e.Seq, false, true, nil
 		p.entries = slices.DeleteFunc(p.entries, func(o *unsent) bool {
 			if o.Seq.Compare(e.Seq) > 0 {
 				return false
@@ -211,6 +221,7 @@ func (b *back) send(ctx context.Context, p *pending, at place, s state, e *unsen
 	}
 	b.n.counts.written.Add(e.Size)
 	b.n.counts.flushed.Add(1)
+	at.takes(b.n.c.Clock.Now())
 	if got.Version != e.ETag {
 		at.tags.kind.Store(tagsOther)
 		b.n.log.Warn("the bucket gave an object another ETag than it was acknowledged with: writes are not acknowledged before it has them from now on", "key", p.key, "acknowledged", e.ETag, "bucket", got.Version)
@@ -454,6 +465,7 @@ func (b *back) renew(p *pending, e *unsent, s state) (*unsent, error) {
 	}
 	n := &unsent{Record: r, acked: true, local: true, at: make(map[string]ring.Member), tried: make(map[string]ring.Member)}
 	b.mu.Lock()
+	n.refused, n.by = e.refused, e.by
 	maps.Copy(n.at, e.at) // they hold the same, which counts
 	maps.Copy(n.tried, e.tried)
 	p.entries = slices.DeleteFunc(p.entries, func(o *unsent) bool { return o.Seq == e.Seq })

@@ -76,9 +76,9 @@ func (n *Names) backRoutes(mux *http.ServeMux) {
 
 // settled returns once nothing of a name is pending.
 func (b *back) settled(ctx context.Context, key string, s state) error {
-	done, err := b.through(ctx, key, s)
+	t, err := b.through(ctx, key, s, false)
 	if err == nil {
-		done()
+		t.done()
 	}
 	return err
 }
@@ -399,7 +399,7 @@ func (b *back) adopt(list ring.Membership, kept func(key string) bool, missing [
 		for _, e := range st.entries { // copies may be on their way
 			maps.Copy(stale, e.tried)
 		}
-		st.entries, st.floor, st.kept, st.checks = nil, journal.Seq{}, false, true
+		st.entries, st.floor, st.dropped, st.kept, st.checks = nil, journal.Seq{}, journal.Seq{}, false, true
 		st.stale, st.marks = stale, make(map[string]ring.Member)
 		st.tries, st.next = 0, b.n.c.Clock.Now()
 		var old journal.Seq // the newest of what does not count

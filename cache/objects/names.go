@@ -273,7 +273,11 @@ type mount struct {
 	tags   tags
 	// noMatch and noAbsent say that the store puts nothing on the condition that there is a certain version, or none.
 	noMatch, noAbsent atomic.Bool
+	// taken is when the bucket took an object last, in nanoseconds of Unix.
+	taken atomic.Int64
 }
+
+func (m *mount) takes(now time.Time) { m.taken.Store(now.UnixNano()) }
 
 // mounts are the opened mounts in the order of their paths. Once opened they stay.
 func (n *Names) mounts() ([]*mount, error) {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"net/url"
+	"slices"
 	"strconv"
 	"time"
 
@@ -47,6 +48,9 @@ func optionsOf(o gateway.PutOptions) (optionsJSON, error) {
 	}
 	return out, nil
 }
+
+// unconditional says whether a write is to be whatever there is.
+func (o optionsJSON) unconditional() bool { return o.IfMatch == "" && !o.IfAbsent }
 
 func (o optionsJSON) write() source.WriteOptions {
 	return source.WriteOptions{Attributes: o.Attrs, IfMatch: o.IfMatch, IfAbsent: o.IfAbsent, Sums: o.Sums}
@@ -239,18 +243,22 @@ func (n *Names) remove(ctx context.Context, key string, p place, s state, owned 
 		return fmt.Errorf("delete %q: %w", key, err)
 	}
 	n.counts.deletes.Add(1)
+	var t *passage
 	if n.back != nil {
-		done, err := n.back.through(ctx, key, s)
-		if err != nil {
+		var err error
+		if t, err = n.back.through(ctx, key, s, true); err != nil {
 			return fmt.Errorf("delete %q: %w", key, err)
 		}
-		defer done()
+		defer t.done()
 		if err := waits(ctx); err != nil {
 			return fmt.Errorf("delete %q: %w", key, err)
 		}
 	}
 	w := n.begin(key, s, owned)
 	err := p.Delete(ctx, p.key)
+	if t.over() && lasting(err) && n.absent(ctx, p) {
+		err = nil // what it refuses to take it may refuse to delete as well
+	}
 	if err == nil {
 		w.now = &source.Object{}
 	}
@@ -258,7 +266,21 @@ func (n *Names) remove(ctx context.Context, key string, p place, s state, owned 
 	if err != nil {
 		return fmt.Errorf("delete %q: %w", key, err)
 	}
-	return acknowledged(key, w.acknowledge(ctx))
+	return acknowledged(key, t.acknowledge(ctx, w))
+}
+
+// absent says whether the bucket has nothing of that name, as far as it tells. Of one that it can never have it may
+// refuse to be asked, but not to list what there is.
+func (n *Names) absent(ctx context.Context, p place) bool {
+	_, err := n.ask(ctx, p)
+	if errors.Is(err, source.ErrNotFound) {
+		return true
+	}
+	if err == nil || !errors.Is(err, source.ErrInvalid) {
+		return false
+	}
+	page, err := p.pager.Page(ctx, source.PageRequest{Prefix: p.key, Delimited: true})
+	return err == nil && !page.More && !slices.ContainsFunc(page.Objects, func(o source.Object) bool { return o.Key == p.key })
 }
 
 // copyJSON is a copy as it travels.
@@ -307,7 +329,7 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 	}
 	o := c.Options.write()
 	object := source.Object{Key: from.key, Size: c.Size, Version: c.Version}
-	if from.URL() != p.URL() || c.Size > maxCopy || o.IfMatch != "" || o.IfAbsent {
+	if from.URL() != p.URL() || c.Size > maxCopy || !c.Options.unconditional() {
 		body, err := from.Get(ctx, object, 0, c.Size)
 		if err != nil {
 			return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
@@ -315,12 +337,12 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 		defer body.Close()
 		return n.put(ctx, to, p, s, owned, c.Size, waited{ctx, body}, c.Options)
 	}
+	var t *passage
 	if n.back != nil {
-		done, err := n.back.through(ctx, to, s)
-		if err != nil {
+		if t, err = n.back.through(ctx, to, s, true); err != nil {
 			return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
 		}
-		defer done()
+		defer t.done()
 	}
 	if err := n.precheck(ctx, p, o); err != nil {
 		return version{}, fmt.Errorf("copy %q to %q: %w", c.From, to, err)
@@ -337,7 +359,7 @@ func (n *Names) copy(ctx context.Context, to string, p place, s state, owned boo
 	}
 	v := version{became, stored(c.Options.Attrs)}
 	w.finish(&v, began)
-	return v, acknowledged(to, w.acknowledge(ctx))
+	return v, acknowledged(to, t.acknowledge(ctx, w))
 }
 
 // toBucket returns once nothing of a name is pending, whoever owns it.

@@ -157,12 +157,13 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 		return version{}, fmt.Errorf("complete %q: %w", key, err)
 	}
 	n.counts.puts.Add(1)
+	var t *passage
 	if n.back != nil {
-		done, err := n.back.through(ctx, key, s)
-		if err != nil {
+		var err error
+		if t, err = n.back.through(ctx, key, s, c.Options.unconditional()); err != nil {
 			return version{}, fmt.Errorf("complete %q: %w", key, err)
 		}
-		defer done()
+		defer t.done()
 		if err := waits(ctx); err != nil {
 			return version{}, fmt.Errorf("complete %q: %w", key, err)
 		}
@@ -172,7 +173,7 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 	holders := n.whoHolds(u)
 	w := n.begin(key, s, owned)
 	object, err := p.writer.CompleteUpload(ctx, p.key, c.Upload, c.Parts, o)
-	if errors.Is(err, source.ErrNoUpload) {
+	if errors.Is(err, source.ErrNoUpload) && !t.over() {
 		// Completed before, by a request whose answer was lost: the parts tell what it became.
 		if now, aerr := n.ask(ctx, p); aerr == nil && now.object.Version == etagOf(c.Parts) {
 			object, err = now.object, nil
@@ -186,7 +187,7 @@ func (n *Names) complete(ctx context.Context, key string, p place, s state, owne
 		return version{}, fmt.Errorf("complete %q: %w", key, refused(err, o))
 	}
 	n.makeWarm(key, p, object, &assembly{uploadName: u, made: c.Parts, size: object.Size, holders: holders})
-	return version{object: object}, acknowledged(key, w.acknowledge(ctx))
+	return version{object: object}, acknowledged(key, t.acknowledge(ctx, w))
 }
 
 // etagOf is the ETag that S3 gives an object of these parts; empty when theirs are of another kind.
