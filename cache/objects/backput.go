@@ -78,9 +78,14 @@ func (b *back) put(ctx context.Context, key string, p place, s state, size int64
 	if err := copyAll(d, t, size); err != nil {
 		return version{}, fmt.Errorf("put %q: %w", key, t.failed(err))
 	}
-	etag, _ := p.tags.of(sum.md5())
-	st, ok := b.enter(key)
-	if !ok { // writes of this name go through, now that there is one that must: in line with them
+	var st *pending
+	etag, ok := p.tags.of(sum.md5())
+	if ok {
+		st, ok = b.enter(key)
+	}
+	// Meanwhile it was learnt that the ETag cannot be told; or writes of this name go through, now that there is one that
+	// must: in line with them.
+	if !ok {
 		v, err := b.putThrough(ctx, key, p, s, size, waited{ctx, d.Content()}, o)
 		if moved := (*errMoved)(nil); errors.As(err, &moved) {
 			err = fmt.Errorf("put %q: %w: %v", key, gateway.ErrBusy, moved) // its content is read already

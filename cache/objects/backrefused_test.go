@@ -3,6 +3,7 @@ package objects_test
 import (
 	"bytes"
 	"errors"
+	"io"
 	"net/http"
 	"slices"
 	"strings"
@@ -151,10 +152,73 @@ func TestBackAWriteOverWhatTheBucketRefuses(t *testing.T) {
 	})
 	bt.nothingHeld()
 	for i := range 2 {
-		bt.reads(i, key, string(large))
+		if got, _, err := bt.get(i, key); err != nil || !bytes.Equal(got, large) {
+			t.Errorf("worker %d: %d bytes, %v", i, len(got), err)
+		}
 	}
 	if got, _, err := bt.inBucket(key); err != nil || !bytes.Equal(got, large) {
 		t.Errorf("the bucket has %d bytes, %v", len(got), err)
+	}
+}
+
+// While a put comes it turns out that the bucket's ETags are not what they were: the put is told the one that it has there.
+func TestBackETagsThatChangeWhileAPutComes(t *testing.T) {
+	bt := newBackTier(t)
+	bt.start(2)
+	bt.writesBack()
+	bt.nothingHeld()
+	content := content(1<<20, 1)
+	r, w := io.Pipe()
+	defer w.Close()
+	key := bt.keyOwnedBy(0, "slow")
+	type result struct {
+		info minio.UploadInfo
+		err  error
+	}
+	done := make(chan result, 1)
+	go func() {
+		info, err := bt.client(0).PutObject(t.Context(), "data", key, r, int64(len(content)), "", "", minio.PutObjectOptions{})
+		done <- result{info, err}
+	}()
+	half := len(content) / 2
+	if _, err := w.Write(content[:half]); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "it is held", func() error {
+		if len(bt.inJournal(0)) == 0 {
+			return errors.New("not yet")
+		}
+		return nil
+	})
+	bt.proxy.Set(func(r *http.Request) bucket.Fault {
+		if r.Method != http.MethodPut {
+			return bucket.Fault{}
+		}
+		return bucket.Fault{Header: func(h http.Header) { h.Set("ETag", `"0123456789abcdef0123456789abcdef"`) }}
+	})
+	other := bt.keyOwnedBy(0, "other")
+	eventually(t, "puts go through", func() error {
+		before := bt.metric(0, "stepcache_objects_acknowledged_back_total")
+		bt.mustPut(0, other, []byte("other"))
+		if bt.metric(0, "stepcache_objects_acknowledged_back_total") > before {
+			return errors.New("one was written back")
+		}
+		return nil
+	})
+	bt.proxy.Set(nil)
+	if _, err := w.Write(content[half:]); err != nil {
+		t.Fatal(err)
+	}
+	w.Close()
+	got := <-done
+	if got.err != nil || got.info.ETag != md5Hex(string(content)) {
+		t.Errorf("ETag %q, %v", got.info.ETag, got.err)
+	}
+	bt.inBucketSoon(key, content, md5Hex(string(content)))
+	for i := range 2 {
+		if got, _, err := bt.get(i, key); err != nil || !bytes.Equal(got, content) {
+			t.Errorf("worker %d: %d bytes, %v", i, len(got), err)
+		}
 	}
 }
 
