@@ -261,7 +261,10 @@ func TestDatasetSaysWhyItsWorkersDoNotRun(t *testing.T) {
 
 func TestNameThatIsTakenIsToldAndLeftAlone(t *testing.T) {
 	w := newWorld(t)
-	claim := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes"}, Spec: corev1.PersistentVolumeClaimSpec{
+	// Whose labels are a Dataset's is not yet its own.
+	claim := &corev1.PersistentVolumeClaim{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes", Labels: map[string]string{
+		v1alpha1.LabelDataset: "genomes", v1alpha1.LabelComponent: v1alpha1.ComponentNode, "app.kubernetes.io/managed-by": "stepcache",
+	}}, Spec: corev1.PersistentVolumeClaimSpec{
 		AccessModes: []corev1.PersistentVolumeAccessMode{corev1.ReadWriteOnce},
 		Resources:   corev1.VolumeResourceRequirements{Requests: corev1.ResourceList{corev1.ResourceStorage: resource.MustParse("1Gi")}},
 	}}

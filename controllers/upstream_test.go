@@ -88,11 +88,6 @@ func TestDatasetOfAnotherDatasetIsReadThroughItsTier(t *testing.T) {
 	w.condition(inner, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "view-worker-0", "view-worker-1")
 	w.must(w.Delete(t.Context(), outer))
 	w.gone(outer)
-	// The test's cluster collects no garbage.
-	w.must(w.Delete(t.Context(), set))
-	for _, name := range []string{"view-worker-0", "view-worker-1"} {
-		w.must(client.IgnoreNotFound(w.Delete(t.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: name}})))
-	}
 	w.gone(inner)
 }
 

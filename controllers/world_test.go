@@ -23,10 +23,13 @@ import (
 	appsv1 "k8s.io/api/apps/v1"
 	corev1 "k8s.io/api/core/v1"
 	eventsv1 "k8s.io/api/events/v1"
+	networkingv1 "k8s.io/api/networking/v1"
+	policyv1 "k8s.io/api/policy/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/client-go/rest"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -78,7 +81,7 @@ func (quick) Now() time.Time                         { return time.Now() }
 func (quick) After(d time.Duration) <-chan time.Time { return time.After(d / 50) }
 
 // world is a namespace with controllers and a test that plays the rest of a cluster: the StatefulSet
-// controller, the binder of claims, and kubelets that run real workers in this process.
+// controller, the binder of claims, the garbage collector, and kubelets that run real workers in this process.
 type world struct {
 	*testing.T
 	client.Client
@@ -293,6 +296,7 @@ func (w *world) node(i int, ready corev1.ConditionStatus) {
 // play does once what the rest of a cluster does. What fails is tried again.
 func (w *world) play(ctx context.Context) {
 	envtest.CollectPods(ctx, w, client.InNamespace(w.ns))
+	w.collect(ctx)
 	claims := &corev1.PersistentVolumeClaimList{}
 	_ = w.List(ctx, claims, client.InNamespace(w.ns))
 	for i := range claims.Items {
@@ -309,7 +313,11 @@ func (w *world) play(ctx context.Context) {
 	}
 	have := make(map[string]*corev1.Pod)
 	for i := range pods.Items {
-		have[pods.Items[i].Name] = &pods.Items[i]
+		pod := &pods.Items[i]
+		have[pod.Name] = pod
+		if !slices.ContainsFunc(sets.Items, func(s appsv1.StatefulSet) bool { return strings.HasPrefix(pod.Name, s.Name+"-") }) && pod.DeletionTimestamp.IsZero() {
+			_ = w.Delete(ctx, pod)
+		}
 	}
 	for i := range sets.Items {
 		s := &sets.Items[i]
@@ -338,6 +346,50 @@ func (w *world) play(ctx context.Context) {
 	}
 	for _, pod := range have {
 		w.kubelet(ctx, pod)
+	}
+}
+
+// kinds are those of a Dataset's objects in its namespace.
+func kinds() []client.ObjectList {
+	return []client.ObjectList{
+		&appsv1.StatefulSetList{}, &corev1.ConfigMapList{}, &corev1.SecretList{}, &corev1.ServiceList{},
+		&corev1.PersistentVolumeClaimList{}, &policyv1.PodDisruptionBudgetList{}, &networkingv1.NetworkPolicyList{},
+	}
+}
+
+// belongings are the objects of a Dataset in its namespace.
+func (w *world) belongings(ctx context.Context, name string) (all []client.Object) {
+	for _, list := range kinds() {
+		_ = w.List(ctx, list, client.InNamespace(w.ns), client.MatchingLabels{v1alpha1.LabelDataset: name})
+		_ = meta.EachListItem(list, func(o runtime.Object) error {
+			all = append(all, o.(client.Object))
+			return nil
+		})
+	}
+	return all
+}
+
+// collect does once what the garbage collector does where Datasets are deleted with propagation policy Foreground: it
+// deletes what they own, whatever their other finalizers wait for, and then takes its own finalizer off.
+func (w *world) collect(ctx context.Context) {
+	all := &v1alpha1.DatasetList{}
+	_ = w.List(ctx, all, client.InNamespace(w.ns))
+	for i := range all.Items {
+		d := &all.Items[i]
+		if !slices.Contains(d.Finalizers, metav1.FinalizerDeleteDependents) {
+			continue
+		}
+		left := false
+		for _, o := range w.belongings(ctx, d.Name) {
+			if slices.ContainsFunc(o.GetOwnerReferences(), func(r metav1.OwnerReference) bool { return r.UID == d.UID }) {
+				left = true
+				_ = w.Delete(ctx, o)
+			}
+		}
+		if !left {
+			d.Finalizers = slices.DeleteFunc(d.Finalizers, func(f string) bool { return f == metav1.FinalizerDeleteDependents })
+			_ = w.Update(ctx, d)
+		}
 	}
 }
 

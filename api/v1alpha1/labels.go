@@ -10,6 +10,9 @@ import corev1 "k8s.io/api/core/v1"
 const (
 	// LabelDataset is on every object of a Dataset; its value is the Dataset's name.
 	LabelDataset = Group + "/dataset"
+	// LabelUID is beside it on every object in the Dataset's namespace, and on its volume; its value is the
+	// Dataset's UID, which says that the object is not somebody else's, nor of another Dataset of that name.
+	LabelUID = Group + "/dataset-uid"
 	// LabelSharedFrom is on the copies of a Dataset's Secrets in other namespaces; its value is the
 	// Dataset's namespace. LabelDataset is beside it.
 	LabelSharedFrom = Group + "/shared-from"

@@ -14,7 +14,6 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
@@ -28,7 +27,7 @@ func (p *pass) object(name, component string) metav1.ObjectMeta {
 	return metav1.ObjectMeta{
 		Namespace: p.dataset.Namespace, Name: name,
 		Labels: map[string]string{
-			v1alpha1.LabelDataset: p.dataset.Name, v1alpha1.LabelComponent: component,
+			v1alpha1.LabelDataset: p.dataset.Name, v1alpha1.LabelUID: string(p.dataset.UID), v1alpha1.LabelComponent: component,
 			"app.kubernetes.io/name": "stepcache", "app.kubernetes.io/managed-by": "stepcache",
 		},
 	}
@@ -38,12 +37,6 @@ func (p *pass) object(name, component string) metav1.ObjectMeta {
 // wanted changed or somebody else changed one of its fields. reader is the cache, or past it. want becomes
 // what is on the server.
 func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, condition string, want client.Object) error {
-	owned := true
-	if _, ok := want.(*corev1.PersistentVolume); ok {
-		owned = false // a namespaced object cannot own it: deletion removes it
-	} else if err := controllerutil.SetControllerReference(p.dataset, want, r.client.Scheme()); err != nil {
-		return err
-	}
 	hash, err := hashOf(want)
 	if err != nil {
 		return err
@@ -66,12 +59,15 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	if err != nil {
 		return err
 	}
-	kind := reflect.TypeOf(want).Elem().Name()
-	ours := metav1.IsControlledBy(have, p.dataset)
-	if !owned {
-		ours = have.GetLabels()[v1alpha1.LabelDataset] == p.dataset.Name
-	}
-	if !ours {
+	kind := kindOf(want)
+	switch {
+	case belongs(have, p.dataset):
+	case left(have, p.dataset.Name, p.dataset.UID):
+		if err := discard(ctx, r.client, []client.Object{have}); err != nil {
+			return err
+		}
+		return block(condition, "NameTaken", "%s %q is of a Dataset that had this name before; it is being deleted, and goes once no pod uses it", kind, want.GetName())
+	default:
 		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
 	}
 	if pv, ok := have.(*corev1.PersistentVolume); ok && pv.Spec.NodeAffinity != nil {
@@ -81,7 +77,8 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	if err != nil {
 		return err
 	}
-	if have.GetAnnotations()[annotationApplied] == hash && !free {
+	owners := withoutOwner(have, p.dataset)
+	if have.GetAnnotations()[annotationApplied] == hash && !free && len(owners) == len(have.GetOwnerReferences()) {
 		same, err := unchanged(want, have)
 		if err != nil {
 			return fmt.Errorf("%s %s: %w", kind, want.GetName(), err)
@@ -91,7 +88,7 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 			return nil
 		}
 	}
-	// Labels and annotations of others stay.
+	// Labels, annotations and owners of others stay.
 	labels, annotations := maps.Clone(have.GetLabels()), maps.Clone(have.GetAnnotations())
 	if labels == nil {
 		labels = map[string]string{}
@@ -103,6 +100,7 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	maps.Copy(annotations, want.GetAnnotations())
 	want.SetLabels(labels)
 	want.SetAnnotations(annotations)
+	want.SetOwnerReferences(owners)
 	want.SetFinalizers(have.GetFinalizers())
 	want.SetResourceVersion(have.GetResourceVersion())
 	switch want := want.(type) {

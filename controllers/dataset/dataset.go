@@ -58,16 +58,16 @@ import (
 // for as metadata only.
 //
 // +kubebuilder:rbac:groups=data.stepcache.dev,resources=datasets,verbs=get;list;watch;update;patch
-// +kubebuilder:rbac:groups=data.stepcache.dev,resources=datasets/status;datasets/finalizers,verbs=update;patch
-// +kubebuilder:rbac:groups=apps,resources=statefulsets,verbs=get;list;watch;create;update
-// +kubebuilder:rbac:groups="",resources=services;configmaps,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups=data.stepcache.dev,resources=datasets/status,verbs=update;patch
+// +kubebuilder:rbac:groups=apps,resources=statefulsets,verbs=get;list;watch;create;update;delete
+// +kubebuilder:rbac:groups="",resources=services;configmaps,verbs=get;list;watch;create;update;delete
 // +kubebuilder:rbac:groups="",resources=secrets,verbs=get;create;update;delete
 // +kubebuilder:rbac:groups="",resources=pods,verbs=get;list;watch;delete
 // +kubebuilder:rbac:groups="",resources=nodes,verbs=get;list;watch
 // +kubebuilder:rbac:groups="",resources=namespaces,verbs=get;list;watch;patch
 // +kubebuilder:rbac:groups="",resources=persistentvolumes;persistentvolumeclaims,verbs=get;list;watch;create;update;patch;delete
-// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=get;list;watch;create;update
-// +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=get;list;watch;create;update
+// +kubebuilder:rbac:groups=policy,resources=poddisruptionbudgets,verbs=get;list;watch;create;update;delete
+// +kubebuilder:rbac:groups=networking.k8s.io,resources=networkpolicies,verbs=get;list;watch;create;update;delete
 // +kubebuilder:rbac:groups="",resources=events,verbs=get;list
 // +kubebuilder:rbac:groups=events.k8s.io,resources=events,verbs=create;patch
 // +kubebuilder:rbac:groups=coordination.k8s.io,resources=leases,verbs=get;create;update,namespace=stepcache-system
@@ -141,6 +141,8 @@ type memory struct {
 	// in vain, and asked when that was looked up.
 	made, asked time.Time
 	words       string
+	// inherited: what was there before this controller was looked at.
+	inherited bool
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
 	// copies are those of Secrets in other namespaces, by namespace and name.
@@ -184,12 +186,12 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 	}
 	return ctrl.NewControllerManagedBy(m).Named("dataset").
 		For(&v1alpha1.Dataset{}, builder.WithPredicates(predicate.Or(predicate.GenerationChangedPredicate{}, predicate.AnnotationChangedPredicate{}))).
-		Owns(&appsv1.StatefulSet{}).
-		Owns(&corev1.ConfigMap{}).
-		Owns(&corev1.Service{}).
-		Owns(&policyv1.PodDisruptionBudget{}).
-		Owns(&networkingv1.NetworkPolicy{}).
-		Owns(&corev1.PersistentVolumeClaim{}).
+		Watches(&appsv1.StatefulSet{}, toDataset).
+		Watches(&corev1.ConfigMap{}, toDataset).
+		Watches(&corev1.Service{}, toDataset).
+		Watches(&policyv1.PodDisruptionBudget{}, toDataset).
+		Watches(&networkingv1.NetworkPolicy{}, toDataset).
+		Watches(&corev1.PersistentVolumeClaim{}, toDataset).
 		Watches(&corev1.Pod{}, toDataset).
 		Watches(&corev1.PersistentVolume{}, toDataset).
 		Watches(&corev1.Namespace{}, handler.EnqueueRequestsFromMapFunc(r.sharers), builder.WithPredicates(appears)).
@@ -242,15 +244,18 @@ type phase func(context.Context, *pass) error
 func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reconcile.Result, error) {
 	have := &v1alpha1.Dataset{}
 	if err := r.client.Get(ctx, req.NamespacedName, have); err != nil {
-		return reconcile.Result{}, client.IgnoreNotFound(err)
+		if apierrors.IsNotFound(err) {
+			err = r.orphans(ctx, req.NamespacedName)
+		}
+		return reconcile.Result{}, err
 	}
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
 	phases := []phase{
-		r.finalizer, r.validate, r.namespace, r.makeKeys, r.observe, r.gateway, r.config, r.membership, r.network,
+		r.finalizer, r.inherit, r.validate, r.namespace, r.makeKeys, r.observe, r.gateway, r.config, r.membership, r.network,
 		r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}
 	if !have.DeletionTimestamp.IsZero() {
-		phases = []phase{r.observe, r.settle, r.deletion}
+		phases = []phase{r.inherit, r.observe, r.settle, r.deletion}
 	}
 	var failed []error
 	for _, do := range phases {

@@ -63,10 +63,9 @@ func Named(pods []string) string {
 	return text + ")"
 }
 
-// Release removes what the owner references of a Dataset that is being deleted do not, and then its finalizer:
-// first its claim and the copies of its Secrets, so that no new pod can start with it, then its volume
-// and the label of its namespace. While pods use it, it names them and takes nothing from them. live reads
-// past any cache.
+// Release removes what belongs to a Dataset that is being deleted, and then its finalizer: first its claim and the
+// copies of its Secrets, so that no new pod can start with it, then its volume, the label of its namespace, its workers
+// and all else. While pods use it, it names them and takes nothing from them. live reads past any cache.
 func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alpha1.Dataset) (pods []string, err error) {
 	if pods, err := Users(ctx, live, d); err != nil || len(pods) > 0 {
 		return pods, err
@@ -76,8 +75,8 @@ func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alph
 	if client.IgnoreNotFound(err) != nil {
 		return nil, err
 	}
-	if err == nil && metav1.IsControlledBy(claim, d) {
-		if err := client.IgnoreNotFound(c.Delete(ctx, claim, client.Preconditions{UID: &claim.UID})); err != nil {
+	if err == nil && belongs(claim, d) {
+		if err := discard(ctx, c, []client.Object{claim}); err != nil {
 			return nil, err
 		}
 	}
@@ -95,12 +94,19 @@ func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alph
 	if client.IgnoreNotFound(err) != nil {
 		return nil, err
 	}
-	if err == nil && volume.Labels[v1alpha1.LabelDataset] == d.Name {
-		if err := client.IgnoreNotFound(c.Delete(ctx, volume, client.Preconditions{UID: &volume.UID})); err != nil {
+	if err == nil && belongs(volume, d) {
+		if err := discard(ctx, c, []client.Object{volume}); err != nil {
 			return nil, err
 		}
 	}
 	if err := unlabelNamespace(ctx, c, d); err != nil {
+		return nil, err
+	}
+	all, err := find(ctx, c, belongings(client.ObjectKeyFromObject(d)), func(o client.Object) bool { return belongs(o, d) })
+	if err != nil {
+		return nil, err
+	}
+	if err := discard(ctx, c, all); err != nil {
 		return nil, err
 	}
 	patched := d.DeepCopy()

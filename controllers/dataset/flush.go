@@ -49,6 +49,8 @@ type looked struct {
 	problem string
 	// unasked are the workers that may hold some and could not be asked, and why.
 	unasked map[string]string
+	// nobody: there is no worker to ask; what it had last is what was said last.
+	nobody bool
 }
 
 // back says whether workers of the Dataset may hold what the bucket does not have.
@@ -94,9 +96,9 @@ func (r *Reconciler) flushed(_ context.Context, p *pass) error {
 	case now.problem != "":
 		p.condition(v1alpha1.ConditionFlushed, metav1.ConditionFalse, ReasonBucketUnavailable, "%s", forPeople(p.dataset, text))
 		p.warn(ReasonBucketUnavailable, "Flush", "what was written is not in the bucket yet: %s", forPeople(p.dataset, now.problem))
-	case now.objects > 0 || now.bytes > 0:
+	case !now.nobody && (now.objects > 0 || now.bytes > 0):
 		p.condition(v1alpha1.ConditionFlushed, metav1.ConditionFalse, ReasonPending, "%s", text)
-	case len(now.unasked) > 0:
+	case len(now.unasked) > 0 || now.nobody:
 		p.condition(v1alpha1.ConditionFlushed, metav1.ConditionUnknown, ReasonNotAnswering, "%s", text)
 	default:
 		p.condition(v1alpha1.ConditionFlushed, metav1.ConditionTrue, ReasonFlushed, "the bucket has all that was written")
@@ -147,6 +149,13 @@ func (p *pass) look() *looked {
 			l.problem = u.Problem
 		}
 	}
+	if last := p.dataset.Status.Unflushed; len(p.members.Members) == 0 && len(l.unasked) == 0 && (last.Objects > 0 || last.Bytes > 0) {
+		// That they are gone is no word that the bucket has it.
+		l.nobody, l.objects, l.bytes = true, last.Objects, last.Bytes
+		if last.Oldest != nil {
+			l.oldest = last.Oldest.Time
+		}
+	}
 	return l
 }
 
@@ -176,6 +185,9 @@ func (l *looked) troubles() []string {
 	}
 	for _, id := range slices.Sorted(maps.Keys(l.unasked)) {
 		parts = append(parts, "worker "+id+" "+l.unasked[id])
+	}
+	if l.nobody {
+		parts = append(parts, "that is what the workers said last, and there is none to ask any more")
 	}
 	return parts
 }

@@ -14,9 +14,8 @@ import (
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
 
-// remains deletes what belonged to Datasets, and copies of their Secrets in other namespaces. The cluster's
-// garbage collector does most of it; what was orphaned, or whose Dataset somebody tore out by its finalizer,
-// it does not.
+// remains deletes what belonged to Datasets, and copies of their Secrets in other namespaces. Most of it goes with its
+// Dataset; what was orphaned, or whose Dataset somebody tore out by its finalizer, does not.
 func (u *uninstaller) remains(ctx context.Context) error {
 	for _, kind := range []schema.GroupVersionKind{
 		{Group: "apps", Version: "v1", Kind: "StatefulSet"},
@@ -48,8 +47,8 @@ func (u *uninstaller) removeAll(ctx context.Context, kind schema.GroupVersionKin
 	for i := range all.Items {
 		o := &all.Items[i]
 		o.SetGroupVersionKind(kind)
-		if u.DryRun && len(o.OwnerReferences) > 0 {
-			continue // it goes with its Dataset, which was named
+		if u.DryRun && (len(o.OwnerReferences) > 0 || u.named[o.Labels[v1alpha1.LabelUID]]) {
+			continue // it goes with its owner or its Dataset, which was named
 		}
 		if err := u.remove(ctx, o); err != nil {
 			return err
@@ -126,7 +125,7 @@ func (u *uninstaller) deadNodes(ctx context.Context) (map[string]bool, error) {
 	return dead, nil
 }
 
-// volumes deletes the volumes of Datasets, which have no owner.
+// volumes deletes the volumes of Datasets.
 func (u *uninstaller) volumes(ctx context.Context) error {
 	return u.until(ctx, func(ctx context.Context) (string, error) {
 		all := &corev1.PersistentVolumeList{}

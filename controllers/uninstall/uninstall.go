@@ -54,7 +54,7 @@ func Run(ctx context.Context, c client.Client, o Options) error {
 	if o.Poll == 0 {
 		o.Poll = 2 * time.Second
 	}
-	u := &uninstaller{Options: o, c: c}
+	u := &uninstaller{Options: o, c: c, named: make(map[string]bool)}
 	for _, step := range []func(context.Context) error{
 		u.loads, u.datasets, u.remains, u.pods, u.volumes,
 		u.webhooks, u.node, u.programs, u.labels, u.others,
@@ -77,7 +77,8 @@ func Run(ctx context.Context, c client.Client, o Options) error {
 type uninstaller struct {
 	Options
 	c     client.Client
-	did   bool // something was there to remove
+	did   bool            // something was there to remove
+	named map[string]bool // the UIDs of Datasets that were there
 	alone *bool
 }
 
@@ -216,6 +217,7 @@ func (u *uninstaller) datasets(ctx context.Context) error {
 			return "", err
 		}
 		for i := range all.Items {
+			u.named[string(all.Items[i].UID)] = true
 			if err := u.remove(ctx, &all.Items[i]); err != nil {
 				return "", err
 			}
