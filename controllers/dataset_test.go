@@ -822,3 +822,63 @@ func TestMembershipThatWasDeletedComesBackWithAGreaterEpoch(t *testing.T) {
 		return nil
 	})
 }
+
+// anew ends a worker's pod as a drain of its node does, and waits until the list has the one that comes after it.
+func (w *world) anew(d *v1alpha1.Dataset, i int) {
+	w.Helper()
+	before := w.members(d)
+	w.must(w.Delete(w.Context(), &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: before.Members[i].ID}}))
+	w.eventually("the list has the new worker", func() error {
+		if m := w.members(d); len(m.Members) != len(before.Members) || m.Members[i].Addr == before.Members[i].Addr {
+			return fmt.Errorf("list %s", asJSON(m))
+		}
+		return nil
+	})
+}
+
+func TestReadersFindTheWorkersWhileADeletionWaitsForThem(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	pod := w.pod("reader", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "genomes"}})
+	w.must(w.Create(t.Context(), pod))
+	w.must(w.Delete(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "reader")
+	w.anew(d, 0)
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "reader")
+	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
+	w.gone(d)
+}
+
+func TestReadersFindTheWorkersOfADatasetThatCannotGoOn(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 1, 1000)
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Mounts[0].CredentialsSecretRef = nil })
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionFalse, "InvalidSpec")
+	w.anew(d, 1)
+	// What is wanted of pods is not known: none is taken for one that leaves.
+	w.eventually("both serve", func() error {
+		for name, s := range w.statuses() {
+			if s.Epoch != w.members(d).Epoch {
+				return fmt.Errorf("worker %s follows %d", name, s.Epoch)
+			}
+		}
+		return nil
+	})
+	w.passes(d, 4)
+	for _, m := range w.members(d).Members {
+		if m.State != ring.Ready {
+			t.Errorf("member %s", asJSON(m))
+		}
+	}
+	// A policy that does not take one of its Secrets is no different.
+	update(w, d, func(d *v1alpha1.Dataset) {
+		d.Spec.Mounts[0].CredentialsSecretRef = &v1alpha1.CredentialsRef{Name: "access-key"}
+	})
+	w.waitReady(d)
+	w.requests.refusing(v1alpha1.AttributeNodeMemory)
+	update(w, d, func(d *v1alpha1.Dataset) {
+		d.Spec.Node = &v1alpha1.NodeCache{Memory: ptr.To(resource.MustParse("1Gi"))}
+	})
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "Refused", "genomes-reader")
+	w.anew(d, 0)
+}

@@ -4,7 +4,8 @@
 // It owns one reconciler. Each file named after a phase holds that phase; phases run in the order of
 // Reconcile, each on a pass that holds what the earlier ones found. A phase that cannot go on returns a
 // *blocked error, which names the condition that says why; what the API server does not allow is told in
-// Ready; anything else that fails is tried again with backoff. There is one write of the status per pass, and
+// Ready; anything else that fails is tried again with backoff. A pass that ends early, and one of a Dataset whose
+// deletion waits, still keeps the list of workers. There is one write of the status per pass, and
 // Events are sent after it.
 //
 // Buckets and the Secrets of their credentials are read by the workers only: what the controller says of
@@ -26,6 +27,7 @@ import (
 	"fmt"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -250,20 +252,18 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, err
 	}
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
-	phases := []phase{
-		r.finalizer, r.inherit, r.validate, r.namespace, r.makeKeys, r.observe, r.gateway, r.config, r.membership, r.network,
-		r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
+	prepare := []phase{r.inherit, r.finalizer, r.validate, r.namespace, r.makeKeys, r.gateway, r.config}
+	serve := []phase{
+		r.membership, r.network, r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}
 	if !have.DeletionTimestamp.IsZero() {
-		phases = []phase{r.inherit, r.observe, r.settle, r.deletion}
+		prepare, serve = []phase{r.inherit}, []phase{r.deletion}
 	}
 	var failed []error
-	for _, do := range phases {
-		err := do(ctx, p)
+	end := func(err error) {
 		var b *blocked
 		switch {
 		case err == nil:
-			continue
 		case errors.As(err, &b):
 			p.condition(b.condition, metav1.ConditionFalse, b.reason, "%s", b.Error())
 		case apierrors.IsConflict(err) || apierrors.IsAlreadyExists(err):
@@ -275,6 +275,16 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 			p.refused = err
 		default:
 			failed = append(failed, err)
+		}
+	}
+	for i, do := range slices.Concat([]phase{r.observe}, prepare, serve) {
+		err := do(ctx, p)
+		if err == nil {
+			continue
+		}
+		end(err)
+		if i > 0 && i <= len(prepare) {
+			end(r.settle(ctx, p)) // whatever is wrong, its readers have to find the workers that it has
 		}
 		break
 	}

@@ -28,6 +28,12 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 	p.dataset.Status.ObservedGeneration = p.dataset.Generation
 	var pods []string
 	var err error
+	settled := p.back()
+	if settled {
+		if err := r.settle(ctx, p); err != nil {
+			return err
+		}
+	}
 	if p.back() {
 		if pods, err = Users(ctx, r.live, p.dataset); err != nil {
 			return err
@@ -47,7 +53,10 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "deletion %s", text)
 		p.warn("InUse", "Delete", "deletion %s", text)
 		p.again = r.Poll / 5 // pods of users are not watched
-		return nil
+		if settled {
+			return nil
+		}
+		return r.settle(ctx, p) // here, so that nothing that fails of it keeps a deletion that nobody is in the way of
 	}
 	p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "Deleting", "nothing uses it any more")
 	r.forget(p.dataset.UID)

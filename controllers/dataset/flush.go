@@ -266,22 +266,23 @@ func (p *pass) member(id string) bool {
 	return slices.ContainsFunc(p.members.Members, func(m ring.Member) bool { return m.ID == id })
 }
 
-// settle keeps a Dataset whose deletion has to wait for the bucket going: who its workers are, as pods come and
-// go, and what they hold. Nothing is made that is not there: the namespace may be on its way out too.
+// settle keeps the tier of a Dataset going whose deletion waits, or whose pass ended early: who its workers are, as
+// pods come and go, and what they hold. Nothing is made that is not there: the namespace may be on its way out too.
 func (r *Reconciler) settle(ctx context.Context, p *pass) error {
-	if !p.back() {
+	var err error
+	if p.members, err = r.written(ctx, p); err != nil {
+		return err
+	}
+	if p.members.Epoch == 0 && !p.back() {
 		return nil
 	}
 	secret := &corev1.Secret{}
-	err := r.live.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.KeysName(p.dataset.Name)}, secret)
+	err = r.live.Get(ctx, client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.KeysName(p.dataset.Name)}, secret)
 	if client.IgnoreNotFound(err) != nil {
 		return err
 	}
 	if p.keys, err = keysOf(secret); err != nil {
 		p.keys.Control = nil
-	}
-	if p.members, err = r.written(ctx, p); err != nil {
-		return err
 	}
 	var phases []phase
 	if p.members.Epoch > 0 {

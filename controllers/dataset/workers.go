@@ -89,8 +89,8 @@ func (r *Reconciler) config(ctx context.Context, p *pass) error {
 // rolling is the member that leaves for a new template: one at a time, and only while all others serve. A
 // pod that is not ready is replaced without leaving, since nobody reads from it.
 func (p *pass) rolling(had map[string]ring.Member) string {
-	if !p.dataset.DeletionTimestamp.IsZero() {
-		return "" // its pods go soon enough
+	if p.wanted == "" {
+		return "" // of one that is being deleted, or cannot go on, no worker is replaced
 	}
 	replicas := int(p.dataset.Spec.Workers.Replicas)
 	ready, last := 0, ""
