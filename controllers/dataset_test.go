@@ -307,6 +307,9 @@ func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
 	phase(corev1.VolumeBound)
 	old := claim.UID
 	w.must(w.Delete(t.Context(), claim))
+	w.condition(d, v1alpha1.ConditionVolumeReady, metav1.ConditionFalse, "ClaimDeleted", `"genomes"`, "made anew")
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "ClaimDeleted")
+	w.event("ClaimDeleted", "no new pod")
 	w.eventually("the claim is made anew", func() error {
 		err := w.Get(t.Context(), client.ObjectKeyFromObject(claim), claim)
 		if err != nil || claim.UID != old {
@@ -330,6 +333,7 @@ func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
 	if pv.Spec.ClaimRef.UID != claim.UID {
 		t.Errorf("claimRef %s of claim %s", asJSON(pv.Spec.ClaimRef), claim.UID)
 	}
+	w.waitReady(d)
 }
 
 func TestVolumeOfAnEarlierVersionKeepsItsAffinity(t *testing.T) {

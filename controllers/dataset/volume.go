@@ -2,6 +2,7 @@ package dataset
 
 import (
 	"context"
+	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/resource"
@@ -17,6 +18,7 @@ const (
 	ReasonBound         = "Bound"
 	ReasonBinding       = "Binding"       // the cluster has not bound the claim yet
 	ReasonNoNodeService = "NoNodeService" // no node could mount the claim
+	ReasonClaimDeleted  = "ClaimDeleted"  // somebody deletes the claim, and pods keep it
 )
 
 // volume keeps the PersistentVolume and the claim of the Dataset's own name. The volume says which Dataset,
@@ -56,6 +58,12 @@ func (r *Reconciler) volume(ctx context.Context, p *pass) error {
 	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionVolumeReady, claim); err != nil {
 		return err
 	}
+	if !claim.DeletionTimestamp.IsZero() {
+		text := fmt.Sprintf("claim %q is being deleted: no new pod can be scheduled with it; once the pods that have it have ended it is made anew", claim.Name)
+		p.warn(ReasonClaimDeleted, "Bind", "%s", text)
+		return block(v1alpha1.ConditionVolumeReady, ReasonClaimDeleted, "%s", text)
+	}
+	delete(p.said, ReasonClaimDeleted)
 	switch claim.Status.Phase {
 	case corev1.ClaimBound:
 	case corev1.ClaimLost:
