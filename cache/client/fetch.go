@@ -119,7 +119,7 @@ func (c *Client) guess(ctx context.Context, w piece, dst []byte) error {
 		case err == nil:
 			return nil
 		case ctx.Err() != nil:
-			return context.Cause(ctx)
+			return c.giveUp(ctx, w, err)
 		case isClosed(w.urgent):
 			return c.fetch(ctx, w, dst)
 		case errors.Is(err, errHung):

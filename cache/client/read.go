@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"sync"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/checksum"
@@ -166,6 +167,7 @@ type part struct {
 	block  int64
 	off    int // within the block
 	p      []byte
+	since  time.Time // when the reader began to wait for it
 	extent *extent
 	near   *arrival
 	far    bool // it could not be read where this machine's worker has it
@@ -199,7 +201,7 @@ func (r *reading) read(ctx context.Context, p []byte, off int64) (int, error) {
 	for done < len(p) {
 		for n < len(open) && len(todo) > 0 {
 			block := at / ring.BlockSize
-			k := part{block: block, off: int(at - block*ring.BlockSize)}
+			k := part{block: block, off: int(at - block*ring.BlockSize), since: time.Now()}
 			k.p = todo[:min(len(todo), r.blockLen(block)-k.off)]
 			if !r.begin(&k) && n > 0 {
 				break // no room for more than one at a time
@@ -356,13 +358,21 @@ func (l *loan) end() {
 // finish waits for a part's bytes and copies them out.
 func (r *reading) finish(ctx context.Context, k *part) error {
 	c := r.c
+	anew := false  // ctx ends with the reader's time
+	var last error // of a fetch whose time was over before the reader's
+	ended := func() error {
+		if last != nil && errors.Is(context.Cause(ctx), errDeadline) {
+			return last // tells what the workers said
+		}
+		return c.giveUp(ctx, piece{index: r.index}, nil)
+	}
 	for {
 		switch {
 		case k.filled != nil:
 			select {
 			case <-k.filled:
 			case <-ctx.Done():
-				return fmt.Errorf("%s: %w", c.name(r.index), context.Cause(ctx))
+				return ended()
 			}
 			k.filled = nil
 			r.begin(k)
@@ -371,7 +381,7 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 			select {
 			case <-k.near.done:
 			case <-ctx.Done():
-				return fmt.Errorf("%s: %w", c.name(r.index), context.Cause(ctx))
+				return ended()
 			}
 			a := k.near
 			switch {
@@ -396,7 +406,7 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 			select {
 			case <-k.extent.done:
 			case <-ctx.Done():
-				return fmt.Errorf("%s: %w", c.name(r.index), context.Cause(ctx))
+				return ended()
 			}
 			e := k.extent
 			if e.err == nil {
@@ -408,10 +418,23 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 				c.count.bufferBytes.Add(int64(len(k.p)))
 				return nil
 			}
-			if !errors.Is(e.err, context.Canceled) && !errors.Is(e.err, errGuess) || c.ctx.Err() != nil {
+			left := c.timing.client - time.Since(k.since)
+			switch {
+			case c.ctx.Err() != nil:
+				return e.err
+			case errors.Is(e.err, context.Canceled), errors.Is(e.err, errGuess):
+				// Those for whom it was fetched gave up as this reader joined, or it was a guess.
+			case errors.Is(e.err, context.DeadlineExceeded) && left > 0:
+				last = e.err // the time of those for whom it was fetched is over, and not this reader's
+			default:
 				return e.err
 			}
-			// Those for whom it was fetched gave up as this reader joined, or it was a guess.
+			if !anew {
+				anew = true
+				var cancel context.CancelFunc
+				ctx, cancel = context.WithTimeoutCause(ctx, left, errDeadline)
+				defer cancel()
+			}
 			r.end(k)
 			r.begin(k)
 			continue

@@ -10,6 +10,7 @@ import (
 	"sync"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	"golang.org/x/sync/errgroup"
 
@@ -510,6 +511,58 @@ func TestABucketThatStallsEndsTheReadAtTheDeadlineWithTheReason(t *testing.T) {
 		w.set(nil)
 	}
 	if err := checkRead(testContext(t), c, k.index("f"), k.data["f"], 0, 1<<20); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The time of a fetch is that of the reader that it was begun for, or of nobody: who joins it has a time of his own,
+// all of it and no more.
+func TestAReaderThatJoinsAFetchHasItsOwnTime(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, checksum.Size)})
+	k.start("a")
+	// A fetch that was begun long ago: its time ends after this reader joined it.
+	join := func(c *Client) (e *extent, done chan error) {
+		e, _ = c.cache.add(c.ctx, blockKey{index: k.index("f")}, 0, 1, checksum.Size, nil)
+		done = make(chan error, 1)
+		go func() { done <- checkRead(ctx, c, k.index("f"), k.data["f"], 0, checksum.Size) }()
+		eventually(t, "a reader that waits for it", func() bool { return c.Stats().Joins == 1 })
+		return e, done
+	}
+	over := fmt.Errorf("its time is over: %w", context.DeadlineExceeded)
+
+	c := k.dial(nil)
+	e, done := join(c)
+	c.cache.finish(e, over)
+	c.cache.release(e)
+	if err := <-done; err != nil {
+		t.Fatalf("the worker was well and the reader had time: %v", err)
+	}
+
+	// What it waits for next is another's fetch again, which takes longer than the reader may wait.
+	k.timing.client = time.Second
+	c = k.dial(nil)
+	e, done = join(c)
+	c.cache.mu.Lock()
+	c.cache.forget(e)
+	c.cache.mu.Unlock()
+	next, _ := c.cache.add(c.ctx, e.key, 0, 1, checksum.Size, nil)
+	c.cache.finish(e, over)
+	c.cache.release(e)
+	if err := <-done; !errors.Is(err, over) {
+		t.Fatalf("the reader's time is over: %v", err)
+	}
+	c.cache.finish(next, nil)
+	c.cache.release(next)
+	c.cache.release(next)
+
+	// A guess whose time is over ends as a fetch does, for who joined it.
+	k.timing.client = 100 * time.Millisecond
+	c = k.dial(nil)
+	k.worker("a").set(func(wire.Request) *answer { return &answer{never: true} })
+	o, _ := k.snap.Ring(k.index("f"))
+	w := piece{index: k.index("f"), object: o, n: checksum.Size, urgent: make(chan struct{})}
+	if err := c.guess(ctx, w, make([]byte, w.n)); !errors.Is(err, context.DeadlineExceeded) {
 		t.Fatal(err)
 	}
 }
