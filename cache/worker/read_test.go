@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"encoding/hex"
@@ -337,6 +338,54 @@ func TestASlowReaderDoesNotHoldUpOthers(t *testing.T) {
 	got, err := tr.dial(0).file(i, size, 0)
 	if err != nil || !bytes.Equal(got, content(size, 1)) {
 		t.Fatalf("another reader: %d bytes, %v", len(got), err)
+	}
+}
+
+// takesLittle is a connection whose peer takes so much in the time of a deadline, and nothing once it has had most.
+type takesLittle struct {
+	net.Conn
+	little, most int
+	got          []byte
+	over         bool // its deadline
+}
+
+func (c *takesLittle) SetWriteDeadline(time.Time) error { c.over = false; return nil }
+func (c *takesLittle) Close() error                     { return nil }
+func (c *takesLittle) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
+
+func (c *takesLittle) Write(p []byte) (int, error) {
+	if c.over {
+		return 0, os.ErrDeadlineExceeded
+	}
+	n := min(c.little, len(p), c.most-len(c.got))
+	c.got = append(c.got, p[:n]...)
+	if n < len(p) {
+		c.over = true
+		return n, os.ErrDeadlineExceeded
+	}
+	return n, nil
+}
+
+// TestAReaderThatTakesLittleIsNotCutOff: only one that takes nothing is.
+func TestAReaderThatTakesLittleIsNotCutOff(t *testing.T) {
+	want := content(ring.BlockSize, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	w := tr.workers[0]
+	i := index(t, tr.snapshot(), "/f")
+	answer := func(to net.Conn) error {
+		c := &conn{Conn: to, worker: w, cancel: func() {}, turn: make(chan struct{}, 1), budget: newBudget(w.connBudget), pins: newBudget(connPins)}
+		return c.read(context.Background(), wire.Request{Op: wire.OpRead, Index: i, Length: ring.BlockSize})
+	}
+	to := &takesLittle{little: 200_000, most: math.MaxInt}
+	if err := answer(to); err != nil {
+		t.Fatal(err)
+	}
+	if _, p, err := wire.ReadFrame(bufio.NewReader(bytes.NewReader(to.got))); err != nil || !bytes.Equal(p, want) {
+		t.Fatalf("%d bytes, %v", len(p), err)
+	}
+	if err := answer(&takesLittle{little: 200_000, most: ring.BlockSize / 2}); !errors.Is(err, errWrite) || !errors.Is(err, os.ErrDeadlineExceeded) {
+		t.Fatalf("one that takes nothing any more: %v", err)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"net"
+	"os"
 	"sync"
 	"time"
 
@@ -29,8 +30,9 @@ const (
 	maxConnRequests = 256
 	maxRequests     = 8192
 	connPins        = 16 * ring.BlockSize
-	// writeTimeout bounds one reply's way to a reader; one that is slower than that is cut off, so that
-	// it does not keep blocks from eviction and buffers from others.
+	// writeTimeout is how long a reader may take nothing of a reply before it is cut off, so that it does not keep
+	// blocks from eviction and buffers from others. One that takes little has a slow line, which many share perhaps:
+	// how long it waits for the whole is for it to say.
 	writeTimeout = 10 * time.Second
 	// chunkSize is the length of the buffers that replies are copied through. Over loopback, blocks of 4 MiB
 	// from huge pages (4 KiB pages): copied in chunks of 1 MiB 4.7 (3.1) GB/s, a mapping made for each
@@ -436,9 +438,7 @@ var errWrite = errors.New("reply not written")
 func (c *conn) reply(ctx context.Context, req wire.Request, rep wire.Reply, p []byte) error {
 	rep.Length, rep.Sums = int32(len(p)), checksum.All(p)
 	return c.write(ctx, req, rep, func(header []byte) error {
-		bufs := net.Buffers{header, p}
-		_, err := bufs.WriteTo(c.Conn)
-		return err
+		return c.send(header, p)
 	})
 }
 
@@ -446,9 +446,7 @@ func (c *conn) reply(ctx context.Context, req wire.Request, rep wire.Reply, p []
 func (c *conn) replyBlock(ctx context.Context, req wire.Request, rep wire.Reply, b *store.Block, off int64) error {
 	if p := b.Bytes(); p != nil {
 		return c.write(ctx, req, rep, func(header []byte) error {
-			bufs := net.Buffers{header, p[off : off+int64(rep.Length)]}
-			_, err := bufs.WriteTo(c.Conn)
-			return err
+			return c.send(header, p[off:off+int64(rep.Length)])
 		})
 	}
 	return c.write(ctx, req, rep, func(header []byte) error {
@@ -461,8 +459,7 @@ func (c *conn) replyBlock(ctx context.Context, req wire.Request, rep wire.Reply,
 				c.worker.store.Verify(b)
 				return fmt.Errorf("read a block in memory: %w", err)
 			}
-			bufs := net.Buffers{header, p}
-			if _, err := bufs.WriteTo(c.Conn); err != nil {
+			if err := c.send(header, p); err != nil {
 				return err
 			}
 			header = nil
@@ -484,17 +481,34 @@ func (c *conn) write(ctx context.Context, req wire.Request, rep wire.Reply, fram
 	defer func() { <-c.turn }()
 	rep.ID, rep.Epoch = req.ID, c.worker.members.view().Epoch
 	c.header = wire.AppendReply(c.header[:0], rep)
-	err := c.SetWriteDeadline(time.Now().Add(writeTimeout))
-	if err == nil {
-		err = frame(c.header)
-	}
-	if err != nil {
+	if err := frame(c.header); err != nil {
 		c.cancel()
 		c.Close()
 		c.worker.log.Debug("reply not written", "peer", c.RemoteAddr().String(), "error", err)
 		return fmt.Errorf("%w: %w", errWrite, err)
 	}
 	return nil
+}
+
+// send writes a piece of a frame for as long as the reader takes some of it.
+func (c *conn) send(header, p []byte) error {
+	bufs := net.Buffers{header, p}
+	// In two halves: the kernel tells of room once there is much of it, but who asks gets what there is.
+	for idle := 0; ; {
+		if err := c.SetWriteDeadline(time.Now().Add(writeTimeout / 2)); err != nil {
+			return err
+		}
+		n, err := bufs.WriteTo(c.Conn)
+		if !errors.Is(err, os.ErrDeadlineExceeded) {
+			return err
+		}
+		if idle++; n > 0 {
+			idle = 0
+		}
+		if idle == 2 {
+			return err
+		}
+	}
 }
 
 // namesFor is what serves a connection with requests about names: other workers' have the write key, those of
