@@ -75,7 +75,7 @@ type conn struct {
 	epoch func(uint64)
 	// corrupt is told of a frame that does not decode.
 	corrupt func()
-	rx      atomic.Uint64 // counts reads that returned bytes
+	rx      atomic.Uint64 // bytes received
 	grace   time.Duration // for an answer that is being received when its call is given up
 	closed  chan struct{}
 
@@ -268,7 +268,7 @@ func (c *conn) write(t timing) {
 func (c *conn) Read(p []byte) (int, error) {
 	n, err := c.nc.Read(p)
 	if n > 0 {
-		c.rx.Add(1)
+		c.rx.Add(uint64(n))
 	}
 	return n, err
 }

@@ -371,7 +371,7 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 	if end, ok := ctx.Deadline(); ok { // so that the worker stops when nobody waits any more
 		req.WaitMillis = uint32(max(1, min(time.Until(end), wire.WorkerTimeout).Milliseconds()))
 	}
-	begun := time.Now()
+	begun, received := time.Now(), conn.rx.Load()
 	first, err := conn.start(req, dst, w.to)
 	if err != nil {
 		return err
@@ -456,6 +456,13 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 			c.count.workerBytes.Add(int64(w.n))
 			return nil
 		case <-timer.C:
+			// A line that is crowded still brings a block in that time: this answer's turn comes, as long as ctx lasts,
+			// and whoever else was asked would make the crowd larger.
+			if now := conn.rx.Load(); now-received >= ring.BlockSize {
+				received = now
+				timer.Reset(c.timing.worker)
+				continue
+			}
 			if quit() {
 				return fmt.Errorf("worker %s: %w", s.peer.member.ID, wire.ErrLate)
 			}

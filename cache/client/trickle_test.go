@@ -7,6 +7,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 // trickle stands before a worker and passes its answers on: so many bytes at once, then one at a time, each a
@@ -89,6 +91,49 @@ func TestAWorkerWhoseAnswerTricklesIsGivenUpInTime(t *testing.T) {
 		case <-closed:
 		case <-time.After(testDeadline):
 			t.Fatal("Close waits for the worker")
+		}
+	}
+}
+
+// An answer that waits for others on the same line is waited for while those come: asking anew or elsewhere would only
+// make them more.
+func TestAnAnswerOnACrowdedLineIsWaitedFor(t *testing.T) {
+	k := newTier(t, map[string][]byte{"late": content(1, 4<<20), "crowd": content(2, 4<<20)})
+	k.timing.worker = 2 * time.Second
+	k.start("a")
+	c := k.dial(nil)
+	ctx := testContext(t)
+	turn, asked := make(chan struct{}), make(chan struct{}, 100)
+	late := k.index("late")
+	k.worker("a").set(func(r wire.Request) *answer {
+		if r.Index != late {
+			return nil
+		}
+		asked <- struct{}{}
+		return &answer{wait: turn}
+	})
+	done := make(chan error, 1)
+	go func() { done <- checkRead(ctx, c, late, k.data["late"], 0, 4<<20) }()
+	<-asked
+	for begun := time.Now(); ; c.Forget(k.index("crowd")) {
+		if err := checkRead(ctx, c, k.index("crowd"), k.data["crowd"], 0, 4<<20); err != nil {
+			t.Fatal(err)
+		}
+		if time.Since(begun) < k.timing.worker*3/2 {
+			continue
+		}
+		select {
+		case <-turn:
+		default:
+			close(turn)
+		}
+		select {
+		case err := <-done:
+			if err != nil || len(asked) > 0 {
+				t.Fatalf("asked for %d times more, %v", len(asked), err)
+			}
+			return
+		default:
 		}
 	}
 }
