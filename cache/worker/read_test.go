@@ -12,6 +12,7 @@ import (
 	"net"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"sync"
 	"testing"
@@ -435,6 +436,68 @@ func TestASlowReaderPinsLittle(t *testing.T) {
 	release[0] = func() { b.Release(); done(); unpin() }
 	for _, r := range release {
 		r()
+	}
+}
+
+// takesNothing is a connection whose peer takes nothing until it is closed.
+type takesNothing struct {
+	net.Conn
+	asked  chan<- struct{}
+	closed <-chan struct{}
+}
+
+func (c *takesNothing) SetWriteDeadline(time.Time) error { return nil }
+func (c *takesNothing) Close() error                     { return nil }
+func (c *takesNothing) RemoteAddr() net.Addr             { return &net.TCPAddr{} }
+
+func (c *takesNothing) Write([]byte) (int, error) {
+	c.asked <- struct{}{}
+	<-c.closed
+	return 0, net.ErrClosed
+}
+
+// TestACrowdOfSlowReadersTakesLittleHeap, and another reader has its answer meanwhile.
+func TestACrowdOfSlowReadersTakesLittleHeap(t *testing.T) {
+	const readers = 300
+	want := content(ring.BlockSize, 1)
+	tr := newTier(t, map[string][]byte{"f": want})
+	tr.start(1)
+	w := tr.workers[0]
+	i := index(t, tr.snapshot(), "/f")
+	if _, err := tr.dial(0).file(i, ring.BlockSize, 0); err != nil {
+		t.Fatal(err)
+	}
+	heap := func() uint64 {
+		runtime.GC()
+		runtime.GC() // what pools keep goes with the second
+		var m runtime.MemStats
+		runtime.ReadMemStats(&m)
+		return m.HeapAlloc
+	}
+	before := heap()
+	asked, closed := make(chan struct{}), make(chan struct{})
+	var wg sync.WaitGroup
+	defer wg.Wait()
+	defer close(closed)
+	for range readers {
+		c := &conn{
+			Conn: &takesNothing{asked: asked, closed: closed}, worker: w, cancel: func() {}, turn: make(chan struct{}, 1),
+			budget: newBudget(w.connBudget), pins: newBudget(connPins),
+		}
+		wg.Go(func() {
+			if err := c.read(context.Background(), wire.Request{Op: wire.OpRead, Index: i, Length: ring.BlockSize}); !errors.Is(err, errWrite) {
+				t.Error(err)
+			}
+		})
+	}
+	for range readers {
+		<-asked
+	}
+	if grown := int64(heap() - before); grown > 2*(maxChunks*chunkSize+readers*smallChunk) {
+		t.Errorf("%d readers that take nothing hold %d MiB of heap", readers, grown>>20)
+	}
+	if p, err := tr.dial(0).file(i, ring.BlockSize, 0); err != nil || !bytes.Equal(p, want) {
+		t.Fatalf("another reader: %d bytes, %v", len(p), err)
 	}
 }
 

@@ -39,6 +39,11 @@ const (
 	// block 4.7 (3.1), sendfile 3.1 (2.5), small files 3.7 (1.5), 2.4 (1.2), 3.3 (1.3). A copy needs no
 	// mapping that outlives an eviction, and no pages in flight after the block was released.
 	chunkSize = 1 << 20
+	// maxChunks is how many of them are in use at most. A reader keeps one for as long as its reply takes, so of a crowd
+	// that shares a line most have a small one, which costs the processor no more, and none waits for those that take
+	// nothing.
+	maxChunks  = 32
+	smallChunk = 32 << 10
 )
 
 // budget bounds the bytes that a reader may hold.
@@ -74,8 +79,34 @@ type conn struct {
 	header   []byte        // of the reply being written
 }
 
-// chunks are the buffers that replies are copied through.
-var chunks = sync.Pool{New: func() any { b := make([]byte, chunkSize); return &b }}
+// chunks and smallChunks are the buffers that replies are copied through; chunkTokens has a token for each of chunks that
+// is in use.
+var (
+	chunks      = sync.Pool{New: func() any { b := make([]byte, chunkSize); return &b }}
+	smallChunks = sync.Pool{New: func() any { b := make([]byte, smallChunk); return &b }}
+	chunkTokens = make(chan struct{}, maxChunks)
+)
+
+// takeChunk returns a buffer for a reply of n bytes; giveChunk takes it back.
+func takeChunk(n int64) *[]byte {
+	if n > smallChunk {
+		select {
+		case chunkTokens <- struct{}{}:
+			return chunks.Get().(*[]byte)
+		default:
+		}
+	}
+	return smallChunks.Get().(*[]byte)
+}
+
+func giveChunk(buf *[]byte) {
+	if len(*buf) == smallChunk {
+		smallChunks.Put(buf)
+		return
+	}
+	chunks.Put(buf)
+	<-chunkTokens
+}
 
 // acceptBlocks serves the block protocol until the listener is closed, and returns once every connection
 // has ended.
@@ -450,10 +481,10 @@ func (c *conn) replyBlock(ctx context.Context, req wire.Request, rep wire.Reply,
 		})
 	}
 	return c.write(ctx, req, rep, func(header []byte) error {
-		buf := chunks.Get().(*[]byte)
-		defer chunks.Put(buf)
+		buf := takeChunk(int64(rep.Length))
+		defer giveChunk(buf)
 		for left := int64(rep.Length); left > 0; {
-			p := (*buf)[:min(left, chunkSize)]
+			p := (*buf)[:min(left, int64(len(*buf)))]
 			if _, err := b.ReadAt(p, off); err != nil {
 				// Whoever cut the file short did so to all who come: the next one has the block fetched again.
 				c.worker.store.Verify(b)
