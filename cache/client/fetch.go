@@ -259,7 +259,8 @@ func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte, n int)
 	bucket := 0
 	settling := false // an owner is getting the snapshot
 	failed := make(map[*peer]bool)
-	for i, s := range c.plan(v, w) {
+	steps := c.plan(v, w)
+	for i, s := range steps {
 		if failed[s.peer] {
 			continue
 		}
@@ -286,6 +287,11 @@ func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte, n int)
 		o.add(err)
 		c.log.Debug("worker did not serve a block", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
 		if o.final {
+			failed[s.peer] = true
+			if !temporary(err) && c.heldElsewhere(ctx, steps, failed, w, dst) {
+				c.count.fallbacks.Add(1)
+				o.ok = true
+			}
 			return o
 		}
 		if !errors.Is(err, wire.ErrNotOwner) {
@@ -309,6 +315,17 @@ func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte, n int)
 		o.hope = true
 	}
 	return o
+}
+
+// heldElsewhere asks the owners that have not failed for what they hold, when the bucket has lost a block that another
+// of its owners does not hold any more.
+func (c *Client) heldElsewhere(ctx context.Context, steps []step, failed map[*peer]bool, w piece, dst []byte) bool {
+	for _, s := range steps {
+		if s.flags == 0 && !failed[s.peer] && c.try(ctx, step{peer: s.peer, flags: wire.FlagResidentOnly}, w, dst) == nil {
+			return true
+		}
+	}
+	return false
 }
 
 // try asks one worker, again where that worker may well answer at the second attempt.

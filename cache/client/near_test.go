@@ -258,6 +258,11 @@ func TestABadLoanIsReadOverTheNetwork(t *testing.T) {
 		"no sums": {block: func([]byte) func(r wire.Request) (wire.Reply, []byte) {
 			return func(r wire.Request) (wire.Reply, []byte) { return wire.Reply{Index: r.Index, Off: r.Off}, nil }
 		}},
+		"changed in the bucket, and held elsewhere": {block: func([]byte) func(r wire.Request) (wire.Reply, []byte) {
+			return func(wire.Request) (wire.Reply, []byte) {
+				return wire.Reply{Status: wire.Changed}, []byte("etag differs")
+			}
+		}},
 		"another block": {block: func(data []byte) func(r wire.Request) (wire.Reply, []byte) {
 			return func(r wire.Request) (wire.Reply, []byte) {
 				reply, p := good(data)(r)

@@ -383,15 +383,12 @@ func (r *reading) finish(ctx context.Context, k *part) error {
 			case <-ctx.Done():
 				return ended()
 			}
-			a := k.near
-			switch {
-			case a.err == nil && r.near.read(k.block, a.sums, k.p, k.off):
+			if a := k.near; a.err == nil && r.near.read(k.block, a.sums, k.p, k.off) {
 				c.count.nearHits.Add(1)
 				c.count.nearBytes.Add(int64(len(k.p)))
 				return nil
-			case a.err != nil && !temporary(a.err):
-				return c.explain(piece{index: r.index}, a.err)
 			}
+			// Another worker may hold it, whatever this one, or the bucket, said.
 			k.near, k.far = nil, true
 			r.begin(k)
 			continue

@@ -290,6 +290,40 @@ func TestChangedAndDeletedObjectsEndTheReadAndSayWhich(t *testing.T) {
 	}
 }
 
+// The bucket has lost what another owner still holds.
+func TestAChangedObjectIsReadWhileACopyIsHeld(t *testing.T) {
+	ctx := testContext(t)
+	k := newTier(t, map[string][]byte{"f": content(1, 1<<20)})
+	k.start("a", "b", "c")
+	c := k.dial(func(c *Config) { c.Copies = 2 })
+	owners := k.owners("f", 0)
+	var held atomic.Bool
+	owners[1].set(func(r wire.Request) *answer {
+		if r.Flags&wire.FlagResidentOnly == 0 {
+			return &answer{status: wire.Internal, text: "it would ask the bucket"}
+		}
+		if !held.Load() {
+			return &answer{status: wire.NotResident}
+		}
+		return nil
+	})
+	for status, want := range map[wire.Status]error{wire.Changed: source.ErrChanged, wire.NotFound: source.ErrNotFound} {
+		owners[0].set(func(wire.Request) *answer { return &answer{status: status, text: "etag differs"} })
+		held.Store(false)
+		if _, err := c.ReadAt(ctx, k.index("f"), make([]byte, 100), 0); !errors.Is(err, want) || !strings.Contains(err.Error(), "etag differs") {
+			t.Fatalf("nobody holds it: %v", err)
+		}
+		held.Store(true)
+		if err := checkRead(ctx, c, k.index("f"), k.data["f"], 0, 1<<20); err != nil {
+			t.Fatal(err)
+		}
+		c.Forget(k.index("f"))
+	}
+	if n := len(owners[2].seen()); n != 0 {
+		t.Fatalf("a worker that is no owner was asked %d times", n)
+	}
+}
+
 func TestOneDeniedWorkerDoesNotEndAReadAndAllDeniedDo(t *testing.T) {
 	ctx := testContext(t)
 	k := newTier(t, map[string][]byte{"f": content(1, 1<<20)})
