@@ -145,6 +145,10 @@ type memory struct {
 	words       string
 	// inherited: what was there before this controller was looked at.
 	inherited bool
+	// users are the pods that a deletion waits for, as they were at lookedAt, and pause is how long that is good enough.
+	users    []string
+	lookedAt time.Time
+	pause    time.Duration
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
 	// copies are those of Secrets in other namespaces, by namespace and name.
@@ -297,7 +301,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, fmt.Errorf("dataset %s: %w", req, errors.Join(failed...))
 	}
 	usual := r.Poll
-	if p.dataset.Status.Phase != v1alpha1.DatasetReady {
+	if phase := p.dataset.Status.Phase; phase != v1alpha1.DatasetReady && phase != v1alpha1.DatasetDeleting {
 		usual /= 5
 	}
 	p.soon(usual)

@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/fields"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 
@@ -26,33 +27,31 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 		return nil
 	}
 	p.dataset.Status.ObservedGeneration = p.dataset.Generation
-	var pods []string
-	var err error
 	settled := p.back()
 	if settled {
 		if err := r.settle(ctx, p); err != nil {
 			return err
 		}
 	}
-	if p.back() {
-		if pods, err = Users(ctx, r.live, p.dataset); err != nil {
-			return err
-		}
-		if len(pods) == 0 && !r.mayStop(p, "deletion", time.Time{}) {
+	pods, err := r.users(ctx, p)
+	if err != nil {
+		return err
+	}
+	if len(pods) == 0 {
+		if !r.mayStop(p, "deletion", time.Time{}) {
 			p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, ReasonUnflushed, "deletion waits for the bucket (see condition %s); %s", v1alpha1.ConditionFlushed, WayOut(p.dataset))
 			return nil
 		}
-	}
-	if len(pods) == 0 {
 		if pods, err = Release(ctx, r.client, r.live, p.dataset); err != nil {
 			return err
 		}
+		p.users = pods
 	}
 	if len(pods) > 0 {
 		text := "waits for " + Named(pods) + " that use it"
 		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "InUse", "deletion %s", text)
 		p.warn("InUse", "Delete", "deletion %s", text)
-		p.again = r.Poll / 5 // pods of users are not watched
+		p.soon(p.lookedAt.Add(p.pause).Sub(p.now)) // pods of users are not watched
 		if settled {
 			return nil
 		}
@@ -61,6 +60,20 @@ func (r *Reconciler) deletion(ctx context.Context, p *pass) error {
 	p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, "Deleting", "nothing uses it any more")
 	r.forget(p.dataset.UID)
 	return nil
+}
+
+// users are the pods that use a Dataset that is being deleted, as they were a moment ago: one look reads all pods of
+// its namespaces, so the pauses between two grow, the longer it takes. Release looks again.
+func (r *Reconciler) users(ctx context.Context, p *pass) ([]string, error) {
+	if p.now.Before(p.lookedAt.Add(p.pause)) {
+		return p.users, nil
+	}
+	pods, err := Users(ctx, r.live, p.dataset)
+	if err != nil {
+		return nil, err
+	}
+	p.users, p.lookedAt, p.pause = pods, p.now, min(max(2*p.pause, r.Poll/5), 4*r.Poll)
+	return pods, nil
 }
 
 // Named is how many pods there are, and the first of them.
@@ -131,12 +144,14 @@ func Users(ctx context.Context, live client.Reader, d *v1alpha1.Dataset) ([]stri
 	for _, ns := range union(d.Status.SharedWith, otherNamespaces(d)) {
 		namespaces = append(namespaces, string(ns))
 	}
+	running := client.MatchingFieldsSelector{Selector: fields.AndSelectors(
+		fields.OneTermNotEqualSelector("status.phase", string(corev1.PodSucceeded)), fields.OneTermNotEqualSelector("status.phase", string(corev1.PodFailed)))}
 	var names []string
 	for _, ns := range namespaces {
 		next := ""
 		for {
 			pods := &corev1.PodList{}
-			if err := live.List(ctx, pods, client.InNamespace(ns), client.Limit(500), client.Continue(next)); err != nil {
+			if err := live.List(ctx, pods, client.InNamespace(ns), running, client.Limit(500), client.Continue(next)); err != nil {
 				return nil, err
 			}
 			for i := range pods.Items {
@@ -153,9 +168,6 @@ func Users(ctx context.Context, live client.Reader, d *v1alpha1.Dataset) ([]stri
 }
 
 func uses(pod *corev1.Pod, d *v1alpha1.Dataset) bool {
-	if pod.Status.Phase == corev1.PodSucceeded || pod.Status.Phase == corev1.PodFailed {
-		return false
-	}
 	return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool {
 		if c := v.PersistentVolumeClaim; c != nil {
 			return pod.Namespace == d.Namespace && c.ClaimName == v1alpha1.ClaimName(d.Name)
