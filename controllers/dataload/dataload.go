@@ -33,7 +33,6 @@ import (
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
-	"sigs.k8s.io/controller-runtime/pkg/controller"
 	"sigs.k8s.io/controller-runtime/pkg/controller/controllerutil"
 	"sigs.k8s.io/controller-runtime/pkg/handler"
 	"sigs.k8s.io/controller-runtime/pkg/predicate"
@@ -127,7 +126,7 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 		For(&v1alpha1.DataLoad{}, builder.WithPredicates(predicate.GenerationChangedPredicate{})).
 		Watches(&v1alpha1.Dataset{}, ofDataset).
 		Watches(&v1alpha1.DataLoad{}, after).
-		WithOptions(controller.Options{MaxConcurrentReconciles: 8}).
+		WithOptions(dataset.Queue()).
 		Complete(r)
 }
 

@@ -41,6 +41,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
+	"k8s.io/client-go/util/workqueue"
 	ctrl "sigs.k8s.io/controller-runtime"
 	"sigs.k8s.io/controller-runtime/pkg/builder"
 	"sigs.k8s.io/controller-runtime/pkg/client"
@@ -201,8 +202,20 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 		Watches(&corev1.Pod{}, toDataset).
 		Watches(&corev1.PersistentVolume{}, toDataset).
 		Watches(&corev1.Namespace{}, handler.EnqueueRequestsFromMapFunc(r.sharers), builder.WithPredicates(appears)).
-		WithOptions(controller.Options{MaxConcurrentReconciles: 8}).
+		WithOptions(Queue()).
 		Complete(r)
+}
+
+// retryAtMost is the longest pause after passes that failed, which is what everybody waits for after an outage of the
+// API server. The default is 1,000 seconds.
+const retryAtMost = 30 * time.Second
+
+// Queue is how the passes of a controller's objects follow each other.
+func Queue() controller.Options {
+	return controller.Options{
+		MaxConcurrentReconciles: 8,
+		RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](5*time.Millisecond, retryAtMost),
+	}
 }
 
 // blocked is an error that a condition tells: the pass ends, and is tried again at the usual interval or
