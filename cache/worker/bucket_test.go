@@ -231,7 +231,7 @@ func TestABucketThatIsAwayHidesNoneThatRefuses(t *testing.T) {
 		t.Fatal(err)
 	}
 	eventually(t, "one is away", func() error {
-		if tr.workers[0].problems.away() == nil {
+		if tr.workers[0].problems.of(problemAway) == nil {
 			return errors.New("not told yet")
 		}
 		return nil

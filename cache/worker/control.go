@@ -160,7 +160,7 @@ func (w *Worker) Status() wire.WorkerStatus {
 	s.Problem = w.problems.String()
 	if err := w.problems.ready(); err != nil {
 		s.Reason = wire.StatusOf(err).String()
-	} else if err := w.problems.away(); err != nil {
+	} else if err := w.problems.of(problemAway); err != nil {
 		s.Reason, s.Serves = wire.StatusOf(err).String(), true
 	}
 	return s

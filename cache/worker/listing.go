@@ -1,6 +1,7 @@
 package worker
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -11,6 +12,8 @@ import (
 	"path/filepath"
 	"strings"
 	"time"
+
+	"github.com/cenkalti/backoff/v5"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -53,15 +56,15 @@ func (w *Worker) keepSnapshot(ctx context.Context) error {
 
 	k := &snapshotKeeper{w: w, src: src, wait: newBackoff(), tried: make(map[wire.Digest]time.Time)}
 	for {
-		next := k.step(ctx)
+		k.step(ctx)
 		w.peers.keep(w.members.view().Members)
-		for _, d := range w.snapshots.expire() {
-			os.Remove(w.snapshotPath(d))
-		}
+		w.removeSnapshots(w.snapshots.expire())
 		select {
 		case <-ctx.Done():
 			return nil
-		case <-w.clock.After(next):
+		case <-w.clock.After(pollInterval):
+		case <-k.rest:
+			k.rest = nil
 		case <-w.members.view().replaced:
 		case r := <-w.refreshes:
 			r.reply <- k.refresh(ctx)
@@ -76,25 +79,32 @@ type snapshotKeeper struct {
 	w      *Worker
 	src    *sources
 	lister bool // this worker was the lister at the last step
+	// listed is when the current snapshot's last listing by this worker began; zero: another made it.
 	listed time.Time
 	// tried is when each snapshot that a reader wanted was last asked for.
 	tried map[wire.Digest]time.Time
-	wait  interface {
-		NextBackOff() time.Duration
-		Reset()
-	}
+	// rest tells when what failed may be tried again unasked, whatever else wakes the loop before; nil: at once.
+	rest <-chan time.Time
+	wait *backoff.ExponentialBackOff
+	// behind is since when the lister's snapshot is not to be had; said is what of that is told.
+	behind time.Time
+	said   wire.Status
 }
 
-// step does what is due and says when to come again.
-func (k *snapshotKeeper) step(ctx context.Context) time.Duration {
+// step does what is due.
+func (k *snapshotKeeper) step(ctx context.Context) {
 	w := k.w
 	v := w.members.view()
 	m, ok := v.Lister(w.config.Dataset)
-	if !ok || m.ID != w.config.ID {
+	lister := ok && m.ID == w.config.ID
+	if lister != k.lister {
+		k.rest, k.wait = nil, newBackoff()
+	}
+	if !lister {
 		k.lister = false
 		w.snapshots.setSettled(true)
-		if !ok || !k.follow(ctx, v, m) {
-			return pollInterval
+		if !ok || k.rest != nil || !k.follow(ctx, v, m) {
+			return
 		}
 	} else if !k.lister {
 		// A lister that restarts, or that has just become it, first asks the others what is current, so
@@ -105,24 +115,28 @@ func (k *snapshotKeeper) step(ctx context.Context) time.Duration {
 	}
 	cur, ok := w.snapshots.get(wire.Digest{})
 	if ok {
-		// A listing that found nothing new leaves the old snapshot, with its old time, in place.
-		since := cur.Created()
-		if k.listed.After(since) {
-			since = k.listed
+		// A listing that found nothing new leaves the old snapshot, with its old time, in place; and only its own
+		// time is not moved when somebody sets the clock.
+		since := k.listed
+		if since.IsZero() {
+			since = cur.Created()
 		}
 		age := w.clock.Now().Sub(since)
 		cur.release()
 		w.snapshots.setSettled(true)
 		every := time.Duration(w.config.Refresh)
-		if every == 0 || age < every {
-			return pollInterval
+		if every == 0 || age >= 0 && age < every {
+			return
 		}
 	}
-	if r := k.list(ctx); r.err != nil {
-		return k.wait.NextBackOff()
+	if k.rest == nil {
+		k.list(ctx)
 	}
-	k.wait.Reset()
-	return pollInterval
+}
+
+// pause has nothing tried again unasked for a while, and no sooner than after least.
+func (k *snapshotKeeper) pause(least time.Duration) {
+	k.rest = k.w.clock.After(max(k.wait.NextBackOff(), least))
 }
 
 // refresh lists the bucket because somebody asked.
@@ -139,6 +153,7 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 	w.log.Info("listing the bucket")
 	start := w.clock.Now()
 	if cur, ok := w.snapshots.get(wire.Digest{}); ok {
+		k.move(cur)
 		cur.release()
 	} else {
 		// The tries of one listing may go on for a while, and whoever waits for the first should know why.
@@ -152,35 +167,59 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 	if err != nil {
 		err = fmt.Errorf("dataset %s: list: %w", w.config.Dataset, err)
 		if ctx.Err() == nil {
-			kind := problemRefresh
+			kind, least := problemRefresh, w.clock.Now().Sub(start)
 			if cur, ok := w.snapshots.get(wire.Digest{}); ok {
 				cur.release() // the old one serves on
+				k.wait.MaxInterval = max(k.wait.MaxInterval, time.Duration(w.config.Refresh))
 			} else {
-				kind = problemSnapshot
+				kind, least = problemSnapshot, 0
 			}
 			w.problems.set(kind, err)
+			k.pause(least)
 		}
 		return refreshResult{err: err}
 	}
+	k.rest = nil
+	k.wait.Reset()
 	w.log.Info("listed the bucket", "files", snap.Files(), "bytes", snap.Bytes(), "took", w.clock.Now().Sub(start))
 	k.listed = start
 	d := snap.Digest()
-	if mapped, err := w.saveSnapshot(snap); err != nil {
-		// It serves from heap then; only a restart lists again.
-		w.log.Warn("snapshot not saved", "error", err)
+	n, ok := w.snapshots.get(d)
+	if ok {
+		snap.Close() // nothing is new
 	} else {
-		snap.Close()
-		snap = mapped
+		in := inFolder
+		if mapped, err := w.saveSnapshot(snap); err != nil {
+			// It serves from heap then; only a restart lists again.
+			w.log.Warn("snapshot not saved", "error", err)
+			in = inHeap
+		} else {
+			snap.Close()
+			snap = mapped
+		}
+		n = w.snapshots.put(snap, in, k.src)
 	}
-	k.adopt(snap)
+	k.adopt(n)
 	w.snapshots.setSettled(true)
 	return refreshResult{digest: d}
 }
 
-// adopt makes snap the current snapshot.
-func (k *snapshotKeeper) adopt(snap *catalog.Snapshot) {
+// move brings the current snapshot into the folder if it is in heap, where the next one is built.
+func (k *snapshotKeeper) move(cur *snapshot) {
+	if cur.medium != inHeap {
+		return
+	}
+	mapped, err := k.w.saveSnapshot(cur.Snapshot)
+	if err != nil {
+		k.w.log.Warn("snapshot not saved", "error", err)
+		return
+	}
+	k.w.snapshots.moved(cur, mapped)
+}
+
+// adopt makes a held snapshot the current one and releases it.
+func (k *snapshotKeeper) adopt(n *snapshot) {
 	w := k.w
-	n := w.snapshots.put(snap, k.src)
 	w.snapshots.setCurrent(n)
 	d := n.Digest()
 	n.release()
@@ -198,13 +237,30 @@ func (k *snapshotKeeper) follow(ctx context.Context, v *view, lister ring.Member
 	w := k.w
 	err := k.pullCurrent(ctx, lister)
 	if err == nil {
+		k.behind, k.said = time.Time{}, wire.OK
+		k.wait.Reset()
 		w.problems.set(problemSnapshot, nil)
-		w.problems.set(problemRefresh, nil) // of a time when this worker was the lister
+		w.problems.set(problemRefresh, nil)
 		return false
+	}
+	if ctx.Err() != nil {
+		return false
+	}
+	if k.behind.IsZero() {
+		k.behind = w.clock.Now()
+	}
+	passes := unready(err) || errors.Is(err, wire.ErrVersion)
+	if !passes {
+		k.pause(0) // it would be received anew each time
 	}
 	if cur, ok := w.snapshots.get(wire.Digest{}); ok {
 		cur.release()
 		w.problems.set(problemSnapshot, nil)
+		// Its first words stay: later ones differ by ports only.
+		if s := wire.StatusOf(err); s != k.said && (!passes || w.clock.Now().Sub(k.behind) >= behindPatience) {
+			k.said = s
+			w.problems.set(problemRefresh, fmt.Errorf("dataset %s: the old listing is served, since that of worker %s, which lists, is not taken over: %w", w.config.Dataset, lister.ID, err))
+		}
 		return false
 	}
 	alone = errors.Is(err, wire.ErrVersion)
@@ -249,6 +305,9 @@ func (k *snapshotKeeper) newest(ctx context.Context, v *view) {
 	}
 }
 
+// behindPatience is how long a lister that is not ready is nothing to tell of: more than its restart takes.
+const behindPatience = handOverPatience
+
 // pullCurrent makes m's current snapshot this worker's.
 func (k *snapshotKeeper) pullCurrent(ctx context.Context, m ring.Member) error {
 	return k.pull(ctx, m, func(*catalog.Snapshot) bool { return true })
@@ -286,24 +345,25 @@ func (k *snapshotKeeper) pull(ctx context.Context, m ring.Member, wanted func(*c
 	}
 	if n, ok := w.snapshots.get(head.Body); ok {
 		if wanted(n.Snapshot) {
-			w.snapshots.setCurrent(n)
-			if err := w.saveCurrent(head.Body); err != nil {
-				w.log.Warn("current snapshot not noted", "error", err)
-			}
+			k.adopt(n)
+			k.listed = time.Time{}
+		} else {
+			n.release()
 		}
-		n.release()
 		return nil
 	}
-	snap, err := w.pullSnapshot(ctx, m, head.Body, head.Size)
+	snap, in, err := w.pullSnapshot(ctx, m, head.Body, head.Size, true)
 	if err != nil {
 		return err
 	}
 	if !wanted(snap) {
 		snap.Close()
+		w.removeSnapshots([]wire.Digest{head.Body})
 		return nil
 	}
 	w.log.Info("took over a snapshot", "from", m.ID, "digest", hex.EncodeToString(head.Body[:]), "files", snap.Files())
-	k.adopt(snap)
+	k.adopt(w.snapshots.put(snap, in, k.src))
+	k.listed = time.Time{}
 	return nil
 }
 
@@ -347,12 +407,16 @@ func (k *snapshotKeeper) fetch(ctx context.Context, d wire.Digest) {
 		if err != nil {
 			continue
 		}
-		snap, err := w.pullSnapshot(ctx, m, d, head.Size)
+		snap, in, err := w.pullSnapshot(ctx, m, d, head.Size, false)
+		if errors.Is(err, errNoRoom) {
+			w.log.Info("an old snapshot that is read is not kept", "error", err)
+			return
+		}
 		if err != nil {
 			w.log.Warn("snapshot not taken over", "from", m.ID, "error", err)
 			continue
 		}
-		w.snapshots.put(snap, k.src).release()
+		w.snapshots.put(snap, in, k.src).release()
 		return
 	}
 	if ctx.Err() == nil {
@@ -360,12 +424,26 @@ func (k *snapshotKeeper) fetch(ctx context.Context, d wire.Digest) {
 	}
 }
 
-// pullSnapshot fetches a snapshot by its digest into this worker's folder.
-func (w *Worker) pullSnapshot(ctx context.Context, m ring.Member, d wire.Digest, size int64) (*catalog.Snapshot, error) {
-	if size <= 0 || size > maxSnapshotBytes {
-		return nil, fmt.Errorf("%w: snapshot of %d bytes from worker %s", wire.ErrCorrupt, size, m.ID)
+// errNoRoom: a snapshot has no room beside those in use.
+var errNoRoom = errors.New("no room for the snapshot")
+
+// reserve takes room for a snapshot that is about to come; see snapshots.reserve.
+func (w *Worker) reserve(size int64, in medium, current bool) (end func(), err error) {
+	dropped, end, ok := w.snapshots.reserve(size, in, current)
+	w.removeSnapshots(dropped)
+	if !ok {
+		return nil, fmt.Errorf("%w of %d bytes beside those in use: worker %s has %d bytes for snapshots; raise the workers' memory", errNoRoom, size, w.config.ID, SnapshotRoom(w.config.Memory))
 	}
-	snap, err := w.receiveSnapshot(d, func(to io.Writer) error {
+	return end, nil
+}
+
+// pullSnapshot fetches a snapshot by its digest into this worker's folder. One that is to be current, and that the folder
+// does not take, is kept in heap where that has room.
+func (w *Worker) pullSnapshot(ctx context.Context, m ring.Member, d wire.Digest, size int64, current bool) (snap *catalog.Snapshot, in medium, err error) {
+	if size <= 0 || size > maxSnapshotBytes {
+		return nil, in, fmt.Errorf("%w: snapshot of %d bytes from worker %s", wire.ErrCorrupt, size, m.ID)
+	}
+	write := func(to io.Writer) error {
 		for off := int64(0); off < size; {
 			ask, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			n := min(size-off, wire.MaxPayload)
@@ -383,11 +461,51 @@ func (w *Worker) pullSnapshot(ctx context.Context, m ring.Member, d wire.Digest,
 			off += n
 		}
 		return nil
-	}, func(*catalog.Snapshot) error { return nil })
-	if err != nil {
-		return nil, fmt.Errorf("snapshot from worker %s: %w", m.ID, err)
 	}
-	return snap, nil
+	end, err := w.reserve(size, inFolder, current)
+	if err == nil {
+		snap, err = w.receiveSnapshot(d, write, func(*catalog.Snapshot) error { return nil })
+		end()
+	}
+	var folder *fs.PathError
+	if current && (errors.Is(err, errNoRoom) || errors.As(err, &folder)) {
+		full := err
+		if end, err = w.reserve(size, inHeap, current); err == nil {
+			in = inHeap
+			snap, err = heapSnapshot(d, size, write)
+			end()
+		}
+		if err == nil {
+			w.log.Warn("snapshot is kept in heap", "error", full)
+		} else if folder != nil {
+			err = fmt.Errorf("%w; and %w", full, err)
+		}
+	}
+	if err != nil {
+		return nil, in, fmt.Errorf("snapshot from worker %s: %w", m.ID, err)
+	}
+	return snap, in, nil
+}
+
+// heapSnapshot has a snapshot written into heap.
+func heapSnapshot(d wire.Digest, size int64, write func(io.Writer) error) (*catalog.Snapshot, error) {
+	b := bytes.NewBuffer(make([]byte, 0, size))
+	if err := write(b); err != nil {
+		return nil, err
+	}
+	snap, err := catalog.Open(b.Bytes())
+	if err == nil {
+		err = named(snap, d)
+	}
+	return snap, err
+}
+
+// named is an error unless the snapshot has that name.
+func named(snap *catalog.Snapshot, d wire.Digest) error {
+	if snap.Digest() != d {
+		return fmt.Errorf("%w: it is not the one asked for", wire.ErrCorrupt)
+	}
+	return nil
 }
 
 // receiveSnapshot has a snapshot written, and keeps it in this worker's folder if it is the one of that name and check
@@ -412,10 +530,7 @@ func (w *Worker) receiveSnapshot(d wire.Digest, write func(io.Writer) error, che
 	if err != nil {
 		return nil, err
 	}
-	if snap.Digest() != d {
-		err = fmt.Errorf("%w: it is not the one asked for", wire.ErrCorrupt)
-	}
-	if err == nil {
+	if err = named(snap, d); err == nil {
 		err = check(snap)
 	}
 	if err == nil {
@@ -438,6 +553,11 @@ func (w *Worker) snapshotPath(d wire.Digest) string {
 
 // saveSnapshot writes snap to its file and opens that, so that the heap need not hold it.
 func (w *Worker) saveSnapshot(snap *catalog.Snapshot) (*catalog.Snapshot, error) {
+	end, err := w.reserve(int64(len(snap.Encoded())), inFolder, true)
+	if err != nil {
+		return nil, err
+	}
+	defer end()
 	if err := os.MkdirAll(w.snapshotDir(), 0o700); err != nil {
 		return nil, err
 	}
@@ -446,6 +566,13 @@ func (w *Worker) saveSnapshot(snap *catalog.Snapshot) (*catalog.Snapshot, error)
 		return nil, err
 	}
 	return catalog.OpenFile(path)
+}
+
+// removeSnapshots removes the files of dropped snapshots.
+func (w *Worker) removeSnapshots(dropped []wire.Digest) {
+	for _, d := range dropped {
+		os.Remove(w.snapshotPath(d))
+	}
 }
 
 func (w *Worker) saveCurrent(d wire.Digest) error {
@@ -501,7 +628,7 @@ func (w *Worker) loadSnapshots(src *sources) {
 			os.Remove(path)
 			continue
 		}
-		n := w.snapshots.put(snap, src)
+		n := w.snapshots.put(snap, inFolder, src)
 		if name == strings.TrimSpace(string(current)) && src.matches(n.Snapshot) {
 			w.snapshots.setCurrent(n)
 			w.problems.set(problemSnapshot, nil)

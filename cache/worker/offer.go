@@ -51,6 +51,12 @@ func (c *conn) offered(ctx, serving context.Context, req wire.Request, from io.R
 	if req.Off <= 0 || req.Off > most {
 		return fmt.Errorf("%w: a snapshot of %d bytes, beside a current one for which this worker takes at most %d", source.ErrInvalid, req.Off, most)
 	}
+	end, err := w.reserve(req.Off, inFolder, false)
+	if err != nil {
+		// Readers of those that are held would only give them back.
+		return fmt.Errorf("%w: %w", wire.ErrOverloaded, err)
+	}
+	defer end()
 	if err := c.reply(ctx, req, wire.Reply{Size: req.Off}, nil); err != nil {
 		return err
 	}
@@ -72,7 +78,7 @@ func (c *conn) offered(ctx, serving context.Context, req wire.Request, from io.R
 		return fmt.Errorf("snapshot %x from a reader: %w", req.Snapshot[:6], err)
 	}
 	w.log.Info("took a snapshot back from a reader", "reader", c.RemoteAddr().String(), "files", snap.Files())
-	w.snapshots.put(snap, src).release()
+	w.snapshots.put(snap, inFolder, src).release()
 	return c.reply(ctx, req, wire.Reply{Body: req.Snapshot}, nil)
 }
 

@@ -2,8 +2,10 @@ package worker
 
 import (
 	"errors"
+	"fmt"
 	"os"
 	"slices"
+	"strings"
 	"testing"
 	"time"
 
@@ -74,6 +76,17 @@ func TestWhatIsOfferedIsTakenOnlyIfItIsOfTheDataset(t *testing.T) {
 	if _, ok := w.snapshots.get(d); ok {
 		t.Fatal("it is held")
 	}
+	// It would push out what others read, who would give that back.
+	other := made(t, now.Mounts()[0], "a", "away")
+	eventually(t, "another is taken", func() error { return wire.Offer(tr.dial(0), other.Digest(), other.Encoded()) })
+	w.snapshots.setRoom(int64(len(now.Encoded()) + len(old.Encoded())))
+	eventually(t, "it is refused for now", func() error {
+		if err := wire.Offer(tr.dial(0), d, old.Encoded()); !errors.Is(err, wire.ErrOverloaded) || !strings.Contains(err.Error(), "memory") {
+			return fmt.Errorf("without room: %w", err)
+		}
+		return nil
+	})
+	w.snapshots.setRoom(1 << 20)
 	eventually(t, "it is taken", func() error { return wire.Offer(tr.dial(0), d, old.Encoded()) })
 	if _, p, err := tr.dial(0).ask(wire.Request{Op: wire.OpSnapshot, Snapshot: d, Length: 10}); err != nil || string(p) != string(old.Encoded()[:10]) {
 		t.Errorf("it is told: %v", err)
@@ -85,7 +98,7 @@ func TestWhatIsOfferedIsTakenOnlyIfItIsOfTheDataset(t *testing.T) {
 		t.Error("another snapshot is current")
 	}
 	names, err := os.ReadDir(w.snapshotDir())
-	if err != nil || len(names) != 3 { // two snapshots, and which one is current
+	if err != nil || len(names) != 4 { // three snapshots, and which one is current
 		t.Errorf("the folder has %v, %v", names, err)
 	}
 	// What the bucket does not have stays an error.
@@ -120,13 +133,94 @@ func TestKeysOfWhatIsOfferedAreBelowTheMounts(t *testing.T) {
 	}
 }
 
+// setRoom gives snapshots another room than that of their worker's memory.
+func (s *snapshots) setRoom(bytes int64) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.room = bytes
+}
+
+// TestOldSnapshotsMakeRoom: however few they are.
+func TestOldSnapshotsMakeRoom(t *testing.T) {
+	now := time.Unix(1000, 0)
+	s := &snapshots{now: func() time.Time { return now }, held: make(map[wire.Digest]*snapshot)}
+	src := &sources{mounts: []catalog.Mount{{URL: "s3://bucket", Path: "/"}}, sources: []*scheme.Source{nil}}
+	names := make(map[wire.Digest]string)
+	var size int64
+	add := func(name string) *snapshot {
+		b := catalog.NewBuilder(src.mounts)
+		if err := b.Add(0, source.Object{Key: name, Size: 1, Version: "v", ModTime: time.Unix(1, 0)}); err != nil {
+			t.Fatal(err)
+		}
+		encoded, err := b.Encode(now)
+		if err != nil {
+			t.Fatal(err)
+		}
+		snap, err := catalog.Open(encoded)
+		if err != nil {
+			t.Fatal(err)
+		}
+		size = int64(len(encoded))
+		names[snap.Digest()] = name
+		n := s.put(snap, inFolder, src)
+		s.setCurrent(n)
+		n.release()
+		now = now.Add(time.Minute)
+		return n
+	}
+	reserve := func(current bool, want ...string) (end func()) {
+		t.Helper()
+		dropped, end, ok := s.reserve(size, inFolder, current)
+		var got []string
+		for _, d := range dropped {
+			got = append(got, names[d])
+		}
+		if ok != (want != nil) || !slices.Equal(got, want) && len(got)+len(want) > 0 {
+			t.Fatalf("for one more %q were dropped, want %q: %t", got, want, ok)
+		}
+		return end
+	}
+	a, _, c := add("a"), add("b"), add("c")
+	s.room = 4*size + size/2
+	reserve(true, []string{}...)()
+	end := reserve(false, []string{}...)
+	reserve(false) // of the room that another will take
+	end()
+	s.room = 3*size + size/2
+	now = now.Add(lately)
+	for _, n := range []*snapshot{a, c} {
+		u, _ := s.get(n.Digest())
+		u.release()
+	}
+	reserve(false, "b")() // that nobody reminded of
+	add("d")
+	reserve(false)
+	for _, n := range []*snapshot{c, a} { // the order of reminders is nobody's
+		u, _ := s.get(n.Digest())
+		u.release()
+	}
+	used, _ := s.get(a.Digest())
+	reserve(true, "c")() // not one in use
+	used.release()
+	add("e")
+	s.room = 2*size + size/2
+	if got := s.expire(); len(got) != 1 || names[got[0]] != "a" {
+		t.Errorf("%d were dropped for want of room", len(got))
+	}
+	reserve(true, "d")()
+	s.room = size + size/2
+	if _, _, ok := s.reserve(size, inFolder, true); ok {
+		t.Error("the current one was dropped")
+	}
+}
+
 func TestSnapshotsThatAreReadAreKept(t *testing.T) {
 	now := time.Unix(1000, 0)
-	s := &snapshots{now: func() time.Time { return now }, memory: 1 << 30, held: make(map[wire.Digest]*snapshot)}
+	s := &snapshots{now: func() time.Time { return now }, room: 1 << 30, held: make(map[wire.Digest]*snapshot)}
 	src := &sources{mounts: []catalog.Mount{{URL: "s3://bucket", Path: "/"}}, sources: []*scheme.Source{nil}}
 	var all []wire.Digest
 	add := func() {
-		n := s.put(made(t, src.mounts[0], string(rune('a'+len(all)))), src)
+		n := s.put(made(t, src.mounts[0], string(rune('a'+len(all)))), inHeap, src)
 		all = append(all, n.Digest())
 		s.setCurrent(n)
 		n.release()
@@ -154,9 +248,9 @@ func TestSnapshotsThatAreReadAreKept(t *testing.T) {
 	if len(s.held) != len(all)-1 {
 		t.Errorf("%d of %d that are read are kept", len(s.held), len(all)-1)
 	}
-	s.memory = snapshotPart * s.bytes() * 3 / 4
-	if s.expire(); s.bytes() > s.memory/snapshotPart || len(s.held) <= maxSnapshots {
-		t.Errorf("%d are kept, of %d bytes, where %d may be", len(s.held), s.bytes(), s.memory/snapshotPart)
+	s.room = s.bytes(inHeap) * 3 / 4
+	if s.expire(); s.bytes(inHeap) > s.room || len(s.held) <= maxSnapshots {
+		t.Errorf("%d are kept, of %d bytes, where %d may be", len(s.held), s.bytes(inHeap), s.room)
 	}
 	now = now.Add(keepUnused)
 	if s.expire(); len(s.held) != 1 {

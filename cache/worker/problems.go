@@ -18,7 +18,7 @@ type problem string
 const (
 	problemSources  problem = "sources"  // a mount's source cannot be opened
 	problemSnapshot problem = "snapshot" // there is no snapshot yet
-	problemRefresh  problem = "refresh"  // listing again failed; the old snapshot serves on
+	problemRefresh  problem = "refresh"  // listing again, or taking over what was listed, failed; the old snapshot serves on
 	problemBucket   problem = "bucket"   // the bucket refuses to be read
 	problemAway     problem = "away"     // the bucket fails what it is asked, and what is held is served
 	problemMembers  problem = "membership"
@@ -72,11 +72,11 @@ func (p *problems) String() string {
 	return strings.Join(texts, "; ")
 }
 
-// away is why the bucket fails what it is asked while the worker serves on; nil while it does not.
-func (p *problems) away() error {
+// of is what is wrong of one kind; nil when nothing is.
+func (p *problems) of(kind problem) error {
 	p.mu.Lock()
 	defer p.mu.Unlock()
-	return p.errs[problemAway]
+	return p.errs[kind]
 }
 
 // ready is nil when the worker can serve.

@@ -241,6 +241,123 @@ func TestRefreshMakesANewSnapshotAndKeepsTheOld(t *testing.T) {
 	}
 }
 
+// relist adds a file to the bucket and has it listed.
+func (tr *tier) relist(name string) {
+	tr.t.Helper()
+	if err := os.WriteFile(filepath.Join(tr.root, name), nil, 0o644); err != nil {
+		tr.t.Fatal(err)
+	}
+	if _, err := tr.control(tr.lister(), "POST", wire.PathRefresh, nil, nil); err != nil {
+		tr.t.Fatal(err)
+	}
+}
+
+// TestAListingWithoutNewsTakesNoRoom: neither that of others, nor twice its own.
+func TestAListingWithoutNewsTakesNoRoom(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	w := tr.add(0)
+	tr.setMembers()
+	current := func(files int64) (d wire.Digest, size int64) {
+		t.Helper()
+		eventually(t, "the listing is there", func() error {
+			n, ok := w.snapshots.get(wire.Digest{})
+			if !ok {
+				return errors.New("none")
+			}
+			defer n.release()
+			if d, size = n.Digest(), int64(len(n.Encoded())); n.Files() != files {
+				return fmt.Errorf("of %d files", n.Files())
+			}
+			return nil
+		})
+		return d, size
+	}
+	old, _ := current(1)
+	tr.relist("g")
+	d, size := current(2)
+	before, err := os.Stat(w.snapshotPath(d))
+	if err != nil {
+		t.Fatal(err)
+	}
+	w.snapshots.setRoom(2 * size)
+	if _, err := tr.control(0, "POST", wire.PathRefresh, nil, nil); err != nil {
+		t.Fatal(err)
+	}
+	if now, err := os.Stat(w.snapshotPath(d)); err != nil || !os.SameFile(before, now) {
+		t.Errorf("the same snapshot has another file: %v", err)
+	}
+	if n, ok := w.snapshots.get(old); !ok {
+		t.Error("the old snapshot is gone")
+	} else {
+		n.release()
+	}
+}
+
+func TestAFollowerWhoseFolderIsFullServesFromHeap(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	tr.start(2)
+	old := tr.snapshot().Digest()
+	w := tr.workers[1-tr.lister()]
+	if err := os.RemoveAll(w.snapshotDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(w.snapshotDir(), nil, 0o600); err != nil { // as good as full
+		t.Fatal(err)
+	}
+	tr.relist("g")
+	if d := tr.snapshot().Digest(); d == old {
+		t.Error("the same snapshot")
+	}
+	if p := w.Status().Problem; p != "" {
+		t.Error(p)
+	}
+	// It moves where it belongs once it can.
+	if err := os.Remove(w.snapshotDir()); err != nil {
+		t.Fatal(err)
+	}
+	tr.stop(tr.lister())
+	tr.setMembers()
+	tr.relist("h")
+	names, err := os.ReadDir(w.snapshotDir())
+	if err != nil || len(names) != 3 { // two snapshots, and which one is current
+		t.Errorf("the folder has %v, %v", names, err)
+	}
+}
+
+func TestAFollowerWithoutRoomSaysSo(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	tr.start(2)
+	old := tr.snapshot().Digest()
+	i := 1 - tr.lister()
+	w := tr.workers[i]
+	w.snapshots.setRoom(1)
+	tr.relist("g")
+	eventually(t, "it says what to do", func() error {
+		if p := w.Status().Problem; !strings.Contains(p, "raise the workers' memory") {
+			return errors.New(p)
+		}
+		return nil
+	})
+	if cur, ok := w.snapshots.get(wire.Digest{}); !ok || cur.Digest() != old {
+		t.Error("the old snapshot is not served")
+	} else {
+		cur.release()
+	}
+	if code, text := tr.get(i, wire.PathReady); code != http.StatusOK {
+		t.Errorf("not ready: %s", text)
+	}
+	w.snapshots.setRoom(1 << 20)
+	if tr.snapshot().Digest() == old {
+		t.Error("it does not follow")
+	}
+	eventually(t, "the problem is over", func() error {
+		if p := w.Status().Problem; p != "" {
+			return errors.New(p)
+		}
+		return nil
+	})
+}
+
 // TestAnOldSnapshotIsPulledWhenAReaderAsksForIt: a worker that joins later serves mounts of old ones.
 func TestAnOldSnapshotIsPulledWhenAReaderAsksForIt(t *testing.T) {
 	tr := newTier(t, map[string][]byte{"f": content(100, 1)})

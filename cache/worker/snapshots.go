@@ -16,13 +16,24 @@ import (
 )
 
 // Old snapshots are kept while mounts read by them: as long as they were asked for within keepUnused, which readers see
-// to (wire.RemindEvery). Beyond maxSnapshots those go that nobody reminded of lately, and any once all take more than a
-// part of the worker's memory: a reader gives its own back.
+// to (wire.RemindEvery). Beyond maxSnapshots those go that nobody reminded of lately, and any whose room the current one
+// needs: a reader gives its own back, once there is room.
 const (
 	keepUnused   = 30 * time.Minute
 	lately       = 3 * wire.RemindEvery / 2
 	maxSnapshots = 8
-	snapshotPart = 16
+)
+
+// SnapshotRoom is what a worker of so much memory has for snapshots beside it, in bytes: once in its folder, where they
+// are kept, and once in heap, where one is built, or is kept that does not fit the folder beside those in use.
+func SnapshotRoom(memory int64) int64 { return min(max(memory/8, 64<<20), 1<<30) }
+
+// medium is where the bytes of a snapshot are.
+type medium int
+
+const (
+	inFolder medium = iota
+	inHeap
 )
 
 // snapshot is a held snapshot with the sources of its mounts. It is closed when it was dropped from the
@@ -30,6 +41,7 @@ const (
 type snapshot struct {
 	*catalog.Snapshot
 	sources []*scheme.Source
+	medium  medium
 	set     *snapshots
 	users   int       // guarded by set.mu
 	used    time.Time // guarded by set.mu
@@ -79,11 +91,12 @@ func (s *snapshot) release() {
 
 // snapshots are the snapshots that this worker holds, one of them current.
 type snapshots struct {
-	now    func() time.Time
-	memory int64 // the worker's
+	now  func() time.Time
+	room int64 // bytes, of each medium
 
 	mu      sync.Mutex
 	held    map[wire.Digest]*snapshot
+	coming  [2]int64 // bytes of room that reserve gave, by medium
 	current *snapshot
 	misses  map[wire.Digest]int // how often all others were asked for one that none gave
 	// settled is set once this worker, if it is the lister, has made sure that no peer has a newer
@@ -139,7 +152,7 @@ func (s *snapshots) find(o ring.Object) (file, error) {
 }
 
 // put adds snap, or closes it if one of the same name is held, and returns the held one, to be released.
-func (s *snapshots) put(snap *catalog.Snapshot, from *sources) *snapshot {
+func (s *snapshots) put(snap *catalog.Snapshot, in medium, from *sources) *snapshot {
 	s.mu.Lock()
 	if have := s.held[snap.Digest()]; have != nil {
 		have.users++
@@ -149,9 +162,21 @@ func (s *snapshots) put(snap *catalog.Snapshot, from *sources) *snapshot {
 		return have
 	}
 	defer s.mu.Unlock()
-	n := &snapshot{Snapshot: snap, sources: from.forSnapshot(snap), set: s, users: 1, used: s.now()}
+	n := &snapshot{Snapshot: snap, sources: from.forSnapshot(snap), medium: in, set: s, users: 1, used: s.now()}
 	s.held[snap.Digest()] = n
 	return n
+}
+
+// moved has the same snapshot, which is in the folder now, take n's place. The caller uses n.
+func (s *snapshots) moved(n *snapshot, snap *catalog.Snapshot) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	to := &snapshot{Snapshot: snap, sources: n.sources, medium: inFolder, set: s, used: n.used}
+	s.held[snap.Digest()] = to
+	if s.current == n {
+		s.current = to
+	}
+	n.dropped = true
 }
 
 // setCurrent makes a held snapshot the current one.
@@ -179,47 +204,85 @@ func (s *snapshots) tellable() (*snapshot, bool) {
 	return s.get(wire.Digest{})
 }
 
-// expire drops the snapshots that are of no use any more and returns their names.
-func (s *snapshots) expire() []wire.Digest {
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	var dropped []wire.Digest
-	drop := func(n *snapshot) {
-		delete(s.held, n.Digest())
-		dropped = append(dropped, n.Digest())
-		n.dropped = true
-		if n.users == 0 {
-			n.Close()
+// idle are the snapshots that may be dropped, in the order in which they are: those that nobody reminded of lately by
+// when somebody did, then the others by when they were listed. The caller holds s.mu.
+func (s *snapshots) idle() []*snapshot {
+	now := s.now()
+	var idle []*snapshot
+	for _, n := range s.held {
+		if n != s.current && n.users == 0 {
+			idle = append(idle, n)
 		}
 	}
-	for {
-		var oldest *snapshot
-		for _, n := range s.held {
-			if n != s.current && n.users == 0 && (oldest == nil || n.used.Before(oldest.used)) {
-				oldest = n
-			}
+	slices.SortFunc(idle, func(a, b *snapshot) int {
+		if now.Sub(a.used) < lately && now.Sub(b.used) < lately {
+			return a.Created().Compare(b.Created())
 		}
-		if oldest == nil {
-			return dropped
-		}
-		least := keepUnused
-		switch {
-		case len(s.held) > maxSnapshots && s.bytes() > s.memory/snapshotPart:
-			least = 0
-		case len(s.held) > maxSnapshots:
-			least = lately
-		}
-		if s.now().Sub(oldest.used) < least {
-			return dropped
-		}
-		drop(oldest)
-	}
+		return a.used.Compare(b.used)
+	})
+	return idle
 }
 
-// bytes is what all of them take. The caller holds s.mu.
-func (s *snapshots) bytes() (n int64) {
+// drop takes away a snapshot that nobody uses; its file is the caller's to remove. The caller holds s.mu.
+func (s *snapshots) drop(n *snapshot) wire.Digest {
+	delete(s.held, n.Digest())
+	n.dropped = true
+	n.Close()
+	return n.Digest()
+}
+
+// expire drops the snapshots that are of no use any more, or have no room, and returns their names.
+func (s *snapshots) expire() (dropped []wire.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.idle() {
+		unused := s.now().Sub(n.used)
+		if unused >= keepUnused || unused >= lately && len(s.held) > maxSnapshots || s.bytes(n.medium) > s.room {
+			dropped = append(dropped, s.drop(n))
+		}
+	}
+	return dropped
+}
+
+// reserve takes room for a snapshot of so many bytes that is about to come, until end is called after put. One that is
+// to be current takes it from any that is idle. Another takes it only from those that nobody reminded of lately: those
+// that are read would push each other out, and be given back by their readers, for ever. Without room nothing is
+// dropped. The files of what was are the caller's to remove.
+func (s *snapshots) reserve(size int64, in medium, current bool) (dropped []wire.Digest, end func(), ok bool) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	var leave []*snapshot
+	over := s.bytes(in) + size - s.room
+	for _, n := range s.idle() {
+		if over <= 0 || !current && s.now().Sub(n.used) < lately {
+			break
+		}
+		if n.medium == in {
+			leave = append(leave, n)
+			over -= int64(len(n.Encoded()))
+		}
+	}
+	if over > 0 {
+		return nil, nil, false
+	}
+	for _, n := range leave {
+		dropped = append(dropped, s.drop(n))
+	}
+	s.coming[in] += size
+	return dropped, func() {
+		s.mu.Lock()
+		defer s.mu.Unlock()
+		s.coming[in] -= size
+	}, true
+}
+
+// bytes is what all of a medium take, with those that come. The caller holds s.mu.
+func (s *snapshots) bytes(in medium) int64 {
+	n := s.coming[in]
 	for _, h := range s.held {
-		n += int64(len(h.Encoded()))
+		if h.medium == in {
+			n += int64(len(h.Encoded()))
+		}
 	}
 	return n
 }
@@ -243,7 +306,11 @@ var errNoSnapshot = errors.New(wire.ListingProblem)
 // unknownSnapshot is the error of a request for a snapshot that is not here.
 func (w *Worker) unknownSnapshot(d wire.Digest) error {
 	if d != (wire.Digest{}) {
-		return fmt.Errorf("%w %x: worker %s does not hold it", wire.ErrUnknownSnapshot, d[:6], w.config.ID)
+		err := fmt.Errorf("%w %x: worker %s does not hold it", wire.ErrUnknownSnapshot, d[:6], w.config.ID)
+		if why := w.problems.of(problemRefresh); why != nil {
+			err = fmt.Errorf("%w: %v", err, why)
+		}
+		return err
 	}
 	if err := w.problems.ready(); err != nil {
 		// Its words only: whoever asks shall wait or ask another, not take this worker's bucket for lost.

@@ -13,6 +13,7 @@ import (
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/objects"
+	"github.com/stepcache/stepcache/cache/worker"
 	"github.com/stepcache/stepcache/tier/upstream"
 )
 
@@ -45,8 +46,8 @@ const mi = 1 << 20
 //
 //   - store, the size of the tmpfs: the quota, within which the store counts pages, kernel inodes, its journal and its
 //     entries in the heap (1 KiB for each cached block, of small files a fifth of the quota), and room for the
-//     snapshots that are kept beside it (an eighth of the quota, 64 MiB to 1 GiB; a million files take 130 MB). A
-//     snapshot that does not fit is served from heap.
+//     snapshots that are kept beside it (worker.SnapshotRoom: an eighth of the quota, 64 MiB to 1 GiB; a million
+//     files take 130 MB). A snapshot that does not fit is served from heap.
 //   - heap, without those entries: buffers for fills and uncached reads (64 MiB to 256, a sixteenth of the quota), for
 //     connections, the runtime and what the collector has not collected yet, for which there is 1/64 of the quota
 //     more, and once more the room of a snapshot, which is built in heap when the bucket is listed. GOMEMLIMIT is
@@ -56,7 +57,7 @@ const mi = 1 << 20
 // TestAFullCacheIsNeverAnOOMKill holds a real worker to it in a control group: of 449 MiB at a quota of 64 MiB
 // it held 234 at most, of 1,552 MiB at 1 GiB 1,200.
 func footprint(quota int64) (store, heap int64) {
-	room := min(max(quota/8, 64*mi), 1024*mi)
+	room := worker.SnapshotRoom(quota)
 	return quota + room, 256*mi + quota/64 + room
 }
 
