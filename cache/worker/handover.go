@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -52,8 +53,9 @@ func (w *Worker) keepHandingOver(ctx context.Context) error {
 	}
 }
 
-// handOver goes once over what the store holds of the current snapshot. It ends early when the membership
-// is replaced: the next round finds what was handed already.
+// handOver goes once over what the store holds of the current snapshot and of the others, by which somebody may still
+// read what the bucket does not have any more. It ends early when the membership is replaced: the next round finds what
+// was handed already.
 func (w *Worker) handOver(ctx context.Context, v *view) {
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
@@ -73,8 +75,8 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 		w.handedOver.Store(&wire.HandOver{Epoch: v.Epoch, Total: total.Load(), Handed: handed.Load(), Dropped: dropped.Load(), Done: done})
 	}
 	tell(false)
-	snap, ok := w.snapshots.get(wire.Digest{})
-	for ; !ok; snap, ok = w.snapshots.get(wire.Digest{}) {
+	cur, ok := w.snapshots.get(wire.Digest{})
+	for ; !ok; cur, ok = w.snapshots.get(wire.Digest{}) {
 		// One that restarted while it leaves holds what it held, and will know of what snapshot.
 		if w.store.Stats().Blocks == 0 {
 			tell(true)
@@ -84,37 +86,45 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 			return
 		}
 	}
-	defer snap.release()
-	var lost sync.Map // ids of members that take nothing: nobody waits for them block by block
+	snaps := w.snapshots.all()
+	cur.release()
+	defer func() {
+		for _, snap := range snaps {
+			snap.release()
+		}
+	}()
+	var lost sync.Map // takers that take nothing: nobody waits for them block by block
 	var g errgroup.Group
 	g.SetLimit(handOverAsks)
-	snap.Walk(0, func(i catalog.Index) bool {
-		f, ok := snap.file(i)
-		if !ok {
-			return true
-		}
-		bitmap := w.store.Bitmap(f.ring)
-		for block := range ring.Blocks(f.ring.Size) {
-			if at := int(block / 8); at >= len(bitmap) || bitmap[at]&(1<<(block%8)) == 0 {
-				continue
+	for at, snap := range snaps {
+		snap.Walk(0, func(i catalog.Index) bool {
+			f, ok := snap.file(i)
+			if !ok || w.store.Residency(f.ring).Blocks == 0 || at > 0 && among(snaps[:at], snap.Path(i), f) {
+				return true
 			}
-			if ctx.Err() != nil {
-				return false
-			}
-			size := blockLen(f.ring.Size, block)
-			total.Add(size)
-			g.Go(func() error {
-				if w.give(ctx, v, &lost, f, block) {
-					handed.Add(size)
-				} else {
-					dropped.Add(size)
+			bitmap := w.store.Bitmap(f.ring)
+			for block := range ring.Blocks(f.ring.Size) {
+				if at := int(block / 8); at >= len(bitmap) || bitmap[at]&(1<<(block%8)) == 0 {
+					continue
 				}
-				tell(false)
-				return nil
-			})
-		}
-		return true
-	})
+				if ctx.Err() != nil {
+					return false
+				}
+				size := blockLen(f.ring.Size, block)
+				total.Add(size)
+				g.Go(func() error {
+					if w.give(ctx, v, &lost, f, block) {
+						handed.Add(size)
+					} else {
+						dropped.Add(size)
+					}
+					tell(false)
+					return nil
+				})
+			}
+			return true
+		})
+	}
 	g.Wait()
 	if ctx.Err() == nil {
 		tell(true)
@@ -122,12 +132,37 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 	}
 }
 
+// among says whether one of the snapshots has the same version of the file.
+func among(snaps []*snapshot, path string, f file) bool {
+	return slices.ContainsFunc(snaps, func(snap *snapshot) bool {
+		i, ok := snap.Lookup(path)
+		if !ok {
+			return false
+		}
+		r, ok := snap.Ring(i)
+		return ok && r.ID == f.ring.ID
+	})
+}
+
+// taker is a new owner, of what is of one snapshot or, without a digest, of anything.
+type taker struct {
+	id       string
+	snapshot wire.Digest
+}
+
+// takes says whether a new owner is not lost for a file.
+func takes(lost *sync.Map, m ring.Member, f file) bool {
+	_, any := lost.Load(taker{id: m.ID})
+	_, this := lost.Load(taker{m.ID, f.snapshot})
+	return !any && !this
+}
+
 // give has one block's new owners take it; false when not all of them did.
 func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, block int64) bool {
 	owners := v.Owners(f.ring, block, w.config.Copies)
 	given := len(owners) > 0
 	for _, m := range owners {
-		if _, ok := lost.Load(m.ID); ok {
+		if !takes(lost, m, f) {
 			given = false
 			continue
 		}
@@ -136,7 +171,11 @@ func (w *Worker) give(ctx context.Context, v *view, lost *sync.Map, f file, bloc
 				return false // which says nothing of m
 			}
 			if unready(err) {
-				if _, known := lost.LoadOrStore(m.ID, true); !known {
+				of := taker{id: m.ID}
+				if errors.Is(err, wire.ErrUnknownSnapshot) {
+					of.snapshot = f.snapshot // it may have no room for an old one
+				}
+				if _, known := lost.LoadOrStore(of, true); !known {
 					w.log.Warn("a new owner takes nothing of what this worker hands over", "to", m.ID, "error", err)
 				}
 			}
@@ -169,8 +208,7 @@ func (w *Worker) giveTo(ctx context.Context, v *view, lost *sync.Map, m ring.Mem
 		}
 		again := try < handOverTries
 		if unready(err) {
-			_, known := lost.Load(m.ID)
-			again = !known && waited < handOverPatience
+			again = takes(lost, m, f) && waited < handOverPatience
 		}
 		pause := wait.NextBackOff()
 		if !again || w.sleep(ctx, pause) != nil {

@@ -8,6 +8,8 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -20,6 +22,53 @@ import (
 	"github.com/stepcache/stepcache/cache/source/scheme"
 	"github.com/stepcache/stepcache/cache/wire"
 )
+
+// What only readers of an old snapshot read, since the bucket has another version of it, moves as well, and what is in
+// both snapshots moves once.
+func TestALeavingWorkerHandsOverWhatTheBucketHasReplaced(t *testing.T) {
+	files := manyFiles(8, 100_000)
+	tr := newTier(t, files)
+	tr.start(2)
+	snap := tr.snapshot()
+	old := snap.Digest()
+	c := tr.dial(0)
+	var total int64
+	var mine []string
+	for name, want := range files {
+		if tr.owners(snap, "/"+name, 0)[0] == 0 {
+			if _, err := c.file(index(t, snap, "/"+name), int64(len(want)), 0); err != nil {
+				t.Fatal(err)
+			}
+			total += int64(len(want))
+			mine = append(mine, name)
+		}
+	}
+	for _, name := range mine[:len(mine)/2+1] {
+		if err := os.WriteFile(filepath.Join(tr.root, name), []byte("another version"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	tr.relist("new")
+	eventually(t, "all have the new snapshot", func() error {
+		for _, w := range tr.workers {
+			if n := w.Status().Files; n != int64(len(files))+1 {
+				return fmt.Errorf("%d files", n)
+			}
+		}
+		return nil
+	})
+	tr.tell(nil, 0)
+	if h := tr.handedOver(0); h.Total != total || h.Handed != total {
+		t.Errorf("handed over %+v of %d bytes", h, total)
+	}
+	c = tr.dial(1)
+	for _, name := range mine {
+		_, p, err := c.ask(wire.Request{Op: wire.OpRead, Flags: wire.FlagResidentOnly, Snapshot: old, Index: index(t, snap, "/"+name), Length: int32(len(files[name]))})
+		if err != nil || !bytes.Equal(p, files[name]) {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
 
 // tell posts the list of the running workers, of which some leave, with the next epoch to all of them.
 func (tr *tier) tell(extra []ring.Member, leaving ...int) ring.Membership {

@@ -609,6 +609,7 @@ func (w *Worker) loadSnapshots(src *sources) {
 	if err != nil && !errors.Is(err, fs.ErrNotExist) {
 		w.log.Warn("current snapshot not known", "error", err)
 	}
+	var cur *snapshot
 	for _, e := range entries {
 		path := filepath.Join(w.snapshotDir(), e.Name())
 		name, ok := strings.CutSuffix(e.Name(), ".snap")
@@ -629,10 +630,13 @@ func (w *Worker) loadSnapshots(src *sources) {
 			continue
 		}
 		n := w.snapshots.put(snap, inFolder, src)
+		defer n.release()
 		if name == strings.TrimSpace(string(current)) && src.matches(n.Snapshot) {
-			w.snapshots.setCurrent(n)
-			w.problems.set(problemSnapshot, nil)
+			cur = n
 		}
-		n.release()
+	}
+	if cur != nil { // once all are there, for who hands them over
+		w.snapshots.setCurrent(cur)
+		w.problems.set(problemSnapshot, nil)
 	}
 }

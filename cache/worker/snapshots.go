@@ -120,18 +120,26 @@ func (s *snapshots) get(d wire.Digest) (*snapshot, bool) {
 	return found, true
 }
 
+// all are the snapshots that are held, the current one first; release them after use.
+func (s *snapshots) all() []*snapshot {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	held := slices.Collect(maps.Values(s.held))
+	for i, n := range held {
+		n.users++
+		if n == s.current {
+			held[0], held[i] = held[i], held[0]
+		}
+	}
+	return held
+}
+
 // find is the file of an object version, in whichever snapshot has it: errNoSnapshot if none is held, and
 // source.ErrNotFound if it is in none. It walks all of them.
 func (s *snapshots) find(o ring.Object) (file, error) {
-	s.mu.Lock()
-	held := slices.Collect(maps.Values(s.held))
-	for _, n := range held {
-		n.users++
-	}
-	s.mu.Unlock()
 	err := errNoSnapshot
 	var found file
-	for _, n := range held {
+	for _, n := range s.all() {
 		if err != nil {
 			err = fmt.Errorf("%w: in no snapshot that is held", source.ErrNotFound)
 			n.Walk(0, func(i catalog.Index) bool {
