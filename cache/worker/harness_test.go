@@ -308,12 +308,20 @@ func (l testLog) Write(p []byte) (int, error) {
 	return len(p), nil
 }
 
-// gate lets a test hold or fail the reads of one worker's source.
+// gate lets a test hold or fail what one worker asks of its source.
 type gate struct {
 	mu   sync.Mutex
 	hook func(ctx context.Context, o source.Object, off int64) error
 	gets int
 	list int
+	no   error // what listings end with
+}
+
+// refuse has listings fail; nil: not any more.
+func (g *gate) refuse(err error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.no = err
 }
 
 func (g *gate) set(hook func(ctx context.Context, o source.Object, off int64) error) {
@@ -349,7 +357,11 @@ func (s gated) Get(ctx context.Context, o source.Object, off, n int64) (source.B
 func (s gated) List(ctx context.Context, prefix string, yield func(source.Object) error) error {
 	s.g.mu.Lock()
 	s.g.list++
+	no := s.g.no
 	s.g.mu.Unlock()
+	if no != nil {
+		return no
+	}
 	return s.Source.List(ctx, prefix, yield)
 }
 

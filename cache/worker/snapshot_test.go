@@ -16,6 +16,7 @@ import (
 	"strings"
 	"sync"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -545,4 +546,105 @@ func TestAStartWarnsOfNoSnapshot(t *testing.T) {
 	if !strings.Contains(log.String(), "waits for its first snapshot") {
 		t.Errorf("nothing is said of it:\n%s", log.String())
 	}
+}
+
+// turned is a clock that a test sets, and on which nothing comes that is waited for but the next poll.
+type turned struct {
+	mu  sync.Mutex
+	now time.Time
+}
+
+func (c *turned) Now() time.Time {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	return c.now
+}
+
+func (c *turned) turn(by time.Duration) {
+	c.mu.Lock()
+	defer c.mu.Unlock()
+	c.now = c.now.Add(by)
+}
+
+func (c *turned) After(d time.Duration) <-chan time.Time {
+	if d != pollInterval {
+		return make(chan time.Time)
+	}
+	return time.After(d / 50)
+}
+
+// hourly is a tier of one worker that lists each hour, by a clock that the test sets. listed waits for so many listings,
+// and sees that no more come, whatever wakes the worker.
+func hourly(t *testing.T) (tr *tier, clock *turned, listed func(times int)) {
+	t.Helper()
+	tr = newTier(t, map[string][]byte{"f": content(10, 1)})
+	clock = &turned{now: time.Now().Round(0)}
+	tr.deps = func(int) Deps { return Deps{Clock: clock} }
+	tr.config = func(_ int, c *Config) { c.Refresh = Duration(time.Hour) }
+	tr.start(1)
+	tr.snapshot()
+	var woken byte
+	return tr, clock, func(times int) {
+		t.Helper()
+		eventually(t, "the bucket is listed", func() error {
+			if _, n := tr.gates[0].counts(); n < times {
+				return fmt.Errorf("%d times", n)
+			}
+			return nil
+		})
+		for range 10 {
+			woken++
+			d := wire.Digest{woken}
+			eventually(t, "the worker is woken", func() error {
+				tr.workers[0].wantSnapshot(d)
+				if tr.workers[0].snapshots.asked(d) == 0 {
+					return errors.New("not yet")
+				}
+				return nil
+			})
+		}
+		if _, n := tr.gates[0].counts(); n != times {
+			t.Errorf("the bucket was listed %d times, not %d", n, times)
+		}
+	}
+}
+
+func TestAFailedListingIsNotRepeatedAtOnce(t *testing.T) {
+	tr, clock, listed := hourly(t)
+	listed(1)
+	tr.gates[0].refuse(fmt.Errorf("%w: late in the listing", source.ErrInvalid))
+	clock.turn(2 * time.Hour)
+	listed(2)
+	w := tr.workers[0]
+	if p := w.Status().Problem; !strings.Contains(p, "late in the listing") {
+		t.Errorf("the problem is %q", p)
+	}
+	refresh := func() error {
+		r := refreshRequest{reply: make(chan refreshResult, 1)}
+		w.refreshes <- r
+		return (<-r.reply).err
+	}
+	if err := refresh(); err == nil { // who asks is not kept waiting
+		t.Error("it did not fail")
+	}
+	listed(3)
+	tr.gates[0].refuse(nil)
+	if err := refresh(); err != nil {
+		t.Error(err)
+	}
+	listed(4)
+	if p := w.Status().Problem; p != "" {
+		t.Error(p)
+	}
+	clock.turn(2 * time.Hour)
+	listed(5)
+}
+
+func TestAClockThatIsSetBackStopsNoListing(t *testing.T) {
+	_, clock, listed := hourly(t)
+	listed(1)
+	clock.turn(-24 * time.Hour)
+	listed(2)
+	clock.turn(time.Hour + time.Minute) // the snapshot, in which nothing is new, is of tomorrow still
+	listed(3)
 }
