@@ -55,7 +55,8 @@ type near struct {
 	index  catalog.Index
 	object ring.Object
 	lease  *Lease
-	used   atomic.Int64 // when last, in nanoseconds since 1970
+	since  time.Time
+	used   atomic.Int64 // when last, in nanoseconds after that, which no setting of the clock moves
 	over   chan struct{}
 	once   sync.Once // closes over
 
@@ -87,7 +88,7 @@ func (c *Client) near(ctx context.Context, i catalog.Index, o ring.Object) *near
 			f = s.add(i, c.now())
 		case f.near != nil:
 			defer s.mu.Unlock()
-			f.near.used.Store(c.now().UnixNano())
+			f.near.use()
 			return f.near
 		case f.asking != nil:
 			asking := f.asking
@@ -169,12 +170,14 @@ func (c *Client) lendNear(i catalog.Index, o ring.Object) *near {
 			c.log.Debug("a file is not read where its worker keeps it", "file", i, "socket", socket, "error", err)
 			continue
 		}
-		n := &near{c: c, index: i, object: o, lease: l, over: make(chan struct{}), blocks: make(map[int64]*arrival)}
-		n.used.Store(c.now().UnixNano())
+		n := &near{c: c, index: i, object: o, lease: l, since: c.now(), over: make(chan struct{}), blocks: make(map[int64]*arrival)}
 		return n
 	}
 	return nil
 }
+
+// use notes that somebody reads the file.
+func (n *near) use() { n.used.Store(int64(n.c.now().Sub(n.since))) }
 
 // keep ends the loan when it is given up or lost, or nobody has read the file for long.
 func (n *near) keep() {
@@ -183,7 +186,7 @@ func (n *near) keep() {
 	for {
 		select {
 		case <-t.C:
-			if n.c.now().Sub(time.Unix(0, n.used.Load())) < n.c.timing.nearIdle {
+			if n.c.now().Sub(n.since)-time.Duration(n.used.Load()) < n.c.timing.nearIdle {
 				continue
 			}
 		case <-n.over:
@@ -225,7 +228,7 @@ func (n *near) readNow(p []byte, off int64) bool {
 		}
 		p, off = p[len(part):], off+int64(len(part))
 	}
-	n.used.Store(n.c.now().UnixNano())
+	n.use()
 	return true
 }
 
