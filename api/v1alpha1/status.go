@@ -151,7 +151,8 @@ type Integrity struct {
 	//
 	// +optional
 	Verified int64 `json:"verified,omitempty"`
-	// Unverified objects have no such digest: what the bucket sent is what readers get.
+	// Unverified objects have no such digest, or are spread over workers, none of which has all that it is of: what the
+	// bucket sent is what readers get.
 	//
 	// +optional
 	Unverified int64 `json:"unverified,omitempty"`

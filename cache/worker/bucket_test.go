@@ -121,6 +121,31 @@ func TestAnObjectWithoutADigestIsCountedAsUnverified(t *testing.T) {
 	})
 }
 
+// TestAnObjectThatNoWorkerHasWholeIsCountedAsUnverified: once, however many blocks are read, and by one of its owners.
+func TestAnObjectThatNoWorkerHasWholeIsCountedAsUnverified(t *testing.T) {
+	const size = ring.StripeThreshold + 1
+	tr := newTier(t, map[string][]byte{"f": nil})
+	if err := os.Truncate(filepath.Join(tr.root, "f"), size); err != nil {
+		t.Fatal(err)
+	}
+	tr.start(2)
+	snap := tr.snapshot()
+	i := index(t, snap, "/f")
+	var read [2]int
+	for block := range ring.Blocks(size) {
+		owner := tr.owners(snap, "/f", block)[0]
+		if read[owner]++; read[owner] > 3 {
+			continue
+		}
+		if _, err := tr.dial(owner).read(i, blockOff(block), int(blockLen(size, block)), 0); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if a, b := tr.workers[0].Status(), tr.workers[1].Status(); a.Unverified+b.Unverified != 1 {
+		t.Errorf("it is counted %d and %d times", a.Unverified, b.Unverified)
+	}
+}
+
 // TestAMissingSecretIsNamedAndRecovers: the worker starts without credentials, says which key of which
 // folder is missing, and serves once it is there.
 func TestAMissingSecretIsNamedAndRecovers(t *testing.T) {

@@ -47,6 +47,7 @@ type checkState struct {
 	digest source.Digest // as published with a ranged answer
 	dirty  bool          // a block was fetched since the last check began
 	queued bool
+	spread bool // over workers, and counted as such
 }
 
 func newDigests() *digests {
@@ -87,6 +88,16 @@ func (d *digests) dirty(id source.ID) {
 	d.mu.Lock()
 	defer d.mu.Unlock()
 	d.state(id).dirty = true
+}
+
+// spread notes that no worker will have all of the object; false when that is known.
+func (d *digests) spread(id source.ID) bool {
+	d.mu.Lock()
+	defer d.mu.Unlock()
+	s := d.state(id)
+	known := s.spread
+	s.spread = true
+	return !known
 }
 
 // whole notes that the object is whole; false when it cannot be checked because too many wait.
@@ -144,13 +155,21 @@ func (d *digests) good(id source.ID) {
 	delete(d.failed, id)
 }
 
-// checkWhole queues the check of f if all of it is resident now.
+// checkWhole queues the check of f if all of it is resident now. What is spread over workers is whole nowhere: its first
+// owner counts it.
 func (w *Worker) checkWhole(f file) {
-	if w.scrubRate <= 0 || !w.store.Residency(f.ring).Whole {
+	if w.scrubRate <= 0 {
 		return
 	}
-	if !w.digests.whole(f) {
-		w.counts.unverified.Add(1)
+	if w.store.Residency(f.ring).Whole {
+		if !w.digests.whole(f) {
+			w.counts.unverified.Add(1)
+		}
+	} else if f.ring.Size > ring.StripeThreshold && w.keepsWhole(f) != nil {
+		_, place := w.members.view().owners(w.config.ID, f.ring, 0, w.config.Copies)
+		if place == 0 && w.digests.spread(f.ring.ID) {
+			w.counts.unverified.Add(1)
+		}
 	}
 }
 

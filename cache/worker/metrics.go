@@ -71,7 +71,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		{"worker_opened_bytes_total", "Bytes of files handed out as descriptors.", prometheus.CounterValue, float64(s.OpenedBytes)},
 		{"worker_peer_bytes_total", "Bytes fetched from other workers.", prometheus.CounterValue, float64(c.w.counts.peerBytes.Load())},
 		{"worker_verified_objects_total", "Whole objects that match the bucket's digest.", prometheus.CounterValue, float64(s.Verified)},
-		{"worker_unverified_objects_total", "Whole objects for which the bucket publishes no digest.", prometheus.CounterValue, float64(s.Unverified)},
+		{"worker_unverified_objects_total", "Objects that were compared with no digest of the bucket: it publishes none, or they are spread over workers.", prometheus.CounterValue, float64(s.Unverified)},
 		{"worker_corrupt_objects_total", "Whole objects that did not match the bucket's digest.", prometheus.CounterValue, float64(s.Corrupt)},
 		{"worker_refetched_blocks_total", "Blocks fetched again after a checksum failed.", prometheus.CounterValue, float64(s.Refetched)},
 		{"worker_refused_total", "Connections and control requests that were refused.", prometheus.CounterValue, float64(c.w.counts.refused.Load())},
