@@ -646,22 +646,39 @@ func (w *world) load(d *v1alpha1.Dataset, name string, change func(*v1alpha1.Dat
 	return l
 }
 
+// uids are those of the pods whose workers run, by name.
+func (w *world) uids() map[string]string {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	out := make(map[string]string)
+	for name, r := range w.workers {
+		out[name] = r.uid
+	}
+	return out
+}
+
+// renewed waits until none of a Dataset's workers is one of before, and all are ready.
+func (w *world) renewed(d *v1alpha1.Dataset, before map[string]string) {
+	w.Helper()
+	w.eventually("all workers are new", func() error {
+		now := w.uids()
+		for name, uid := range before {
+			if now[name] == uid || now[name] == "" {
+				return fmt.Errorf("%d workers run, %s is the old one", len(now), name)
+			}
+		}
+		return nil
+	})
+	w.waitReady(d)
+}
+
 func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 2, 8, 200_000)
 	w.load(d, "all", nil)
-	uids := func() map[string]string {
-		out := make(map[string]string)
-		w.mu.Lock()
-		defer w.mu.Unlock()
-		for name, r := range w.workers {
-			out[name] = r.uid
-		}
-		return out
-	}
 	set := &appsv1.StatefulSet{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker"}}
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
-	before, generation, members := uids(), set.Generation, w.members(d)
+	before, generation, members := w.uids(), set.Generation, w.members(d)
 
 	// Another version of the controller starts: nothing happens to workers, membership or status.
 	w.stopManager()
@@ -680,7 +697,7 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 	})
 	w.waitReady(d)
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
-	if after := uids(); fmt.Sprint(after) != fmt.Sprint(before) || set.Generation != generation || set.Spec.Template.Spec.Containers[0].Image != "stepcache:v1" {
+	if after := w.uids(); fmt.Sprint(after) != fmt.Sprint(before) || set.Generation != generation || set.Spec.Template.Spec.Containers[0].Image != "stepcache:v1" {
 		t.Errorf("an upgrade changed the workers: %v to %v, generation %d to %d", before, after, generation, set.Generation)
 	}
 	if now := w.members(d); asJSON(now) != asJSON(members) {
@@ -703,7 +720,7 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 		return nil
 	})
 	w.passes(d, 3)
-	if after := uids(); fmt.Sprint(after) != fmt.Sprint(before) {
+	if after := w.uids(); fmt.Sprint(after) != fmt.Sprint(before) {
 		t.Errorf("another template changed the workers: %v to %v", before, after)
 	}
 
@@ -711,19 +728,7 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "v2")
 	})
-	w.eventually("all workers are new", func() error {
-		w.mu.Lock()
-		n := len(w.workers)
-		w.mu.Unlock()
-		now := uids()
-		for name, uid := range before {
-			if now[name] == uid || now[name] == "" {
-				return fmt.Errorf("%d workers run, %s is the old one", n, name)
-			}
-		}
-		return nil
-	})
-	w.waitReady(d)
+	w.renewed(d, before)
 	w.event("WorkerUpdated", "genomes-worker-0")
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(set), set))
 	if got := set.Spec.Template.Spec.Containers[0].Image; got != "stepcache:v2" {
@@ -731,6 +736,33 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 	}
 	if got := w.cached(); got == 0 {
 		t.Error("a rollout of two workers lost everything")
+	}
+}
+
+func TestWhatAWorkerHandedOverComesBackToItsNewPodFromTheOthers(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 3, 30, 200_000)
+	w.load(d, "all", nil)
+	w.eventually("the status counts what is held", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		if d.Status.CachedPercentage != 100 {
+			return fmt.Errorf("status %s", asJSON(d.Status))
+		}
+		return nil
+	})
+	before, sent := w.uids(), w.bucket.Sent()
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "v2")
+	})
+	w.renewed(d, before)
+	w.load(d, "again", nil)
+	if more := w.bucket.Sent() - sent; more > 100_000 { // less than one file: there are questions without bytes
+		t.Errorf("the bucket sent %d bytes of what was handed over", more)
+	}
+	for _, m := range w.members(d).Members {
+		if m.Joined == 0 {
+			t.Errorf("%s came with nothing, which its place in the list does not say: %s", m.ID, asJSON(w.members(d)))
+		}
 	}
 }
 

@@ -33,7 +33,8 @@ const (
 //
 // A member's id is its pod's name, which placement hashes; its address is the pod's own, which needs no
 // DNS, so a restart under another address is a new epoch and moves nothing. Members are Leaving while they
-// hand over their blocks, before the pod is stopped for good (scale-in) or for a new template (rollout).
+// hand over their blocks, before the pod is stopped for good (scale-in) or for a new template (rollout). Once it is
+// stopped they are out at once: its next pod comes with nothing, to others that have what was handed over.
 func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	have, err := r.list(ctx, p)
 	if err != nil {
@@ -42,7 +43,9 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	before := p.parse(have)
 	had := make(map[string]ring.Member)
 	for _, m := range before.Members {
-		had[m.ID] = m
+		if m.State != ring.Leaving || !p.ended(m) {
+			had[m.ID] = m
+		}
 	}
 	next := ring.Membership{Members: []ring.Member{}}
 	seen := make(map[string]bool)
@@ -60,7 +63,7 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 			next.Members = append(next.Members, old)
 		}
 	}
-	for _, m := range before.Members {
+	for _, m := range had {
 		// The pod is gone: the set makes it anew, unless it was one too many.
 		if n := ordinal(p.dataset, m.ID); !seen[m.ID] && n >= 0 && n < int(p.dataset.Spec.Workers.Replicas) && p.lately(m.ID) {
 			next.Members = append(next.Members, m)
@@ -86,7 +89,7 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 	next.Epoch = before.Epoch
 	if before.Epoch == 0 || before.Epoch < p.epoch || !reflect.DeepEqual(before.Members, next.Members) {
 		next.Epoch = nextEpoch(before.Epoch, p.epoch, p.now)
-		markNew(before, next, p.dataset.Status.Cached > 0, p.back())
+		markNew(before.Epoch, had, next, p.dataset.Status.Cached > 0, p.back())
 	}
 	p.members = next
 	if err := r.putMembership(ctx, p, have); err != nil {
@@ -109,19 +112,27 @@ func nextEpoch(before, greatest uint64, now time.Time) uint64 {
 	return max(before, greatest) + 1
 }
 
-// markNew notes of the members of the next list which of them were not in the one before.
+// ended says whether the pod of a member is being stopped, or is gone. Where there are sockets, whose paths have the
+// pods' UIDs, one that took its place meanwhile is known too; an address may change while a pod keeps its memory.
+func (p *pass) ended(m ring.Member) bool {
+	pod := p.pod(m.ID)
+	return pod == nil || !pod.DeletionTimestamp.IsZero() || m.Socket != "" && m.Socket != socketOf(pod)
+}
+
+// markNew notes of the members of the next list which of them were not in the one before, with that epoch, or are back
+// after they left.
 //
 // One that comes to others that hold bytes asks them first; in a tier that is empty, such as a new Dataset's, that would
 // only be a detour. Where writes are acknowledged before the bucket has them, every one that comes back is marked: the
 // others went on without what it held, which must not count any more. Where it is not known who was there before, since
 // the list was deleted or made unreadable, nobody is: what all of them hold would not count, and be lost.
-func markNew(before, next ring.Membership, cached, back bool) {
-	if before.Epoch == 0 || !cached && !back {
+func markNew(before uint64, had map[string]ring.Member, next ring.Membership, cached, back bool) {
+	if before == 0 || !cached && !back {
 		return
 	}
 	for i := range next.Members {
 		m := &next.Members[i]
-		if !slices.ContainsFunc(before.Members, func(o ring.Member) bool { return o.ID == m.ID }) {
+		if _, was := had[m.ID]; !was {
 			m.Joined = next.Epoch
 		}
 	}
@@ -184,9 +195,13 @@ func (r *Reconciler) member(pod *corev1.Pod) ring.Member {
 		Control: net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(v1alpha1.PortControl)),
 	}
 	if r.Store == StoreCSI {
-		m.Socket = v1alpha1.NodeSocketDir(string(pod.UID)) + "/" + v1alpha1.SocketName
+		m.Socket = socketOf(pod)
 	}
 	return m
+}
+
+func socketOf(pod *corev1.Pod) string {
+	return v1alpha1.NodeSocketDir(string(pod.UID)) + "/" + v1alpha1.SocketName
 }
 
 // putMembership writes the list in the place of the one that it was made after. Where another, which the cache did not

@@ -10,6 +10,7 @@ import (
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
+	"k8s.io/apimachinery/pkg/types"
 	utilruntime "k8s.io/apimachinery/pkg/util/runtime"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
@@ -25,6 +26,13 @@ func TestMembersThatComeBackAreMarked(t *testing.T) {
 		}
 		return m
 	}
+	mark := func(before, next ring.Membership, cached, back bool) {
+		had := make(map[string]ring.Member)
+		for _, m := range before.Members {
+			had[m.ID] = m
+		}
+		markNew(before.Epoch, had, next, cached, back)
+	}
 	for _, c := range []struct {
 		name         string
 		before       ring.Membership
@@ -39,7 +47,7 @@ func TestMembersThatComeBackAreMarked(t *testing.T) {
 		{"after the list was lost, what they hold counts", list(0), true, true, []uint64{0, 0}},
 	} {
 		next := list(8, "w-0", "w-1")
-		markNew(c.before, next, c.cached, c.back)
+		mark(c.before, next, c.cached, c.back)
 		for i, m := range next.Members {
 			if m.Joined != c.want[i] {
 				t.Errorf("%s: %s joined at %d, want %d", c.name, m.ID, m.Joined, c.want[i])
@@ -48,8 +56,71 @@ func TestMembersThatComeBackAreMarked(t *testing.T) {
 	}
 	next := list(9, "w-0")
 	next.Members[0].Joined = 5
-	if markNew(list(8, "w-0"), next, true, true); next.Members[0].Joined != 5 {
+	if mark(list(8, "w-0"), next, true, true); next.Members[0].Joined != 5 {
 		t.Errorf("one that stayed: %d", next.Members[0].Joined)
+	}
+}
+
+// A member that leaves goes on with what it holds for as long as its pod does, and its next pod has nothing of it.
+func TestAMemberThatLeftIsOutUntilItsNextPodServes(t *testing.T) {
+	for _, policy := range []v1alpha1.WritePolicy{v1alpha1.WriteThrough, v1alpha1.WriteBack} {
+		server := &oneList{}
+		r := New(server, server, nil, Options{Store: StoreCSI})
+		d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "d", UID: "u"}}
+		d.Spec.Workers.Replicas, d.Spec.Write.Policy, d.Status.Cached = 2, policy, 1
+		pod := func(n int, uid, template string) corev1.Pod {
+			return corev1.Pod{
+				ObjectMeta: metav1.ObjectMeta{
+					Name: v1alpha1.WorkersName("d") + "-" + strconv.Itoa(n), UID: types.UID(uid), Annotations: map[string]string{annotationWorker: template},
+				},
+				Status: corev1.PodStatus{
+					Phase: corev1.PodRunning, PodIP: "10.0.0.1" + strconv.Itoa(n), Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}},
+				},
+			}
+		}
+		list := func(wanted string, pods ...corev1.Pod) (states string, joined bool) {
+			t.Helper()
+			p := &pass{memory: r.remember("u"), dataset: d, now: time.Unix(1_800_000_000, 0), pods: pods, wanted: wanted}
+			if err := r.membership(t.Context(), p); err != nil {
+				t.Fatal(err)
+			}
+			for _, m := range p.members.Members {
+				states += m.ID[len(m.ID)-1:] + " " + string(m.State) + " "
+				joined = joined || m.Joined == p.members.Epoch
+			}
+			return states, joined
+		}
+		leaves := func() {
+			t.Helper()
+			list("old", pod(0, "a", "old"), pod(1, "b", "old"))
+			if got, _ := list("new", pod(0, "a", "old"), pod(1, "b", "old")); got != "0 Ready 1 Leaving " {
+				t.Fatalf("%s: a rollout: %s", policy, got)
+			}
+		}
+
+		leaves()
+		elsewhere := pod(1, "b", "old")
+		elsewhere.Status.PodIP = "10.0.0.99"
+		if got, joined := list("old", pod(0, "a", "old"), elsewhere); got != "0 Ready 1 Ready " || joined {
+			t.Errorf("%s: a rollout that was taken back, of a pod that has another address since: %s, marked %v", policy, got, joined)
+		}
+
+		leaves()
+		ends := pod(1, "b", "old")
+		ends.DeletionTimestamp = &metav1.Time{Time: time.Unix(1, 0)}
+		for what, pods := range map[string][]corev1.Pod{"is being stopped": {pod(0, "a", "old"), ends}, "is gone": {pod(0, "a", "old")}} {
+			if got, joined := list("new", pods...); got != "0 Ready " || joined {
+				t.Errorf("%s: its pod %s: %s, marked %v", policy, what, got, joined)
+			}
+		}
+		if got, joined := list("new", pod(0, "a", "old"), pod(1, "c", "new")); got != "0 Leaving 1 Ready " || !joined {
+			t.Errorf("%s: its next pod: %s, marked %v", policy, got, joined)
+		}
+
+		leaves()
+		if got, joined := list("new", pod(0, "a", "new"), pod(1, "d", "new")); got != "0 Ready 1 Ready " || !joined {
+			t.Errorf("%s: its next pod, which is there before the controller looks: %s, marked %v", policy, got, joined)
+		}
 	}
 }
 

@@ -219,7 +219,7 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 			delete(p.leaving, m.ID)
 		}
 	}
-	alone := len(p.members.Members) <= 1
+	alone := p.dataset.Spec.Workers.Replicas <= 1 && len(p.members.Members) <= 1
 	for i := range p.pods {
 		pod := &p.pods[i]
 		if !p.stale(pod) || !pod.DeletionTimestamp.IsZero() || ordinal(p.dataset, pod.Name) >= int(p.dataset.Spec.Workers.Replicas) {
