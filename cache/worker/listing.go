@@ -14,6 +14,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -463,12 +464,21 @@ func (w *Worker) pullSnapshot(ctx context.Context, m ring.Member, d wire.Digest,
 		return nil
 	}
 	end, err := w.reserve(size, inFolder, current)
-	if err == nil {
-		snap, err = w.receiveSnapshot(d, write, func(*catalog.Snapshot) error { return nil })
-		end()
+	if err != nil {
+		return nil, in, fmt.Errorf("snapshot from worker %s: %w", m.ID, err)
 	}
+	receive := func() error {
+		snap, err = w.receiveSnapshot(d, write, func(*catalog.Snapshot) error { return nil })
+		return err
+	}
+	if current {
+		err = w.intoFolder(receive)
+	} else {
+		err = receive()
+	}
+	end()
 	var folder *fs.PathError
-	if current && (errors.Is(err, errNoRoom) || errors.As(err, &folder)) {
+	if current && errors.As(err, &folder) {
 		full := err
 		if end, err = w.reserve(size, inHeap, current); err == nil {
 			in = inHeap
@@ -477,7 +487,7 @@ func (w *Worker) pullSnapshot(ctx context.Context, m ring.Member, d wire.Digest,
 		}
 		if err == nil {
 			w.log.Warn("snapshot is kept in heap", "error", full)
-		} else if folder != nil {
+		} else {
 			err = fmt.Errorf("%w; and %w", full, err)
 		}
 	}
@@ -562,10 +572,23 @@ func (w *Worker) saveSnapshot(snap *catalog.Snapshot) (*catalog.Snapshot, error)
 		return nil, err
 	}
 	path := w.snapshotPath(snap.Digest())
-	if err := replaceFile(path, snap.Encoded()); err != nil {
+	if err := w.intoFolder(func() error { return replaceFile(path, snap.Encoded()) }); err != nil {
 		return nil, err
 	}
 	return catalog.OpenFile(path)
+}
+
+// intoFolder has the current snapshot written, once more where the folder had no room beside the others.
+func (w *Worker) intoFolder(write func() error) error {
+	err := write()
+	if errors.Is(err, unix.ENOSPC) {
+		if dropped := w.snapshots.clear(); len(dropped) > 0 {
+			w.log.Warn("old snapshots are dropped for the current one", "dropped", len(dropped), "error", err)
+			w.removeSnapshots(dropped)
+			err = write()
+		}
+	}
+	return err
 }
 
 // removeSnapshots removes the files of dropped snapshots.

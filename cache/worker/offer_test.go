@@ -137,7 +137,7 @@ func TestKeysOfWhatIsOfferedAreBelowTheMounts(t *testing.T) {
 func (s *snapshots) setRoom(bytes int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.room = bytes
+	s.room, s.memory = bytes, 0
 }
 
 // TestOldSnapshotsMakeRoom: however few they are.
@@ -209,8 +209,14 @@ func TestOldSnapshotsMakeRoom(t *testing.T) {
 	}
 	reserve(true, "d")()
 	s.room = size + size/2
-	if _, _, ok := s.reserve(size, inFolder, true); ok {
-		t.Error("the current one was dropped")
+	if dropped, _, ok := s.reserve(size, inFolder, true); !ok || len(dropped) > 0 {
+		t.Errorf("beside the current one another is to be current, and %d were dropped: %t", len(dropped), ok)
+	}
+	if _, _, ok := s.reserve(size, inHeap, true); !ok {
+		t.Error("the room of the heap is the folder's")
+	}
+	if _, _, ok := s.reserve(size, inHeap, true); ok {
+		t.Error("the heap has no bound")
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -17,6 +18,8 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -294,17 +297,23 @@ func TestAListingWithoutNewsTakesNoRoom(t *testing.T) {
 	}
 }
 
+// full has a worker's folder take no snapshot, until what is there in its place is removed.
+func full(t *testing.T, w *Worker) {
+	t.Helper()
+	if err := os.RemoveAll(w.snapshotDir()); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(w.snapshotDir(), nil, 0o600); err != nil {
+		t.Fatal(err)
+	}
+}
+
 func TestAFollowerWhoseFolderIsFullServesFromHeap(t *testing.T) {
 	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
 	tr.start(2)
 	old := tr.snapshot().Digest()
 	w := tr.workers[1-tr.lister()]
-	if err := os.RemoveAll(w.snapshotDir()); err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(w.snapshotDir(), nil, 0o600); err != nil { // as good as full
-		t.Fatal(err)
-	}
+	full(t, w)
 	tr.relist("g")
 	if d := tr.snapshot().Digest(); d == old {
 		t.Error("the same snapshot")
@@ -332,6 +341,7 @@ func TestAFollowerWithoutRoomSaysSo(t *testing.T) {
 	i := 1 - tr.lister()
 	w := tr.workers[i]
 	w.snapshots.setRoom(1)
+	full(t, w)
 	tr.relist("g")
 	eventually(t, "it says what to do", func() error {
 		if p := w.Status().Problem; !strings.Contains(p, "raise the workers' memory") {
@@ -347,7 +357,9 @@ func TestAFollowerWithoutRoomSaysSo(t *testing.T) {
 	if code, text := tr.get(i, wire.PathReady); code != http.StatusOK {
 		t.Errorf("not ready: %s", text)
 	}
-	w.snapshots.setRoom(1 << 20)
+	if err := os.Remove(w.snapshotDir()); err != nil {
+		t.Fatal(err)
+	}
 	if tr.snapshot().Digest() == old {
 		t.Error("it does not follow")
 	}
@@ -647,4 +659,50 @@ func TestAClockThatIsSetBackStopsNoListing(t *testing.T) {
 	listed(2)
 	clock.turn(time.Hour + time.Minute) // the snapshot, in which nothing is new, is of tomorrow still
 	listed(3)
+}
+
+// A current snapshot takes the room of old ones only where the file system has no other.
+func TestTheCurrentSnapshotIsWrittenInThePlaceOfOldOnes(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	w := tr.add(0)
+	tr.setMembers()
+	var old wire.Digest
+	eventually(t, "there is one", func() error {
+		n, ok := w.snapshots.get(wire.Digest{})
+		if !ok {
+			return errors.New("none")
+		}
+		old = n.Digest()
+		n.release()
+		return nil
+	})
+	tr.relist("g")
+	held := func() bool {
+		_, err := os.Stat(w.snapshotPath(old))
+		n, ok := w.snapshots.get(old)
+		if ok {
+			n.release()
+		}
+		return ok && err == nil
+	}
+	if !held() {
+		t.Fatal("the old snapshot is gone")
+	}
+	tries := 0
+	write := func() error {
+		if tries++; held() {
+			return fmt.Errorf("write: %w", unix.ENOSPC)
+		}
+		return nil
+	}
+	if err := w.intoFolder(func() error { return fs.ErrPermission }); !errors.Is(err, fs.ErrPermission) || !held() {
+		t.Errorf("%v", err)
+	}
+	if err := w.intoFolder(write); err != nil || tries != 2 || held() {
+		t.Errorf("after %d tries: %v", tries, err)
+	}
+	none := 0
+	if err := w.intoFolder(func() error { none++; return unix.ENOSPC }); !errors.Is(err, unix.ENOSPC) || none != 1 {
+		t.Errorf("with nothing to drop it was tried %d times: %v", none, err)
+	}
 }

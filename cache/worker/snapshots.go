@@ -25,7 +25,8 @@ const (
 )
 
 // SnapshotRoom is what a worker of so much memory has for snapshots beside it, in bytes: once in its folder, where they
-// are kept, and once in heap, where one is built, or is kept that does not fit the folder beside those in use.
+// are kept and may take a quarter of that memory as well, and once in heap, where one is built, or is kept that the folder
+// does not take.
 func SnapshotRoom(memory int64) int64 { return min(max(memory/8, 64<<20), 1<<30) }
 
 // medium is where the bytes of a snapshot are.
@@ -91,8 +92,9 @@ func (s *snapshot) release() {
 
 // snapshots are the snapshots that this worker holds, one of them current.
 type snapshots struct {
-	now  func() time.Time
-	room int64 // bytes, of each medium
+	now    func() time.Time
+	room   int64 // SnapshotRoom
+	memory int64 // the worker's
 
 	mu      sync.Mutex
 	held    map[wire.Digest]*snapshot
@@ -245,22 +247,35 @@ func (s *snapshots) expire() (dropped []wire.Digest) {
 	defer s.mu.Unlock()
 	for _, n := range s.idle() {
 		unused := s.now().Sub(n.used)
-		if unused >= keepUnused || unused >= lately && len(s.held) > maxSnapshots || s.bytes(n.medium) > s.room {
+		if unused >= keepUnused || unused >= lately && len(s.held) > maxSnapshots || s.bytes(n.medium) > s.most(n.medium) {
 			dropped = append(dropped, s.drop(n))
 		}
 	}
 	return dropped
 }
 
+// most is what those of a medium may take. In the folder the cache makes room for them, but not for any number; for two
+// whatever they take, since a refresh must not end the one that everybody reads.
+func (s *snapshots) most(in medium) int64 {
+	if in == inHeap {
+		return s.room
+	}
+	least := int64(0)
+	if s.current != nil {
+		least = 2 * int64(len(s.current.Encoded()))
+	}
+	return max(s.room, s.memory/4, least)
+}
+
 // reserve takes room for a snapshot of so many bytes that is about to come, until end is called after put. One that is
-// to be current takes it from any that is idle. Another takes it only from those that nobody reminded of lately: those
-// that are read would push each other out, and be given back by their readers, for ever. Without room nothing is
-// dropped. The files of what was are the caller's to remove.
+// to be current takes it from any that is idle, and the file system alone says that the folder has none. Another takes it
+// only from those that nobody reminded of lately: those that are read would push each other out, and be given back by
+// their readers, for ever. Without room nothing is dropped. The files of what was are the caller's to remove.
 func (s *snapshots) reserve(size int64, in medium, current bool) (dropped []wire.Digest, end func(), ok bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	var leave []*snapshot
-	over := s.bytes(in) + size - s.room
+	over := s.bytes(in) + size - s.most(in)
 	for _, n := range s.idle() {
 		if over <= 0 || !current && s.now().Sub(n.used) < lately {
 			break
@@ -270,7 +285,7 @@ func (s *snapshots) reserve(size int64, in medium, current bool) (dropped []wire
 			over -= int64(len(n.Encoded()))
 		}
 	}
-	if over > 0 {
+	if over > 0 && !(current && in == inFolder) {
 		return nil, nil, false
 	}
 	for _, n := range leave {
@@ -282,6 +297,18 @@ func (s *snapshots) reserve(size int64, in medium, current bool) (dropped []wire
 		defer s.mu.Unlock()
 		s.coming[in] -= size
 	}, true
+}
+
+// clear drops what nobody uses of the folder but for the current one. The files are the caller's to remove.
+func (s *snapshots) clear() (dropped []wire.Digest) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	for _, n := range s.idle() {
+		if n.medium == inFolder {
+			dropped = append(dropped, s.drop(n))
+		}
+	}
+	return dropped
 }
 
 // bytes is what all of a medium take, with those that come. The caller holds s.mu.

@@ -161,7 +161,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	}
 	w.asking.n = make(map[blockKey]int)
 	w.problems = problems{log: w.log, text: make(map[problem]string), errs: make(map[problem]error)}
-	w.snapshots = snapshots{now: w.clock.Now, room: SnapshotRoom(c.Memory), held: make(map[wire.Digest]*snapshot)}
+	w.snapshots = snapshots{now: w.clock.Now, room: SnapshotRoom(c.Memory), memory: c.Memory, held: make(map[wire.Digest]*snapshot)}
 	w.loads = &loads{w: w, byID: make(map[string]*load)}
 	w.members.self, w.members.path, w.members.look = c.ID, c.MembershipFile, make(chan struct{}, 1)
 	w.started = w.clock.Now()
