@@ -3,6 +3,7 @@ package controllers_test
 import (
 	"errors"
 	"fmt"
+	"net/http"
 	"slices"
 	"strings"
 	"testing"
@@ -25,6 +26,7 @@ import (
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/test/bucket"
 )
 
 func TestDatasetBecomesReadyWithAllItsParts(t *testing.T) {
@@ -763,6 +765,73 @@ func TestWhatAWorkerHandedOverComesBackToItsNewPodFromTheOthers(t *testing.T) {
 		if m.Joined == 0 {
 			t.Errorf("%s came with nothing, which its place in the list does not say: %s", m.ID, asJSON(w.members(d)))
 		}
+	}
+}
+
+func TestWorkersThatAreNotReadyAreUpdatedWithoutLossOfWhatTheyHold(t *testing.T) {
+	w := newWorld(t)
+	refusing := bucket.Faults(t, w.bucket)
+	d := w.dataset("genomes", 3)
+	d.Spec.Mounts[0].Endpoint = refusing.Endpoint()
+	p := make([]byte, 100_000)
+	for i := range 60 {
+		p[0] = byte(i)
+		w.bucket.PutT(t, "data", fmt.Sprintf("dir%d/file%d", i%2, i), p)
+	}
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	w.must(w.Create(t.Context(), d))
+	w.waitReady(d)
+	half := func(l *v1alpha1.DataLoad) { l.Spec.Paths = []v1alpha1.PathPattern{"/dir0"} }
+	w.load(d, "half", half)
+	before := w.uids()
+	refusing.Set(func(*http.Request) bucket.Fault {
+		return bucket.Fault{Status: http.StatusForbidden, Code: "AccessDenied"}
+	})
+	c := w.reader(d)
+	for i := 1; i < 60; i += 2 { // which every worker asks the bucket for
+		file, _ := c.Snapshot().Lookup(fmt.Sprintf("dir1/file%d", i))
+		if _, err := c.ReadAt(t.Context(), file, p, 0); err == nil {
+			t.Fatal("a bucket that refuses was read")
+		}
+	}
+	w.eventually("no worker is ready", func() error {
+		pods := &corev1.PodList{}
+		w.must(w.List(t.Context(), pods, client.InNamespace(w.ns), client.MatchingLabels{v1alpha1.LabelComponent: v1alpha1.ComponentWorker}))
+		for _, p := range pods.Items {
+			if p.Status.Conditions[0].Status == corev1.ConditionTrue {
+				return fmt.Errorf("pod %s is ready", p.Name)
+			}
+		}
+		return nil
+	})
+
+	// What has no worker start stops at the first, which has handed over.
+	w.set(func(w *world) { w.deaf = true })
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "broken")
+	})
+	w.event("WorkerUpdated")
+	w.eventually("the first has ended", func() error {
+		if now := w.uids(); len(now) != 2 {
+			return fmt.Errorf("workers %v", now)
+		}
+		return nil
+	})
+	w.passes(d, 4)
+	if now := w.uids(); len(now) != 2 || w.cached() != 3_000_000 {
+		t.Fatalf("of workers %v %v are left, and %d bytes of 3,000,000", before, now, w.cached())
+	}
+
+	key := w.secret("new-key")
+	key.StringData["sessionToken"] = "new"
+	w.must(w.Create(t.Context(), key))
+	sent := w.bucket.Sent()
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Mounts[0].CredentialsSecretRef.Name = "new-key" })
+	w.set(func(w *world) { w.deaf = false })
+	w.renewed(d, before)
+	w.load(d, "again", half)
+	if more := w.bucket.Sent() - sent; more > 50_000 { // less than one file: there are questions without bytes
+		t.Errorf("the bucket sent %d bytes of what the workers held", more)
 	}
 }
 

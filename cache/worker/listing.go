@@ -41,7 +41,6 @@ var errNotLister = errors.New("another worker lists the bucket")
 // keepSnapshot opens the sources, then keeps the current snapshot: the lister lists the bucket, the
 // others follow the lister. It is the only one that changes which snapshot is current.
 func (w *Worker) keepSnapshot(ctx context.Context) error {
-	w.problems.set(problemSnapshot, errNoSnapshot)
 	src, err := w.openSources(ctx)
 	if err != nil {
 		return nil // ctx ended

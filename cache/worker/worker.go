@@ -216,6 +216,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 			return nil, err
 		}
 	}
+	w.problems.set(problemSnapshot, errNoSnapshot) // from the start: nobody is to take it for ready before it has looked
 	w.registry = newRegistry(w)
 	return w, nil
 }

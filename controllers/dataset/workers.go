@@ -1,6 +1,7 @@
 package dataset
 
 import (
+	"cmp"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -86,34 +87,43 @@ func (r *Reconciler) config(ctx context.Context, p *pass) error {
 	})
 }
 
-// rolling is the member that leaves for a new template: one at a time, and only while all others serve. A
-// pod that is not ready is replaced without leaving, since nobody reads from it.
+// rolling is the member that leaves for a new template, one at a time. All that have it already must be ready, so that
+// one which breaks workers stops at the first. Those with the old one that are not ready leave first, since it may be what
+// ails them, and the others while all serve.
 func (p *pass) rolling(had map[string]ring.Member) string {
 	if p.wanted == "" {
 		return "" // of one that is being deleted, or cannot go on, no worker is replaced
 	}
 	replicas := int(p.dataset.Spec.Workers.Replicas)
-	ready, last := 0, ""
+	fine, ready, unready := 0, "", ""
 	for i := range p.pods {
 		pod := &p.pods[i]
-		if ordinal(p.dataset, pod.Name) >= replicas {
+		if ordinal(p.dataset, pod.Name) >= replicas || !p.serves(pod) {
 			continue
 		}
-		if podReady(pod) {
-			ready++
+		if p.stale(pod) || podReady(pod) {
+			fine++
 		}
-		if !p.stale(pod) || !podReady(pod) {
-			continue
-		}
-		if had[pod.Name].State == ring.Leaving {
+		switch {
+		case !p.stale(pod):
+		case had[pod.Name].State == ring.Leaving:
 			return pod.Name
+		case podReady(pod):
+			ready = pod.Name
+		default:
+			unready = pod.Name
 		}
-		last = pod.Name
 	}
-	if ready < replicas {
+	if fine < replicas {
 		return ""
 	}
-	return last
+	return cmp.Or(unready, ready)
+}
+
+// read says whether somebody may read from a worker: one that is not ready gives what it holds all the same, unless it
+// does not answer.
+func (p *pass) read(pod *corev1.Pod) bool {
+	return podReady(pod) || p.serves(pod) && p.status[pod.Name].Cached > 0
 }
 
 func (p *pass) stale(pod *corev1.Pod) bool { return pod.Annotations[annotationWorker] != p.wanted }
@@ -210,7 +220,7 @@ func (p *pass) mayGo(m ring.Member) bool {
 	return false
 }
 
-// roll deletes the pods that have handed over, or have nothing to, and carry an old template.
+// roll deletes the pods that carry an old template and have handed over, or that nobody reads from.
 func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 	state := make(map[string]ring.Member)
 	for _, m := range p.members.Members {
@@ -226,7 +236,7 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 			continue
 		}
 		m := state[pod.Name]
-		if podReady(pod) && !alone && (m.State != ring.Leaving || !p.mayGo(m)) {
+		if p.read(pod) && !alone && (m.State != ring.Leaving || !p.mayGo(m)) {
 			p.again = r.Poll / 5
 			continue
 		}
