@@ -853,6 +853,7 @@ func TestWorkerOnANodeThatDoesNotAnswerIsReplaced(t *testing.T) {
 		t.Errorf("phase %s", d.Status.Phase)
 	}
 	w.event("NodeUnreachable", lost.ID)
+	w.passes(d, 3) // in which the worker is asked in vain
 	w.clock.advance(3 * time.Minute)
 	update(w, d, func(d *v1alpha1.Dataset) { metav1.SetMetaDataAnnotation(&d.ObjectMeta, "poke", "1") })
 	w.waitReady(d)
@@ -860,6 +861,31 @@ func TestWorkerOnANodeThatDoesNotAnswerIsReplaced(t *testing.T) {
 	m = w.members(d)
 	if len(m.Members) != 2 || m.Members[0].Node == lost.Node {
 		t.Errorf("membership %s", asJSON(m))
+	}
+}
+
+func TestWorkersThatAnswerAreKeptThoughTheirNodesDoNot(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 3, 6, 100_000)
+	w.load(d, "all", nil)
+	before, list := w.uids(), asJSON(w.members(d))
+	for i := range 3 { // the way to the control plane is cut
+		w.node(i, corev1.ConditionUnknown)
+	}
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "NodeUnreachable")
+	for range 3 {
+		w.clock.advance(3 * time.Minute)
+		w.passes(d, 2)
+	}
+	for i := range 3 {
+		w.node(i, corev1.ConditionTrue)
+	}
+	w.waitReady(d)
+	if now := w.uids(); fmt.Sprint(now) != fmt.Sprint(before) || w.cached() != 600_000 {
+		t.Errorf("workers %v hold %d bytes, before it were %v and 600,000", now, w.cached(), before)
+	}
+	if now := asJSON(w.members(d)); now != list {
+		t.Errorf("membership %s, before it was %s", now, list)
 	}
 }
 

@@ -266,7 +266,12 @@ func TestAWorkerOnADeadNodeIsReplacedOnceTheOthersHaveFlushed(t *testing.T) {
 	w.condition(d, v1alpha1.ConditionFlushed, metav1.ConditionFalse, "Pending")
 	lost := w.members(d).Members[0]
 	w.node(0, corev1.ConditionUnknown)
+	w.set(func(w *world) { // the machine is gone
+		w.workers[lost.ID].cancel()
+		<-w.workers[lost.ID].done
+	})
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "NodeUnreachable", lost.ID)
+	w.passes(d, 3) // in which the worker is asked in vain
 	w.clock.advance(4 * time.Minute)
 	w.condition(d, v1alpha1.ConditionFlushed, metav1.ConditionFalse, "Pending", lost.ID, lost.Node, "1 objects")
 	w.event("WorkerUnreachable", lost.ID, lost.Node, "accept-loss=")

@@ -132,6 +132,8 @@ type Reconciler struct {
 type memory struct {
 	// absent is since when a worker cannot serve, by member id.
 	absent map[string]time.Time
+	// heard are the members that answered when they were asked last.
+	heard map[string]bool
 	// epoch is the greatest that was written, or that a worker follows.
 	epoch uint64
 	// leaving is since when a member hands over.

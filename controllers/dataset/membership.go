@@ -59,7 +59,7 @@ func (r *Reconciler) membership(ctx context.Context, p *pass) error {
 			m := r.member(pod)
 			m.Joined = old.Joined
 			next.Members = append(next.Members, m)
-		case was && p.lately(pod.Name):
+		case p.lately(pod.Name) && was:
 			next.Members = append(next.Members, old)
 		}
 	}
@@ -245,6 +245,7 @@ func (r *Reconciler) control(p *pass) (*tierclient.Control, error) {
 // ask asks every worker for its status.
 func (r *Reconciler) ask(ctx context.Context, p *pass) error {
 	p.status, p.missing = make(map[string]wire.WorkerStatus), make(map[string]error)
+	p.heard = make(map[string]bool)
 	if len(p.members.Members) == 0 {
 		return nil
 	}
@@ -262,7 +263,7 @@ func (r *Reconciler) ask(ctx context.Context, p *pass) error {
 		return err
 	}
 	for _, s := range all {
-		p.status[s.ID] = s
+		p.status[s.ID], p.heard[s.ID] = s, true
 		p.epoch = max(p.epoch, s.Epoch)
 	}
 	return nil

@@ -61,10 +61,11 @@ func ordinal(d *v1alpha1.Dataset, pod string) int {
 	return n
 }
 
-// serves says whether a worker should answer: it runs, on a node that is reachable, and is not being
-// stopped.
+// serves says whether a worker should answer: it runs, on a node that is reachable, and is not being stopped. One that
+// did answer is not dead because its node cannot reach the API server.
 func (p *pass) serves(pod *corev1.Pod) bool {
-	return pod.Status.PodIP != "" && pod.Status.Phase == corev1.PodRunning && pod.DeletionTimestamp.IsZero() && unreachable(p.nodes[pod.Spec.NodeName]) == nil
+	return pod.Status.PodIP != "" && pod.Status.Phase == corev1.PodRunning && pod.DeletionTimestamp.IsZero() &&
+		(p.heard[pod.Name] || unreachable(p.nodes[pod.Spec.NodeName]) == nil)
 }
 
 // unreachable is the condition that says that a node does not answer; nil when it does, or is not known.

@@ -27,7 +27,7 @@ import (
 const (
 	// handOverWithin bounds how long a leaving worker is waited for.
 	handOverWithin = 15 * time.Minute
-	// unreachableAfter is how long a node may not answer before its workers are replaced: they hold nothing
+	// unreachableAfter is how long neither a node nor its workers may answer before they are replaced: they hold nothing
 	// that the bucket does not.
 	unreachableAfter = 2 * time.Minute
 	// annotationWorker, on worker pods, is the hash of what the user decided about them. Pods that carry
@@ -259,23 +259,27 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 	return nil
 }
 
-// replace removes worker pods whose node does not answer, so that the set makes them elsewhere: a write-
+// replace removes worker pods that do not answer, on nodes that do not either, so that the set makes them elsewhere: a write-
 // through worker holds nothing that the bucket does not, and of a write-back worker others hold it too until
 // the bucket does. The kubelet, which would confirm the end of the pod, is the one that does not answer.
 func (r *Reconciler) replace(ctx context.Context, p *pass) error {
 	for i := range p.pods {
 		pod := &p.pods[i]
 		c := unreachable(p.nodes[pod.Spec.NodeName])
-		if c == nil {
+		if c == nil || p.serves(pod) {
 			continue
 		}
-		if left := c.LastTransitionTime.Add(unreachableAfter).Sub(p.now); left > 0 {
+		since := c.LastTransitionTime.Time
+		if absent := p.absent[pod.Name]; absent.After(since) {
+			since = absent // it answered until then
+		}
+		if left := since.Add(unreachableAfter).Sub(p.now); left > 0 {
 			if p.again == 0 || p.again > left {
 				p.again = left
 			}
 			continue
 		}
-		if !p.replaceable(pod, c.LastTransitionTime.Time) {
+		if !p.replaceable(pod, since) {
 			p.soon(r.Poll / 5)
 			p.warn("WorkerUnreachable", "Replace", "node %s of worker %s does not answer; it may hold writes that the bucket does not have, so it is not replaced yet: bring the node back; %s", pod.Spec.NodeName, pod.Name, WayOut(p.dataset))
 			continue
