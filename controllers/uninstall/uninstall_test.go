@@ -410,6 +410,11 @@ func TestUninstallWaitsForPodsAndLeavesNothing(t *testing.T) {
 	if strings.Contains(out.String(), "deleted ") {
 		t.Errorf("a dry run deleted:\n%s", out)
 	}
+	for _, kind := range []string{"StatefulSet", "Service", "ConfigMap"} {
+		if strings.Contains(out.String(), "would delete "+kind+" "+w.ns+"/") {
+			t.Errorf("the dry run names a %s that goes with its Dataset:\n%s", kind, out)
+		}
+	}
 	d := &v1alpha1.Dataset{}
 	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "genomes"}, d))
 	if !d.DeletionTimestamp.IsZero() {
