@@ -180,6 +180,15 @@ func TestWorkersThatAreGoneAreNoWordThatTheBucketHasEverything(t *testing.T) {
 			w.must(w.Delete(t.Context(), o))
 		}
 	}
+	// A list that was being written meanwhile has its worker for a minute.
+	w.eventually("no worker runs", func() error {
+		if n := len(w.statuses()); n > 0 {
+			return fmt.Errorf("%d do", n)
+		}
+		return nil
+	})
+	w.passes(d, 4)
+	w.clock.advance(2 * time.Minute)
 	w.condition(d, v1alpha1.ConditionFlushed, metav1.ConditionUnknown, "NotAnswering", "3 objects", "none to ask any more")
 	w.event("WaitsForBucket", "none to ask any more", "accept-loss=")
 	_, from := w.requests.since(0)
