@@ -114,6 +114,19 @@ func TestWhatAnEarlierVersionMadeHasNoOwnerAnyMore(t *testing.T) {
 	w.nothing(d)
 }
 
+// A policy that lets nobody change what an earlier version made keeps no deletion waiting.
+func TestADeletionNeedsNoChangeOfWhatItDeletes(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 1, 1000)
+	w.stopManager()
+	w.disguise(d)
+	w.must(w.Delete(t.Context(), d))
+	w.requests.refusing(v1alpha1.LabelUID)
+	w.start()
+	w.gone(d)
+	w.nothing(d)
+}
+
 func TestDatasetWhoseFinalizerWasTakenOffLeavesNothing(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 1, 1, 1000)

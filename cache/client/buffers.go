@@ -18,13 +18,15 @@ type Buffers struct {
 	part atomic.Int64
 
 	mu    sync.Mutex // may be locked with a client's blocks.mu, and never the other way round
-	limit int64
+	most  int64
+	limit int64 // at most that
 	using map[*blocks]bool
 }
 
 // NewBuffers returns buffers of so many bytes, at least one block.
 func NewBuffers(limit int64) *Buffers {
-	s := &Buffers{limit: max(limit, ring.BlockSize), using: make(map[*blocks]bool)}
+	limit = max(limit, ring.BlockSize)
+	s := &Buffers{most: limit, limit: limit, using: make(map[*blocks]bool)}
 	s.divide()
 	return s
 }
@@ -37,17 +39,23 @@ func (s *Buffers) divide() {
 // join is called by who begins to read. The others' parts become smaller, which they are told.
 func (s *Buffers) join(b *blocks) {
 	s.mu.Lock()
+	defer s.mu.Unlock()
 	others := slices.Collect(maps.Keys(s.using))
 	s.using[b] = true
 	s.divide()
-	s.mu.Unlock()
-	if len(others) > 0 {
-		go func() { // the caller holds its own lock
-			for _, b := range others {
-				b.trim()
-			}
-		}()
+	trim(others)
+}
+
+// trim has clients give up what is beyond their parts, which have become smaller.
+func trim(clients []*blocks) {
+	if len(clients) == 0 {
+		return
 	}
+	go func() { // the caller holds locks
+		for _, b := range clients {
+			b.trim()
+		}
+	}()
 }
 
 // leave is called by who has nothing any more.
@@ -58,10 +66,11 @@ func (s *Buffers) leave(b *blocks) {
 	s.divide()
 }
 
-// bound lessens the limit.
+// bound sets the limit, at most what it was first.
 func (s *Buffers) bound(limit int64) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	s.limit = max(min(s.limit, limit), ring.BlockSize)
+	s.limit = max(min(s.most, limit), ring.BlockSize)
 	s.divide()
+	trim(slices.Collect(maps.Keys(s.using)))
 }

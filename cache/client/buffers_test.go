@@ -107,6 +107,8 @@ func TestPartsOfBuffers(t *testing.T) {
 	want(2)
 	s.bound(1)
 	want(1)
+	s.bound(100 * ring.BlockSize)
+	want(2)
 	b[0].close()
 	b[0].close()
 	b[1].close()

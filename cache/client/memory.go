@@ -64,7 +64,7 @@ func (c *Client) release() {
 	inMemory.Lock()
 	defer inMemory.Unlock()
 	if c.reserved > 0 {
-		keepFromHeap(-c.reserved)
+		c.cache.shared.bound(keepFromHeap(-c.reserved) / 2)
 		c.reserved = 0
 	}
 }

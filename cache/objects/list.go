@@ -184,8 +184,8 @@ func (l *lister) full() bool { return len(l.page.Objects)+len(l.page.Prefixes) =
 
 // add adds an entry, or the common prefix that it is below.
 func (l *lister) add(e entry) error {
-	if e.name == "" {
-		return nil // the mount's own marker
+	if e.name == "" || e.object.Skip != "" {
+		return nil // the mount's own marker, or nothing that can be read
 	}
 	if l.upto != "" && e.name > l.upto {
 		l.more()

@@ -91,6 +91,38 @@ func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
 	}
 }
 
+// linked is a bucket with links that cannot be followed.
+type linked struct{ source.Source }
+
+func (linked) Page(_ context.Context, q source.PageRequest) (page source.Page, _ error) {
+	for _, o := range []source.Object{{Key: "a", Skip: "a link"}, {Key: "b", Version: "v"}, {Key: "c/x", Skip: "a link"}, {Key: "d", Version: "v"}, {Key: "e", Skip: "a link"}} {
+		if o.Key > q.After {
+			page.Objects = append(page.Objects, o)
+		}
+	}
+	return page, nil
+}
+
+func TestWhatCannotBeReadIsNotListed(t *testing.T) {
+	n := &Names{}
+	n.opened.Store(&[]*mount{{Source: linked{}, pager: linked{}}})
+	for _, delimiter := range []string{"", "/"} {
+		for _, most := range []int{1, 10} {
+			var got []string
+			for after, more := "", true; more; {
+				page, err := n.List(t.Context(), "", delimiter, after, most)
+				if err != nil {
+					t.Fatal(err)
+				}
+				got, more, after = append(got, namesOf(page)...), page.More, page.Next
+			}
+			if !slices.Equal(got, []string{"b", "d"}) {
+				t.Errorf("delimiter %q, %d a page: %q", delimiter, most, got)
+			}
+		}
+	}
+}
+
 // namesOf are a page's, in order.
 func namesOf(p gateway.Page) []string {
 	out := slices.Clone(p.Prefixes)

@@ -368,7 +368,10 @@ func TestSlowAnswersAreWaitedFor(t *testing.T) {
 			}, 250 * time.Second, 250 * time.Second, ""},
 			"never":          {func(ctx context.Context) error { return sleep(ctx, time.Hour) }, 2 * time.Minute, 2 * time.Minute, "no sign of life for 1m0s"},
 			"nobody there":   {func(context.Context) error { return &source.Error{Kind: source.ErrUnavailable} }, 10 * time.Second, 20 * time.Second, "gave up"},
-			"late, then not": {lateThenNot(sleep), time.Minute, 80 * time.Second, ""},
+			"late, then not": {lateThenNot(func(ctx context.Context) error { return sleep(ctx, time.Hour) }), time.Minute, 80 * time.Second, ""},
+			"over a connection that was dead": {lateThenNot(func(ctx context.Context) error {
+				return errors.Join(sleep(ctx, 30*time.Second), &source.Error{Kind: source.ErrUnavailable})
+			}), 30 * time.Second, 30 * time.Second, ""},
 		} {
 			for what, do := range map[string]func(context.Context) error{
 				"list": func(ctx context.Context) error { _, err := pages.Page(ctx, source.PageRequest{}); return err },
@@ -395,14 +398,14 @@ func TestSlowAnswersAreWaitedFor(t *testing.T) {
 	})
 }
 
-// lateThenNot answers every second time at once, and otherwise never.
-func lateThenNot(sleep func(context.Context, time.Duration) error) func(context.Context) error {
+// lateThenNot answers every second time at once, and otherwise late.
+func lateThenNot(late func(context.Context) error) func(context.Context) error {
 	tries := 0
 	return func(ctx context.Context) error {
 		if tries++; tries%2 == 0 {
 			return nil
 		}
-		return sleep(ctx, time.Hour)
+		return late(ctx)
 	}
 }
 

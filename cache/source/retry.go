@@ -153,11 +153,12 @@ func (r *retry) run(ctx context.Context, f func(ctx context.Context) error) erro
 }
 
 // patient is run for what a store may take its time over, of which Stall knows how much: a try that lasts is not ended
-// here, and one that was is followed by another although Elapsed is over.
+// here, and one that was, or whose connection died, is followed by another although Elapsed is over.
 func (r *retry) patient(ctx context.Context, f func(ctx context.Context) error) error {
-	try := func() error { return r.try(ctx, r.Elapsed, func() error { return f(ctx) }) }
+	tries := 0
+	try := func() error { return r.try(ctx, r.Elapsed, func() error { tries++; return f(ctx) }) }
 	err := try()
-	if !errors.Is(err, errSilent) || ctx.Err() != nil {
+	if !errors.Is(err, errSilent) && (tries > 1 || !Temporary(err)) || ctx.Err() != nil {
 		return err
 	}
 	r.failed(ctx, err, 0)

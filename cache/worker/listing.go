@@ -410,6 +410,7 @@ func (k *snapshotKeeper) fetch(ctx context.Context, d wire.Digest) {
 		snap, in, err := w.pullSnapshot(ctx, m, d, head.Size, false)
 		if errors.Is(err, errNoRoom) {
 			w.log.Info("an old snapshot that is read is not kept", "error", err)
+			w.snapshots.miss(d, err)
 			return
 		}
 		if err != nil {
@@ -420,7 +421,7 @@ func (k *snapshotKeeper) fetch(ctx context.Context, d wire.Digest) {
 		return
 	}
 	if ctx.Err() == nil {
-		w.snapshots.miss(d)
+		w.snapshots.miss(d, nil)
 	}
 }
 

@@ -290,8 +290,8 @@ func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 			// Nobody is asked while a listing goes on: it counts only if everybody was, after that time.
 			switch waited += pollInterval; {
 			case waited <= snapshotPatience:
-				asked = w.snapshots.asked(d)
-			case w.snapshots.asked(d) > asked:
+				asked = w.snapshots.missed(d).times
+			case w.snapshots.missed(d).times > asked:
 				return nil, fmt.Errorf("load %s: %w: %w", l.req.ID, w.unknownSnapshot(d), errUnheld)
 			}
 		}

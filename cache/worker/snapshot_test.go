@@ -609,7 +609,7 @@ func hourly(t *testing.T) (tr *tier, clock *turned, listed func(times int)) {
 			d := wire.Digest{woken}
 			eventually(t, "the worker is woken", func() error {
 				tr.workers[0].wantSnapshot(d)
-				if tr.workers[0].snapshots.asked(d) == 0 {
+				if tr.workers[0].snapshots.missed(d).times == 0 {
 					return errors.New("not yet")
 				}
 				return nil
@@ -704,5 +704,24 @@ func TestTheCurrentSnapshotIsWrittenInThePlaceOfOldOnes(t *testing.T) {
 	none := 0
 	if err := w.intoFolder(func() error { none++; return unix.ENOSPC }); !errors.Is(err, unix.ENOSPC) || none != 1 {
 		t.Errorf("with nothing to drop it was tried %d times: %v", none, err)
+	}
+}
+
+// Somebody has it, and this worker has no room: whoever waits for it learns what to raise, and a load does not wait for ever.
+func TestWhyAnOldSnapshotIsNotHadIsTold(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(100, 1)})
+	w := tr.add(0)
+	d := wire.Digest{1}
+	before := w.snapshots.missed(d).times
+	w.snapshots.miss(d, fmt.Errorf("%w: raise the workers' memory", errNoRoom))
+	if err := w.unknownSnapshot(d); !errors.Is(err, wire.ErrUnknownSnapshot) || !strings.Contains(err.Error(), "raise the workers' memory") {
+		t.Error(err)
+	}
+	if n := w.snapshots.missed(d).times; n != before+1 {
+		t.Errorf("missed %d times", n)
+	}
+	w.snapshots.miss(d, nil)
+	if err := w.unknownSnapshot(d); strings.Contains(err.Error(), "memory") {
+		t.Errorf("it is said of one that nobody has: %v", err)
 	}
 }

@@ -100,7 +100,7 @@ type snapshots struct {
 	held    map[wire.Digest]*snapshot
 	coming  [2]int64 // bytes of room that reserve gave, by medium
 	current *snapshot
-	misses  map[wire.Digest]int // how often all others were asked for one that none gave
+	misses  map[wire.Digest]miss
 	// settled is set once this worker, if it is the lister, has made sure that no peer has a newer
 	// snapshot; until then it does not tell others that its own is the current one.
 	settled bool
@@ -342,8 +342,10 @@ var errNoSnapshot = errors.New(wire.ListingProblem)
 func (w *Worker) unknownSnapshot(d wire.Digest) error {
 	if d != (wire.Digest{}) {
 		err := fmt.Errorf("%w %x: worker %s does not hold it", wire.ErrUnknownSnapshot, d[:6], w.config.ID)
-		if why := w.problems.of(problemRefresh); why != nil {
-			err = fmt.Errorf("%w: %v", err, why)
+		for _, why := range []error{w.snapshots.missed(d).why, w.problems.of(problemRefresh)} {
+			if why != nil {
+				err = fmt.Errorf("%w: %v", err, why)
+			}
 		}
 		return err
 	}
@@ -355,20 +357,25 @@ func (w *Worker) unknownSnapshot(d wire.Digest) error {
 }
 
 // miss notes that every other worker was asked for a snapshot, and none gave it.
-func (s *snapshots) miss(d wire.Digest) {
+func (s *snapshots) miss(d wire.Digest, why error) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if len(s.misses) >= 64 { // digests are the readers' to choose
 		clear(s.misses)
 	}
 	if s.misses == nil {
-		s.misses = make(map[wire.Digest]int)
+		s.misses = make(map[wire.Digest]miss)
 	}
-	s.misses[d]++
+	s.misses[d] = miss{s.misses[d].times + 1, why}
 }
 
-// asked is how often all were asked for a snapshot that none gave.
-func (s *snapshots) asked(d wire.Digest) int {
+// miss is how often all others were asked for a snapshot that is not had, and why it is not if somebody has it.
+type miss struct {
+	times int
+	why   error
+}
+
+func (s *snapshots) missed(d wire.Digest) miss {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	return s.misses[d]

@@ -63,7 +63,7 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	switch {
 	case belongs(have, p.dataset):
 	case left(have, p.dataset.Name, p.dataset.UID):
-		if err := discard(ctx, r.client, []client.Object{have}); err != nil {
+		if err := r.discardLeft(ctx, p.dataset, have); err != nil {
 			return err
 		}
 		return block(condition, "NameTaken", "%s %q is of a Dataset that had this name before; it is being deleted, and goes once no pod uses it", kind, want.GetName())

@@ -2,7 +2,9 @@ package dataset
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"maps"
 	"reflect"
 	"slices"
 
@@ -93,6 +95,22 @@ func discard(ctx context.Context, c client.Client, all []client.Object) error {
 	return nil
 }
 
+// discardLeft deletes what is left of a Dataset that had the name before this one. That the cache may be behind, and this
+// one the earlier of the two, is why the API server is asked first.
+func (r *Reconciler) discardLeft(ctx context.Context, d *v1alpha1.Dataset, all ...client.Object) error {
+	if len(all) == 0 {
+		return nil
+	}
+	now := &v1alpha1.Dataset{}
+	if err := r.live.Get(ctx, client.ObjectKeyFromObject(d), now); err != nil {
+		return err
+	}
+	if now.UID != d.UID {
+		return apierrors.NewConflict(v1alpha1.GroupVersion.WithResource("datasets").GroupResource(), d.Name, errors.New("another has its name by now"))
+	}
+	return discard(ctx, r.client, all)
+}
+
 func kindOf(o client.Object) string { return reflect.TypeOf(o).Elem().Name() }
 
 // withoutOwner are an object's owner references but for those to a Dataset.
@@ -118,15 +136,15 @@ func (r *Reconciler) inherit(ctx context.Context, p *pass) error {
 			old = append(old, o)
 		case len(refs) < len(o.GetOwnerReferences()) && belongs(o, d):
 			o.SetOwnerReferences(refs)
-			labels := o.GetLabels()
-			labels[v1alpha1.LabelUID] = string(d.UID)
+			labels := map[string]string{v1alpha1.LabelUID: string(d.UID)}
+			maps.Copy(labels, o.GetLabels())
 			o.SetLabels(labels)
 			if err := client.IgnoreNotFound(r.client.Update(ctx, o)); err != nil {
 				return fmt.Errorf("%s %s: %w", kindOf(o), o.GetName(), err)
 			}
 		}
 	}
-	if err := discard(ctx, r.client, old); err != nil {
+	if err := r.discardLeft(ctx, d, old...); err != nil {
 		return err
 	}
 	p.inherited = true

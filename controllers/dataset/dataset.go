@@ -302,10 +302,14 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 			continue
 		}
 		end(err)
-		if i > 0 && i <= len(prepare) {
-			end(r.settle(ctx, p)) // whatever is wrong, its readers have to find the workers that it has
+		if i == 0 || i > len(prepare) {
+			break
 		}
-		break
+		// Whatever is wrong, a deletion goes on that nobody is in the way of, and readers have to find the workers there are.
+		if have.DeletionTimestamp.IsZero() {
+			end(r.settle(ctx, p))
+			break
+		}
 	}
 	p.summarize()
 	if err := r.write(ctx, have, p); err != nil {

@@ -290,6 +290,8 @@ func (r *Reconciler) settle(ctx context.Context, p *pass) error {
 	}
 	if len(p.keys.Control) > 0 {
 		phases = append(phases, r.ask, r.tell)
+	} else {
+		p.heard = nil // nobody can be asked: what they said once counts no more
 	}
 	for _, do := range append(phases, r.flushed, r.replace) {
 		var b *blocked

@@ -347,18 +347,26 @@ func (r *Reconciler) podsRefused(ctx context.Context, p *pass) string {
 	return words
 }
 
+// unscheduled is the condition that says that no node has room for a pod; nil when one has, or it was not looked yet.
+func unscheduled(pod *corev1.Pod) *corev1.PodCondition {
+	for i := range pod.Status.Conditions {
+		if c := &pod.Status.Conditions[i]; c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
+			return c
+		}
+	}
+	return nil
+}
+
 // wrong says why a worker does not serve, and what helps; nothing when it does.
 func (r *Reconciler) wrong(p *pass, pod *corev1.Pod) (reason, text string) {
-	for _, c := range pod.Status.Conditions {
-		if c.Type == corev1.PodScheduled && c.Status == corev1.ConditionFalse {
-			store, heap := memoryOf(p.dataset)
-			alone := ""
-			if p.dataset.Spec.Write.Policy == v1alpha1.WriteBack {
-				alone = " and, with write policy Back, a node of its own"
-			}
-			return ReasonUnschedulable, fmt.Sprintf("%s: %s; a worker needs %s of memory (its cache of %s and what serves it)%s: lower spec.workers.memory or replicas, or add nodes",
-				pod.Name, c.Message, size(store+heap), size(p.dataset.Spec.Workers.MemoryBytes()), alone)
+	if c := unscheduled(pod); c != nil {
+		store, heap := memoryOf(p.dataset)
+		alone := ""
+		if p.dataset.Spec.Write.Policy == v1alpha1.WriteBack {
+			alone = " and, with write policy Back, a node of its own"
 		}
+		return ReasonUnschedulable, fmt.Sprintf("%s: %s; a worker needs %s of memory (its cache of %s and what serves it)%s: lower spec.workers.memory or replicas, or add nodes",
+			pod.Name, c.Message, size(store+heap), size(p.dataset.Spec.Workers.MemoryBytes()), alone)
 	}
 	if c := unreachable(p.nodes[pod.Spec.NodeName]); c != nil {
 		return ReasonNodeUnreachable, fmt.Sprintf("%s: node %s does not answer (%s)", pod.Name, pod.Spec.NodeName, c.Reason)

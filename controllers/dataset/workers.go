@@ -78,13 +78,18 @@ func (r *Reconciler) config(ctx context.Context, p *pass) error {
 	if q := p.dataset.Spec.Workers.CPULimit; q != nil {
 		asked = append(asked, "limit", q.MilliValue())
 	}
-	if p.wanted, err = hashOf(asked); err != nil {
+	wanted, err := hashOf(asked)
+	if err != nil {
 		return err
 	}
-	return r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{
+	if err := r.apply(ctx, p, r.client, v1alpha1.ConditionWorkersReady, &corev1.ConfigMap{
 		ObjectMeta: p.object(v1alpha1.WorkersName(p.dataset.Name), v1alpha1.ComponentWorker),
 		Data:       map[string]string{configFile: string(b)},
-	})
+	}); err != nil {
+		return err
+	}
+	p.wanted = wanted // no sooner: none leaves for what cannot come
+	return nil
 }
 
 // rolling is the member that leaves for a new template, one at a time. All that have it already must be ready, so that
@@ -124,6 +129,18 @@ func (p *pass) rolling(had map[string]ring.Member) string {
 // does not answer.
 func (p *pass) read(pod *corev1.Pod) bool {
 	return podReady(pod) || p.serves(pod) && p.status[pod.Name].Cached > 0
+}
+
+// alone says whether the only worker there is has nobody to hand over to, nor will have: there is to be one, or no node has
+// room for the others beside it, which ask for what is wanted already.
+func (p *pass) alone() bool {
+	others := int(p.dataset.Spec.Workers.Replicas) - 1
+	for i := range p.pods {
+		if pod := &p.pods[i]; ordinal(p.dataset, pod.Name) < int(p.dataset.Spec.Workers.Replicas) && !p.stale(pod) && unscheduled(pod) != nil {
+			others--
+		}
+	}
+	return others <= 0 && len(p.members.Members) <= 1
 }
 
 func (p *pass) stale(pod *corev1.Pod) bool { return pod.Annotations[annotationWorker] != p.wanted }
@@ -229,7 +246,7 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 			delete(p.leaving, m.ID)
 		}
 	}
-	alone := p.dataset.Spec.Workers.Replicas <= 1 && len(p.members.Members) <= 1
+	alone := p.alone()
 	for i := range p.pods {
 		pod := &p.pods[i]
 		if !p.stale(pod) || !pod.DeletionTimestamp.IsZero() || ordinal(p.dataset, pod.Name) >= int(p.dataset.Spec.Workers.Replicas) {

@@ -109,3 +109,41 @@ func TestAWorkerThatIsNotReadyIsReadAllTheSame(t *testing.T) {
 		t.Error("one that is ready, and does not answer the controller, is not read")
 	}
 }
+
+// Who holds what nobody else has goes only where the others can come no other way.
+func TestTheOnlyWorkerGoesForThoseThatHaveNoRoomBesideIt(t *testing.T) {
+	d := &v1alpha1.Dataset{}
+	d.Namespace, d.Name = "argo", "genomes"
+	for _, c := range []struct {
+		replicas int32
+		members  int
+		others   []string
+		want     bool
+	}{
+		{1, 1, nil, true},
+		{2, 1, nil, false}, // not made yet
+		{2, 1, []string{"new waiting"}, true},
+		{2, 1, []string{"old waiting"}, false},
+		{2, 1, []string{"new starting"}, false},
+		{3, 1, []string{"new waiting", "new waiting"}, true},
+		{3, 1, []string{"new waiting", "new starting"}, false},
+		{3, 2, []string{"new waiting"}, false},
+		{2, 1, []string{"new starting", "new waiting"}, false}, // the last is one too many
+	} {
+		d.Spec.Workers.Replicas = c.replicas
+		p := &pass{dataset: d, memory: &memory{}, wanted: "new"}
+		p.members.Members = make([]ring.Member, c.members)
+		for i, is := range append([]string{"old serving"}, c.others...) {
+			pod := corev1.Pod{}
+			pod.Name = fmt.Sprintf("%s-%d", v1alpha1.WorkersName(d.Name), i)
+			pod.Annotations = map[string]string{annotationWorker: strings.Fields(is)[0]}
+			if strings.HasSuffix(is, "waiting") {
+				pod.Status.Conditions = []corev1.PodCondition{{Type: corev1.PodScheduled, Status: corev1.ConditionFalse}}
+			}
+			p.pods = append(p.pods, pod)
+		}
+		if got := p.alone(); got != c.want {
+			t.Errorf("of %d, with %d that serve and %q: alone is %t", c.replicas, c.members, c.others, got)
+		}
+	}
+}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"sync/atomic"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -99,18 +100,22 @@ var unfollowed = []struct {
 // follow replaces symlinks by what reading them gives. A listing describes the link itself, whose ETag and
 // size no read would match.
 func (b *Bucket) follow(ctx context.Context, objects []source.Object, links []int) error {
-	g, ctx := errgroup.WithContext(ctx)
+	var refused atomic.Bool
+	g, each := errgroup.WithContext(ctx)
 	g.SetLimit(8)
 	for _, i := range links {
 		g.Go(func() error {
 			link := objects[i]
 			// Each is tried again alone: one that fails must not have a thousand of them followed anew.
-			err := source.Try(ctx, source.RetryOptions{}, func(ctx context.Context) (err error) {
+			err := source.Try(each, source.RetryOptions{}, func(ctx context.Context) (err error) {
 				objects[i], err = b.Stat(ctx, link.Key)
 				return err
 			})
 			for _, u := range unfollowed {
 				if errors.Is(err, u.err) {
+					if u.err == source.ErrDenied || u.err == source.ErrInvalid {
+						refused.Store(true)
+					}
 					objects[i] = source.Object{Key: link.Key, Size: link.Size, ModTime: link.ModTime, Skip: u.why}
 					return nil
 				}
@@ -118,5 +123,10 @@ func (b *Bucket) follow(ctx context.Context, objects []source.Object, links []in
 			return err
 		})
 	}
-	return g.Wait()
+	if err := g.Wait(); err != nil || !refused.Load() {
+		return err
+	}
+	// The answer to HEAD has no word of why: a token that has ended since refuses all, and links must not be left out for that.
+	_, err := b.exchange(ctx, request{op: "list", method: "GET", params: map[string]string{"list-type": "2", "max-keys": "1"}}, maxPage, new(listing))
+	return err
 }

@@ -175,8 +175,28 @@ func TestListWithLinksThatCannotBeFollowed(t *testing.T) {
 			t.Errorf("%s: listed %v, skipped for %q", key, ok, skip)
 		}
 	}
-	if n := signs.Load(); len(got) != len(want) || asked["good"] != 1 || n != 9 {
+	if n := signs.Load(); len(got) != len(want) || asked["good"] != 1 || n != 10 { // the last makes sure of the credentials
 		t.Errorf("%q with %d answers, asked %v", got, n, asked)
+	}
+}
+
+// A token that ends while links are followed refuses them all, which is no word about any of them.
+func TestListWhoseCredentialsEndWhileLinksAreFollowed(t *testing.T) {
+	var over atomic.Bool
+	b := withHandler(t, func(w http.ResponseWriter, r *http.Request) {
+		switch {
+		case r.Method == http.MethodHead:
+			over.Store(true)
+			w.WriteHeader(http.StatusForbidden)
+		case over.Load():
+			w.WriteHeader(http.StatusForbidden)
+			fmt.Fprint(w, "<Error><Code>SecurityTokenExpired</Code><Message>The security token has expired.</Message></Error>")
+		default:
+			fmt.Fprint(w, `<ListBucketResult><Contents><Key>a</Key><Type>Symlink</Type><ETag>"link"</ETag></Contents></ListBucketResult>`)
+		}
+	})
+	if page, err := b.Page(t.Context(), source.PageRequest{}); !errors.Is(err, source.ErrDenied) || len(page.Objects) > 0 && page.Objects[0].Skip == "" {
+		t.Errorf("%+v, %v", page, err)
 	}
 }
 

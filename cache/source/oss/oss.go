@@ -87,7 +87,7 @@ func open(config source.Config, d deps) (*Bucket, error) {
 		return nil, err
 	}
 	if d.dial == nil {
-		d.dial = (&net.Dialer{Timeout: dialTimeout, KeepAlive: 30 * time.Second}).DialContext
+		d.dial = source.Dialer(dialTimeout).DialContext
 	}
 	if d.proxy == nil {
 		d.proxy = http.ProxyFromEnvironment
