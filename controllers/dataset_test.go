@@ -577,17 +577,23 @@ func TestScaleInHandsOverWhatFits(t *testing.T) {
 	})
 }
 
-func TestScaleOutMovesBytesBetweenWorkers(t *testing.T) {
-	w := newWorld(t)
-	d := w.ready("genomes", 1, 30, 200_000)
-	w.load(d, "all", nil)
+// allCached waits until the status says that the tier holds all of a Dataset.
+func (w *world) allCached(d *v1alpha1.Dataset) {
+	w.Helper()
 	w.eventually("the status counts what is held", func() error {
-		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		w.must(w.Get(w.Context(), client.ObjectKeyFromObject(d), d))
 		if d.Status.CachedPercentage != 100 {
 			return fmt.Errorf("status %s", asJSON(d.Status))
 		}
 		return nil
 	})
+}
+
+func TestScaleOutMovesBytesBetweenWorkers(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 1, 30, 200_000)
+	w.load(d, "all", nil)
+	w.allCached(d)
 	w.scale(d, 3)
 	m := w.members(d)
 	if m.Members[0].Joined != 0 || m.Members[1].Joined == 0 || m.Members[2].Joined == 0 {
@@ -745,13 +751,7 @@ func TestWhatAWorkerHandedOverComesBackToItsNewPodFromTheOthers(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 3, 30, 200_000)
 	w.load(d, "all", nil)
-	w.eventually("the status counts what is held", func() error {
-		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
-		if d.Status.CachedPercentage != 100 {
-			return fmt.Errorf("status %s", asJSON(d.Status))
-		}
-		return nil
-	})
+	w.allCached(d)
 	before, sent := w.uids(), w.bucket.Sent()
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRollout, "v2")

@@ -9,7 +9,6 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/utils/ptr"
-	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
@@ -36,13 +35,7 @@ func TestNothingIsWrittenWhenNothingChanged(t *testing.T) {
 	w.load(d, "pinned", func(l *v1alpha1.DataLoad) { l.Spec.Pin, l.Spec.TTLSecondsAfterFinished = true, ptr.To[int32](3600) })
 	// What the load has changed is in the status once a pass asked the workers after it; that pass and the next
 	// may still write.
-	w.eventually("the status counts what is held", func() error {
-		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
-		if d.Status.CachedPercentage != 100 {
-			return fmt.Errorf("status %s", asJSON(d.Status))
-		}
-		return nil
-	})
+	w.allCached(d)
 	_, from := w.requests.since(0)
 	_, from = w.passesSince(d, from, 3)
 	w.clock.advance(2 * time.Minute) // copies are looked at again, and pins

@@ -22,9 +22,9 @@
 // # Rules
 //
 // Concurrency: everything is safe for concurrent use. Every goroutine belongs to a Client and has ended when
-// Close returns. Memory is Config.BufferBytes, or less by what Config.Buffers leaves, from the moment a buffer waits for its bytes, and a small
-// fixed buffer for each read under way that finds no room; it goes back to the system when nobody has read for a
-// minute or two. Failure: errors name the dataset, the file and
+// Close returns. Memory is Config.BufferBytes, or less by what Config.Buffers leaves, from the moment a buffer waits
+// for its bytes, and a small fixed buffer for each read under way that finds no room; it goes back to the system when
+// nobody has read for a minute or two. Failure: errors name the dataset, the file and
 // its object, and wrap the source's errors (source.ErrChanged and so on), ErrNoLease, wire.ErrUnauthorized
 // or the context's.
 //

@@ -548,16 +548,7 @@ func TestBackAnOldCopyDoesNotComeBack(t *testing.T) {
 	goOn()
 	bt.publish()
 	for i := 1; i < 3; i++ {
-		eventually(t, "names are served", func() error {
-			_, _, err := bt.get(i, key)
-			if err == nil {
-				t.Fatal("what was deleted is back")
-			}
-			if code(err) != "NoSuchKey" {
-				return err
-			}
-			return nil
-		})
+		bt.staysDeleted(i, key)
 	}
 	bt.nothingHeldBy(1, 2)
 	if _, _, err := bt.inBucket(key); code(err) != "NoSuchKey" {
@@ -624,6 +615,21 @@ func TestBackAnOwnerThatComesBackForgetsWhatItHeld(t *testing.T) {
 	if _, _, err := bt.inBucket(key); code(err) != "NoSuchKey" {
 		t.Errorf("the bucket has what was deleted: %v", err)
 	}
+}
+
+// staysDeleted waits until a worker serves a name, of which nothing may have come back.
+func (bt *backTier) staysDeleted(i int, key string) {
+	bt.t.Helper()
+	eventually(bt.t, "names are served", func() error {
+		_, _, err := bt.get(i, key)
+		if err == nil {
+			bt.t.Fatal("what was deleted is back")
+		}
+		if code(err) != "NoSuchKey" {
+			return err
+		}
+		return nil
+	})
 }
 
 func (bt *backTier) nothingHeldBy(workers ...int) {

@@ -257,16 +257,7 @@ func TestBackWhatTheBucketRefusedAndWasDeletedDoesNotComeBack(t *testing.T) {
 			goOn()
 			bt.publish()
 			for _, i := range members {
-				eventually(t, "names are served", func() error {
-					_, _, err := bt.get(i, key)
-					if err == nil {
-						t.Fatal("what was deleted is back")
-					}
-					if code(err) != "NoSuchKey" {
-						return err
-					}
-					return nil
-				})
+				bt.staysDeleted(i, key)
 			}
 			bt.nothingHeldBy(members...)
 			if _, _, err := bt.inBucket(key); code(err) != "NoSuchKey" {

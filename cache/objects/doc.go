@@ -106,9 +106,10 @@
 // new owner had settled, and which comes to a bucket that does not know the condition (OSS over what is there, and with
 // versioning over nothing as well; stores that answer that it is not implemented), or that has by then what it had
 // before: the same bytes put again, or nothing, since it was deleted. The same holds of writes that go through, whose
-// requests have no condition unless the client gave one. Members that nothing listens for, at the addresses they are known by, need not confirm: a worker
-// whose every connection to its peers is refused, though they are there, would go on. And a worker that takes the place
-// of one with its id, as a pod that was deleted by force while its node was cut off, does not wait for that one. With
+// requests have no condition unless the client gave one. Members that nothing listens for, at the addresses they are
+// known by, need not confirm: a worker whose every connection to its peers is refused, though they are there, would go
+// on. And a worker that takes the place of one with its id, as a pod that was deleted by force while its node was cut
+// off, does not wait for that one. With
 // two workers, one that hangs takes the other's names along until the list is without it.
 //
 // Why no old copy comes back. A holder drops a copy when the owner says so, and one that cannot be told keeps it. Until
