@@ -149,9 +149,10 @@ func (k *tier) start(socket string) {
 // publish writes the membership; socket is the short path.
 func (k *tier) publish(epoch uint64, socket string) {
 	k.t.Helper()
-	b, err := json.Marshal(ring.Membership{Epoch: epoch, Members: []ring.Member{{
+	list := ring.Membership{Epoch: epoch, Members: []ring.Member{{
 		ID: k.config.ID, Node: nodeName, Addr: k.gate.addr(), Control: k.worker.ControlAddr().String(), Socket: socket, State: ring.Ready,
-	}}})
+	}}}
+	b, err := json.Marshal(list)
 	if err != nil {
 		k.t.Fatal(err)
 	}
@@ -160,6 +161,12 @@ func (k *tier) publish(epoch uint64, socket string) {
 		k.t.Fatal(err)
 	}
 	if err := os.Rename(path+".new", path); err != nil {
+		k.t.Fatal(err)
+	}
+	// A reader hears of the list with the next answer of the worker, and one that has all that it reads asks for nothing.
+	ctl := k.control(list)
+	defer ctl.Close()
+	if err := ctl.Tell(testContext(k.t)); err != nil {
 		k.t.Fatal(err)
 	}
 }
@@ -175,15 +182,21 @@ func (k *tier) stop() {
 	k.worker = nil
 }
 
-// refresh has the worker list the files again, and waits for the new snapshot.
-func (k *tier) refresh() {
+func (k *tier) control(list ring.Membership) *client.Control {
 	k.t.Helper()
-	ctl, err := client.NewControl(client.ControlConfig{Dataset: testDataset, Keys: k.keys, Membership: ring.Membership{Epoch: 1, Members: []ring.Member{{
-		ID: k.config.ID, Addr: k.config.Listen, Control: k.worker.ControlAddr().String(), State: ring.Ready,
-	}}}})
+	ctl, err := client.NewControl(client.ControlConfig{Dataset: testDataset, Keys: k.keys, Membership: list})
 	if err != nil {
 		k.t.Fatal(err)
 	}
+	return ctl
+}
+
+// refresh has the worker list the files again, and waits for the new snapshot.
+func (k *tier) refresh() {
+	k.t.Helper()
+	ctl := k.control(ring.Membership{Epoch: 1, Members: []ring.Member{{
+		ID: k.config.ID, Addr: k.config.Listen, Control: k.worker.ControlAddr().String(), State: ring.Ready,
+	}}})
 	defer ctl.Close()
 	before := k.current()
 	if _, err := ctl.Refresh(testContext(k.t)); err != nil {
