@@ -1,6 +1,7 @@
 package csi
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"sync/atomic"
 	"syscall"
 	"testing"
 	"time"
@@ -125,9 +127,12 @@ func (p *borrowing) unpublish() {
 func (p *borrowing) sock() string { return filepath.Join(p.socket, v1alpha1.LenderSocketName) }
 
 // serve starts the sidecar: another user than root, no capability, none to be had.
-func (p *borrowing) serve() *process {
+func (p *borrowing) serve() *process { return p.serveBy(p.sock()) }
+
+// serveBy starts a sidecar that finds the node service at that socket.
+func (p *borrowing) serveBy(sock string) *process {
 	p.t.Helper()
-	o := order{NodeName: nodeName, Socket: p.sock(), Tier: p.tier, Datasets: []string{testDataset}}
+	o := order{NodeName: nodeName, Socket: sock, Tier: p.tier, Datasets: []string{testDataset}}
 	return start(p.t, "sidecar", o, func(c *exec.Cmd) {
 		c.Path = "/proc/self/exe" // its folder is root's
 		c.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
@@ -276,6 +281,96 @@ func TestKilledServerOfALentMountIsSucceeded(t *testing.T) {
 }
 
 // A server that was killed while its pod ends has no successor: who waits for it is freed, and nothing is left.
+// A node service that goes as it is told of the first mount, and has it at the keeper by then: the server goes on, and
+// tells the next one.
+func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
+	needMounts(t)
+	m := newMachine(t, newTier(t, someFiles()))
+	m.keep()
+	n := m.run(nil)
+	p := m.borrow(n.kubelet, "pod-1")
+	sock := filepath.Join(p.tier, "node.sock")
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: sock, Net: "unixpacket"})
+	if err == nil {
+		err = os.Chmod(sock, 0o666)
+	}
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer l.Close()
+	var cut atomic.Int32
+	go func() { // ends with the listener
+		for {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			go passOn(c, p.sock(), func(request []byte) bool {
+				return bytes.Contains(request, []byte(`"op":"serve"`)) && cut.Add(1) == 1
+			})
+		}
+	}()
+	s := p.serveBy(sock)
+	eventually(t, "the server tells the next node service", func() bool {
+		if exited(s) {
+			t.Fatalf("the sidecar ended:\n%s", s.out)
+		}
+		return cut.Load() > 1
+	})
+	p.served(s)
+	p.check()
+	f, err := os.Open(filepath.Join(p.data, "big"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	s.kill()
+	eventually(t, "the killed server is missed", func() bool { return p.ready() != nil })
+	s = p.serve()
+	p.served(s)
+	if got, err := io.ReadAll(f); err != nil || !bytes.Equal(got, someFiles()["big"]) {
+		t.Errorf("a file that was open: %d bytes, %v", len(got), err)
+	}
+	s.terminate(t)
+	p.unpublish()
+}
+
+// passOn hands each packet of a server to the node service, and back what it answers, until cut says of a request that
+// both are gone once the node service has answered.
+func passOn(c *net.UnixConn, to string, cut func(request []byte) bool) {
+	defer c.Close()
+	node, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: to, Net: "unixpacket"})
+	if err != nil {
+		return
+	}
+	defer node.Close()
+	b := make([]byte, 20<<10)
+	step := func(from, to *net.UnixConn) (packet []byte, err error) {
+		size, fds, err := packets.Receive(from, b, 8, io.ErrUnexpectedEOF, packets.CloseAll)
+		if err == nil && size == 0 {
+			err = io.EOF
+		}
+		if err == nil && to != nil {
+			err = packets.Send(to, b[:size], fds)
+		}
+		packets.CloseAll(fds)
+		return b[:size], err
+	}
+	for {
+		request, err := step(c, node)
+		if err != nil {
+			return
+		}
+		if cut(request) {
+			_, _ = step(node, nil)
+			return
+		}
+		if _, err := step(node, c); err != nil {
+			return
+		}
+	}
+}
+
 func TestKilledServerOfALentMountLeavesNothing(t *testing.T) {
 	needMounts(t)
 	k := newTier(t, someFiles())

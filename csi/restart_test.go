@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -51,7 +52,9 @@ func (m *machine) startNode() (*process, *kubelet) {
 }
 
 func exited(p *process) bool {
-	return p.cmd.Process.Signal(unix.Signal(0)) != nil
+	var info unix.Siginfo // kill(2) takes one that nobody has waited for yet for alive
+	err := unix.Waitid(unix.P_PID, p.cmd.Process.Pid, &info, unix.WEXITED|unix.WNOHANG|unix.WNOWAIT, nil)
+	return err != nil || info.Signo != 0
 }
 
 func (m *machine) startKeeper() *process {
@@ -67,10 +70,19 @@ func (m *machine) startKeeper() *process {
 }
 
 // parked waits until the keeper has n mounts.
+var keeperSaid = regexp.MustCompile(`msg=(parked|dropped) .*name=(\S+)`)
+
+// parked waits until a keeper has that many mounts. One may be parked again that is there.
 func (p *process) parked(t *testing.T, n int) {
 	t.Helper()
 	eventually(t, fmt.Sprintf("%d mounts at the keeper", n), func() bool {
-		return strings.Count(p.out.String(), "msg=parked")-strings.Count(p.out.String(), "msg=dropped") >= n
+		there := map[string]bool{}
+		for _, m := range keeperSaid.FindAllStringSubmatch(p.out.String(), -1) {
+			if there[m[2]] = true; m[1] == "dropped" {
+				delete(there, m[2])
+			}
+		}
+		return len(there) >= n
 	})
 }
 

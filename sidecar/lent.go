@@ -193,7 +193,10 @@ func (a *attendant) begin(ctx context.Context, conn *broker.Conn) error {
 	if err := g.Wait(); err != nil {
 		return err
 	}
-	return a.announce(conn)
+	if err := a.announce(conn); !errors.Is(err, broker.ErrGone) {
+		return err
+	}
+	return nil // it was replaced just now: the next one is told, as whenever it is
 }
 
 // serve serves one mount: the one that a predecessor served, or a new one.
