@@ -12,6 +12,7 @@ SIZE ?= 256MiB
 DIRECT_STEPS ?= 100
 DEMO_FLAGS ?=
 TEST_FLAGS ?=
+RUNNER_FLAGS ?=
 E2E_FLAGS ?= -test.v -test.failfast -test.timeout $(if $(FULL),180m,60m)
 # The bench's scale: SIZE too, where that is a word.
 BENCH_SIZE := $(if $(filter small medium full,$(SIZE)),$(SIZE),full)
@@ -35,7 +36,7 @@ demo: $(BIN)/stepcache $(BIN)/demo $(BIN)/versitygw ## the main job on this mach
 test: $(BIN)/versitygw $(BIN)/gotestsum ## every test, with the race detector
 	@echo "an API server and etcd for the controllers' tests (built once, about ten minutes)"
 	go test -timeout 60m ./controllers/envtest
-	$(BIN)/gotestsum --format pkgname --format-hide-empty-pkg -- -race -timeout 30m $(TEST_FLAGS) ./...
+	$(BIN)/gotestsum --format pkgname --format-hide-empty-pkg $(RUNNER_FLAGS) --packages ./... -- -race -timeout 30m $(TEST_FLAGS)
 
 lint: $(BIN)/staticcheck ## gofmt, go vet and staticcheck
 	@unformatted=$$(gofmt -l $$(git ls-files '*.go')); if [ -n "$$unformatted" ]; then echo "run gofmt -w on:"; echo "$$unformatted"; exit 1; fi
