@@ -13,14 +13,21 @@ import (
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 )
 
 // run starts a keeper; stop ends it and waits.
 func run(t *testing.T, path string) (stop func()) {
 	t.Helper()
+	return runWith(t, path, slog.New(slog.DiscardHandler))
+}
+
+func runWith(t *testing.T, path string, log *slog.Logger) (stop func()) {
+	t.Helper()
 	ctx, cancel := context.WithCancel(context.Background())
 	done := make(chan error, 1)
-	go func() { done <- Run(ctx, path, slog.New(slog.DiscardHandler)) }()
+	go func() { done <- Run(ctx, path, log) }()
 	stop = sync.OnceFunc(func() {
 		cancel()
 		if err := <-done; err != nil {
@@ -30,6 +37,14 @@ func run(t *testing.T, path string) (stop func()) {
 	t.Cleanup(stop)
 	eventually(t, "the socket", func() bool { _, err := os.Lstat(path); return err == nil })
 	return stop
+}
+
+// writer is what a log is written to.
+type writer func(p []byte)
+
+func (w writer) Write(p []byte) (int, error) {
+	w(p)
+	return len(p), nil
 }
 
 func eventually(t *testing.T, what string, ok func() bool) {
@@ -245,6 +260,53 @@ func TestBadClientsLoseTheirConnectionOnly(t *testing.T) {
 	}
 	w.Close()
 	ends(t, r)
+}
+
+// A connection for which there is no descriptor ends nothing.
+func TestAConnectionThatCannotBeAcceptedEndsNothing(t *testing.T) {
+	path := socket(t)
+	tried := make(chan struct{})
+	once := sync.OnceFunc(func() { close(tried) })
+	runWith(t, path, slog.New(slog.NewTextHandler(writer(func(p []byte) {
+		if strings.Contains(string(p), "not accepted") {
+			once()
+		}
+	}), nil)))
+	good := dial(t, path)
+	_, w := pipe(t)
+	if err := good.Park("kept", w); err != nil {
+		t.Fatal(err)
+	}
+	var limit unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+		t.Fatal(err)
+	}
+	next, err := unix.Dup(0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	unix.Close(next)
+	scarce := limit
+	scarce.Cur = uint64(next) + 1 // which this end of the connection takes
+	if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &scarce); err != nil {
+		t.Fatal(err)
+	}
+	restore := sync.OnceFunc(func() {
+		if err := unix.Setrlimit(unix.RLIMIT_NOFILE, &limit); err != nil {
+			t.Error(err)
+		}
+	})
+	defer restore()
+	late := dial(t, path)
+	select {
+	case <-tried:
+	case <-time.After(time.Minute):
+		t.Error("the keeper had a descriptor for it")
+	}
+	restore()
+	if got := names(t, late); got != "kept:1" {
+		t.Errorf("list %q", got)
+	}
 }
 
 func TestManyAtOnce(t *testing.T) {

@@ -25,6 +25,8 @@ const (
 	maxConns = 16
 	// writeTimeout is how long a client may leave answers unread.
 	writeTimeout = 10 * time.Second
+	// acceptPause is the pause after a connection for which there was no memory, or no descriptor.
+	acceptPause = 100 * time.Millisecond
 )
 
 // Server keeps the descriptors.
@@ -104,7 +106,17 @@ func (s *Server) serve(ctx context.Context, l *net.UnixListener) error {
 			if ctx.Err() != nil {
 				return nil
 			}
-			return fmt.Errorf("keeper: %w", err)
+			if errors.Is(err, net.ErrClosed) {
+				return fmt.Errorf("keeper: %w", err)
+			}
+			// There is no memory or no descriptor for it just now. What is parked stays.
+			s.log.Warn("a connection is not accepted", "error", err)
+			<-slots
+			select {
+			case <-time.After(acceptPause):
+			case <-ctx.Done():
+			}
+			continue
 		}
 		wg.Go(func() {
 			defer func() { <-slots }()
