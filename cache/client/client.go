@@ -143,7 +143,8 @@ type Client struct {
 	dialer   func(ctx context.Context, network, addr string) (net.Conn, error)
 	now      func() time.Time
 	limit    func() (bytes int64, ok bool) // of the container's memory
-	reserved int64                         // of it, for a snapshot (reserve)
+	disk     func(dir string, size int64) error
+	reserved int64 // of it, for a snapshot (reserve)
 	snapshot *catalog.Snapshot
 	digest   catalog.Digest
 	members  *members
@@ -208,7 +209,7 @@ func newClient(config Config, t timing) (*Client, error) {
 		config.Buffers = NewBuffers(config.BufferBytes)
 	}
 	c := &Client{
-		config: config, copies: max(1, config.Copies), log: config.Logger, timing: t, dialer: config.Dialer, now: time.Now, limit: meminfo.Limit,
+		config: config, copies: max(1, config.Copies), log: config.Logger, timing: t, dialer: config.Dialer, now: time.Now, limit: meminfo.Limit, disk: roomOnDisk,
 		cache: newBlocks(config.BufferBytes, config.Buffers), streams: newStreams(), socks: make(map[string]*sock),
 		forgotten: make(chan struct{}, 1),
 	}

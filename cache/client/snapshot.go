@@ -244,6 +244,9 @@ func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
 		if err := os.MkdirAll(c.config.SnapshotDir, 0o700); err != nil {
 			return nil, err
 		}
+		if err := c.disk(c.config.SnapshotDir, size); err != nil {
+			return nil, err
+		}
 		return os.CreateTemp(c.config.SnapshotDir, "new-*")
 	}
 	if err := c.reserve(size); err != nil {
@@ -254,6 +257,27 @@ func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
 		return nil, err
 	}
 	return os.NewFile(uintptr(fd), "snapshot"), nil
+}
+
+// smallSnapshot is the size up to which a node's folder takes a snapshot however full its disk is.
+const smallSnapshot = 16 << 20
+
+// roomOnDisk is an error where a snapshot of so many bytes would leave less than 15 % of the folder's disk free. From there
+// on the kubelet removes images, and from 10 % on it evicts pods (its defaults); and what a worker sends, which may be
+// anybody's program, is charged to no pod.
+func roomOnDisk(dir string, size int64) error {
+	if size <= smallSnapshot {
+		return nil
+	}
+	var disk unix.Statfs_t
+	if err := unix.Statfs(dir, &disk); err != nil {
+		return &fs.PathError{Op: "statfs", Path: dir, Err: err}
+	}
+	free, all := int64(disk.Bavail)*disk.Bsize, int64(disk.Blocks)*disk.Bsize
+	if free-size < all/20*3 {
+		return fmt.Errorf("%d MiB would leave less than 15 %% of its disk free, of which %d of %d MiB are", size>>20, free>>20, all>>20)
+	}
+	return nil
 }
 
 // unfinished is how old a file must be to be what a process that died left of a snapshot.

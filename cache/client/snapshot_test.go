@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"net"
 	"os"
 	"path/filepath"
@@ -14,6 +15,8 @@ import (
 	"sync/atomic"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -254,7 +257,7 @@ func TestASnapshotInMemoryFitsTheContainer(t *testing.T) {
 	size := int64(len(k.snap.Encoded()))
 	const heap = 1 << 30
 	defer debug.SetMemoryLimit(debug.SetMemoryLimit(heap))
-	pull := func(limit int64, dir string) (*Client, error) {
+	pull := func(limit int64, dir string, full error) (*Client, error) {
 		config := k.config()
 		config.SnapshotDir = dir
 		c, err := newClient(config, quick())
@@ -263,31 +266,54 @@ func TestASnapshotInMemoryFitsTheContainer(t *testing.T) {
 		}
 		t.Cleanup(func() { c.Close() })
 		c.limit = func() (int64, bool) { return limit, true }
+		c.disk = func(string, int64) error { return full }
 		c.snapshot, err = c.pull(testContext(t), k.snap.Digest())
 		return c, err
 	}
 	limit := 3 * size // room for two
-	one, err := pull(limit, "")
+	one, err := pull(limit, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
-	two, err := pull(limit, "")
+	two, err := pull(limit, "", nil)
 	if err != nil {
 		t.Fatal(err)
 	}
 	if now := debug.SetMemoryLimit(-1); now != heap-2*size {
 		t.Errorf("beside two snapshots the heap may have %d bytes", now)
 	}
-	if _, err := pull(limit, ""); !errors.Is(err, errTooLarge) || !strings.Contains(err.Error(), testDataset) {
+	if _, err := pull(limit, "", nil); !errors.Is(err, errTooLarge) || !strings.Contains(err.Error(), testDataset) {
 		t.Errorf("one too many: %v", err)
 	}
-	if _, err := pull(1, t.TempDir()); err != nil {
+	if _, err := pull(1, t.TempDir(), nil); err != nil {
 		t.Errorf("into a folder: %v", err)
+	}
+	if _, err := pull(limit, t.TempDir(), errors.New("the disk is full")); !errors.Is(err, errTooLarge) {
+		t.Errorf("into a folder whose disk is full: %v", err)
 	}
 	one.Close()
 	two.Close()
 	if now := debug.SetMemoryLimit(-1); now != heap {
 		t.Errorf("beside none the heap may have %d bytes", now)
+	}
+}
+
+// What a worker calls a snapshot fills no node's disk.
+func TestASnapshotLeavesRoomOnTheDisk(t *testing.T) {
+	var disk unix.Statfs_t
+	dir := t.TempDir()
+	if err := unix.Statfs(dir, &disk); err != nil {
+		t.Fatal(err)
+	}
+	all := int64(disk.Blocks) * disk.Bsize
+	if err := roomOnDisk(dir, all-all/10); err == nil {
+		t.Error("nine tenths of the disk are taken")
+	}
+	if err := roomOnDisk(dir, smallSnapshot); err != nil {
+		t.Errorf("a small one: %v", err)
+	}
+	if err := roomOnDisk(filepath.Join(dir, "none"), smallSnapshot+1); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("no folder: %v", err)
 	}
 }
 
