@@ -2,7 +2,8 @@ package uninstall
 
 import "k8s.io/apimachinery/pkg/runtime/schema"
 
-// object is one that config/ installs. A test compares these lists with the manifests.
+// object is one that config/ installs and that goes by its name. A test compares these lists, and what goes by its
+// label, with the manifests.
 type object struct {
 	kind    schema.GroupVersionKind
 	name    string
@@ -24,9 +25,7 @@ var (
 		{kind(admission, "MutatingWebhookConfiguration"), "stepcache-locality", true},
 		{kind(admission, "ValidatingWebhookConfiguration"), "stepcache-validation", true},
 	}
-	nodeService = []object{{kind("apps", "DaemonSet"), "stepcache-node", false}}
-	keeper      = []object{{kind("apps", "DaemonSet"), "stepcache-keeper", false}}
-	running     = []object{
+	running = []object{
 		{kind("apps", "Deployment"), "stepcache-controller", false},
 		{kind("apps", "Deployment"), "stepcache-webhook", false},
 	}

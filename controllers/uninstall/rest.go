@@ -152,16 +152,13 @@ func (u *uninstaller) volumes(ctx context.Context) error {
 func (u *uninstaller) webhooks(ctx context.Context) error { return u.list(ctx, webhooks) }
 
 // node removes the node service, which takes its mounts and its node's label away as it ends, then the keeper
-// of its mounts.
+// of its mounts. Each is every DaemonSet with its label: config/README.md offers a second one for other nodes.
 func (u *uninstaller) node(ctx context.Context) error {
-	for _, part := range []struct {
-		objects   []object
-		component string
-	}{{nodeService, v1alpha1.ComponentNode}, {keeper, v1alpha1.ComponentKeeper}} {
-		if err := u.list(ctx, part.objects); err != nil {
+	for _, component := range []string{v1alpha1.ComponentNode, v1alpha1.ComponentKeeper} {
+		if err := u.removeAll(ctx, kind("apps", "DaemonSet"), client.InNamespace(u.Namespace), client.MatchingLabels{v1alpha1.LabelComponent: component}); err != nil {
 			return err
 		}
-		if err := u.gone(ctx, part.component); err != nil {
+		if err := u.gone(ctx, component); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -213,6 +214,14 @@ func (w *world) eventually(what string, f func() error) {
 // and ends namespaces.
 func (w *world) play(ctx context.Context) {
 	envtest.CollectPods(ctx, w)
+	pods := &corev1.PodList{}
+	_ = w.List(ctx, pods, client.InNamespace(system))
+	for i := range pods.Items {
+		p := &pods.Items[i]
+		if o := metav1.GetControllerOf(p); o != nil && o.Kind == "DaemonSet" && apierrors.IsNotFound(w.Get(ctx, client.ObjectKey{Namespace: system, Name: o.Name}, &appsv1.DaemonSet{})) {
+			_ = w.Delete(ctx, p, client.GracePeriodSeconds(0))
+		}
+	}
 	claims := &corev1.PersistentVolumeClaimList{}
 	_ = w.List(ctx, claims)
 	for i := range claims.Items {
@@ -533,6 +542,34 @@ func TestUninstallWithADeadControllerAsksBeforeItLosesWrites(t *testing.T) {
 		return w.Update(t.Context(), d)
 	})
 	w.must(<-done)
+	w.clean()
+}
+
+// config/README.md offers nodes of another kind a node service of their own.
+func TestUninstallTakesEveryNodeServiceAway(t *testing.T) {
+	w := newWorld(t)
+	w.stop()
+	yes := true
+	for _, o := range slices.Clone(w.objects) {
+		if o.GetKind() != "DaemonSet" {
+			continue
+		}
+		set := o.DeepCopy()
+		set.SetName(o.GetName() + "-gpu")
+		w.must(w.Create(t.Context(), set))
+		w.objects = append(w.objects, set)
+		pod := w.pod(set.GetName()+"-abcde", set.GetLabels(), corev1.VolumeSource{EmptyDir: &corev1.EmptyDirVolumeSource{}})
+		pod.Namespace = system
+		pod.OwnerReferences = []metav1.OwnerReference{{APIVersion: "apps/v1", Kind: "DaemonSet", Name: set.GetName(), UID: set.GetUID(), Controller: &yes}}
+		w.must(w.Create(t.Context(), pod))
+	}
+	out, done := w.uninstall(t.Context(), nil)
+	w.must(<-done)
+	text := out.String()
+	node, keeper := strings.Index(text, "deleted DaemonSet "+system+"/stepcache-node-gpu"), strings.Index(text, "deleted DaemonSet "+system+"/stepcache-keeper")
+	if node < 0 || keeper < node {
+		t.Errorf("not every node service before every keeper:\n%s", text)
+	}
 	w.clean()
 }
 
