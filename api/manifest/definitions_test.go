@@ -7,8 +7,15 @@ import (
 	"path/filepath"
 	"slices"
 	"testing"
+	"time"
 
+	apiextensionsv1 "k8s.io/apiextensions-apiserver/pkg/apis/apiextensions/v1"
 	structuralschema "k8s.io/apiextensions-apiserver/pkg/apiserver/schema"
+	"k8s.io/apiextensions-apiserver/pkg/registry/customresource/tableconvertor"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/yaml"
+
+	"github.com/stepcache/stepcache/api/v1alpha1"
 )
 
 // The embedded definitions are those that a cluster gets, byte for byte.
@@ -47,6 +54,32 @@ func TestDefinitionsCompile(t *testing.T) {
 		if k.rules == nil {
 			t.Errorf("%s has no rules", name)
 		}
+	}
+}
+
+// What kubectl get shows, an API server makes of the definition: a column of type date is an age, and no time to come.
+func TestALoadsEndIsATimeInItsColumn(t *testing.T) {
+	b, err := crds.ReadFile("crd/data.stepcache.dev_dataloads.yaml")
+	if err != nil {
+		t.Fatal(err)
+	}
+	crd := &apiextensionsv1.CustomResourceDefinition{}
+	if err := yaml.Unmarshal(b, crd); err != nil {
+		t.Fatal(err)
+	}
+	columns, err := tableconvertor.New(crd.Spec.Versions[0].AdditionalPrinterColumns)
+	if err != nil {
+		t.Fatal(err)
+	}
+	end := metav1.NewTime(time.Now().Add(time.Hour).Truncate(time.Second).UTC())
+	l := &v1alpha1.DataLoad{Status: v1alpha1.DataLoadStatus{Progress: v1alpha1.Progress{EstimatedCompletion: &end}}}
+	table, err := columns.ConvertToTable(t.Context(), l, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	at := slices.IndexFunc(table.ColumnDefinitions, func(c metav1.TableColumnDefinition) bool { return c.Name == "Until" })
+	if got, want := table.Rows[0].Cells[at], end.Format(time.RFC3339); got != want {
+		t.Errorf("column Until shows %v, want %s", got, want)
 	}
 }
 

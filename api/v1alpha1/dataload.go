@@ -10,7 +10,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 // +kubebuilder:printcolumn:name="Dataset",type=string,JSONPath=`.spec.datasetRef.name`
 // +kubebuilder:printcolumn:name="Phase",type=string,JSONPath=`.status.phase`
 // +kubebuilder:printcolumn:name="Loaded %",type=integer,JSONPath=`.status.progress.percent`
-// +kubebuilder:printcolumn:name="Until",type=date,JSONPath=`.status.progress.estimatedCompletion`,description="When it should be done",priority=1
+// +kubebuilder:printcolumn:name="Until",type=string,JSONPath=`.status.progress.estimatedCompletion`,description="When it should be done",priority=1
 // +kubebuilder:printcolumn:name="Failed files",type=integer,JSONPath=`.status.failedFiles`,priority=1
 // +kubebuilder:printcolumn:name="Schedule",type=string,JSONPath=`.spec.schedule`,priority=1
 // +kubebuilder:printcolumn:name="Age",type=date,JSONPath=`.metadata.creationTimestamp`
