@@ -1,6 +1,7 @@
 package stepcache_test
 
 import (
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -59,5 +60,46 @@ func TestReadmeNamesEveryReason(t *testing.T) {
 		if !slices.Contains(exists, r) {
 			t.Errorf("README.md explains %s, which nothing says", r)
 		}
+	}
+}
+
+// A cluster that has Fluid too takes dataset and dataload for Fluid's: the kinds have the same names, and its group
+// comes first. So what users are told to run names the short ones, which are ours alone.
+func TestCommandsForUsersNameOurKinds(t *testing.T) {
+	const gap = `[\s/#]+` // a comment goes on in another line
+	const flags = `(?:-\S+` + gap + `(?:\S+` + gap + `)?)*`
+	kinds := regexp.MustCompile(`\bkubectl` + gap + flags + `[a-z]+` + gap + flags + `([\w.,/-]+)`)
+	told := 0
+	err := filepath.WalkDir(".", func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir() && path != "." && strings.HasPrefix(d.Name(), "."):
+			return filepath.SkipDir
+		case d.IsDir() || !slices.Contains([]string{".go", ".md", ".yaml", ".json"}, filepath.Ext(path)):
+			return nil
+		}
+		b, err := os.ReadFile(path)
+		if err != nil {
+			return err
+		}
+		for _, m := range kinds.FindAllSubmatch(b, -1) {
+			for name := range strings.SplitSeq(string(m[1]), ",") {
+				name, _, _ = strings.Cut(name, "/")
+				switch strings.TrimRight(name, ".") {
+				case "dset", "dload":
+					told++
+				case "dataset", "datasets", "dataload", "dataloads":
+					t.Errorf("%s: %q; say dset or dload", path, m[0])
+				}
+			}
+		}
+		return nil
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if told < 10 {
+		t.Errorf("only %d commands found", told)
 	}
 }

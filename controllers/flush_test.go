@@ -126,7 +126,7 @@ func TestDeletionWaitsUntilTheBucketHasEverything(t *testing.T) {
 	}
 	w.must(w.Delete(t.Context(), d))
 	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "Unflushed", fmt.Sprintf("accept-loss=%d", d.Generation+1))
-	w.event("WaitsForBucket", "deletion waits", fmt.Sprintf("kubectl annotate dataset -n %s genomes --overwrite data.stepcache.dev/accept-loss=%d", w.ns, d.Generation))
+	w.event("WaitsForBucket", "deletion waits", fmt.Sprintf("kubectl annotate dset -n %s genomes --overwrite data.stepcache.dev/accept-loss=%d", w.ns, d.Generation))
 
 	w.lag("genomes-worker-0", wire.Unflushed{Objects: 3, Bytes: 12 << 20, Oldest: since.Add(time.Minute), Problem: "access denied by s3://data"})
 	w.condition(d, v1alpha1.ConditionFlushed, metav1.ConditionFalse, "BucketUnavailable", "access denied by s3://data")

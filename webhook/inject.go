@@ -177,7 +177,7 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 			continue
 		}
 		if !serves(d, time.Now()) {
-			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, which is %s and serves nobody now: the pod keeps the claim that it has; kubectl describe dataset %s says why",
+			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, which is %s and serves nobody now: the pod keeps the claim that it has; kubectl describe dset %s says why",
 				c.ClaimName, d.Namespace, d.Name, cmp.Or(d.Status.Phase, v1alpha1.DatasetPending), d.Name))
 			continue
 		}

@@ -72,7 +72,7 @@ func AcceptsLoss(d *v1alpha1.Dataset) bool {
 
 // WayOut is what a user does who cannot wait for the bucket.
 func WayOut(d *v1alpha1.Dataset) string {
-	return fmt.Sprintf("to lose what the bucket does not have: kubectl annotate dataset -n %s %s --overwrite %s=%d", d.Namespace, d.Name, v1alpha1.AnnotationAcceptLoss, d.Generation)
+	return fmt.Sprintf("to lose what the bucket does not have: kubectl annotate dset -n %s %s --overwrite %s=%d", d.Namespace, d.Name, v1alpha1.AnnotationAcceptLoss, d.Generation)
 }
 
 // flushed sums up what the bucket does not have yet, and says so.

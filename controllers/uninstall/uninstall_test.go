@@ -534,7 +534,7 @@ func TestUninstallWithADeadControllerAsksBeforeItLosesWrites(t *testing.T) {
 	out, done := w.uninstall(t.Context(), nil)
 	w.says(out, "may hold what the bucket does not have")
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
-	way := fmt.Sprintf("kubectl annotate dataset -n %s artifacts --overwrite data.stepcache.dev/accept-loss=%d", w.ns, d.Generation)
+	way := fmt.Sprintf("kubectl annotate dset -n %s artifacts --overwrite data.stepcache.dev/accept-loss=%d", w.ns, d.Generation)
 	w.says(out, way)
 	w.eventually("the annotation", func() error {
 		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
