@@ -213,3 +213,28 @@ func (t *template) command() string {
 	b.WriteString(t.body.get("source").str())
 	return b.String()
 }
+
+// aPath is an absolute path in a command.
+var aPath = regexp.MustCompile(`/[^\s"'\x60;&|<>(){}$,:=]+`)
+
+// unaccounted is a path below a folder that a template's command names and that has to do with none of its outputs, inputs
+// and mounts, so that it may be a file of the image; empty where there is none.
+func (t *template) unaccounted(folder string) string {
+	known := t.mounts()
+	for _, kind := range []string{"outputs", "inputs"} {
+		for _, a := range t.in(kind, "artifacts").items() {
+			if p := a.get("path").str(); p != "" {
+				known = append(known, p)
+			}
+		}
+	}
+	for _, p := range aPath.FindAllString(t.command(), -1) {
+		if p = path.Clean(p); p == folder || !below(p, folder) {
+			continue
+		}
+		if !slices.ContainsFunc(known, func(k string) bool { return below(p, k) || below(k, p) }) {
+			return p
+		}
+	}
+	return ""
+}

@@ -337,6 +337,8 @@ func TestFindingsThatTakeAPerson(t *testing.T) {
 	}{
 		"an input deep in /tmp":    {"  - {name: m, container: {image: x}, inputs: {artifacts: [{name: i, path: /tmp/in/a}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", []string{"7 volume"}},
 		"an input right in /tmp":   {"  - {name: m, container: {image: x}, inputs: {artifacts: [{name: i, path: /tmp/i}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", []string{"7 volume+"}},
+		"the image's own in /tmp":  {"  - {name: m, container: {image: x, command: [sh, -c, \"mkdir -p /tmp/a && cp /tmp/seed /tmp/a\"]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", []string{"7 volume"}},
+		"nothing else in /tmp":     {"  - {name: m, container: {image: x, command: [sh, -c, \"cd /tmp; cp /tmp/i/b /opt/c '/tmp/a/b'; >/tmp/w/l\"], volumeMounts: [{name: w, mountPath: /tmp/w}]}, inputs: {artifacts: [{name: i, path: /tmp/i}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", []string{"7 volume+"}},
 		"outside /tmp":             {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: /opt/a, archive: {none: {}}}, {name: b, path: /b, archive: {none: {}}}]}}\n", []string{"7 volume", "7 volume"}},
 		"a placeholder as path":    {"  - {name: m, container: {image: x}, outputs: {artifacts: [{name: a, path: \"{{inputs.parameters.p}}\", archive: {none: {}}}]}}\n", nil},
 		"a placeholder as mount":   {"  - {name: m, container: {image: x, volumeMounts: [{name: w, mountPath: \"{{inputs.parameters.p}}\"}]}, outputs: {artifacts: [{name: a, path: /tmp/a, archive: {none: {}}}]}}\n", nil},

@@ -74,7 +74,7 @@ func (w *workflow) volume(t *template, a at, p string) []*finding {
 	f := report(a.line(), Warning, Volume, "output %q (%s) lies in no volume of the template, so the step packs it with gzip, whatever archive says, and it is copied once before it is saved: ", a.get("name").str(), p)
 	switch {
 	case below(p, scratch):
-		f.Message += "mount an emptyDir at /tmp, from which it is saved directly"
+		f.Message += "mount an emptyDir at /tmp (if the image has nothing there that the step needs), from which it is saved directly"
 		name := "tmp"
 		for slices.Contains(w.volumeNames(t), name) {
 			name += "-artifacts"
@@ -84,6 +84,10 @@ func (w *workflow) volume(t *template, a at, p string) []*finding {
 			addTo(t.body, "volumeMounts", []string{"image", "name"}, fmt.Sprintf("{name: %s, mountPath: %s}", name, scratch), fmt.Sprintf(`{"name": %q, "mountPath": %q}`, name, scratch)),
 		}
 		if slices.ContainsFunc(f.changes, func(c change) bool { return c.to.n == nil }) {
+			f.changes = nil
+		}
+		if other := t.unaccounted(scratch); other != "" {
+			f.Message += fmt.Sprintf("; the step names %s, which the emptyDir would hide if it is the image's", other)
 			f.changes = nil
 		}
 		for _, in := range t.in("inputs", "artifacts").items() {
