@@ -188,6 +188,20 @@ func TestWalkIsInPathOrderAndStops(t *testing.T) {
 	if got := walk("/", 2); !slices.Equal(got, want[:2]) {
 		t.Errorf("stopped after two: %q", got)
 	}
+	walk = func(dir string, n int) (paths []string) {
+		i, _ := s.Lookup(dir)
+		s.WalkAll(i, func(i Index) bool { paths = append(paths, s.Path(i)); return len(paths) != n })
+		return
+	}
+	want = []string{"/a", "/b", "/b/1", "/b/1/x", "/b/2", "/b/3", "/b-", "/c", "/c/d", "/c/e"}
+	for dir, part := range map[string][]string{"/": want, "b": want[2:6], "c": want[8:], "c/d": nil, "b/2": {"/b/2"}} {
+		if diff := cmp.Diff(part, walk(dir, -1)); diff != "" {
+			t.Errorf("with directories, %s: %s", dir, diff)
+		}
+	}
+	if got := walk("/", 2); !slices.Equal(got, want[:2]) {
+		t.Errorf("stopped at a directory: %q", got)
+	}
 }
 
 func TestHistogram(t *testing.T) {

@@ -275,20 +275,26 @@ func (s *Snapshot) Ring(i Index) (ring.Object, bool) {
 
 // Walk calls f for the files below dir, directory by directory in the order of names, until f returns
 // false. If dir is a file, it is the one.
-func (s *Snapshot) Walk(dir Index, f func(Index) bool) {
+func (s *Snapshot) Walk(dir Index, f func(Index) bool) { s.walk(dir, false, f) }
+
+// WalkAll is Walk that calls f for the directories below dir too, each before what is in it.
+func (s *Snapshot) WalkAll(dir Index, f func(Index) bool) { s.walk(dir, true, f) }
+
+func (s *Snapshot) walk(dir Index, dirs bool, f func(Index) bool) {
 	if dir >= s.n {
 		return
 	}
 	// Parents and neighbours are enough to find the way: no stack.
 	for i := dir; ; {
 		r := s.record(i)
+		if (!r.dir() || dirs && i != dir) && !f(i) {
+			return
+		}
 		if r.dir() {
 			if first, count := r.children(); count > 0 {
 				i = first
 				continue
 			}
-		} else if !f(i) {
-			return
 		}
 		for { // on to the next neighbour, of the node or of the nearest directory above that has one
 			if i == dir {

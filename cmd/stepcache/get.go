@@ -98,39 +98,39 @@ func copyTo(cmd *cobra.Command, a []string, name string, dir bool, content func(
 func getAll(ctx context.Context, c *client.Client, i catalog.Index, dest string, force bool) error {
 	s := c.Snapshot()
 	base := s.Path(i)
-	var files []catalog.Index
-	var bytes int64
-	collect := func(j catalog.Index) bool {
-		n, _ := s.Node(j)
-		files = append(files, j)
-		bytes += n.Size
-		return true
-	}
 	if n, _ := s.Node(i); n.Dir {
-		// Folders come from the bucket's keys: every one is made, also an empty one.
 		if err := os.MkdirAll(dest, 0o755); err != nil {
 			return err
 		}
-		s.Walk(i, collect)
-	} else {
-		collect(i)
 	}
+	var all []catalog.Index
+	var bytes int64
+	s.WalkAll(i, func(j catalog.Index) bool {
+		n, _ := s.Node(j)
+		all = append(all, j)
+		bytes += n.Size
+		return true
+	})
 	p := newProgress("get "+base, bytes)
 	defer p.finish()
 	g, ctx := errgroup.WithContext(ctx)
 	g.SetLimit(8)
-	for _, j := range files {
+	for _, j := range all {
 		g.Go(func() error {
 			// Names of a snapshot have no "..", so that the result lies below dest.
 			rel := strings.TrimPrefix(strings.TrimPrefix(s.Path(j), base), "/")
-			return getFile(ctx, c, j, filepath.Join(dest, filepath.FromSlash(rel)), force, p)
+			return getNode(ctx, c, j, filepath.Join(dest, filepath.FromSlash(rel)), force, p)
 		})
 	}
 	return g.Wait()
 }
 
-func getFile(ctx context.Context, c files, i catalog.Index, dest string, force bool, p *progress) error {
+// getNode makes a file, or a folder without what is in it: one may be empty, and a program may still expect it.
+func getNode(ctx context.Context, c files, i catalog.Index, dest string, force bool, p *progress) error {
 	n, _ := c.Snapshot().Node(i)
+	if n.Dir {
+		return os.MkdirAll(dest, 0o755)
+	}
 	return writeFile(dest, force, n.ModTime, func(w io.Writer) error { return copyOut(ctx, c, i, w, p) })
 }
 

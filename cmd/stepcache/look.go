@@ -161,7 +161,7 @@ a path that is not UTF-8 it has U+FFFD for each byte that is not, and "quoted" a
 	t.add(cmd)
 	output := jsonFlag(cmd)
 	cmd.Flags().BoolVarP(&long, "long", "l", false, "show size, time and version")
-	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list all files below")
+	cmd.Flags().BoolVarP(&recursive, "recursive", "R", false, "list all that is below")
 	cmd.RunE = func(cmd *cobra.Command, a []string) error {
 		if err := checkOutput(*output); err != nil {
 			return err
@@ -273,7 +273,7 @@ func list(s *catalog.Snapshot, i catalog.Index, recursive bool, f func(entry) bo
 	case !n.Dir:
 		f(describe(s, i))
 	case recursive:
-		s.Walk(i, func(j catalog.Index) bool { return f(describe(s, j)) })
+		s.WalkAll(i, func(j catalog.Index) bool { return f(describe(s, j)) })
 	default:
 		for j := n.First; j < n.First+n.Count; j++ {
 			if !f(describe(s, j)) {

@@ -142,6 +142,7 @@ func newFixture(t *testing.T) *fixture {
 	for k, v := range f.objects {
 		f.server.PutT(t, "fixture", k, v)
 	}
+	f.server.PutT(t, "fixture", "hollow/", nil) // a folder with nothing in it
 	f.write(t, bucket.SecretKey, "64Mi", false)
 	return f
 }
@@ -417,11 +418,11 @@ func TestCommandsBesideATier(t *testing.T) {
 	tier := env["STEPCACHE_TIER"]
 
 	stdout, stderr, status := run(t, f.dir, "ls", "-R", "--tier", tier)
-	if want := "/dir/small\n/empty\n/large\n"; status != 0 || stdout != want {
+	if want := "/dir/\n/dir/small\n/empty\n/hollow/\n/large\n"; status != 0 || stdout != want {
 		t.Errorf("ls: status %d, got %q, want %q: %s", status, stdout, want, stderr)
 	}
 	stdout, stderr, status = run(t, f.dir, "ls", "--tier", tier)
-	if want := "/dir/\n/empty\n/large\n"; status != 0 || stdout != want || stderr != "" {
+	if want := "/dir/\n/empty\n/hollow/\n/large\n"; status != 0 || stdout != want || stderr != "" {
 		t.Errorf("ls: status %d, got %q, want %q: %s", status, stdout, want, stderr)
 	}
 	stdout, stderr, status = run(t, f.dir, "ls", "-o", "json", "--tier", tier, "/large")
@@ -445,6 +446,9 @@ func TestCommandsBesideATier(t *testing.T) {
 		if got, err := os.ReadFile(filepath.Join(dest, k)); err != nil || !bytes.Equal(got, want) {
 			t.Errorf("get /: %s: %d bytes, %v", k, len(got), err)
 		}
+	}
+	if info, err := os.Stat(filepath.Join(dest, "hollow")); err != nil || !info.IsDir() {
+		t.Errorf("get / of an empty folder: %v, %v", info, err)
 	}
 	if _, stderr, status = run(t, f.dir, "get", "--tier", tier, "/large", filepath.Join(dest, "large")); status != 1 || !strings.Contains(stderr, "--force") {
 		t.Errorf("get over a file: status %d: %s", status, stderr)

@@ -168,7 +168,7 @@ func (o *stageFlags) stage(ctx context.Context, s *staged) error {
 		return err
 	}
 	defer c.Close()
-	chosen, bytes, err := s.choose(c.Snapshot(), o.limit)
+	chosen, files, bytes, err := s.choose(c.Snapshot(), o.limit)
 	if err != nil {
 		return err
 	}
@@ -180,20 +180,20 @@ func (o *stageFlags) stage(ctx context.Context, s *staged) error {
 		if err := copyFiles(ctx, newPatient(c, o.stall, say), chosen, dir, bytes, o.parallel); err != nil {
 			return err
 		}
-		say("%d files, %s to %s in %s", len(chosen), size(bytes), dir, time.Since(start).Round(time.Millisecond))
+		say("%d files, %s to %s in %s", files, size(bytes), dir, time.Since(start).Round(time.Millisecond))
 	}
 	return nil
 }
 
-// choose finds the files to copy, in the order of the snapshot.
-func (s *staged) choose(snap *catalog.Snapshot, limit int64) (files []catalog.Index, bytes int64, err error) {
+// choose finds what to copy, folders too, in the order of the snapshot, and how many files and bytes it has.
+func (s *staged) choose(snap *catalog.Snapshot, limit int64) (chosen []catalog.Index, files int, bytes int64, err error) {
 	patterns := slices.Concat(s.paths, s.present)
 	matched := make([]bool, len(patterns))
-	snap.Walk(0, func(i catalog.Index) bool {
+	snap.WalkAll(0, func(i catalog.Index) bool {
 		path, hit := snap.Path(i), len(patterns) == 0
 		for k, p := range patterns {
 			if p = strings.TrimSuffix(p, "/"); !strings.HasSuffix(p, "/**") {
-				p += "/**" // which matches zero folders too, and so the file itself
+				p += "/**" // which matches zero folders too, and so the file or folder itself
 			}
 			if ok, _ := doublestar.Match(p, path); ok {
 				hit, matched[k] = true, true
@@ -201,8 +201,10 @@ func (s *staged) choose(snap *catalog.Snapshot, limit int64) (files []catalog.In
 		}
 		if hit {
 			n, _ := snap.Node(i)
-			files = append(files, i)
-			bytes += n.Size
+			chosen = append(chosen, i)
+			if bytes += n.Size; !n.Dir {
+				files++
+			}
 		}
 		return true
 	})
@@ -214,11 +216,11 @@ func (s *staged) choose(snap *catalog.Snapshot, limit int64) (files []catalog.In
 	}
 	switch {
 	case len(missing) > 0:
-		return nil, 0, fmt.Errorf("no file matches %s; `stepcache ls -R` shows what there is", strings.Join(missing, ", "))
+		return nil, 0, 0, fmt.Errorf("no file or folder matches %s; `stepcache ls -R` shows what there is", strings.Join(missing, ", "))
 	case len(patterns) == 0 && limit > 0 && bytes > limit:
-		return nil, 0, fmt.Errorf("it has %s, more than the %s that are copied whole: name the files that the step reads in the pod's annotation data.stepcache.dev/stage-paths", size(bytes), size(limit))
+		return nil, 0, 0, fmt.Errorf("it has %s, more than the %s that are copied whole: name the files that the step reads in the pod's annotation data.stepcache.dev/stage-paths", size(bytes), size(limit))
 	}
-	return files, bytes, nil
+	return chosen, files, bytes, nil
 }
 
 // room says whether a folder's file system has room for so many bytes.
@@ -245,7 +247,7 @@ func copyFiles(ctx context.Context, c files, chosen []catalog.Index, dir string,
 		g.Go(func() error {
 			rel := strings.TrimPrefix(c.Snapshot().Path(i), "/")
 			// A second attempt, after the first was interrupted, replaces what it finds.
-			return getFile(ctx, c, i, filepath.Join(dir, filepath.FromSlash(rel)), true, p)
+			return getNode(ctx, c, i, filepath.Join(dir, filepath.FromSlash(rel)), true, p)
 		})
 	}
 	return g.Wait()

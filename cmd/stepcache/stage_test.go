@@ -33,16 +33,24 @@ func stageFixture(t *testing.T) (f *fixture, tier string) {
 	return f, tier
 }
 
-// have are the files below a folder.
+// have are the files below a folder, and the folders with nothing in them, which end with a slash.
 func have(t *testing.T, dir string) []string {
 	t.Helper()
 	var all []string
 	err := filepath.WalkDir(dir, func(path string, d fs.DirEntry, err error) error {
-		if err == nil && !d.IsDir() {
-			rel, _ := filepath.Rel(dir, path)
-			all = append(all, rel)
+		if err != nil || path == dir {
+			return err
 		}
-		return err
+		rel, _ := filepath.Rel(dir, path)
+		if d.IsDir() {
+			in, err := os.ReadDir(path)
+			if err != nil || len(in) > 0 {
+				return err
+			}
+			rel += "/"
+		}
+		all = append(all, rel)
+		return nil
 	})
 	if err != nil {
 		t.Fatal(err)
@@ -59,15 +67,16 @@ func TestStage(t *testing.T) {
 		files  []string
 		says   string
 	}{
-		{"everything", nil, 0, []string{"dir/small", "empty", "large"}, "3 files, 9.0 MiB"},
+		{"everything", nil, 0, []string{"dir/small", "empty", "hollow/", "large"}, "3 files, 9.0 MiB"},
 		{"a file", []string{"--path", "default/data=/large"}, 0, []string{"large"}, "1 files"},
 		{"a folder", []string{"--path", "default/data=/dir/"}, 0, []string{"dir/small"}, ""},
+		{"a folder with nothing in it", []string{"--path", "default/data=/hollow"}, 0, []string{"hollow/"}, "0 files"},
 		{"patterns", []string{"--path", "default/data=/{empty,dir/**}", "--path", "default/data=/lar*"}, 0, []string{"dir/small", "empty", "large"}, ""},
 		{"more than the limit, but named", []string{"--limit", "10", "--path", "default/data=/large"}, 0, []string{"large"}, ""},
-		{"no limit", []string{"--limit", "0"}, 0, []string{"dir/small", "empty", "large"}, ""},
+		{"no limit", []string{"--limit", "0"}, 0, []string{"dir/small", "empty", "hollow/", "large"}, ""},
 		{"if present", []string{"--if-present", "default/data=/nope", "--if-present", "default/data=/empty"}, 0, []string{"empty"}, ""},
 		{"nothing present", []string{"--if-present", "default/data=/nope"}, 0, nil, "0 files"},
-		{"no such file", []string{"--path", "default/data=/empty", "--path", "default/data=/nope"}, 1, nil, "no file matches /nope"},
+		{"no such file", []string{"--path", "default/data=/empty", "--path", "default/data=/nope"}, 1, nil, "no file or folder matches /nope"},
 		{"too much", []string{"--limit", "10"}, 1, nil, "stage-paths"},
 		{"another Dataset's pattern", []string{"--path", "default/other=/x"}, 2, nil, "no --copy names this Dataset"},
 		{"bad pattern", []string{"--path", "default/data=/["}, 2, nil, "want NAMESPACE/NAME=/pattern"},
@@ -90,6 +99,9 @@ func TestStage(t *testing.T) {
 			t.Errorf("%s: %v, want %v", c.name, got, c.files)
 		}
 		for _, name := range got {
+			if strings.HasSuffix(name, "/") {
+				continue
+			}
 			b, err := os.ReadFile(filepath.Join(dir, name))
 			if err != nil || !bytes.Equal(b, f.objects[name]) {
 				t.Errorf("%s: %s has %d bytes, %v", c.name, name, len(b), err)
