@@ -88,17 +88,17 @@ func Start(ctx context.Context, o Options) (t *Tier, err error) {
 	if err != nil {
 		return nil, err
 	}
+	t = &Tier{options: o, loads: set.Loads()}
+	for _, kind := range slices.Sorted(maps.Keys(set.Ignored)) {
+		t.logf("not used: %s of %s", count(int64(set.Ignored[kind]), "object"), kind)
+	}
 	if len(set.Datasets) == 0 {
-		return nil, fmt.Errorf("%s: no Dataset in it; write one, or name another file or folder", strings.Join(o.Manifests, ", "))
+		return nil, fmt.Errorf("%s: no Dataset of %s in it; write one, or name another file or folder", strings.Join(o.Manifests, ", "), v1alpha1.GroupVersion)
 	}
 	if o.Mount != "" {
 		if err := mount.Supported(); err != nil {
 			return nil, fmt.Errorf("cannot mount at %s: %w; without --mount, `stepcache get` and `ls` read the dataset", o.Mount, err)
 		}
-	}
-	t = &Tier{options: o, loads: set.Loads()}
-	for _, kind := range slices.Sorted(maps.Keys(set.Ignored)) {
-		t.logf("not used: %s of %s", count(int64(set.Ignored[kind]), "object"), kind)
 	}
 	defer func() {
 		if err != nil {

@@ -2,6 +2,8 @@ package local
 
 import (
 	"bytes"
+	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -44,5 +46,22 @@ func TestMemoryShares(t *testing.T) {
 		if err == nil || strings.Contains(err.Error(), "--memory") != flags {
 			t.Errorf("too little memory, flags %v: %v", flags, err)
 		}
+	}
+}
+
+// Another system's Dataset is passed over, and who has no other learns why it does not count.
+func TestStartWithAnothersDataset(t *testing.T) {
+	file := filepath.Join(t.TempDir(), "fluid.yaml")
+	text := "apiVersion: data.fluid.io/v1alpha1\nkind: Dataset\nmetadata: {name: genomes}\n---\napiVersion: data.fluid.io/v1alpha1\nkind: DataLoad\nmetadata: {name: warm}\n"
+	if err := os.WriteFile(file, []byte(text), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var said bytes.Buffer
+	_, err := Start(t.Context(), Options{Manifests: []string{file}, Log: &said})
+	if err == nil || !strings.Contains(err.Error(), "fluid.yaml: no Dataset of data.stepcache.dev/v1alpha1 in it") {
+		t.Errorf("%v", err)
+	}
+	if want := "not used: 1 object of data.fluid.io/v1alpha1, DataLoad\nnot used: 1 object of data.fluid.io/v1alpha1, Dataset\n"; said.String() != want {
+		t.Errorf("said %q, want %q", &said, want)
 	}
 }

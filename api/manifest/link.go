@@ -2,6 +2,9 @@ package manifest
 
 import (
 	"fmt"
+	"maps"
+	"slices"
+	"strings"
 
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/validation/field"
@@ -41,7 +44,7 @@ func (r *reader) linkMounts(d *v1alpha1.Dataset) {
 		switch {
 		case !found:
 			r.wrong(v1alpha1.KindDataset, d.Namespace, d.Name, field.Invalid(path, source,
-				fmt.Sprintf("there is no Dataset %s in these manifests; add it", target)))
+				fmt.Sprintf("there is no Dataset %s in these manifests; add it%s", target, r.otherGroup(v1alpha1.KindDataset))))
 		case t == d:
 			r.wrong(v1alpha1.KindDataset, d.Namespace, d.Name, field.Invalid(path, source, "a Dataset cannot mount itself"))
 		case !t.SharesWith(d.Namespace):
@@ -77,15 +80,26 @@ func (r *reader) linkLoad(l *v1alpha1.DataLoad, loads map[types.NamespacedName]*
 	d, ok := r.set.Dataset(types.NamespacedName{Namespace: l.Namespace, Name: l.Spec.DatasetRef.Name})
 	if !ok {
 		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("datasetRef", "name"), l.Spec.DatasetRef.Name,
-			fmt.Sprintf("there is no Dataset of that name in namespace %s in these manifests; add it or correct the name", l.Namespace)))
+			fmt.Sprintf("there is no Dataset of that name in namespace %s in these manifests; add it or correct the name%s", l.Namespace, r.otherGroup(v1alpha1.KindDataset))))
 	} else if c := l.CopiesOf(d); c > d.Spec.Workers.Replicas {
 		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("copies"), c,
 			fmt.Sprintf("must not exceed the %d workers of Dataset %s/%s: each copy is on a worker of its own", d.Spec.Workers.Replicas, d.Namespace, d.Name)))
 	}
 	if l.Spec.RunAfter != nil && loads[before(l)] == nil {
 		r.wrong(v1alpha1.KindDataLoad, l.Namespace, l.Name, field.Invalid(spec.Child("runAfter", "name"), l.Spec.RunAfter.Name,
-			fmt.Sprintf("there is no DataLoad of that name in namespace %s in these manifests; add it or correct the name", l.Namespace)))
+			fmt.Sprintf("there is no DataLoad of that name in namespace %s in these manifests; add it or correct the name%s", l.Namespace, r.otherGroup(v1alpha1.KindDataLoad))))
 	}
+}
+
+// otherGroup is what follows the error for an object that is not there, where one of its kind stands in the manifests
+// with another apiVersion: it was passed over, as another system's or with a mistake in it.
+func (r *reader) otherGroup(kind string) string {
+	for _, ignored := range slices.Sorted(maps.Keys(r.set.Ignored)) {
+		if apiVersion, ok := strings.CutSuffix(ignored, ", "+kind); ok {
+			return fmt.Sprintf(" (a %s of apiVersion %s is there, which is not used: it would have to be %s)", kind, apiVersion, v1alpha1.GroupVersion)
+		}
+	}
+	return ""
 }
 
 // linkOrder refuses loads that wait for each other.

@@ -20,6 +20,9 @@ func TestReferences(t *testing.T) {
 	for _, c := range []struct{ name, manifest, want string }{
 		{"load before its Dataset", load + "---\n" + dataset, ""},
 		{"load without its Dataset", load, "DataLoad default/warm: spec.datasetRef.name: \"genomes\": there is no Dataset of that name in namespace default"},
+		{"load of a Dataset of a mistyped group", strings.Replace(dataset, "data.step", "step", 1) + "---\n" + load, "no Dataset of that name in namespace default in these manifests; add it or correct the name (a Dataset of apiVersion stepcache.dev/v1alpha1 is there, which is not used: it would have to be data.stepcache.dev/v1alpha1)"},
+		{"source of a mistyped group", strings.Replace(mountOf("a", "ns", "s3://bucket", ""), "data.step", "step", 1) + mountOf("b", "ns", "dataset://ns/a", ""), "no Dataset ns/a in these manifests; add it (a Dataset of apiVersion stepcache.dev/v1alpha1 is there"},
+		{"runAfter of a mistyped group", dataset + strings.Replace(loadOf("a", ""), "data.step", "step", 1) + loadOf("b", ", runAfter: {name: a}"), "(a DataLoad of apiVersion stepcache.dev/v1alpha1 is there"},
 		{"load in another namespace", strings.Replace(dataset, "genomes}", "genomes, namespace: argo}", 1) + "---\n" + load, "there is no Dataset of that name in namespace default"},
 		{"dataset source", mountOf("a", "ns", "s3://bucket", "") + mountOf("b", "ns", "dataset://ns/a/x", ""), ""},
 		{"dataset source of a shared one", mountOf("a", "ns", "s3://bucket", ", shareWith: [ms]") + mountOf("b", "ms", "dataset://ns/a", ""), ""},
