@@ -4,6 +4,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"math"
 	"slices"
 	"strings"
 
@@ -92,6 +93,8 @@ func describe(err error) string {
 var typeHints = []struct{ name, hint string }{
 	{"string", "must be text; put it in quotes"},
 	{"integer", "must be a whole number, without quotes"},
+	{"int32", fmt.Sprintf("must be a whole number of at most %d", math.MaxInt32)},
+	{"int64", fmt.Sprintf("must be a whole number of at most %d", math.MaxInt64)},
 	{"integer,string", "must be a quantity such as 12Gi or 500Mi"},
 	{"boolean", "must be true or false, without quotes"},
 	{"array", "must be a list"},

@@ -10,7 +10,7 @@ import (
 	"strings"
 
 	yamlv2 "go.yaml.in/yaml/v2"
-	utiljson "k8s.io/apimachinery/pkg/util/json"
+	kjson "sigs.k8s.io/json"
 	"sigs.k8s.io/yaml"
 )
 
@@ -107,6 +107,9 @@ func (d document) decode() (map[string]any, error) {
 	if len(d.text) > MaxDocument {
 		return nil, fmt.Errorf("the document is %.1f MiB, above the %d MiB that an API server takes; split it", float64(len(d.text))/(1<<20), MaxDocument>>20)
 	}
+	if json.Valid(d.text) {
+		return d.decodeJSON()
+	}
 	// The YAML library bounds how many values aliases make, but not how long they are together.
 	if bytes.IndexByte(d.text, '&') >= 0 && bytes.IndexByte(d.text, '*') >= 0 {
 		var v any
@@ -119,9 +122,18 @@ func (d document) decode() (map[string]any, error) {
 	if err != nil {
 		return nil, fmt.Errorf("not YAML: %s", d.explain(err))
 	}
+	return document{d.line, j}.decodeJSON()
+}
+
+// decodeJSON is decode of JSON, of which YAML lacks some escapes (\/, and a character as two of \u).
+func (d document) decodeJSON() (map[string]any, error) {
 	var v any
-	if err := utiljson.Unmarshal(j, &v); err != nil {
+	strict, err := kjson.UnmarshalStrict(d.text, &v, kjson.DisallowDuplicateFields)
+	if err != nil {
 		return nil, fmt.Errorf("not an object: %w", err)
+	}
+	if len(strict) > 0 {
+		return nil, fmt.Errorf("%w; remove one", errors.Join(strict...))
 	}
 	switch v := v.(type) {
 	case nil:
@@ -160,6 +172,9 @@ func (d document) explain(err error) string {
 	text := strings.TrimPrefix(err.Error(), "error converting YAML to JSON: ")
 	text = strings.TrimPrefix(text, "yaml: ")
 	text = strings.ReplaceAll(text, "\n", " ")
+	if strings.HasPrefix(text, "invalid map key:") { // and the key in the syntax of Go
+		text = "a key is a map or a list, and must be text"
+	}
 	var n int
 	if _, scan := fmt.Sscanf(text, "line %d:", &n); scan == nil {
 		// The YAML library counts within the document.
@@ -168,6 +183,9 @@ func (d document) explain(err error) string {
 	}
 	if strings.Contains(text, "tab character") || strings.Contains(text, "cannot start any token") && bytes.Contains(d.text, []byte("\t")) {
 		text += " (indent with spaces, not tabs)"
+	}
+	if bytes.Contains(d.text, []byte("{{")) {
+		text += " (a value that begins with {{ needs quotes; a Helm chart must be rendered first)"
 	}
 	return text
 }

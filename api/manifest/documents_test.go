@@ -64,7 +64,9 @@ func TestAwkwardYAMLRefused(t *testing.T) {
 		"control character":  {"apiVersion: \x01\n", "control characters"},
 		"not a number":       {strings.Replace(dataset, "64Mi", ".nan", 1), "m.yaml: document 1"},
 		"infinite":           {strings.Replace(dataset, "64Mi", ".inf", 1), "m.yaml: document 1"},
-		"key is a list":      {"[a]: b\n", "m.yaml: document 1"},
+		"key is a list":      {"[a]: b\n", "not YAML: a key is a map or a list, and must be text"},
+		"Helm's value":       {strings.Replace(dataset, "64Mi", "{{ .Values.memory }}", 1), "not YAML: a key is a map or a list, and must be text (a value that begins with {{ needs quotes; a Helm chart must be rendered first)"},
+		"Helm's condition":   {"{{- if .Values.cache }}\n" + dataset + "{{- end }}\n", "a Helm chart must be rendered first"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := Parse("m.yaml", []byte(c.manifest))
@@ -111,7 +113,17 @@ func TestJSONDocuments(t *testing.T) {
 	_, err = Parse("m.json", []byte("{\"apiVersion\":"))
 	refused(t, err, "m.json: line 1: not JSON: unexpected EOF")
 	_, err = Parse("m.json", []byte(`{"kind":"Pod","apiVersion":"v1","kind":"Pod"}`))
-	refused(t, err, `"kind" already set`)
+	refused(t, err, `duplicate field "kind"; remove one`)
+	_, err = Parse("m.json", []byte(`{"kind":"Pod","apiVersion":"v1","spec":{"a":1,"a":2}}`))
+	refused(t, err, `duplicate field "spec.a"; remove one`)
+	// What JSON has and YAML has not, in a file of either name.
+	for _, name := range []string{"m.json", "m.yaml"} {
+		s, err := Parse(name, []byte(`{"apiVersion":"data.stepcache.dev\/v1alpha1","kind":"Dataset","metadata":{"name":"genomes","annotations":{"a":"\ud83d\ude00"}},
+			"spec":{"mounts":[{"source":"s3:\/\/bucket\/prefix\/"}],"workers":{"memory":"64Mi","replicas":2}}}`))
+		if err != nil || len(s.Datasets) != 1 || s.Datasets[0].Spec.Mounts[0].Source != "s3://bucket/prefix/" || s.Datasets[0].Annotations["a"] != "😀" {
+			t.Errorf("%s: %+v, %v", name, s, err)
+		}
+	}
 	if s, err := Parse("m.json", nil); err != nil || len(s.Datasets) != 0 {
 		t.Errorf("%+v, %v", s, err)
 	}

@@ -3,8 +3,10 @@ package manifest
 import (
 	"context"
 	"embed"
+	"encoding/json"
 	"errors"
 	"fmt"
+	"reflect"
 	"strings"
 	"sync"
 
@@ -19,6 +21,7 @@ import (
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/schema/pruning"
 	"k8s.io/apiextensions-apiserver/pkg/apiserver/validation"
 	apivalidation "k8s.io/apimachinery/pkg/api/validation"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/util/validation/field"
 	celconfig "k8s.io/apiserver/pkg/apis/cel"
@@ -83,9 +86,6 @@ func compile(file string) (*kind, error) {
 // in place and validates.
 func (k *kind) admit(ctx context.Context, object map[string]any) field.ErrorList {
 	errs := k.prune(object)
-	if len(errs) > 0 && errs[0].Type == field.ErrorTypeTypeInvalid {
-		return errs // the metadata cannot be read, nor then the rest
-	}
 	defaulting.Default(object, k.structural)
 	return append(errs, k.validate(ctx, object, nil)...)
 }
@@ -95,9 +95,15 @@ func (k *kind) prune(object map[string]any) field.ErrorList {
 	// A client does not write the status: an API server drops it.
 	delete(object, "status")
 	var errs field.ErrorList
-	meta, found, unknown, err := objectmeta.GetObjectMetaWithOptions(object, objectmeta.ObjectMetaOptions{ReturnUnknownFieldPaths: true})
+	options := objectmeta.ObjectMetaOptions{ReturnUnknownFieldPaths: true}
+	meta, found, unknown, err := objectmeta.GetObjectMetaWithOptions(object, options)
 	if err != nil {
-		return field.ErrorList{field.TypeInvalid(field.NewPath("metadata"), "", "cannot be read: "+err.Error())}
+		errs = append(errs, malformed(object["metadata"], err))
+		// What is wrong with the rest is told too.
+		options.DropMalformedFields = true
+		if meta, found, unknown, err = objectmeta.GetObjectMetaWithOptions(object, options); err != nil {
+			return errs
+		}
 	}
 	apiVersion, kindName := object["apiVersion"], object["kind"]
 	unknown = append(unknown, pruning.PruneWithOptions(object, k.structural, true, structuralschema.UnknownFieldPathOptions{TrackUnknownFieldPaths: true})...)
@@ -112,6 +118,25 @@ func (k *kind) prune(object map[string]any) field.ErrorList {
 		errs = append(errs, k.unknown(path))
 	}
 	return errs
+}
+
+// malformed is the error for metadata that could not be decoded for the reason err. Where a field has the wrong type, it
+// is put as the schema library puts it of the other fields.
+func malformed(metadata any, err error) *field.Error {
+	at := field.NewPath("metadata")
+	var mistyped *json.UnmarshalTypeError
+	if b, e := json.Marshal(metadata); e == nil && errors.As(json.Unmarshal(b, &metav1.ObjectMeta{}), &mistyped) && mistyped.Field != "" {
+		if name, ok := schemaTypes[mistyped.Type.Kind()]; ok {
+			return field.TypeInvalid(at.Child(mistyped.Field), "", fmt.Sprintf("must be of type %s: %q", name, mistyped.Value))
+		}
+	}
+	return field.TypeInvalid(at, "", "cannot be read: "+err.Error())
+}
+
+// schemaTypes are the names that a schema has for the types of the metadata's fields.
+var schemaTypes = map[reflect.Kind]string{
+	reflect.String: "string", reflect.Int64: "integer", reflect.Bool: "boolean",
+	reflect.Slice: "array", reflect.Map: "object", reflect.Struct: "object",
 }
 
 // validate runs the checks of an API server's create strategy, or with old those of its update strategy.
