@@ -73,6 +73,15 @@ func TestUpdateRules(t *testing.T) {
 	if errs := Validate(t.Context(), after); len(errs) == 0 {
 		t.Error("the object is valid as a new one, so that the test tells nothing")
 	}
+	before = typed[v1alpha1.Dataset](t, "Dataset", mount(`source: "s3://bucket", endpoint: "host:99999"`))
+	after = before.DeepCopy()
+	after.Spec.Workers.Replicas, after.Finalizers = 2, []string{"example.com/kept"}
+	if errs := ValidateUpdate(t.Context(), after, before); len(errs) > 0 {
+		t.Error(errs)
+	}
+	if errs := Validate(t.Context(), after); len(errs) == 0 {
+		t.Error("the port is valid of a new object, so that the test tells nothing")
+	}
 	before, after = typed[v1alpha1.Dataset](t, "Dataset", with("access: ReadWrite")), typed[v1alpha1.Dataset](t, "Dataset", with("access: ReadWrite"))
 	before.Name, after.Name = "ab", "ab"
 	after.Finalizers = []string{"example.com/kept"}

@@ -39,7 +39,7 @@ type Mount struct {
 	//
 	// +optional
 	// +kubebuilder:validation:MaxLength=253
-	// +kubebuilder:validation:XValidation:rule="self.matches('^(https?://)?([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[[][0-9A-Fa-f:.]+[]])(:[0-9]{1,5})?/?$')",message="endpoint must be host or host:port, optionally with http:// or https:// in front, and without a path"
+	// +kubebuilder:validation:XValidation:rule="self.matches('^(https?://)?([A-Za-z0-9]([A-Za-z0-9.-]*[A-Za-z0-9])?|[[][0-9A-Fa-f:.]+[]])(:([1-9][0-9]{0,3}|[1-5][0-9]{4}|6[0-4][0-9]{3}|65[0-4][0-9]{2}|655[0-2][0-9]|6553[0-5]))?/?$')",message="endpoint must be host or host:port with a port of 1 to 65535, optionally with http:// or https:// in front, and without a path"
 	Endpoint string `json:"endpoint,omitempty"`
 
 	// Region signs requests. Absent: derived from a known endpoint, or asked of the store.
