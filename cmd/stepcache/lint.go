@@ -99,6 +99,10 @@ func (l *linting) add(name string) {
 		return
 	}
 	if !info.IsDir() {
+		if l.fix && !info.Mode().IsRegular() {
+			l.fail(fmt.Errorf("%s: --fix cannot write what is not a regular file: use -o yaml", name))
+			return
+		}
 		l.file(name)
 		return
 	}

@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"github.com/stepcache/stepcache/lint"
@@ -56,6 +57,10 @@ func TestLint(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(dir, "none"), 0o755); err != nil {
 		t.Fatal(err)
 	}
+	pipe := filepath.Join(dir, "pipe")
+	if err := syscall.Mkfifo(pipe, 0o600); err != nil {
+		t.Fatal(err)
+	}
 	for name, c := range map[string]struct {
 		args           []string
 		status         int
@@ -73,6 +78,7 @@ func TestLint(t *testing.T) {
 		"output":       {[]string{"-o", "xml", slow}, 2, nil, []string{"-o xml"}},
 		"fix and yaml": {[]string{"--fix", "-o", "yaml", slow}, 2, nil, []string{"do not go together"}},
 		"fix of stdin": {[]string{"--fix", "-"}, 2, nil, []string{"-o yaml"}},
+		"fix of pipe":  {[]string{"--fix", pipe}, 2, nil, []string{pipe + ": --fix cannot write what is not a regular file: use -o yaml"}},
 		"help":         {[]string{"--help"}, 0, []string{"--fix", "gzip", "Exit status"}, nil},
 		"no workflow":  {[]string{filepath.Join(dir, "all", "sub")}, 0, nil, []string{"no workflow of Argo in 1 file\n"}},
 	} {
