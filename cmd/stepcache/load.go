@@ -22,7 +22,7 @@ func loadCommand() *cobra.Command {
 		Long: `Makes files resident: each worker fetches the blocks that it owns, so that each byte leaves the bucket once.
 Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in it); without one everything is loaded. With
 --pin the files stay until "stepcache load --unload --id ID". Interrupting the command leaves the load running.
--o json has a path that is not UTF-8 as ls does.`,
+-o json has a path that is not UTF-8 as ls does; with --unload it tells the load as it was when it was ended.`,
 		Example: "  stepcache load\n  stepcache load --pin --id shards /shards",
 	}
 	t.add(cmd)
@@ -53,11 +53,15 @@ Patterns match paths in the dataset (/ref/**/*.fa; a folder, /shards, is all in 
 		defer control.Close()
 		ctx, start := cmd.Context(), time.Now()
 		if unload {
-			if _, err := control.LoadStatus(ctx, r.ID); errors.Is(err, client.ErrNoLoad) {
+			ended, err := control.LoadStatus(ctx, r.ID)
+			if errors.Is(err, client.ErrNoLoad) {
 				return fmt.Errorf("%w: no worker knows it, so that nothing was ended", err)
 			}
 			if err := control.DeleteLoad(ctx, r.ID); err != nil {
 				return err
+			}
+			if *output == "json" {
+				return printJSON(cmd.OutOrStdout(), newLoadReport(ended))
 			}
 			fmt.Fprintf(cmd.OutOrStdout(), "load %s has ended, with its pins\n", r.ID)
 			return nil

@@ -501,6 +501,17 @@ func TestCommandsBesideATier(t *testing.T) {
 	if stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mine"); status != 0 || !strings.Contains(stdout, "load mine") {
 		t.Errorf("load --unload: status %d, %q: %s", status, stdout, stderr)
 	}
+	if _, stderr, status = run(t, f.dir, "load", "--tier", tier, "--pin", "--id", "other", "/large"); status != 0 {
+		t.Errorf("load: status %d: %s", status, stderr)
+	}
+	stdout, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "other", "-o", "json")
+	var ended struct {
+		ID       string
+		Resident int64
+	}
+	if err := json.Unmarshal([]byte(stdout), &ended); status != 0 || err != nil || ended.ID != "other" || ended.Resident != 9<<20 {
+		t.Errorf("load --unload -o json: status %d, %v, %q: %s", status, err, stdout, stderr)
+	}
 	if _, stderr, status = run(t, f.dir, "load", "--tier", tier, "--unload", "--id", "mien"); status != 1 || !strings.Contains(stderr, "load mien") {
 		t.Errorf("unload of what nobody knows: %d %q", status, stderr)
 	}
