@@ -85,7 +85,10 @@ func parseDataset(name, namespace string) (types.NamespacedName, error) {
 	if ns, n, ok := strings.Cut(name, "/"); ok {
 		namespace, name = ns, n
 	}
-	if !datasetName.MatchString(name) || !namespaceName.MatchString(namespace) {
+	if !namespaceName.MatchString(namespace) {
+		return types.NamespacedName{}, fmt.Errorf("%q is not the name of a namespace", namespace)
+	}
+	if !datasetName.MatchString(name) {
 		return types.NamespacedName{}, fmt.Errorf("%q is not the name of a Dataset", name)
 	}
 	return types.NamespacedName{Namespace: namespace, Name: name}, nil

@@ -20,6 +20,14 @@ func TestParseMounts(t *testing.T) {
 	if err != nil || !slices.Equal(got, want) {
 		t.Errorf("%v, %v; want %v", got, err, want)
 	}
+	for value, says := range map[string]string{
+		"My_NS/genomes=/data": `"My_NS" is not the name of a namespace`,
+		"ns/My_genomes=/data": `"My_genomes" is not the name of a Dataset`,
+	} {
+		if _, err := parseMounts(value, "argo"); err == nil || !strings.Contains(err.Error(), says) {
+			t.Errorf("%s: %v, want %s", value, err, says)
+		}
+	}
 }
 
 func TestParseStagePaths(t *testing.T) {

@@ -49,7 +49,7 @@ Dataset's workers to the current image, one at a time, each after it handed over
 			klog.SetLogger(o.Logger)
 			cluster, err := ctrl.GetConfig()
 			if err != nil {
-				return fmt.Errorf("controller: no cluster: %w", err)
+				return noCluster("controller", "$KUBECONFIG", err)
 			}
 			if o.Dataset.Image == "" {
 				if o.Dataset.Image, err = ownImage(cmd.Context(), cluster, o.Dataset.Namespace, "controller"); err != nil {

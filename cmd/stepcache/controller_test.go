@@ -1,6 +1,7 @@
 package main
 
 import (
+	"path/filepath"
 	"strings"
 	"testing"
 )
@@ -23,5 +24,22 @@ func TestControllerSaysWhatItLacks(t *testing.T) {
 				t.Errorf("status %d: %s", status, stderr)
 			}
 		})
+	}
+}
+
+// Who is on no cluster learns which variable or flag leads to one.
+func TestWithoutACluster(t *testing.T) {
+	dir := t.TempDir()
+	t.Setenv("HOME", dir)
+	t.Setenv("KUBECONFIG", filepath.Join(dir, "absent"))
+	t.Setenv("KUBERNETES_SERVICE_HOST", "")
+	for says, args := range map[string][]string{
+		"controller: no cluster: this is not a pod, and there is no kubeconfig: name one with $KUBECONFIG":                {"controller", "--namespace", "x", "--image", "y"},
+		"webhook: no cluster: this is not a pod, and there is no kubeconfig: name one with $KUBECONFIG":                   {"webhook", "--namespace", "x", "--image", "y"},
+		"uninstall: no cluster: this is not a pod, and there is no kubeconfig: name one with --kubeconfig or $KUBECONFIG": {"uninstall", "--dry-run"},
+	} {
+		if _, stderr, status := run(t, dir, args...); status != 1 || !strings.Contains(stderr, says) {
+			t.Errorf("%v: status %d, want 1 and %q: %s", args, status, says, stderr)
+		}
 	}
 }

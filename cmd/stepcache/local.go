@@ -138,7 +138,7 @@ func ask(t *local.Tier) ([]local.Report, error) {
 
 // notFound is what a shell ends with when it cannot run a command.
 func notFound(err error) int {
-	if errors.Is(err, fs.ErrPermission) {
+	if errors.Is(err, fs.ErrPermission) || errors.Is(err, syscall.EISDIR) {
 		return 126
 	}
 	return 127

@@ -12,9 +12,11 @@ import (
 	"log/slog"
 	"os"
 	"os/signal"
+	"strings"
 	"syscall"
 
 	"github.com/spf13/cobra"
+	"k8s.io/client-go/tools/clientcmd"
 )
 
 // version is set by the linker.
@@ -65,6 +67,14 @@ func (e exit) Error() string { return fmt.Sprintf("exit status %d", int(e)) }
 // usage is an error in how the program was called.
 type usage struct{ error }
 
+// noCluster is the error of a command that cannot find out how to reach a cluster; way is how it is told.
+func noCluster(command, way string, err error) error {
+	if clientcmd.IsEmptyConfig(err) { // its text names a variable that no help does
+		err = fmt.Errorf("this is not a pod, and there is no kubeconfig: name one with %s", way)
+	}
+	return fmt.Errorf("%s: no cluster: %w", command, err)
+}
+
 func exitStatus(stderr *os.File, command string, err error) int {
 	var status exit
 	switch {
@@ -101,7 +111,33 @@ Start with "stepcache local": it runs the tier on this machine from the manifest
 			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version) },
 		},
 	)
+	checkArguments(root)
 	return root
+}
+
+// checkArguments makes wrong arguments of the commands that cobra adds the errors that they are of all others.
+func checkArguments(root *cobra.Command) {
+	root.InitDefaultHelpCmd()
+	root.InitDefaultCompletionCmd()
+	for _, c := range root.Commands() {
+		switch c.Name() {
+		case "help":
+			c.Args = args(func(_ *cobra.Command, given []string) error {
+				_, _, err := root.Find(given)
+				return err
+			})
+		case "completion":
+			var shells []string
+			for _, shell := range c.Commands() {
+				shell.Args = args(shell.Args)
+				shells = append(shells, shell.Name())
+			}
+			c.Args = nil
+			c.RunE = func(*cobra.Command, []string) error {
+				return usage{fmt.Errorf("completion: name a shell, one of %s", strings.Join(shells, ", "))}
+			}
+		}
+	}
 }
 
 // args makes wrong arguments a usage error.

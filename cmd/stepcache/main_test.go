@@ -232,6 +232,7 @@ func TestLocalExitStatus(t *testing.T) {
 		{[]string{"-f", f.manifests, "--", "/no/such/program"}, 127, "/no/such/program"},
 		{[]string{"-f", f.manifests, "--", "nosuchprogram"}, 127, "$PATH"},
 		{[]string{"-f", f.manifests, "--", f.manifests}, 126, "permission denied"},
+		{[]string{"-f", f.manifests, "--", f.dir}, 126, "is a directory"},
 		{[]string{"-f", f.manifests, "--workers", "0", "--", "true"}, 2, "--workers 0"},
 		{[]string{"-f", f.manifests, "--give-up", "0s", "--", "true"}, 2, "--give-up"},
 		{[]string{"--", "true"}, 2, "-f is missing"},
@@ -816,9 +817,18 @@ func TestUnknownCommandIsWrongUsage(t *testing.T) {
 		{[]string{"lokal"}, "See `stepcache --help`"},
 		{[]string{"ls", "--nonsense"}, "See `stepcache ls --help`"},
 		{[]string{"get"}, "See `stepcache get --help`"},
+		{[]string{"help", "bogus"}, `help: unknown command "bogus"`},
+		{[]string{"completion"}, "completion: name a shell, one of bash, fish, powershell, zsh\nSee `stepcache completion --help`"},
+		{[]string{"completion", "zork"}, "completion: name a shell"},
+		{[]string{"completion", "bash", "extra"}, "See `stepcache completion bash --help`"},
 	} {
-		if _, stderr, status := run(t, dir, c.args...); status != 2 || !strings.Contains(stderr, c.says) {
-			t.Errorf("%v: status %d, want 2 and %q: %s", c.args, status, c.says, stderr)
+		if stdout, stderr, status := run(t, dir, c.args...); status != 2 || !strings.Contains(stderr, c.says) || stdout != "" {
+			t.Errorf("%v: status %d, %q, want 2 and %q: %s", c.args, status, stdout, c.says, stderr)
+		}
+	}
+	for _, args := range [][]string{{"help"}, {"help", "get"}, {"help", "completion", "bash"}, {"completion", "--help"}, {"completion", "bash"}} {
+		if stdout, stderr, status := run(t, dir, args...); status != 0 || stdout == "" {
+			t.Errorf("%v: status %d, %q: %s", args, status, stdout, stderr)
 		}
 	}
 }

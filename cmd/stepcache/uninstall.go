@@ -39,7 +39,7 @@ It can be stopped and run again at any point. Where the controller does not run,
 			rules.ExplicitPath = kubeconfig
 			cluster, err := clientcmd.NewNonInteractiveDeferredLoadingClientConfig(rules, &clientcmd.ConfigOverrides{CurrentContext: kubecontext}).ClientConfig()
 			if err != nil {
-				return fmt.Errorf("uninstall: no cluster: %w", err)
+				return noCluster("uninstall", "--kubeconfig or $KUBECONFIG", err)
 			}
 			cluster.QPS, cluster.Burst = 50, 100
 			c, err := client.New(cluster, client.Options{Scheme: controllers.Scheme()})

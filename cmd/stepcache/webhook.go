@@ -63,7 +63,7 @@ Containers that it adds to pods run the image that --image names, or that its ow
 			o.SnapshotBytes = keepSnapshots(o.Logger)
 			cluster, err := ctrl.GetConfig()
 			if err != nil {
-				return fmt.Errorf("webhook: no cluster: %w", err)
+				return noCluster("webhook", "$KUBECONFIG", err)
 			}
 			if o.Image == "" {
 				if o.Image, err = ownImage(cmd.Context(), cluster, o.Namespace, "webhook"); err != nil {
