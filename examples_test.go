@@ -8,7 +8,7 @@ import (
 	"github.com/stepcache/stepcache/api/manifest"
 )
 
-// Every example is what an API server accepts; `make e2e` also runs them.
+// Every example is what an API server accepts; `make e2e` also runs what its cluster can.
 func TestExamplesAreValid(t *testing.T) {
 	folders, err := os.ReadDir("examples")
 	if err != nil {
