@@ -58,7 +58,8 @@ func attempt(file string, text []byte, docs []*yaml.Node, found []*finding) ([]b
 	if len(found) == 0 {
 		return text, true
 	}
-	s := newSource(text)
+	known, dropped := withoutSlashEscapes(text)
+	s := newSource(known)
 	var all []insertion
 	want := make([]any, len(docs))
 	for i, d := range docs {
@@ -83,11 +84,14 @@ func attempt(file string, text []byte, docs []*yaml.Node, found []*finding) ([]b
 	}
 	sort.SliceStable(all, func(i, j int) bool { return all[i].offset < all[j].offset })
 	var b bytes.Buffer
-	last := 0
+	last, before := 0, 0
 	for _, i := range all {
-		b.Write(text[last:i.offset])
+		for before < len(dropped) && dropped[before]-before < i.offset {
+			before++
+		}
+		b.Write(text[last : i.offset+before])
 		b.WriteString(i.text)
-		last = i.offset
+		last = i.offset + before
 	}
 	b.Write(text[last:])
 	got, err := parse(file, b.Bytes())

@@ -9,6 +9,7 @@ package lint
 
 import (
 	"bytes"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -126,7 +127,8 @@ func parse(file string, text []byte) (docs []*yaml.Node, err error) {
 		}
 		return nil, e
 	}
-	d := yaml.NewDecoder(bytes.NewReader(text))
+	known, _ := withoutSlashEscapes(text)
+	d := yaml.NewDecoder(bytes.NewReader(known))
 	for {
 		var n yaml.Node
 		err := d.Decode(&n)
@@ -143,4 +145,23 @@ func parse(file string, text []byte) (docs []*yaml.Node, err error) {
 		}
 		docs = append(docs, &n)
 	}
+}
+
+var escape = regexp.MustCompile(`\\.`)
+
+// withoutSlashEscapes is a text as the parser takes it, which does not know JSON's escape \/. dropped are where
+// the text has the backslashes that are left out.
+func withoutSlashEscapes(text []byte) (known []byte, dropped []int) {
+	if !json.Valid(text) {
+		return text, nil
+	}
+	last := 0
+	for _, m := range escape.FindAllIndex(text, -1) {
+		if text[m[0]+1] == '/' {
+			known = append(known, text[last:m[0]]...)
+			dropped = append(dropped, m[0])
+			last = m[0] + 1
+		}
+	}
+	return append(known, text[last:]...), dropped
 }

@@ -225,6 +225,16 @@ func TestFix(t *testing.T) {
    "outputs": {"artifacts": [{"name": "a", "path": "/tmp/a", "archive": {"tar": {"compressionLevel": 0}}}]}}]}}
 `, []string{"3 mode+", "4 gzip+", "4 volume+"},
 		},
+		"JSON with escaped slashes": {
+			`{"apiVersion": "argoproj.io\/v1alpha1", "kind": "Workflow", "spec": {"templates": [
+  {"name": "main", "container": {"image": "a\/b", "args": ["\\/\"\/"]},
+   "outputs": {"artifacts": [{"name": "a", "path": "\/tmp\/a"}, {"name": "b", "path": "\/tmp\/b"}]}}]}}
+`,
+			`{"apiVersion": "argoproj.io\/v1alpha1", "kind": "Workflow", "spec": {"templates": [
+  {"name": "main", "volumes": [{"name": "tmp", "emptyDir": {}}], "container": {"image": "a\/b", "volumeMounts": [{"name": "tmp", "mountPath": "/tmp"}], "args": ["\\/\"\/"]},
+   "outputs": {"artifacts": [{"name": "a", "path": "\/tmp\/a", "archive": {"tar": {"compressionLevel": 0}}}, {"name": "b", "path": "\/tmp\/b", "archive": {"tar": {"compressionLevel": 0}}}]}}]}}
+`, []string{"3 gzip+", "3 volume+", "3 gzip+", "3 volume+"},
+		},
 		"inline templates, container sets and no name": {
 			`apiVersion: argoproj.io/v1alpha1
 kind: CronWorkflow
@@ -449,6 +459,7 @@ func FuzzCheck(f *testing.F) {
 	}
 	f.Add([]byte(head + "  - name: m\n    container: {image: x}\n    outputs: {artifacts: [{name: a, path: /tmp/a}, {name: \"b\", path: '/tmp/b'}]}\n"))
 	f.Add([]byte(head + "  - &t\n    name: m\n    script:\n      source: |\n        mkdir /tmp/d\n    outputs:\n      artifacts:\n      - path: >-\n          /tmp/d\n        name: a\n  - *t\n"))
+	f.Add([]byte(`{"apiVersion": "argoproj.io\/v1alpha1", "kind": "Workflow", "spec": {"templates": [{"name": "\/", "container": {"image": "a\\/"}, "outputs": {"artifacts": [{"name": "a", "path": "\/tmp\/a"}]}}]}}`))
 	f.Fuzz(func(t *testing.T, text []byte) {
 		r, err := lint.Check("w.yaml", text)
 		if err == nil {
