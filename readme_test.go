@@ -43,7 +43,7 @@ func TestReadmeNamesEveryReason(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			for _, m := range regexp.MustCompile(`(?m)^\s*Reason[A-Z]\w+\s*=\s*"([A-Za-z]+)"`).FindAllSubmatch(b, -1) {
+			for _, m := range regexp.MustCompile(`(?m)^\s*(?:const )?Reason[A-Z]\w+\s*=\s*"([A-Za-z]+)"`).FindAllSubmatch(b, -1) {
 				exists = append(exists, string(m[1]))
 			}
 		}

@@ -276,6 +276,17 @@ func TestNameThatIsTakenIsToldAndLeftAlone(t *testing.T) {
 	d := w.dataset("genomes", 1)
 	w.must(w.Create(t.Context(), d))
 	w.condition(d, v1alpha1.ConditionVolumeReady, metav1.ConditionFalse, "NameTaken", `PersistentVolumeClaim "genomes"`)
+	// Pods that use it are not the Dataset's and keep it from nothing.
+	w.must(w.Create(t.Context(), w.pod("theirs", corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: "genomes"}})))
+	w.must(w.Delete(t.Context(), d))
+	w.gone(d)
+
+	// The claim is told of also where another name that is taken keeps the Dataset from having workers.
+	w.must(w.Create(t.Context(), &corev1.ConfigMap{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker"}}))
+	d = w.dataset("genomes", 1)
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "NameTaken", `ConfigMap "genomes-worker"`)
+	w.condition(d, v1alpha1.ConditionVolumeReady, metav1.ConditionFalse, "NameTaken", `PersistentVolumeClaim "genomes"`)
 	w.must(w.Delete(t.Context(), d))
 	w.gone(d)
 	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(claim), claim))

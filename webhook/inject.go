@@ -12,6 +12,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -199,7 +200,7 @@ func serves(d *v1alpha1.Dataset, now time.Time) bool {
 		return true
 	case v1alpha1.DatasetPending:
 		ready := meta.FindStatusCondition(d.Status.Conditions, v1alpha1.ConditionReady)
-		return d.Status.Snapshot != "" && ready != nil && now.Sub(ready.LastTransitionTime.Time) < servedLately
+		return d.Status.Snapshot != "" && !claimTaken(d) && ready != nil && now.Sub(ready.LastTransitionTime.Time) < servedLately
 	}
 	return false
 }
@@ -253,9 +254,18 @@ func (j *Injector) claims(ctx context.Context, namespace string) (map[string]*v1
 		}
 	}
 	for _, d := range all {
-		m[v1alpha1.ClaimName(d.Name)] = d
+		if !claimTaken(d) {
+			m[v1alpha1.ClaimName(d.Name)] = d
+		}
 	}
 	return m, nil
+}
+
+// claimTaken says whether the claim of the Dataset's name is somebody else's: pods that mount it keep it, and nobody gets
+// it for the Dataset's data.
+func claimTaken(d *v1alpha1.Dataset) bool {
+	c := meta.FindStatusCondition(d.Status.Conditions, v1alpha1.ConditionVolumeReady)
+	return c != nil && c.Status == metav1.ConditionFalse && c.Reason == v1alpha1.ReasonNameTaken
 }
 
 // needs finds what the pod reads, in the order of its volumes and its annotation.
@@ -367,6 +377,12 @@ func permitted(d *v1alpha1.Dataset, namespace string, m mode) error {
 
 // viaClaim gives the pod claims, or for Datasets of other namespaces inline volumes of the driver.
 func (j *Injector) viaClaim(namespace string, p *patch, needs []*need) error {
+	byClaim := func(i int) bool { return p.pod.Spec.Volumes[i].PersistentVolumeClaim != nil }
+	for _, n := range needs {
+		if n.dataset.Namespace == namespace && claimTaken(n.dataset) && (len(n.volumes) == 0 || slices.ContainsFunc(n.volumes, byClaim)) {
+			return deny("Dataset %s has no claim that pods could mount, since claim %s is somebody else's: make the Dataset under another name, or use the mode sidecar or stage", n, v1alpha1.ClaimName(n.dataset.Name))
+		}
+	}
 	return j.give(p, needs, func(n *need, i int) {
 		v := &p.pod.Spec.Volumes[i]
 		if c := v.PersistentVolumeClaim; c != nil && c.ClaimName != v1alpha1.ClaimName(n.dataset.Name) {

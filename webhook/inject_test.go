@@ -354,6 +354,49 @@ func TestWritableDatasetsOwnClaimIsMounted(t *testing.T) {
 	}
 }
 
+// takenName has the claim genomes be somebody else's.
+func takenName(w *world) {
+	st := &w.datasets[0].Status
+	st.Conditions = append(st.Conditions, metav1.Condition{Type: v1alpha1.ConditionVolumeReady, Status: metav1.ConditionFalse, Reason: v1alpha1.ReasonNameTaken})
+}
+
+// Pods write to a claim of somebody else that happens to have a Dataset's name, Fluid's for example.
+func TestPodsKeepAClaimOfSomebodyElse(t *testing.T) {
+	w := newWorld()
+	takenName(w)
+	w.datasets[0].Spec.Locality = v1alpha1.LocalityRequire
+	asked := func(change ...func(map[string]any)) []byte {
+		return readPod(t, "plain", append(change, mounts(""), claimed("genomes"))...)
+	}
+	for name, raw := range map[string][]byte{
+		"stage": asked(inject("stage")), "sidecar": asked(inject("sidecar")), "auto": asked(),
+		"serverless": asked(put("labels", "alibabacloud.com/eci", "true")), "Fluid's label": asked(inject(""), put("labels", labelFluidTarget, "eci")),
+	} {
+		r := injectHandler(t, w).Handle(t.Context(), request("argo", raw))
+		if !r.Allowed || len(r.Patches) > 0 {
+			t.Errorf("%s: patched: %v %v", name, r.Patches, r.Result)
+		}
+		if ours := name != "Fluid's label"; ours && len(r.Warnings) != 1 {
+			t.Errorf("%s: warnings %q", name, r.Warnings)
+		}
+	}
+	r := localityHandler(t, w).Handle(t.Context(), request("argo", asked(inject(""))))
+	if !r.Allowed || len(r.Patches) > 0 {
+		t.Errorf("a pod that reads nothing of the Dataset is placed: %v %v", r.Patches, r.Result)
+	}
+	// Nor is that claim given to pods that want the Dataset.
+	want := "claim genomes is somebody else's"
+	for name, raw := range map[string][]byte{"annotation": readPod(t, "plain"), "replaced": readPod(t, "plain", mounts(""), claimed("oss-data"))} {
+		if got := denial(t, injectHandler(t, w).Handle(t.Context(), request("argo", raw))); !strings.Contains(got, want) {
+			t.Errorf("%s: %q does not say %q", name, got, want)
+		}
+	}
+	raw := readPod(t, "plain", inject("sidecar"))
+	if pod := decodePod(t, apply(t, raw, injectHandler(t, w).Handle(t.Context(), request("argo", raw)))); pod.Annotations[AnnotationInjected] != "sidecar" {
+		t.Errorf("a sidecar, which needs no claim, is not added: %v", pod.Annotations)
+	}
+}
+
 // Who pulls the image of what is added: the pod's own Secrets, and those of the installation.
 func TestPullSecrets(t *testing.T) {
 	secrets := func(names ...string) func(map[string]any) {
@@ -669,16 +712,21 @@ func TestADatasetThatServedAMomentAgoReplacesClaims(t *testing.T) {
 		name     string
 		snapshot string
 		since    time.Duration
+		taken    bool
 		want     string
 	}{
-		{"just now", "5e1d", time.Second, "genomes"},
-		{"for long", "5e1d", time.Hour, "oss-data"},
-		{"it never served", "", time.Second, "oss-data"},
+		{"just now", "5e1d", time.Second, false, "genomes"},
+		{"for long", "5e1d", time.Hour, false, "oss-data"},
+		{"it never served", "", time.Second, false, "oss-data"},
+		{"its claim is somebody else's", "5e1d", time.Second, true, "oss-data"},
 	} {
 		w := newWorld()
 		w.datasets[0].Status = v1alpha1.DatasetStatus{Phase: v1alpha1.DatasetPending, Snapshot: c.snapshot, Conditions: []metav1.Condition{{
 			Type: v1alpha1.ConditionReady, Status: metav1.ConditionFalse, LastTransitionTime: metav1.NewTime(time.Now().Add(-c.since)),
 		}}}
+		if c.taken {
+			takenName(w)
+		}
 		raw := readPod(t, "argo-v3.7")
 		r := localityHandler(t, w).Handle(t.Context(), request("argo", raw))
 		if claim := decodePod(t, apply(t, raw, r)).Spec.Volumes[2].PersistentVolumeClaim.ClaimName; claim != c.want {

@@ -20,6 +20,10 @@ const (
 	ConditionShared = "Shared"
 )
 
+// ReasonNameTaken: an object of somebody else has a name that the Dataset needs. Where VolumeReady has it, pods with a
+// claim of the Dataset's name are not the Dataset's.
+const ReasonNameTaken = "NameTaken"
+
 // Conditions of a DataLoad.
 const (
 	ConditionComplete = "Complete"

@@ -61,14 +61,13 @@ func (r *Reconciler) apply(ctx context.Context, p *pass, reader client.Reader, c
 	}
 	kind := kindOf(want)
 	switch {
-	case belongs(have, p.dataset):
-	case left(have, p.dataset.Name, p.dataset.UID):
+	case foreign(have, p.dataset):
+		return taken(condition, have)
+	case !belongs(have, p.dataset):
 		if err := r.discardLeft(ctx, p.dataset, have); err != nil {
 			return err
 		}
-		return block(condition, "NameTaken", "%s %q is of a Dataset that had this name before; it is being deleted, and goes once no pod uses it", kind, want.GetName())
-	default:
-		return block(condition, "NameTaken", "%s %q exists and is not this Dataset's; delete or rename it, or rename the Dataset", kind, want.GetName())
+		return block(condition, v1alpha1.ReasonNameTaken, "%s %q is of a Dataset that had this name before; it is being deleted, and goes once no pod uses it", kind, want.GetName())
 	}
 	if pv, ok := have.(*corev1.PersistentVolume); ok && pv.Spec.NodeAffinity != nil {
 		want.(*corev1.PersistentVolume).Spec.NodeAffinity = pv.Spec.NodeAffinity // it cannot be changed, and an earlier version made another

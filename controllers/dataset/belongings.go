@@ -64,6 +64,16 @@ func left(o client.Object, name string, uid types.UID) bool {
 	return of != "" && of != string(uid) && o.GetLabels()[v1alpha1.LabelDataset] == name
 }
 
+// foreign says whether an object is neither the Dataset's nor of one that had its name before.
+func foreign(o client.Object, d *v1alpha1.Dataset) bool {
+	return !belongs(o, d) && !left(o, d.Name, d.UID)
+}
+
+// taken blocks on an object that is foreign.
+func taken(condition string, o client.Object) error {
+	return block(condition, v1alpha1.ReasonNameTaken, "%s %q exists and is not this Dataset's; make the Dataset under another name, or, if nobody needs what is there, delete that", kindOf(o), o.GetName())
+}
+
 // find reads those of the objects that are there and are what is looked for.
 func find(ctx context.Context, c client.Reader, all []client.Object, want func(client.Object) bool) ([]client.Object, error) {
 	var found []client.Object

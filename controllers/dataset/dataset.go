@@ -271,7 +271,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 		return reconcile.Result{}, err
 	}
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
-	prepare := []phase{r.inherit, r.finalizer, r.validate, r.namespace, r.makeKeys, r.gateway, r.config}
+	prepare := []phase{r.inherit, r.finalizer, r.claimTaken, r.validate, r.namespace, r.makeKeys, r.gateway, r.config}
 	serve := []phase{
 		r.membership, r.network, r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}

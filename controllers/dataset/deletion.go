@@ -136,10 +136,16 @@ func Release(ctx context.Context, c client.Client, live client.Reader, d *v1alph
 	return nil, client.IgnoreNotFound(c.Patch(ctx, patched, client.MergeFromWithOptions(d, client.MergeFromWithOptimisticLock{})))
 }
 
-// Users names the pods that have not ended and use the Dataset: by its claim, inline from a namespace that
-// may, or through a reader of their own (sidecar, stage). Pods are listed here, past the cache, since nothing
-// else wants to know of every step's.
+// Users names the pods that have not ended and use the Dataset: by its claim, unless one of somebody else has the name,
+// inline from a namespace that may, or through a reader of their own (sidecar, stage). Pods are listed here, past the
+// cache, since nothing else wants to know of every step's.
 func Users(ctx context.Context, live client.Reader, d *v1alpha1.Dataset) ([]string, error) {
+	claim := &corev1.PersistentVolumeClaim{}
+	err := live.Get(ctx, client.ObjectKey{Namespace: d.Namespace, Name: v1alpha1.ClaimName(d.Name)}, claim)
+	if client.IgnoreNotFound(err) != nil {
+		return nil, err
+	}
+	byClaim := err != nil || !foreign(claim, d)
 	namespaces := []string{d.Namespace}
 	for _, ns := range union(d.Status.SharedWith, otherNamespaces(d)) {
 		namespaces = append(namespaces, string(ns))
@@ -155,7 +161,7 @@ func Users(ctx context.Context, live client.Reader, d *v1alpha1.Dataset) ([]stri
 				return nil, err
 			}
 			for i := range pods.Items {
-				if uses(&pods.Items[i], d) {
+				if uses(&pods.Items[i], d, byClaim) {
 					names = append(names, ns+"/"+pods.Items[i].Name)
 				}
 			}
@@ -167,10 +173,11 @@ func Users(ctx context.Context, live client.Reader, d *v1alpha1.Dataset) ([]stri
 	return names, nil
 }
 
-func uses(pod *corev1.Pod, d *v1alpha1.Dataset) bool {
+// uses says whether a pod uses the Dataset; byClaim is whether it does by a claim of the Dataset's name.
+func uses(pod *corev1.Pod, d *v1alpha1.Dataset, byClaim bool) bool {
 	return slices.ContainsFunc(pod.Spec.Volumes, func(v corev1.Volume) bool {
 		if c := v.PersistentVolumeClaim; c != nil {
-			return pod.Namespace == d.Namespace && c.ClaimName == v1alpha1.ClaimName(d.Name)
+			return byClaim && pod.Namespace == d.Namespace && c.ClaimName == v1alpha1.ClaimName(d.Name)
 		}
 		if s := v.Projected; s != nil {
 			// What the webhook gives the containers that it adds (sidecar, stage) to find the workers. The

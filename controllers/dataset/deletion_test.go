@@ -7,6 +7,8 @@ import (
 	"time"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/runtime/schema"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
@@ -17,6 +19,10 @@ type podLists struct {
 	client.Reader
 	asked []client.ListOptions
 	pods  []corev1.Pod
+}
+
+func (l *podLists) Get(context.Context, client.ObjectKey, client.Object, ...client.GetOption) error {
+	return apierrors.NewNotFound(schema.GroupResource{}, "")
 }
 
 func (l *podLists) List(_ context.Context, into client.ObjectList, options ...client.ListOption) error {

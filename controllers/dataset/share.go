@@ -23,7 +23,6 @@ import (
 // Reasons of the condition Shared.
 const (
 	ReasonShared           = "Shared"
-	ReasonNameTaken        = "NameTaken"        // a Secret of somebody else has the copy's name
 	ReasonNamespaceMissing = "NamespaceMissing" // it gets its copy once it is there
 )
 
@@ -103,7 +102,7 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 		reason := ReasonRefused
 		for _, c := range copies {
 			if in := taken[c.name]; len(in) > 0 {
-				reason = ReasonNameTaken
+				reason = v1alpha1.ReasonNameTaken
 				texts = append(texts, fmt.Sprintf("secret %q exists in %s and is not this Dataset's copy: delete or rename it there; until then pods there cannot %s",
 					c.name, strings.Join(in, ", "), c.use))
 			}

@@ -5,6 +5,7 @@ import (
 	"fmt"
 
 	corev1 "k8s.io/api/core/v1"
+	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/utils/ptr"
@@ -20,6 +21,21 @@ const (
 	ReasonNoNodeService = "NoNodeService" // no node could mount the claim
 	ReasonClaimDeleted  = "ClaimDeleted"  // somebody deletes the claim, and pods keep it
 )
+
+// claimTaken tells of a claim of somebody else that has the name of the Dataset's, before anything else can end the pass
+// (the workers' StatefulSet may have a name that is taken as well, by Fluid's): the webhook goes by it.
+func (r *Reconciler) claimTaken(ctx context.Context, p *pass) error {
+	claim := &corev1.PersistentVolumeClaim{}
+	key := client.ObjectKey{Namespace: p.dataset.Namespace, Name: v1alpha1.ClaimName(p.dataset.Name)}
+	err := r.client.Get(ctx, key, claim)
+	if apierrors.IsNotFound(err) {
+		err = r.live.Get(ctx, key, claim) // the cache holds our own objects only
+	}
+	if err == nil && foreign(claim, p.dataset) {
+		p.condition(v1alpha1.ConditionVolumeReady, metav1.ConditionFalse, v1alpha1.ReasonNameTaken, "%v", taken(v1alpha1.ConditionVolumeReady, claim))
+	}
+	return client.IgnoreNotFound(err)
+}
 
 // volume keeps the PersistentVolume and the claim of the Dataset's own name. The volume says which Dataset,
 // never which snapshot, so that it outlives refreshes; who may read it is the claim's namespace, since what
