@@ -295,6 +295,21 @@ func TestNameThatIsTakenIsToldAndLeftAlone(t *testing.T) {
 	}
 }
 
+// Who deleted it would have new keys in its place, and no credentials any more.
+func TestASecretOfTheUserWithTheNameOfTheKeysIsNotToBeDeleted(t *testing.T) {
+	w := newWorld(t)
+	s := w.secret("genomes-keys")
+	w.must(w.Create(t.Context(), s))
+	d := w.dataset("genomes", 1)
+	d.Spec.Mounts[0].CredentialsSecretRef.Name = s.Name
+	w.must(w.Create(t.Context(), d))
+	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "NameTaken", `Secret "genomes-keys"`, "under another name")
+	w.condition(d, v1alpha1.ConditionReady, metav1.ConditionFalse, "NameTaken", `Secret "genomes-keys"`)
+	w.must(w.Delete(t.Context(), d))
+	w.gone(d)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(s), s))
+}
+
 func TestClaimThatIsMadeAnewMayBind(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 1, 1, 1000)

@@ -31,9 +31,13 @@ func (r *Reconciler) makeKeys(ctx context.Context, p *pass) error {
 	if client.IgnoreNotFound(err) != nil {
 		return err
 	}
+	// Before anybody is told to delete it: it may hold a bucket's credentials.
+	if err == nil && foreign(have, p.dataset) {
+		return taken(v1alpha1.ConditionWorkersReady, have)
+	}
 	p.keys, err = keysOf(have)
 	if err != nil && !apierrors.IsNotFound(err) && len(have.Data) > 0 {
-		return block(v1alpha1.ConditionWorkersReady, "KeysInvalid", "secret %q: %w; delete the Secret to have new keys made, then the workers' pods", have.Name, err)
+		return block(v1alpha1.ConditionWorkersReady, ReasonKeysInvalid, "secret %q: %w; delete the Secret to have new keys made, then the workers' pods", have.Name, err)
 	}
 	done, next := have.Annotations[v1alpha1.AnnotationRotated], have.Annotations[annotationNext]
 	want := p.dataset.Annotations[v1alpha1.AnnotationRotateKeys]

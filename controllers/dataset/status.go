@@ -33,6 +33,7 @@ const (
 	ReasonNodeUnreachable = "NodeUnreachable"
 	ReasonNotAnswering    = "NotAnswering"
 	ReasonNotReady        = "NotReady"
+	ReasonKeysInvalid     = "KeysInvalid"
 	ReasonRefused         = "Refused" // the API server does not allow what the Dataset needs; of Ready, WorkersReady and Shared
 )
 
@@ -425,16 +426,18 @@ func (p *pass) summarize() {
 		st.Phase = v1alpha1.DatasetDeleting
 		return
 	}
+	const notChecked = "NotChecked"
 	invalid := false
 	var first *metav1.Condition
 	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady} {
 		c := meta.FindStatusCondition(st.Conditions, kind)
 		if c == nil {
-			p.condition(kind, metav1.ConditionUnknown, "NotChecked", "not looked at yet")
+			p.condition(kind, metav1.ConditionUnknown, notChecked, "not looked at yet")
 			c = meta.FindStatusCondition(st.Conditions, kind)
 		}
 		invalid = invalid || c.Reason == ReasonInvalidSpec
-		if first == nil && c.Status != metav1.ConditionTrue {
+		// Where a pass ended early the one that says why stands behind those that it did not come to.
+		if c.Status != metav1.ConditionTrue && (first == nil || first.Reason == notChecked && c.Reason != notChecked) {
 			copied := *c
 			first = &copied
 		}
