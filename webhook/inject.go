@@ -177,6 +177,10 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 				c.ClaimName, d.Namespace, d.Name, v1alpha1.LabelInject))
 			continue
 		}
+		if windows(p.pod) {
+			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, whose volume cannot be on a Windows node: the pod keeps the claim that it has", c.ClaimName, d.Namespace, d.Name))
+			continue
+		}
 		if !serves(d, time.Now()) {
 			warnings = append(warnings, fmt.Sprintf("claim %s is not replaced by Dataset %s/%s, which is %s and serves nobody now: the pod keeps the claim that it has; kubectl describe dset %s says why",
 				c.ClaimName, d.Namespace, d.Name, cmp.Or(d.Status.Phase, v1alpha1.DatasetPending), d.Name))

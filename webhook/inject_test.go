@@ -779,4 +779,40 @@ func TestServerlessPodsKeepTheirClaims(t *testing.T) {
 	}
 }
 
+// A step that runs on Windows has its claim's data by SMB, say.
+func TestWindowsPodsKeepTheirClaims(t *testing.T) {
+	spec := func(key string, value any) func(map[string]any) {
+		return func(pod map[string]any) { pod["spec"].(map[string]any)[key] = value }
+	}
+	required := func(system string) func(map[string]any) {
+		return spec("affinity", map[string]any{"nodeAffinity": map[string]any{"requiredDuringSchedulingIgnoredDuringExecution": map[string]any{"nodeSelectorTerms": []any{
+			map[string]any{"matchExpressions": []any{map[string]any{"key": "kubernetes.io/os", "operator": "In", "values": []any{system}}}},
+		}}}})
+	}
+	for _, c := range []struct {
+		name   string
+		change func(map[string]any)
+		claim  string
+	}{
+		{"its own word", spec("os", map[string]any{"name": "windows"}), "oss-data"},
+		{"selector", spec("nodeSelector", map[string]any{"kubernetes.io/os": "windows"}), "oss-data"},
+		{"affinity", required("windows"), "oss-data"},
+		{"Linux by its own word", spec("os", map[string]any{"name": "linux"}), "genomes"},
+		{"Linux by selector", spec("nodeSelector", map[string]any{"kubernetes.io/os": "linux"}), "genomes"},
+		{"Linux by affinity", required("linux"), "genomes"},
+	} {
+		raw := readPod(t, "argo-v3.7", c.change)
+		r := localityHandler(t, newWorld()).Handle(t.Context(), request("argo", raw))
+		if claim := decodePod(t, apply(t, raw, r)).Spec.Volumes[2].PersistentVolumeClaim.ClaimName; claim != c.claim {
+			t.Errorf("%s: claim %s", c.name, claim)
+		}
+		if c.claim == "genomes" {
+			continue
+		}
+		if len(r.Patches) > 0 || len(r.Warnings) != 1 || !strings.Contains(r.Warnings[0], "Windows") {
+			t.Errorf("%s: patched %v, warnings %q", c.name, r.Patches, r.Warnings)
+		}
+	}
+}
+
 var _ admission.Handler = (*Locality)(nil)

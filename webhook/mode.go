@@ -115,8 +115,20 @@ func serverless(pod *corev1.Pod, namespaceLabels map[string]string) bool {
 	if strings.HasPrefix(pod.Spec.NodeName, "virtual-kubelet") || pod.Labels["eks.amazonaws.com/fargate-profile"] != "" {
 		return true
 	}
+	return bound(pod, virtual) || slices.Contains([]string{"eci-scheduler", "fargate-scheduler"}, pod.Spec.SchedulerName)
+}
+
+// windows says whether a pod runs on Windows, where there is no node service.
+func windows(pod *corev1.Pod) bool {
+	return pod.Spec.OS != nil && pod.Spec.OS.Name == corev1.Windows || bound(pod, func(key, value string) bool {
+		return key == corev1.LabelOSStable && value == string(corev1.Windows)
+	})
+}
+
+// bound says whether a pod's node selector or affinity lets it onto nodes with such a label only.
+func bound(pod *corev1.Pod, such func(key, value string) bool) bool {
 	for key, value := range pod.Spec.NodeSelector {
-		if virtual(key, value) {
+		if such(key, value) {
 			return true
 		}
 	}
@@ -124,14 +136,12 @@ func serverless(pod *corev1.Pod, namespaceLabels map[string]string) bool {
 		terms := a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution.NodeSelectorTerms
 		elsewhere := func(t corev1.NodeSelectorTerm) bool { // every alternative must lead to such a node
 			return !slices.ContainsFunc(t.MatchExpressions, func(r corev1.NodeSelectorRequirement) bool {
-				return r.Operator == corev1.NodeSelectorOpIn && len(r.Values) == 1 && virtual(r.Key, r.Values[0])
+				return r.Operator == corev1.NodeSelectorOpIn && len(r.Values) == 1 && such(r.Key, r.Values[0])
 			})
 		}
-		if len(terms) > 0 && !slices.ContainsFunc(terms, elsewhere) {
-			return true
-		}
+		return len(terms) > 0 && !slices.ContainsFunc(terms, elsewhere)
 	}
-	return slices.Contains([]string{"eci-scheduler", "fargate-scheduler"}, pod.Spec.SchedulerName)
+	return false
 }
 
 // virtual says whether a node label belongs to nodes without a machine.
