@@ -429,14 +429,18 @@ func TestWhatIsNotSupportedIsRefused(t *testing.T) {
 	f.put(t, "a/b", []byte("x"))
 	h := func(name, value string) map[string]string { return map[string]string{name: value} }
 	var cases []refuse
-	for _, name := range []string{"acl", "tagging", "retention", "legal-hold", "torrent", "restore", "select", "attributes", "renameObject"} {
-		cases = append(cases, refuse{"PUT ?" + name, call{method: "PUT", path: object, query: url.Values{name: {""}}, body: []byte("y")}, 501, "NotImplemented"})
+	for _, name := range []string{"acl", "tagging", "retention", "legal-hold", "torrent", "restore", "select", "attributes", "renameObject", "annotation", "aFeatureOfTomorrow"} {
+		cases = append(cases, refuse{"PUT ?" + name, call{method: "PUT", path: object, query: url.Values{name: {""}}, body: []byte("y")}, 501, "NotImplemented"},
+			refuse{"DELETE ?" + name, call{method: "DELETE", path: object, query: url.Values{name: {""}}}, 501, "NotImplemented"})
 	}
-	for _, name := range []string{"acl", "policy", "lifecycle", "versioning", "cors", "encryption", "tagging", "replication", "website", "notification"} {
+	for _, name := range []string{"acl", "policy", "lifecycle", "versioning", "cors", "encryption", "tagging", "replication", "website", "notification", "abac", "metadataJournalTable"} {
 		cases = append(cases, refuse{"PUT bucket ?" + name, call{method: "PUT", path: "/" + bucket, query: url.Values{name: {""}}, body: []byte("y")}, 501, "NotImplemented"},
 			refuse{"DELETE bucket ?" + name, call{method: "DELETE", path: "/" + bucket, query: url.Values{name: {""}}}, 501, "NotImplemented"})
 	}
 	cases = append(cases,
+		refuse{"an annotation", call{method: "GET", path: object, query: url.Values{"annotation": {""}, "annotationName": {"a"}}}, 501, "NotImplemented"},
+		refuse{"attribute-based access", call{method: "GET", path: "/" + bucket, query: url.Values{"abac": {""}}}, 501, "NotImplemented"},
+		refuse{"tables of metadata", call{method: "GET", path: "/" + bucket, query: url.Values{"metadataConfiguration": {""}}}, 501, "NotImplemented"},
 		refuse{"versions", call{method: "GET", path: "/" + bucket, query: url.Values{"versions": {""}}}, 501, "NotImplemented"},
 		refuse{"a form's post", call{method: "POST", path: "/" + bucket}, 501, "NotImplemented"},
 		refuse{"deletion of the bucket", call{method: "DELETE", path: "/" + bucket}, 501, "NotImplemented"},

@@ -4,6 +4,7 @@ import (
 	"encoding/xml"
 	"net/http"
 	"slices"
+	"strings"
 )
 
 // The subresources that are not served as such. Those that clients read in passing are answered as S3
@@ -11,12 +12,14 @@ import (
 // read or write of the object.
 var (
 	bucketOnly = []string{
-		"accelerate", "acl", "analytics", "attributes", "cors", "encryption", "intelligent-tiering", "inventory", "legal-hold",
-		"lifecycle", "logging", "metadataTable", "metrics", "notification", "object-lock", "ownershipControls", "policy",
-		"policyStatus", "publicAccessBlock", "replication", "requestPayment", "session", "tagging", "versioning", "versions", "website",
+		"abac", "accelerate", "acl", "analytics", "attributes", "cors", "encryption", "intelligent-tiering", "inventory", "legal-hold",
+		"lifecycle", "logging", "metadataConfiguration", "metadataTable", "metrics", "notification", "object-lock", "ownershipControls",
+		"policy", "policyStatus", "publicAccessBlock", "replication", "requestPayment", "session", "tagging", "versioning", "versions",
+		"website",
 	}
 	objectOnly = []string{
-		"acl", "attributes", "encryption", "legal-hold", "renameObject", "restore", "retention", "select", "tagging", "torrent",
+		"acl", "annotation", "attributes", "encryption", "legal-hold", "renameObject", "restore", "retention", "select", "tagging",
+		"torrent",
 	}
 )
 
@@ -83,12 +86,22 @@ var objectUnset = map[string]any{
 	}{},
 }
 
-// subresource is the one of names that the query asks for; empty for none.
+// subresource is the one of names that the query asks for; empty for none. Of a PUT or DELETE it may be any parameter
+// that says something else than these: what S3 will call its next subresource must not replace or delete the object.
 func (q *request) subresource(names []string) string {
+	unknown := ""
 	for _, p := range q.query {
-		if slices.Contains(names, p.name) {
+		switch {
+		case slices.Contains(names, p.name):
 			return p.name
+		case p.name == "uploadId", p.name == "partNumber", p.name == "versionId":
+		case strings.HasPrefix(strings.ToLower(p.name), "x-"): // of signatures and SDKs, or for S3's access log
+		default:
+			unknown = p.name
 		}
+	}
+	if q.r.Method == http.MethodPut || q.r.Method == http.MethodDelete {
+		return unknown
 	}
 	return ""
 }

@@ -55,6 +55,19 @@ func TestPutsOnConditions(t *testing.T) {
 	is("4")
 }
 
+// S3 ignores parameters that begin with x-: SDKs name the operation so, and others add what an access log is to show.
+func TestParametersThatSayNothingOfTheObject(t *testing.T) {
+	f := serve(t)
+	f.must(t, call{method: "PUT", path: object, query: url.Values{"x-id": {"PutObject"}, "X-Job": {"7"}}, body: []byte("x")})
+	if v, err := f.m.get("a/b"); err != nil || string(v.data) != "x" {
+		t.Error("the object was not put")
+	}
+	f.must(t, call{method: "DELETE", path: object, query: url.Values{"x-id": {"DeleteObject"}, "versionId": {"null"}}})
+	if _, err := f.m.get("a/b"); err == nil {
+		t.Error("the object was not deleted")
+	}
+}
+
 func TestCopies(t *testing.T) {
 	f := serve(t)
 	data := random(100_000)
