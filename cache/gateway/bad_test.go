@@ -332,6 +332,7 @@ func TestKeysThatAreNone(t *testing.T) {
 
 func TestMultipartRequestsThatAreWrong(t *testing.T) {
 	f := serve(t)
+	f.put(t, "a/b", []byte("x"))
 	data := []byte("part")
 	upload, err := f.m.Create(t.Context(), "a/b", gateway.PutOptions{})
 	if err != nil {
@@ -394,6 +395,10 @@ func TestMultipartRequestsThatAreWrong(t *testing.T) {
 		}(), 400, "MaxMessageLengthExceeded"},
 		{"abort of an unknown upload", call{method: "DELETE", path: object, query: q("uploadId", "none")}, 404, "NoSuchUpload"},
 		{"parts of an unknown upload", call{method: "GET", path: object, query: q("uploadId", "none")}, 404, "NoSuchUpload"},
+		{"abort of no upload: not a delete of the object", call{method: "DELETE", path: object, query: q("uploadId", "")}, 404, "NoSuchUpload"},
+		{"parts of no upload: not a get of the object", call{method: "GET", path: object, query: q("uploadId", "")}, 404, "NoSuchUpload"},
+		{"a part of no upload", call{method: "PUT", path: object, query: q("partNumber", "2", "uploadId", ""), body: data}, 404, "NoSuchUpload"},
+		{"completion of no upload", call{method: "POST", path: object, query: q("uploadId", ""), body: list(one(1, part.ETag))}, 404, "NoSuchUpload"},
 	})
 }
 

@@ -57,9 +57,6 @@ func (q *request) putPart(upload string) error {
 	if err != nil || number < 1 || number > MaxParts {
 		return badArgument("Part number must be an integer between 1 and %d, inclusive.", MaxParts)
 	}
-	if upload == "" {
-		return badArgument("This operation needs an uploadId.")
-	}
 	if err := unsupported(q.r.Header); err != nil {
 		return err
 	}

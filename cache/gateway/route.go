@@ -97,11 +97,11 @@ func (q *request) onObject() (operation string, answer func() error) {
 	if name := q.subresource(objectOnly); name != "" {
 		return operationOther, func() error { return q.unset(name, objectUnset) }
 	}
-	upload := q.query.get("uploadId")
+	upload := q.query.has("uploadId")
 	switch q.r.Method {
 	case http.MethodGet:
-		if upload != "" {
-			return "ListParts", func() error { return q.parts(upload) }
+		if upload {
+			return "ListParts", q.ofUpload(q.parts)
 		}
 		return "GetObject", q.get
 	case http.MethodHead:
@@ -109,11 +109,11 @@ func (q *request) onObject() (operation string, answer func() error) {
 	case http.MethodPut:
 		copied := q.r.Header.Get("X-Amz-Copy-Source") != ""
 		switch {
-		case q.query.has("uploadId") || q.query.has("partNumber"):
+		case upload || q.query.has("partNumber"):
 			if copied {
-				return "UploadPartCopy", func() error { return q.putPart(upload) }
+				return "UploadPartCopy", q.ofUpload(q.putPart)
 			}
-			return "UploadPart", func() error { return q.putPart(upload) }
+			return "UploadPart", q.ofUpload(q.putPart)
 		case copied:
 			return "CopyObject", q.copy
 		}
@@ -122,16 +122,31 @@ func (q *request) onObject() (operation string, answer func() error) {
 		switch {
 		case q.query.has("uploads"):
 			return "CreateMultipartUpload", q.create
-		case upload != "":
-			return "CompleteMultipartUpload", func() error { return q.complete(upload) }
+		case upload:
+			return "CompleteMultipartUpload", q.ofUpload(q.complete)
 		}
 	case http.MethodDelete:
-		if upload != "" {
-			return "AbortMultipartUpload", func() error { return q.abort(upload) }
+		if upload {
+			return "AbortMultipartUpload", q.ofUpload(q.abort)
 		}
 		return "DeleteObject", q.delete
 	}
 	return operationOther, refuse(errMethod)
+}
+
+// ofUpload is an answer about the upload that the query names. Whoever was given no name, since no upload was created,
+// asks with an empty one: that must not be taken for the object's, here or in the bucket.
+func (q *request) ofUpload(answer func(upload string) error) func() error {
+	return func() error {
+		upload := q.query.get("uploadId")
+		switch {
+		case !q.query.has("uploadId"):
+			return badArgument("This operation needs an uploadId.")
+		case upload == "":
+			return ErrNoUpload
+		}
+		return answer(upload)
+	}
 }
 
 func refuse(f *Failure) func() error { return func() error { return f } }
