@@ -33,6 +33,7 @@ func (p place) blocks(o source.Object) ring.Object {
 type versions struct {
 	mu    sync.Mutex
 	names map[string]*name
+	gen   uint64 // the newest of any name
 }
 
 // maxNames bounds what is remembered: some hundred bytes each, more with metadata.
@@ -40,7 +41,8 @@ const maxNames = 64 << 10
 
 // name is what is known of one name. Guarded by versions.mu.
 type name struct {
-	// gen grows as each write begins and ends: what was asked of the bucket before is not remembered.
+	// gen grows as each write begins and ends, also where the name was forgotten since: what was asked of the bucket
+	// before is not remembered.
 	gen     uint64
 	writers int
 	known   *version // nil: not known
@@ -68,9 +70,15 @@ func (v *versions) name(key string) *name {
 			v.forgetSome()
 		}
 		n = &name{}
+		v.renew(n)
 		v.names[key] = n
 	}
 	return n
+}
+
+func (v *versions) renew(n *name) {
+	v.gen++
+	n.gen = v.gen
 }
 
 // forgetSome makes room. Names in use stay, so the bound may be exceeded by as many as are.
@@ -161,7 +169,7 @@ func (n *Names) forget(key string) {
 	defer v.mu.Unlock()
 	if e := v.names[key]; e != nil {
 		e.known = nil
-		e.gen++
+		v.renew(e)
 	}
 }
 
@@ -183,7 +191,7 @@ func (n *Names) begin(key string, s state, owned bool) *write {
 	defer v.mu.Unlock()
 	e := v.name(key)
 	e.known = nil
-	e.gen++
+	v.renew(e)
 	e.writers++
 	return &write{n: n, key: key, s: s, owned: owned, gen: e.gen, e: e}
 }
@@ -211,7 +219,7 @@ func (w *write) finish(became *version, at time.Time) {
 		before, since = w.e.now(p, version{object: *w.now}, none)
 	}
 	w.e.writers--
-	w.e.gen++
+	v.renew(w.e)
 	w.e.known = nil
 	if became != nil && alone && w.owned && w.n.epochs.same(w.s) {
 		w.e.known, w.e.at, w.e.turn = became, at, w.s.turn
