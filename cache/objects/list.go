@@ -124,6 +124,9 @@ func (l *lister) list(ctx context.Context, m *mount) error {
 	}
 	// The bucket groups by slashes itself, unless the group is above the mount.
 	delimited := l.delimiter == "/" && strings.HasPrefix(l.prefix, m.path)
+	// A group at or above the mount has all its keys: one stands for them.
+	rest, above := strings.CutPrefix(m.path, l.prefix)
+	grouped := above && l.delimiter != "" && strings.Contains(rest, l.delimiter)
 	for {
 		page, err := m.pager.Page(ctx, source.PageRequest{Prefix: prefix, After: after, Delimited: delimited})
 		if err != nil {
@@ -142,6 +145,9 @@ func (l *lister) list(ctx context.Context, m *mount) error {
 			}
 			if err := l.add(e); err != nil {
 				return err
+			}
+			if grouped && e.object.Skip == "" {
+				return nil
 			}
 		}
 		if !page.More {

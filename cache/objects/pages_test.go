@@ -91,6 +91,49 @@ func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
 	}
 }
 
+// A common prefix at or above a mount is known with the first key of the mount that can be read, of the bucket or on its
+// way there: the listing of what is above a large mount paged through all of it.
+func TestACommonPrefixAboveAMountAsksForOneKey(t *testing.T) {
+	large, between, empty := &pages{}, &pages{}, &pages{}
+	for i := range 2500 {
+		large.keys = append(large.keys, fmt.Sprintf("data/%05d", i))
+	}
+	between.keys = []string{"x"}
+	mounts := []*mount{
+		{Source: large, pager: large, prefix: "data/", path: "a/b/"}, {Source: between, pager: between, path: "a/c/"},
+		{Source: linked{}, pager: linked{}, path: "l-l/"}, {Source: empty, pager: empty, path: "z/"},
+	}
+	for _, c := range []struct {
+		prefix, delimiter, after string
+		want                     []string
+		asked                    int
+	}{
+		{delimiter: "/", want: []string{"a/", "l-l/", "z/"}, asked: 1},
+		{delimiter: "/", after: "a/", want: []string{"l-l/", "z/"}},
+		{delimiter: "/", after: "a/b/data", want: []string{"l-l/", "z/"}, asked: 1},
+		{prefix: "a", delimiter: "/", want: []string{"a/"}, asked: 1},
+		{prefix: "a/", delimiter: "/", want: []string{"a/b/", "a/c/"}, asked: 1},
+		{prefix: "a/b/0000", delimiter: "/", want: []string{"a/b/00000", "a/b/00001", "a/b/00002", "a/b/00003", "a/b/00004", "a/b/00005", "a/b/00006", "a/b/00007", "a/b/00008", "a/b/00009"}, asked: 1},
+		{delimiter: "-", after: "l", want: []string{"l-", "z/1"}},
+	} {
+		large.asked = 0
+		l := &lister{prefix: c.prefix, delimiter: c.delimiter, after: c.after, max: 100}
+		for _, pending := range []string{"a/b/00000", "a/b/1", "z/1"} {
+			if strings.HasPrefix(pending, c.prefix) {
+				l.over = append(l.over, entry{name: pending})
+			}
+		}
+		for _, m := range mounts {
+			if err := l.list(t.Context(), m); err != nil {
+				t.Fatal(err)
+			}
+		}
+		if got := namesOf(l.page); !slices.Equal(got, c.want) || l.page.More || large.asked != c.asked {
+			t.Errorf("%+v: %q, more: %v; the large mount's bucket was asked %d times", c, got, l.page.More, large.asked)
+		}
+	}
+}
+
 // linked is a bucket with links that cannot be followed.
 type linked struct{ source.Source }
 
