@@ -394,6 +394,7 @@ func TestMultipartRequestsThatAreWrong(t *testing.T) {
 			return c
 		}(), 400, "MaxMessageLengthExceeded"},
 		{"abort of an unknown upload", call{method: "DELETE", path: object, query: q("uploadId", "none")}, 404, "NoSuchUpload"},
+		{"abort on a condition", call{method: "DELETE", path: object, query: q("uploadId", upload), header: map[string]string{"x-amz-if-match-initiated-time": "Mon, 01 Jan 2024 00:00:00 GMT"}}, 501, "NotImplemented"},
 		{"parts of an unknown upload", call{method: "GET", path: object, query: q("uploadId", "none")}, 404, "NoSuchUpload"},
 		{"abort of no upload: not a delete of the object", call{method: "DELETE", path: object, query: q("uploadId", "")}, 404, "NoSuchUpload"},
 		{"parts of no upload: not a get of the object", call{method: "GET", path: object, query: q("uploadId", "")}, 404, "NoSuchUpload"},
@@ -418,10 +419,11 @@ func TestBulkDeletesThatAreWrong(t *testing.T) {
 		{"another digest", bad, 400, "BadDigest"},
 	})
 	// Keys fail one by one.
-	a := f.must(t, del("<Delete><Object><Key>../kept</Key></Object><Object><Key>kept</Key><VersionId>7</VersionId></Object><Object><Key>kept</Key><ETag>x</ETag></Object><Object><Key>none</Key></Object></Delete>"))
-	for _, want := range []string{"<Code>InvalidArgument</Code>", "<Code>NoSuchVersion</Code>", "<Code>NotImplemented</Code>", "<Deleted><Key>none</Key></Deleted>"} {
-		if !bytes.Contains(a.body, []byte(want)) {
-			t.Errorf("no %s in %s", want, a.body)
+	a := f.must(t, del("<Delete><Object><Key>../kept</Key></Object><Object><Key>kept</Key><VersionId>7</VersionId></Object><Object><Key>kept</Key><ETag>x</ETag></Object>"+
+		"<Object><Key>kept</Key><Size>0</Size></Object><Object><Key>kept</Key><LastModifiedTime>Mon, 01 Jan 2024 00:00:00 GMT</LastModifiedTime></Object><Object><Key>none</Key></Object></Delete>"))
+	for want, times := range map[string]int{"<Code>InvalidArgument</Code>": 1, "<Code>NoSuchVersion</Code>": 1, "<Code>NotImplemented</Code>": 3, "<Deleted><Key>none</Key></Deleted>": 1} {
+		if bytes.Count(a.body, []byte(want)) != times {
+			t.Errorf("not %d times %s in %s", times, want, a.body)
 		}
 	}
 	if _, err := f.m.get("kept"); err != nil {
@@ -455,6 +457,9 @@ func TestWhatIsNotSupportedIsRefused(t *testing.T) {
 		refuse{"a version", call{method: "GET", path: object, query: url.Values{"versionId": {"7"}}}, 404, "NoSuchVersion"},
 		refuse{"deletion of a version", call{method: "DELETE", path: object, query: url.Values{"versionId": {"7"}}}, 404, "NoSuchVersion"},
 		refuse{"deletion on a condition", call{method: "DELETE", path: object, header: h("if-match", "x")}, 501, "NotImplemented"},
+		refuse{"deletion on a size", call{method: "DELETE", path: object, header: h("x-amz-if-match-size", "0")}, 501, "NotImplemented"},
+		refuse{"deletion on a time", call{method: "DELETE", path: object, header: h("x-amz-if-match-last-modified-time", "Mon, 01 Jan 2024 00:00:00 GMT")}, 501, "NotImplemented"},
+		refuse{"deletion on a size, presigned", call{method: "DELETE", path: object, query: url.Values{"x-amz-if-match-size": {"0"}}, presign: "60"}, 501, "NotImplemented"},
 		refuse{"a public ACL", call{method: "PUT", path: object, header: h("x-amz-acl", "public-read")}, 400, "AccessControlListNotSupported"},
 		refuse{"a grant", call{method: "PUT", path: object, header: h("x-amz-grant-read", "id=1")}, 400, "AccessControlListNotSupported"},
 		refuse{"tags", call{method: "PUT", path: object, header: h("x-amz-tagging", "a=b")}, 501, "NotImplemented"},

@@ -135,6 +135,9 @@ func (q *request) abort(upload string) error {
 	if err := q.ignore(); err != nil {
 		return err
 	}
+	if err := q.unconditional(); err != nil {
+		return err
+	}
 	if err := m.Abort(q.r.Context(), q.key, upload); err != nil {
 		return err
 	}

@@ -124,13 +124,25 @@ func (q *request) delete() error {
 	if v := q.query.get("versionId"); v != "" && v != "null" {
 		return failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist. Datasets keep one version of an object.")
 	}
-	if q.r.Header.Get("If-Match") != "" {
-		return notImplemented("DELETE on a condition")
+	if err := q.unconditional(); err != nil {
+		return err
 	}
 	if err := w.Delete(q.r.Context(), q.key); err != nil {
 		return err
 	}
 	q.w.WriteHeader(http.StatusNoContent)
+	return nil
+}
+
+var errCondition = notImplemented("DELETE on a condition")
+
+// unconditional refuses a DELETE, of an object or an upload, on one of S3's conditions.
+func (q *request) unconditional() error {
+	for _, name := range []string{"If-Match", "X-Amz-If-Match-Size", "X-Amz-If-Match-Last-Modified-Time", "X-Amz-If-Match-Initiated-Time"} {
+		if q.r.Header.Get(name) != "" {
+			return errCondition
+		}
+	}
 	return nil
 }
 
@@ -141,9 +153,9 @@ const (
 )
 
 type toDelete struct {
-	Key       string
-	VersionID string `xml:"VersionId"`
-	ETag      string
+	Key                          string
+	VersionID                    string `xml:"VersionId"`
+	ETag, Size, LastModifiedTime string // conditions
 }
 
 type deleteError struct {
@@ -224,8 +236,8 @@ func (o toDelete) deletable() error {
 	switch {
 	case o.VersionID != "" && o.VersionID != "null":
 		return failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist.")
-	case o.ETag != "":
-		return notImplemented("DELETE on a condition")
+	case o.ETag != "" || o.Size != "" || o.LastModifiedTime != "":
+		return errCondition
 	}
 	return ValidKey(o.Key)
 }
