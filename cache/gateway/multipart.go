@@ -3,6 +3,7 @@ package gateway
 import (
 	"cmp"
 	"encoding/xml"
+	"errors"
 	"net/http"
 	"slices"
 	"strconv"
@@ -116,6 +117,9 @@ func (q *request) complete(upload string) error {
 	}
 	location := scheme + q.r.Host + escape(q.r.URL.Path, true)
 	return q.slowly(func() (any, error) {
+		if err := q.addUp(m, upload, parts); err != nil {
+			return nil, err
+		}
 		info, err := m.Complete(q.r.Context(), q.key, upload, parts, o)
 		if err != nil {
 			return nil, err
@@ -125,6 +129,40 @@ func (q *request) complete(upload string) error {
 			Location, Bucket, Key, ETag string
 		}{Location: location, Bucket: q.bucket, Key: q.key, ETag: quote(info.ETag)}, nil
 	})
+}
+
+// addUp refuses parts that are not as large together as the client says the object is, which is how AWS's transfer
+// managers find that one was left out. What else is wrong with the parts, Complete tells, also where they cannot be listed
+// since the upload was completed before.
+func (q *request) addUp(m Multipart, upload string, parts []Part) error {
+	text := q.r.Header.Get("X-Amz-Mp-Object-Size")
+	if text == "" {
+		return nil
+	}
+	left, err := strconv.ParseInt(text, 10, 64)
+	if err != nil || left < 0 {
+		return failure(http.StatusBadRequest, "InvalidRequest", "Value for x-amz-mp-object-size header is invalid.")
+	}
+	for after, more := 0, true; more && len(parts) > 0; {
+		from := after
+		var found []Part
+		if found, more, err = m.Parts(q.r.Context(), q.key, upload, after, maxPage); errors.Is(err, ErrNoUpload) {
+			return nil
+		} else if err != nil {
+			return err
+		}
+		for _, p := range found {
+			if after = p.Number; len(parts) > 0 && p.Number == parts[0].Number {
+				left -= p.Size
+				parts = parts[1:]
+			}
+		}
+		more = more && after > from // whatever the bucket says
+	}
+	if len(parts) == 0 && left != 0 {
+		return failure(http.StatusBadRequest, "InvalidRequest", "The provided 'x-amz-mp-object-size' header value %s does not match what was computed.", text)
+	}
+	return nil
 }
 
 func (q *request) abort(upload string) error {

@@ -55,6 +55,51 @@ func TestPutsOnConditions(t *testing.T) {
 	is("4")
 }
 
+// The size that comes with the completion of an upload is that of the parts it names, which are listed in pages: that of
+// all parts, or of another object, completes nothing.
+func TestACompletionWithASize(t *testing.T) {
+	f := serve(t)
+	upload, err := f.m.Create(t.Context(), "a/b", gateway.PutOptions{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var list bytes.Buffer
+	size := 0
+	list.WriteString("<CompleteMultipartUpload>")
+	for i := range 1100 {
+		data := make([]byte, i%10)
+		part, err := f.m.PutPart(t.Context(), "a/b", upload, i+1, int64(len(data)), bytes.NewReader(data), source.Sums{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if i%100 == 9 {
+			continue // one that is not used
+		}
+		size += len(data)
+		fmt.Fprintf(&list, "<Part><PartNumber>%d</PartNumber><ETag>%s</ETag></Part>", part.Number, part.ETag)
+	}
+	list.WriteString("</CompleteMultipartUpload>")
+	complete := func(size, body string) call {
+		return call{method: "POST", path: object, query: url.Values{"uploadId": {upload}}, body: []byte(body), header: map[string]string{"x-amz-mp-object-size": size}}
+	}
+	right := fmt.Sprint(size)
+	missing := strings.Replace(list.String(), "</Complete", "<Part><PartNumber>2000</PartNumber><ETag>x</ETag></Part></Complete", 1)
+	f.refuses(t, []refuse{
+		{"a byte too few", complete(fmt.Sprint(size-1), list.String()), 400, "InvalidRequest"},
+		{"all parts", complete(fmt.Sprint(size+11*9), list.String()), 400, "InvalidRequest"},
+		{"no number", complete("x", list.String()), 400, "InvalidRequest"},
+		{"less than nothing", complete("-1", list.String()), 400, "InvalidRequest"},
+		{"a part that was not put", complete(right, missing), 400, "InvalidPart"},
+	})
+	f.must(t, complete(right, list.String()))
+	if v, err := f.m.get("a/b"); err != nil || len(v.data) != size {
+		t.Errorf("the object: %v", err)
+	}
+	if a := f.do(t, complete(right, list.String())); a.code != "NoSuchUpload" {
+		t.Errorf("again: %s", a)
+	}
+}
+
 // S3 ignores parameters that begin with x-: SDKs name the operation so, and others add what an access log is to show.
 func TestParametersThatSayNothingOfTheObject(t *testing.T) {
 	f := serve(t)
