@@ -36,11 +36,13 @@ import (
 
 // Here node services and keepers are processes that are killed, while the worker and the pods are this process.
 
-// startNode starts a node service and registers it, as the kubelet does. It is the one that has the sockets then.
+// startNode starts a node service and registers it, as the kubelet does. It is the one that has the sockets then, and
+// has labelled the node.
 func (m *machine) startNode() (*process, *kubelet) {
 	m.t.Helper()
 	c := m.config().withDefaults()
 	before, _ := os.Lstat(c.registrationSocket())
+	labels := m.labels()
 	p := start(m.t, "node", m.order())
 	eventually(m.t, "the node service's sockets", func() bool {
 		now, err := os.Lstat(c.registrationSocket())
@@ -48,8 +50,12 @@ func (m *machine) startNode() (*process, *kubelet) {
 	})
 	k := m.kubelet()
 	k.register()
+	eventually(m.t, "the label", func() bool { return m.labels() > labels })
 	return p, k
 }
+
+// labels is how often the node was labelled.
+func (m *machine) labels() int { return strings.Count(m.events(), "ready true\n") }
 
 func exited(p *process) bool {
 	var info unix.Siginfo // kill(2) takes one that nobody has waited for yet for alive
