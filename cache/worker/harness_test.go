@@ -202,7 +202,7 @@ func (tr *tier) setMembers() {
 	}
 }
 
-// snapshot waits until every worker serves the same snapshot.
+// snapshot waits until every worker serves the same snapshot, has noted it, and has no problem with it left.
 func (tr *tier) snapshot() *catalog.Snapshot {
 	tr.t.Helper()
 	var digests []wire.Digest
@@ -218,6 +218,9 @@ func (tr *tier) snapshot() *catalog.Snapshot {
 			}
 			digests = append(digests, s.Digest())
 			s.release()
+			if err := w.problems.of(problemSnapshot); err != nil {
+				return err
+			}
 		}
 		for _, d := range digests {
 			if d != digests[0] {

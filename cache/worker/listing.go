@@ -223,11 +223,11 @@ func (k *snapshotKeeper) adopt(n *snapshot) {
 	w.snapshots.setCurrent(n)
 	d := n.Digest()
 	n.release()
-	w.problems.set(problemSnapshot, nil)
-	w.problems.set(problemRefresh, nil)
 	if err := w.saveCurrent(d); err != nil {
 		w.log.Warn("current snapshot not noted", "error", err)
 	}
+	w.problems.set(problemSnapshot, nil)
+	w.problems.set(problemRefresh, nil)
 }
 
 // follow takes over the lister's current snapshot. While the lister does not answer, a worker without any
