@@ -152,6 +152,25 @@ func TestReadersOfEarlyLeasesShareOneFill(t *testing.T) {
 
 func TestABlockOfAnEarlyLeaseSaysWhyItIsNotThere(t *testing.T) {
 	noGoroutines(t)
+	const size = 1000
+	tr := newTier(t, map[string][]byte{"f": content(size, 1)})
+	tr.start(1)
+	i := index(t, tr.snapshot(), "/f")
+	c := tr.receive(0)
+	rep, _, err := c.ask(wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: i})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, want := range []error{source.ErrChanged, source.ErrNotFound, source.ErrDenied} {
+		tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { return fmt.Errorf("%w: %s", want, o.Key) })
+		if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, want) {
+			t.Errorf("%v: %v", want, err)
+		}
+	}
+}
+
+func TestABlockOfAnEarlyLeaseIsFetchedAnew(t *testing.T) {
+	noGoroutines(t)
 	want := content(2*ring.BlockSize, 1)
 	size := int64(len(want))
 	tr := newTier(t, map[string][]byte{"f": want})
@@ -162,12 +181,6 @@ func TestABlockOfAnEarlyLeaseSaysWhyItIsNotThere(t *testing.T) {
 	rep, f, err := c.ask(wire.Request{Op: wire.OpLease, Flags: wire.FlagEarly, Index: i})
 	if err != nil {
 		t.Fatal(err)
-	}
-	for _, want := range []error{source.ErrChanged, source.ErrNotFound, source.ErrDenied} {
-		tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { return fmt.Errorf("%w: %s", want, o.Key) })
-		if _, err := c.sums(rep.Off, size, 0); !errors.Is(err, want) {
-			t.Errorf("%v: %v", want, err)
-		}
 	}
 	tr.gates[0].set(func(ctx context.Context, o source.Object, off int64) error { <-ctx.Done(); return ctx.Err() })
 	req := blockOf(rep.Off, size, 0)
