@@ -73,13 +73,22 @@ func canRead(flags uint64) bool {
 	return flags&all == all
 }
 
+// openTries is how often a file is opened, since the kernel also says that it does not know a name when anything on the
+// machine is mounted or unmounted meanwhile.
+const openTries = 10
+
 // open opens the file of that name, relative to the mount's root, if the kernel knows it; the error is EAGAIN where it
 // does not, or has no room now.
 func (e *entrance) open(name string) (fd int, err error) {
 	const resolveCached = 0x20 // RESOLVE_CACHED of linux/openat2.h, since Linux 5.12
-	fd, err = unix.Openat2(e.fd, name, &unix.OpenHow{
+	how := unix.OpenHow{
 		Flags: unix.O_RDONLY | unix.O_CLOEXEC, Resolve: resolveCached | unix.RESOLVE_BENEATH | unix.RESOLVE_NO_XDEV,
-	})
+	}
+	for range openTries {
+		if fd, err = unix.Openat2(e.fd, name, &how); !errors.Is(err, unix.EAGAIN) {
+			break
+		}
+	}
 	switch {
 	case errors.Is(err, unix.EPERM), errors.Is(err, unix.ENOSYS), errors.Is(err, unix.EINVAL), errors.Is(err, unix.EBADF):
 		err = fmt.Errorf("%w to open a file only if that asks for nothing (Linux 5.12 or later): %w", errRefused, err)

@@ -335,6 +335,47 @@ func TestAFileThatTheKernelDoesNotKnowIsPassedOver(t *testing.T) {
 	same(t, m, all)
 }
 
+// What is mounted and unmounted elsewhere changes nothing of what the kernel knows.
+func TestAFileThatTheKernelKnowsIsOpenedWhateverIsMountedElsewhere(t *testing.T) {
+	all := smallFiles(10)
+	s := snapshotOf(t, all)
+	m := mounted(t, s, &holder{memory: newMemory(s, all)}, Options{Mode: NoOpen, memoryLeft: plenty})
+	begin(t, m, "d", "f0000")
+	in, err := m.enter()
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer in.close()
+	from, to := t.TempDir(), t.TempDir()
+	over := make(chan error, 1)
+	go func() {
+		var err error
+		for n := 0; n < 1000 && err == nil; n++ {
+			if err = unix.Mount(from, to, "", unix.MS_BIND, ""); err == nil {
+				err = unix.Unmount(to, unix.MNT_DETACH)
+			}
+		}
+		over <- err
+	}()
+	unknown := 0
+	for {
+		fd, err := in.open("d/f0000")
+		if err == nil {
+			unix.Close(fd)
+		} else {
+			unknown++
+		}
+		select {
+		case err := <-over:
+			if err != nil || unknown > 0 {
+				t.Errorf("%d times it was not opened; %v", unknown, err)
+			}
+			return
+		default:
+		}
+	}
+}
+
 // A process that is killed while the kernel reads a file ahead for it, and a reader of the file waits for it too, ends.
 // Another one that takes the mount over answers both.
 func TestAServerThatIsKilledWhileItPushesEnds(t *testing.T) {
