@@ -548,7 +548,7 @@ func TestOnlyALargeFileMayBeWaitedForAtACrowd(t *testing.T) {
 	data := map[string][]byte{"small": content(1, ring.BlockSize), "large": content(2, ring.BlockSize+1)}
 	k := newTier(t, data)
 	k.start("a")
-	k.timing.large, k.timing.crowd = ring.BlockSize, 4*time.Second
+	k.timing.large, k.timing.crowd = ring.BlockSize, time.Minute
 	waits := make(chan time.Duration, 1)
 	l := lend(t, k.keys, func(r wire.Request) (*os.File, error) {
 		waits <- time.Duration(r.WaitMillis) * time.Millisecond
@@ -557,7 +557,7 @@ func TestOnlyALargeFileMayBeWaitedForAtACrowd(t *testing.T) {
 	k.worker("a").socket = l.path
 	k.setMembers()
 	c := k.dial(nil)
-	wait := func(name string, left, wait time.Duration) time.Duration {
+	waited := func(name string, left, told time.Duration) time.Duration {
 		t.Helper()
 		ctx := t.Context()
 		if left != 0 {
@@ -565,24 +565,24 @@ func TestOnlyALargeFileMayBeWaitedForAtACrowd(t *testing.T) {
 			ctx, cancel = context.WithTimeout(ctx, left)
 			defer cancel()
 		}
-		if _, err := c.Lease(ctx, k.index(name), wait); !errors.Is(err, ErrNoLease) {
+		if _, err := c.Lease(ctx, k.index(name), told); !errors.Is(err, ErrNoLease) {
 			t.Fatalf("%s: %v", name, err)
 		}
-		return <-waits
+		return wait(t, "asking for "+name, waits)
 	}
-	if d := wait("small", 0, 0); d != 0 {
+	if d := waited("small", 0, 0); d != 0 {
 		t.Errorf("a small file is waited for %v", d)
 	}
-	if d := wait("large", 0, 0); d != 4*time.Second {
+	if d := waited("large", 0, 0); d != time.Minute {
 		t.Errorf("a large file is waited for %v", d)
 	}
-	if d := wait("large", time.Hour, 0); d != 4*time.Second {
+	if d := waited("large", time.Hour, 0); d != time.Minute {
 		t.Errorf("with much time it is waited for %v", d)
 	}
-	if d := wait("large", 4*time.Second, 0); d > 3*time.Second || d == 0 {
-		t.Errorf("of 4 s it is waited for %v", d)
+	if d := waited("large", time.Minute, 0); d > 45*time.Second || d == 0 {
+		t.Errorf("of a minute it is waited for %v", d)
 	}
-	if d := wait("large", 0, time.Second); d != time.Second {
+	if d := waited("large", 0, time.Second); d != time.Second {
 		t.Errorf("told to wait for a second it is waited for %v", d)
 	}
 }
