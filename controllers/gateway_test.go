@@ -71,6 +71,22 @@ func TestWritableDatasetIsAnArtifactRepository(t *testing.T) {
 	w.must(w.Create(t.Context(), d))
 	w.waitReady(d)
 
+	// Nothing is listed, and whatever goes by a listing says so.
+	w.condition(d, v1alpha1.ConditionSourced, metav1.ConditionTrue, "Reachable")
+	if st := d.Status; st.Snapshot != "" || st.Files != 0 || st.Bytes != 0 || st.CachedPercentage != 0 {
+		t.Errorf("status %s", asJSON(st))
+	}
+	view := w.dataset("view", 1)
+	view.Spec.Mounts = []v1alpha1.Mount{{Source: "dataset://" + w.ns + "/artifacts", Path: "/"}}
+	w.must(w.Create(t.Context(), view))
+	w.condition(view, v1alpha1.ConditionSourced, metav1.ConditionFalse, "InvalidSpec", "access: ReadWrite")
+	w.must(w.Delete(t.Context(), view))
+	w.gone(view)
+	l := &v1alpha1.DataLoad{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "all"}}
+	l.Spec.DatasetRef.Name = "artifacts"
+	w.must(w.Create(t.Context(), l))
+	w.condition(l, v1alpha1.ConditionFailed, metav1.ConditionTrue, "NotLoaded", "access: ReadWrite")
+
 	svc := &corev1.Service{}
 	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: "artifacts-s3"}, svc))
 	if svc.Spec.ClusterIP == "" || svc.Spec.ClusterIP == corev1.ClusterIPNone || svc.Spec.Ports[0].Port != 9000 || svc.Spec.PublishNotReadyAddresses ||

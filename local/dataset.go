@@ -205,7 +205,8 @@ func (d *dataset) move(i int) error {
 	return d.writeMembers()
 }
 
-// waitReady waits until every worker has the listing, and says how the listing gets on.
+// waitReady waits until every worker has the listing, and says how the listing gets on. Where puts are taken there is
+// none: the workers reach the bucket then.
 func (d *dataset) waitReady(ctx context.Context) error {
 	const poll, firstWord, nextWord = 50 * time.Millisecond, 2 * time.Second, 5 * time.Second
 	start := time.Now()
@@ -215,7 +216,12 @@ func (d *dataset) waitReady(ctx context.Context) error {
 		status, err := d.control.Status(ctx)
 		r := d.judge(status, err)
 		if r.ready {
-			d.tier.logf("dataset %s: %s, %s", name(d.object), count(status[0].Files, "file"), count(int64(len(status)), "worker"))
+			workers := count(int64(len(status)), "worker")
+			if d.s3 != nil {
+				d.tier.logf("dataset %s: %s", name(d.object), workers)
+				return nil
+			}
+			d.tier.logf("dataset %s: %s, %s", name(d.object), count(status[0].Files, "file"), workers)
 			d.warn(status[0])
 			return nil
 		}
@@ -276,7 +282,7 @@ func (d *dataset) judge(status []wire.WorkerStatus, err error) readiness {
 	r := readiness{ready: err == nil && len(status) == int(d.object.Spec.Workers.Replicas)}
 	listed := slices.ContainsFunc(status, func(s wire.WorkerStatus) bool { return s.Snapshot != "" })
 	for _, s := range status {
-		r.ready = r.ready && s.Snapshot != ""
+		r.ready = r.ready && (s.Snapshot != "" || d.s3 != nil && s.Reason == "")
 		r.files = max(r.files, s.Files)
 		p := d.forPeople(s.Problem)
 		// A worker that waits for another one's listing repeats what that said, or finds it not started yet.
@@ -407,6 +413,9 @@ func loadID(l *v1alpha1.DataLoad) string { return l.Namespace + "." + l.Name }
 
 // load runs one DataLoad.
 func (d *dataset) load(ctx context.Context, l *v1alpha1.DataLoad, progress func(client.LoadSum)) error {
+	if d.s3 != nil {
+		return fmt.Errorf("dataset %s: access: ReadWrite, so that there is no listing to load from", name(d.object))
+	}
 	r := wire.LoadRequest{ID: loadID(l), Copies: int(l.CopiesOf(d.object)), Pin: l.Spec.Pin, Paths: l.Patterns()}
 	if err := d.control.Load(ctx, r); err != nil {
 		return err

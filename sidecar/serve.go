@@ -250,7 +250,7 @@ func reconnect(ctx context.Context, c client.Config) (*mount.Tier, error) {
 		if !errors.Is(err, wire.ErrUnknownSnapshot) {
 			continue
 		}
-		if now, cerr := client.Current(ctx, c); cerr == nil && now != c.Snapshot {
+		if now, cerr := mount.Current(ctx, c); cerr == nil && now != c.Snapshot {
 			return nil, err
 		}
 	}

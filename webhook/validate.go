@@ -173,6 +173,8 @@ func (h *Validate) target(ctx context.Context, d *v1alpha1.Dataset, m *v1alpha1.
 			return nil
 		case first && i < 0:
 			v.warn("%s: there is no Dataset %s yet", at, n)
+		case first && all[i].Spec.Access == v1alpha1.ReadWrite:
+			v.warn("%s: Dataset %s has access: ReadWrite, and so no listing by which another could read it: mount its bucket instead", at, n)
 		}
 		if i < 0 {
 			continue

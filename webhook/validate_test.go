@@ -71,6 +71,7 @@ func TestValidation(t *testing.T) {
 		{"source that is shared", dataset("argo", "d", from("dataset://ref/hg38/sub")), nil, "", ""},
 		{"source that is not shared", dataset("argo", "d", from("dataset://ref/hg38")), func(w *world) { w.datasets[1].Spec.ShareWith = nil }, "spec.shareWith", ""},
 		{"source elsewhere that is not there", dataset("argo", "d", from("dataset://ref/x")), nil, "spec.shareWith", ""},
+		{"source that is writable", dataset("argo", "d", from("dataset://argo/genomes")), func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, "", "no listing by which another could read it"},
 		{"circle", dataset("argo", "d", from("dataset://argo/genomes")), func(w *world) { from("dataset://argo/d")(w.datasets[0]) }, "wait for each other", ""},
 		{"circle of others", dataset("argo", "d", from("dataset://argo/genomes")), func(w *world) { from("dataset://argo/genomes")(w.datasets[0]) }, "", ""},
 		{"claim of another Dataset", dataset("argo", "d", func(d *v1alpha1.Dataset) { d.Spec.Replaces = []v1alpha1.Replaced{{ClaimName: "genomes"}} }), nil, "Dataset genomes's own", ""},

@@ -67,7 +67,8 @@ type DatasetStatus struct {
 	// +patchMergeKey=type
 	Conditions []metav1.Condition `json:"conditions,omitempty" patchStrategy:"merge" patchMergeKey:"type"`
 
-	// Snapshot is the hex digest of the current listing.
+	// Snapshot is the hex digest of the current listing. With access ReadWrite there is none, and nothing that counts
+	// what is in it.
 	//
 	// +optional
 	Snapshot string `json:"snapshot,omitempty"`
@@ -97,7 +98,7 @@ type DatasetStatus struct {
 	//
 	// +optional
 	Cached int64 `json:"cached,omitempty"`
-	// CachedPercentage is Cached of Bytes, rounded down, so that 100 means all of it.
+	// CachedPercentage is Cached of Bytes, rounded down, so that 100 means all of it; none with access ReadWrite.
 	//
 	// +optional
 	// +kubebuilder:validation:Minimum=0

@@ -162,23 +162,24 @@ func TestASnapshotOfAWritableDatasetGivesWayToItsNames(t *testing.T) {
 	if err := server.MakeBucket(t.Context(), "artifacts"); err != nil {
 		t.Fatal(err)
 	}
-	running := workers.StartTier(t, server, "artifacts", "", 1)
+	running, takePuts := workers.StartReadOnly(t, server, "artifacts", "", 1)
 	config := client.Config{Dataset: running.Dataset, Membership: running.Membership, Keys: running.Keys, Logger: slog.New(slog.DiscardHandler)}
 	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
 	defer cancel()
+	var err error
+	if config.Snapshot, err = mount.Current(ctx, config); err != nil {
+		t.Fatal(err)
+	}
+	takePuts()
 	if digest, err := mount.Current(ctx, config); err != nil || digest != mount.Live {
 		t.Errorf("a writable dataset shows %x, %v", digest, err)
-	}
-	var err error
-	if config.Snapshot, err = client.Current(ctx, config); err != nil { // as a node service of before took it
-		t.Fatal(err)
 	}
 	old, err := mount.Connect(ctx, config)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer old.Close()
-	if old.Client() == nil || old.Shows() != config.Snapshot {
+	if old.Client() == nil || config.Snapshot == mount.Live || old.Shows() != config.Snapshot {
 		t.Errorf("asked for a snapshot, and shows %x", old.Shows())
 	}
 	now, err := old.Current(ctx)

@@ -209,6 +209,9 @@ func deepest(snap *catalog.Snapshot, prefix string) catalog.Index {
 
 // refresh lists the bucket anew. A worker that does not list passes the request on to the one that does.
 func (w *Worker) refresh(r *http.Request) (any, error) {
+	if w.gateway != nil {
+		return nil, failed(http.StatusBadRequest, "%w", w.unknownSnapshot(wire.Digest{}))
+	}
 	req := refreshRequest{reply: make(chan refreshResult, 1)}
 	select {
 	case w.refreshes <- req:

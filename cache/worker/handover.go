@@ -76,7 +76,7 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 	}
 	tell(false)
 	cur, ok := w.snapshots.get(wire.Digest{})
-	for ; !ok; cur, ok = w.snapshots.get(wire.Digest{}) {
+	for ; !ok && w.gateway == nil; cur, ok = w.snapshots.get(wire.Digest{}) {
 		// One that restarted while it leaves holds what it held, and will know of what snapshot.
 		if w.store.Stats().Blocks == 0 {
 			tell(true)
@@ -87,7 +87,9 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 		}
 	}
 	snaps := w.snapshots.all()
-	cur.release()
+	if ok {
+		cur.release()
+	}
 	defer func() {
 		for _, snap := range snaps {
 			snap.release()

@@ -39,7 +39,8 @@ type refreshResult struct {
 var errNotLister = errors.New("another worker lists the bucket")
 
 // keepSnapshot opens the sources, then keeps the current snapshot: the lister lists the bucket, the
-// others follow the lister. It is the only one that changes which snapshot is current.
+// others follow the lister. It is the only one that changes which snapshot is current. A writable dataset
+// has none, since its names are asked for as they are now: what was listed before is kept for those who read it.
 func (w *Worker) keepSnapshot(ctx context.Context) error {
 	src, err := w.openSources(ctx)
 	if err != nil {
@@ -53,10 +54,16 @@ func (w *Worker) keepSnapshot(ctx context.Context) error {
 		}
 	}
 	w.loadSnapshots(src)
+	if w.gateway != nil {
+		w.meetBuckets(ctx, src)
+		w.problems.set(problemSnapshot, nil)
+	}
 
 	k := &snapshotKeeper{w: w, src: src, wait: newBackoff(), tried: make(map[wire.Digest]time.Time)}
 	for {
-		k.step(ctx)
+		if w.gateway == nil {
+			k.step(ctx)
+		}
 		w.peers.keep(w.members.view().Members)
 		w.removeSnapshots(w.snapshots.expire())
 		select {
@@ -658,7 +665,7 @@ func (w *Worker) loadSnapshots(src *sources) {
 			cur = n
 		}
 	}
-	if cur != nil { // once all are there, for who hands them over
+	if cur != nil && w.gateway == nil { // once all are there, for who hands them over
 		w.snapshots.setCurrent(cur)
 		w.problems.set(problemSnapshot, nil)
 	}

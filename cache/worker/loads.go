@@ -95,6 +95,9 @@ func (w *Worker) normalize(r wire.LoadRequest) (wire.LoadRequest, error) {
 	if r.ID == "" || len(r.ID) > maxLoadID || strings.ContainsAny(r.ID, "/?#%\n") {
 		return r, failed(http.StatusBadRequest, "load id %q: use 1 to %d characters without / ? # %%", r.ID, maxLoadID)
 	}
+	if w.gateway != nil {
+		return r, failed(http.StatusBadRequest, "load %s: dataset %s takes puts (access: ReadWrite): it has no listing to load from, and its workers hold what is put and read", r.ID, w.config.Dataset)
+	}
 	if r.Copies < 0 {
 		return r, failed(http.StatusBadRequest, "load %s: copies is %d: set 1 or more", r.ID, r.Copies)
 	}

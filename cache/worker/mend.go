@@ -65,10 +65,13 @@ func (w *Worker) keepMending(ctx context.Context) error {
 	}
 }
 
-// mend fetches one block again. What is in no snapshot, as what was put to the names of a writable dataset, is left to
-// the next reader: nobody has such a file by descriptor.
+// mend fetches one block again. What is in no snapshot, as all that a writable dataset holds, is left to the next
+// reader: nobody has such a file by descriptor.
 func (w *Worker) mend(ctx context.Context, m mend) error {
 	f, err := w.snapshots.find(m.object)
+	if errors.Is(err, errNoSnapshot) && w.gateway != nil {
+		err = fmt.Errorf("%w: a writable dataset has no snapshot", source.ErrNotFound)
+	}
 	if err != nil {
 		return fmt.Errorf("block %d of object %x: %w", m.block, m.object.ID, err)
 	}

@@ -127,3 +127,16 @@ func TestWhatCannotBeMendedIsLeft(t *testing.T) {
 		t.Error(err)
 	}
 }
+
+// A worker that takes puts will never know of what snapshot a block is, so that the block is not tried again.
+func TestWhatIsInNoSnapshotOfAWritableDatasetIsLeft(t *testing.T) {
+	tr := newTier(t, nil)
+	tr.config = func(_ int, c *Config) {
+		c.Mounts[0].URL = "s3://data/"
+		c.Gateway = &GatewayConfig{Listen: "127.0.0.1:0", Bucket: "data", Credentials: t.TempDir()}
+	}
+	tr.start(1)
+	if err := tr.workers[0].mend(t.Context(), mend{ring.Object{ID: source.ID{1}, Size: 2000}, 0}); !errors.Is(err, source.ErrNotFound) {
+		t.Error(err)
+	}
+}

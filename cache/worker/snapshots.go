@@ -349,6 +349,9 @@ func (w *Worker) unknownSnapshot(d wire.Digest) error {
 		}
 		return err
 	}
+	if w.gateway != nil {
+		return fmt.Errorf("%w: worker %s: dataset %s takes puts (access: ReadWrite) and has no snapshot: ask for its names as they are now", source.ErrInvalid, w.config.ID, w.config.Dataset)
+	}
 	if err := w.problems.ready(); err != nil {
 		// Its words only: whoever asks shall wait or ask another, not take this worker's bucket for lost.
 		return fmt.Errorf("%w: worker %s: %v", wire.ErrUnknownSnapshot, w.config.ID, err)

@@ -279,17 +279,36 @@ func (w *Worker) noteNames(before map[*scheme.Source]int64) {
 			continue // one at a time
 		}
 		before[s] = n
-		list := func(ctx context.Context) error {
-			ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
-			defer cancel()
-			pages, ok := source.PagerOf(s.Source)
-			if !ok {
-				return nil // names are not served of such
-			}
-			_, err := pages.Page(ctx, source.PageRequest{Prefix: src.mounts[i].Prefix})
-			return err
+		w.noteBucket(src.namesDoubt(i), source.ErrUnavailable)
+	}
+}
+
+// namesDoubt is a doubt about what is done to the names of a mount, whose bucket is asked for a page of them.
+func (s *sources) namesDoubt(i int) doubt {
+	ask := func(ctx context.Context) error {
+		ctx, cancel := context.WithTimeout(ctx, wire.SourceTimeout)
+		defer cancel()
+		pages, ok := source.PagerOf(s.sources[i].Source)
+		if !ok {
+			return nil // names are not served of such
 		}
-		w.noteBucket(doubt{source: s, names: true, ask: list}, source.ErrUnavailable)
+		_, err := pages.Page(ctx, source.PageRequest{Prefix: s.mounts[i].Prefix})
+		return err
+	}
+	return doubt{source: s.sources[i], names: true, ask: ask}
+}
+
+// meetBuckets asks the buckets of a writable dataset once, so that one that refuses its names, or is away, is told
+// before somebody asks for one. Who asks is served all the same: workers may hold what is wanted, or take it.
+func (w *Worker) meetBuckets(ctx context.Context, src *sources) {
+	ctx = source.NotifyTries(ctx, func(err error) { w.problems.set(problemSnapshot, err) }) // it may take a while
+	for i := range src.sources {
+		d := src.namesDoubt(i)
+		if err := d.ask(ctx); err != nil {
+			w.tellBucket(err)
+			w.noteBucket(d, source.ErrUnavailable)
+			return // one at a time
+		}
 	}
 }
 

@@ -328,13 +328,12 @@ func lastLine(s string) string {
 func TestLocalSaysWhatIsOddAboutTheDataset(t *testing.T) {
 	f := newFixture(t)
 	f.replace(t, "s3://fixture/", "s3://fixture/nothing/")
-	f.replace(t, "spec:\n  mounts:", "spec:\n  access: ReadWrite\n  mounts:")
 	other := filepath.Join(f.dir, "other.yaml")
 	if err := os.WriteFile(other, []byte("apiVersion: v1\nkind: Pod\nmetadata: {name: p}\n"), 0o600); err != nil {
 		t.Fatal(err)
 	}
 	_, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "-f", other, "--", "true")
-	for _, want := range []string{"no object below s3://fixture/nothing/", "S3 endpoint http://127.0.0.1:", "not used: 1 object of v1, Pod"} {
+	for _, want := range []string{"no object below s3://fixture/nothing/", "not used: 1 object of v1, Pod"} {
 		if status != 0 || !strings.Contains(stderr, want) {
 			t.Errorf("status %d, want %q in:\n%s", status, want, stderr)
 		}

@@ -72,16 +72,17 @@ compared until then. -o json has a path that is not UTF-8 as ls does.`,
 			return err
 		}
 		defer remove()
+		if names, err := t.names(ctx); err != nil {
+			return err
+		} else if names != nil {
+			names.Close()
+			return fmt.Errorf("dataset %s takes puts (access: ReadWrite): it has no listing to compare. The bucket compares each put with its digest, and `stepcache status` counts what was checked", folder.Dataset)
+		}
 		c, err := t.dial(ctx)
 		if err != nil {
 			return err
 		}
 		defer c.Close()
-		if writable, err := c.Writable(ctx); err != nil {
-			return err
-		} else if writable {
-			return fmt.Errorf("dataset %s takes puts (access: ReadWrite): it has no listing that holds, so that what was put since would be passed over. The bucket compares each put with its digest, and `stepcache status` counts what was checked", folder.Dataset)
-		}
 		v, err := newVerifier(ctx, c, configs, download)
 		if err != nil {
 			return err

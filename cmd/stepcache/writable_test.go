@@ -22,6 +22,11 @@ import (
 func TestLocalServesAWritableDataset(t *testing.T) {
 	f := newFixture(t)
 	f.replace(t, "spec:\n  mounts:", "spec:\n  access: ReadWrite\n  mounts:")
+	if _, stderr, status := run(t, f.dir, "local", "-f", f.manifests, "--", "true"); status != 0 ||
+		!strings.Contains(stderr, "load default/warm failed, with 0 B of 0 B resident: access: ReadWrite, so that there is no listing to load from") {
+		t.Errorf("with a DataLoad: status %d:\n%s", status, stderr)
+	}
+	f.replace(t, manifests[strings.LastIndex(manifests, "---"):strings.LastIndex(manifests, "%[5]t")]+"false}\n", "")
 	cmd, env, stderr := background(t, f, "--s3-domain", "s3.test")
 	var mu sync.Mutex
 	asked := map[string]bool{} // hosts
@@ -101,6 +106,9 @@ func TestLocalServesAWritableDataset(t *testing.T) {
 	}
 	if err := cmd.Wait(); err != nil {
 		t.Errorf("it ended with %v\n%s", err, stderr)
+	}
+	if said := stderr.String(); !strings.Contains(said, "dataset default/data: 2 workers\n") || !strings.Contains(said, "S3 endpoint http://s3.test:") {
+		t.Errorf("it said:\n%s", said)
 	}
 	f.nothingLeft(t)
 }

@@ -32,8 +32,10 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 		st.Phase, st.CompletionTime = v1alpha1.DataLoadPending, nil
 		p.condition(v1alpha1.ConditionFailed, metav1.ConditionFalse, conditionNotApplicable, "the schedule was corrected")
 	}
-	switch {
-	case st.Phase == v1alpha1.DataLoadRunning:
+	switch running := st.Phase == v1alpha1.DataLoadRunning; {
+	case (running || due) && p.dataset != nil && p.dataset.Spec.Access == v1alpha1.ReadWrite:
+		r.fail(p, ReasonNotLoaded, "dataset %q has access: ReadWrite, and so no listing to load from: its workers hold what is put and read; delete this DataLoad", p.dataset.Name)
+	case running:
 		if due && p.load.Spec.Schedule != "" {
 			p.note("Skipped", "Schedule", "the run of %s has not ended; the one of %s is left out", st.StartTime.UTC().Format(time.RFC3339), p.now.UTC().Format(time.RFC3339))
 		}

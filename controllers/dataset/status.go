@@ -110,12 +110,14 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 			p.warn(reason, "ReadBucket", "%s", text)
 		}
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, reason, "%s", text)
-	case st.Snapshot == "" && writable(p.dataset):
+	case writable(p.dataset):
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionTrue, ReasonReachable, "the workers reach the bucket; what it holds is asked of it when somebody asks them")
 	case st.Snapshot == "":
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionFalse, ReasonListing, "the bucket is being listed")
 	default:
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionTrue, ReasonListed, "%d files, %s", st.Files, st.Size)
+	}
+	if meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionSourced) {
 		for _, why := range []string{ReasonCredentialsMissing, ReasonAccessDenied, ReasonNoSuchBucket, ReasonUnavailable, ReasonNotShared, ReasonDatasetNotFound} {
 			delete(p.said, why) // if it comes again it is told again
 		}
@@ -137,6 +139,8 @@ func (r *Reconciler) unreadable(ctx context.Context, d *v1alpha1.Dataset) (reaso
 			return "", "", err
 		}
 		switch there := err == nil && target.DeletionTimestamp.IsZero(); {
+		case there && target.SharesWith(d.Namespace) && writable(target):
+			return ReasonInvalidSpec, fmt.Sprintf("dataset %s has access: ReadWrite, and so no listing by which another could read it: mount its bucket instead", name), nil
 		case there && target.SharesWith(d.Namespace):
 		case name.Namespace != d.Namespace:
 			return ReasonNotShared, fmt.Sprintf("there is no Dataset %s that is shared with namespace %s: its owner adds the namespace to spec.shareWith", name, d.Namespace), nil
@@ -201,6 +205,7 @@ func (r *Reconciler) count(p *pass) {
 	if len(p.status) == 0 {
 		return
 	}
+	copies := int64(max(1, p.dataset.Spec.Workers.Copies))
 	var cached, source, opened int64
 	var sum v1alpha1.Integrity
 	var listed *wire.WorkerStatus
@@ -217,6 +222,11 @@ func (r *Reconciler) count(p *pass) {
 		if s.Snapshot != "" && (listed == nil || id == lister.ID) {
 			listed = &s
 		}
+	}
+	if writable(p.dataset) {
+		// What workers of an earlier release listed is not what the bucket has.
+		st.Snapshot, st.SnapshotTime, st.Files, st.Bytes, st.Size, st.Skipped, st.CachedPercentage = "", nil, 0, 0, "", nil, 0
+		st.Cached, listed = cached/copies, nil
 	}
 	st.Integrity = sum
 	if opened > 0 {
@@ -241,7 +251,6 @@ func (r *Reconciler) count(p *pass) {
 			st.Skipped = append(st.Skipped, v1alpha1.Skipped{Reason: why, Count: listed.Skipped[why]})
 		}
 	}
-	copies := int64(max(1, p.dataset.Spec.Workers.Copies))
 	st.Cached = min(cached/copies, st.Bytes)
 	st.CachedPercentage = 100
 	if st.Bytes > 0 {

@@ -51,3 +51,24 @@ func TestADatasetWhoseBucketIsAwayIsDegraded(t *testing.T) {
 		}
 	}
 }
+
+// Of a Dataset that takes puts nobody counts what is in its bucket; what workers of an earlier release listed goes.
+func TestAWritableDatasetHasNoListing(t *testing.T) {
+	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data"}}
+	d.Spec.Access, d.Spec.Workers.Copies = v1alpha1.ReadWrite, 2
+	d.Status.Snapshot, d.Status.Files, d.Status.Bytes, d.Status.Size, d.Status.CachedPercentage = "abc", 1, 2, "2", 100
+	for _, snapshot := range []string{"abc", ""} { // the former is of such a worker
+		p := &pass{
+			memory: &memory{said: make(map[string]string)}, dataset: d, now: time.Now(),
+			status: map[string]wire.WorkerStatus{"data-worker-0": {Snapshot: snapshot, Files: 1, Bytes: 2, Cached: 60}},
+		}
+		if err := (&Reconciler{}).sourced(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		st := d.Status
+		if c := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionSourced); c == nil || c.Reason != ReasonReachable ||
+			st.Snapshot != "" || st.Files != 0 || st.Bytes != 0 || st.Size != "" || st.CachedPercentage != 0 || st.Cached != 30 {
+			t.Errorf("with snapshot %q of a worker: %+v, %+v", snapshot, c, st)
+		}
+	}
+}

@@ -59,6 +59,40 @@ type Tier struct {
 // StartTier is Start that tells more.
 func StartTier(t testing.TB, server *bucket.Server, bucketName, prefix string, n int) Tier {
 	t.Helper()
+	tier, configs := prepare(t, server, bucketName, prefix, n)
+	for _, c := range configs {
+		run(t, c)
+	}
+	for _, e := range tier.Endpoints {
+		answers(t, e)
+	}
+	return tier
+}
+
+// StartReadOnly runs workers that take no puts. takePuts ends them and runs, with what they hold, such that do.
+func StartReadOnly(t testing.TB, server *bucket.Server, bucketName, prefix string, n int) (tier Tier, takePuts func()) {
+	t.Helper()
+	tier, configs := prepare(t, server, bucketName, prefix, n)
+	var running []*worker.Worker
+	for _, c := range configs {
+		c.Gateway = nil
+		running = append(running, run(t, c))
+	}
+	return tier, func() {
+		t.Helper()
+		for i, w := range running {
+			w.Close()
+			run(t, configs[i])
+		}
+		for _, e := range tier.Endpoints {
+			answers(t, e)
+		}
+	}
+}
+
+// prepare makes what workers need, which are to run by the configurations.
+func prepare(t testing.TB, server *bucket.Server, bucketName, prefix string, n int) (_ Tier, configs []worker.Config) {
+	t.Helper()
 	var endpoints []string
 	dir, err := os.MkdirTemp("", "workers-") // short: there are sockets below it
 	if err != nil {
@@ -103,7 +137,7 @@ func StartTier(t testing.TB, server *bucket.Server, bucketName, prefix string, n
 	}
 	write("members.json", string(list))
 	for i, m := range members.Members {
-		run(t, worker.Config{
+		configs = append(configs, worker.Config{
 			Dataset: "ns/" + Bucket, ID: m.ID, Memory: 256 << 20, Dir: filepath.Join(dir, m.ID), KeysDir: filepath.Join(dir, "keys"),
 			Mounts: []worker.Mount{{Path: "/", Config: source.Config{
 				URL: "s3://" + bucketName + "/" + prefix, Endpoint: server.Endpoint(), Region: server.Region, CredentialsDir: filepath.Join(dir, "secret"),
@@ -112,14 +146,11 @@ func StartTier(t testing.TB, server *bucket.Server, bucketName, prefix string, n
 			Gateway: &worker.GatewayConfig{Listen: endpoints[i], Bucket: Bucket, Credentials: filepath.Join(dir, "s3")},
 		})
 	}
-	for _, e := range endpoints {
-		answers(t, e)
-	}
-	return Tier{Endpoints: endpoints, Dataset: "ns/" + Bucket, Membership: members, Keys: keys}
+	return Tier{Endpoints: endpoints, Dataset: "ns/" + Bucket, Membership: members, Keys: keys}, configs
 }
 
 // run runs a worker until the test ends.
-func run(t testing.TB, c worker.Config) {
+func run(t testing.TB, c worker.Config) *worker.Worker {
 	t.Helper()
 	w, err := worker.New(context.Background(), c, worker.Deps{Logger: slog.New(slog.DiscardHandler)})
 	if err != nil {
@@ -133,6 +164,7 @@ func run(t testing.TB, c worker.Config) {
 			t.Errorf("worker %s: %v", c.ID, err)
 		}
 	})
+	return w
 }
 
 // answers waits until an endpoint serves.
