@@ -29,7 +29,7 @@ func newCensus(r client.Reader) *census {
 		reader:    r,
 		condition: desc("dataset_condition", "Whether a condition of a Dataset is True.", "dataset", "condition"),
 		bytes:     desc("dataset_bytes", "Bytes that a Dataset shows.", "dataset"),
-		cached:    desc("dataset_cached_bytes", "Bytes of a Dataset that its workers hold.", "dataset"),
+		cached:    desc("dataset_cached_bytes", "Bytes that a Dataset's workers hold, of former listings and in further copies too.", "dataset"),
 		unflushed: desc("dataset_unflushed_bytes", "Bytes acknowledged and not yet in the bucket.", "dataset"),
 		workers:   desc("dataset_workers", "Worker pods of a Dataset, by state: wanted, ready.", "dataset", "state"),
 		phase:     desc("dataload_phase", "1 for the phase that a DataLoad is in, 0 for the others.", "dataload", "dataset", "phase"),

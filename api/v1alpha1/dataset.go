@@ -17,7 +17,7 @@ import (
 // +kubebuilder:subresource:scale:specpath=.spec.workers.replicas,statuspath=.status.workers.replicas,selectorpath=.status.workers.selector
 // +kubebuilder:printcolumn:name="Phase",type=string,JSONPath=`.status.phase`
 // +kubebuilder:printcolumn:name="Bytes",type=string,JSONPath=`.status.size`,description="Size of the data"
-// +kubebuilder:printcolumn:name="Cached %",type=integer,JSONPath=`.status.cachedPercentage`,description="Share of the data that the workers hold"
+// +kubebuilder:printcolumn:name="Cached %",type=integer,JSONPath=`.status.cachedPercentage`,description="What the workers hold, of former listings and in further copies too, as a share of the data"
 // +kubebuilder:printcolumn:name="Workers",type=integer,JSONPath=`.spec.workers.replicas`
 // +kubebuilder:printcolumn:name="Ready",type=integer,JSONPath=`.status.workers.ready`,description="Workers that serve"
 // +kubebuilder:printcolumn:name="Files",type=integer,JSONPath=`.status.files`,priority=1

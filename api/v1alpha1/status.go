@@ -94,11 +94,13 @@ type DatasetStatus struct {
 	// +kubebuilder:validation:MaxItems=16
 	Skipped []Skipped `json:"skipped,omitempty"`
 
-	// Cached is how many of the Dataset's bytes the workers hold.
+	// Cached is how many bytes the workers hold, divided by workers.copies, and at most Bytes. What they hold of former
+	// listings, and the further copies of a DataLoad, count too.
 	//
 	// +optional
 	Cached int64 `json:"cached,omitempty"`
-	// CachedPercentage is Cached of Bytes, rounded down, so that 100 means all of it; none with access ReadWrite.
+	// CachedPercentage is Cached of Bytes, rounded down; none with access ReadWrite. 100 means all of it only where
+	// nothing of a former listing and no further copies are held: that the data of now is there a DataLoad says.
 	//
 	// +optional
 	// +kubebuilder:validation:Minimum=0

@@ -203,6 +203,9 @@ func (r *Reconciler) missingSecrets(ctx context.Context, p *pass) ([]string, err
 func (r *Reconciler) count(p *pass) {
 	st := &p.dataset.Status
 	if len(p.status) == 0 {
+		if len(p.members.Members) == 0 { // whoever held something is gone, and does not just fail to answer
+			st.Cached, st.CachedPercentage = 0, 0
+		}
 		return
 	}
 	copies := int64(max(1, p.dataset.Spec.Workers.Copies))

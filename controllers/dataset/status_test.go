@@ -10,6 +10,7 @@ import (
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -69,6 +70,25 @@ func TestAWritableDatasetHasNoListing(t *testing.T) {
 		if c := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionSourced); c == nil || c.Reason != ReasonReachable ||
 			st.Snapshot != "" || st.Files != 0 || st.Bytes != 0 || st.Size != "" || st.CachedPercentage != 0 || st.Cached != 30 {
 			t.Errorf("with snapshot %q of a worker: %+v, %+v", snapshot, c, st)
+		}
+	}
+}
+
+// Nothing is held once no worker is left; one that does not answer for a moment holds what it held.
+func TestWhatIsCachedGoesWithTheWorkers(t *testing.T) {
+	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data"}}
+	d.Status.Snapshot, d.Status.Bytes, d.Status.Cached, d.Status.CachedPercentage = "abc", 60, 60, 100
+	for _, c := range []struct {
+		members []ring.Member
+		cached  int64
+		percent int32
+	}{{[]ring.Member{{ID: "data-worker-0"}}, 60, 100}, {nil, 0, 0}} {
+		p := &pass{memory: &memory{said: make(map[string]string)}, dataset: d, now: time.Now(), members: ring.Membership{Members: c.members}}
+		if err := (&Reconciler{}).sourced(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		if st := d.Status; st.Cached != c.cached || st.CachedPercentage != c.percent || st.Bytes != 60 {
+			t.Errorf("with %d members: %d bytes, %d %%, of %d", len(c.members), st.Cached, st.CachedPercentage, st.Bytes)
 		}
 	}
 }
