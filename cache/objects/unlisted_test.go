@@ -45,8 +45,8 @@ func (tr *tier) isReady(i int) error {
 	return nil
 }
 
-// Nobody waits for a listing of what the bucket has by now, which may be millions of objects, and none is held: its names
-// are asked for. What goes by a listing says so.
+// Nobody waits for a listing of what the bucket has by now, which may be millions of objects, and none is held: its
+// names are asked for. What goes by a listing says so.
 func TestAWritableDatasetIsNotListed(t *testing.T) {
 	f := bucket.Faults(t, theServer(t))
 	// The listing would never end.

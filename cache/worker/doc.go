@@ -20,8 +20,8 @@
 // connection. What keeps it from serving (no credentials, no bucket) is told in Status and by /readyz,
 // tried again with backoff, and recovers by itself. It never answers bytes of another object version.
 //
-// With Config.Gateway it also accepts writes: it composes the S3 endpoint (cache/gateway) with the dataset's
-// names (cache/objects), whose workers reach each other over connections of the block protocol's port; so do readers
+// With Config.Gateway it also accepts writes, and lists nothing: it composes the S3 endpoint (cache/gateway) with the
+// dataset's names (cache/objects), whose workers reach each other over connections of the block protocol's port; so do readers
 // that follow the names, which are mounts (names.go).
 //
 // It may import the other folders of cache but cache/client and cache/mount.
