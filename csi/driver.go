@@ -516,6 +516,7 @@ func (s *service) housekeep(ctx context.Context, g *errgroup.Group) {
 			continue // what this process knows of the mounts may be of before the other one
 		}
 		if s.superseded() {
+			s.lender.yield()
 			continue // the successor does
 		}
 		if err := s.reap(s.config.Linger); err != nil {

@@ -175,6 +175,7 @@ func (l *lender) look() error {
 			mounts[m.Point] = m
 		}
 	}
+	superseded := l.s.superseded() // the sockets are the successor's to make
 	l.mu.Lock()
 	for target, v := range l.volumes {
 		if _, there := mounts[target]; !there {
@@ -203,7 +204,7 @@ func (l *lender) look() error {
 		}
 	}
 	for target := range sockets {
-		if l.pods[target] != nil || l.closed {
+		if l.pods[target] != nil || l.closed || superseded {
 			delete(sockets, target)
 		}
 	}
@@ -375,16 +376,24 @@ func (l *lender) unpublish(ctx context.Context, target string, at []mountinfo.Mo
 	return err
 }
 
-// again gives up what another node service had taken and left: its sockets in pods, in which look listens anew, and
-// the mounts that it ended. What it made in their place is at the keeper. Servers that connected to it connect anew, and
-// have the time for it that any has.
-func (l *lender) again() {
+// yield gives up the sockets in pods, which another node service has taken: servers that are connected here connect to
+// that one, which would take them for gone.
+func (l *lender) yield() {
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	for target, p := range l.pods {
 		p.close()
 		delete(l.pods, target)
 	}
+}
+
+// again gives up what another node service had taken and left: its sockets in pods, in which look listens anew, and
+// the mounts that it ended. What it made in their place is at the keeper. Servers that connected to it connect anew, and
+// have the time for it that any has.
+func (l *lender) again() {
+	l.yield()
+	l.mu.Lock()
+	defer l.mu.Unlock()
 	for _, v := range l.volumes {
 		if v.conn != nil && !mount.Alive(v.conn) {
 			v.forget()

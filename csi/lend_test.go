@@ -502,6 +502,43 @@ func TestLentMountsOutliveNodeServices(t *testing.T) {
 	fourth.terminate(t)
 }
 
+// Two node services may be there side by side for longer than a mount may be without a server: the later one is told who
+// serves, and ends nothing.
+func TestALaterNodeServiceKeepsTheMountsThatPodsServe(t *testing.T) {
+	needMounts(t)
+	k := newTier(t, someFiles())
+	m := newMachine(t, k)
+	m.keep()
+	first := m.run(nil)
+	p := m.borrow(first.kubelet, "pod-1")
+	s := p.serve()
+	p.served(s)
+	f, err := os.Open(filepath.Join(p.data, "big"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	second := m.run(nil)
+	p.k = second.kubelet
+	p.served(s)
+	// A call that the earlier one has still to answer has it look.
+	if err := first.s.lender.look(); err != nil {
+		t.Fatal(err)
+	}
+	p.served(s)
+	v := p.volume(second.s)
+	second.s.lender.mu.Lock()
+	v.since = v.since.Add(-lostAfter)
+	second.s.lender.mu.Unlock()
+	second.s.lender.watch()
+	p.check()
+	if b, err := io.ReadAll(f); err != nil || !bytes.Equal(b, someFiles()["big"]) {
+		t.Errorf("a file that was open all the time: %d bytes, %v", len(b), err)
+	}
+	s.terminate(t)
+	p.unpublish()
+}
+
 func passesThrough(t *testing.T) bool {
 	t.Helper()
 	var u unix.Utsname
