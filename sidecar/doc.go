@@ -13,7 +13,8 @@
 // and is stopped last, holds the connections of the mounts (package keeper) and takes the mounts away at the
 // end. So:
 //
-//   - A server that is killed is started again and goes on where it was: reads under way wait.
+//   - A server that is killed, or ends with an error, is started again and goes on where it was: reads under way wait.
+//     A mount that has ended, or lies in its folder no more, is made anew.
 //   - A server that dies while the pod ends leaves no mount behind. A mount left behind would keep its pod
 //     Terminating, were it in a volume that the kubelet takes away; in a folder of the node it would stay for
 //     ever. Should both be killed, the node service sweeps up, or the next Keep on the node.

@@ -259,7 +259,11 @@ func (a *attendant) resume(ctx context.Context, conn *broker.Conn, config client
 	}
 	entry := keeper.Entry{Name: m.volume, Files: []*os.File{fuse, table, settings}}
 	defer entry.Close()
-	kept, err := resume(ctx, config, entry, options)
+	p, err := parkedFrom(entry)
+	if err != nil {
+		return err
+	}
+	kept, err := resume(ctx, config, p, options)
 	if err != nil {
 		return err
 	}

@@ -79,7 +79,11 @@ func Serve(ctx context.Context, o Options) (err error) {
 		}
 	}()
 	s := &server{options: o, mounts: make(map[string]*mounted)}
-	defer s.close()
+	defer func() {
+		if ctx.Err() != nil { // or a successor goes on with them
+			s.close()
+		}
+	}()
 	var mu sync.Mutex
 	g, dialing := errgroup.WithContext(ctx)
 	for _, dataset := range o.Datasets {
@@ -114,7 +118,7 @@ func Serve(ctx context.Context, o Options) (err error) {
 	defer os.Remove(ready)
 	gone := make(chan string, len(s.mounts))
 	for name, m := range s.mounts {
-		go func() { // ends with the mount, which close ends
+		go func() { // ends with the mount, or the process
 			<-m.server.Done()
 			gone <- name
 		}()
@@ -161,7 +165,7 @@ func (o *Options) mount(ctx context.Context, dataset string, entry keeper.Entry,
 	}
 	options := mount.Options{Dataset: dataset, Logger: o.Logger}
 	if had {
-		m, err := resume(ctx, c, entry, options)
+		m, err := takeOver(ctx, c, entry, at, options)
 		if err == nil {
 			return m, nil
 		}
@@ -210,11 +214,36 @@ func (o *Options) client(dataset string) (client.Config, error) {
 	return c, nil
 }
 
-func resume(ctx context.Context, c client.Config, entry keeper.Entry, o mount.Options) (*mounted, error) {
+// takeOver goes on with a parked mount, if it is what lies at a path. One that was ended or unmounted since would be over
+// at once, or show nothing there.
+func takeOver(ctx context.Context, c client.Config, entry keeper.Entry, at string, o mount.Options) (*mounted, error) {
 	p, err := parkedFrom(entry)
 	if err != nil {
 		return nil, err
 	}
+	fail := func(err error) (*mounted, error) {
+		p.Close()
+		return nil, err
+	}
+	real, err := mountinfo.Resolve(at)
+	if err != nil {
+		return fail(err)
+	}
+	on, err := mountinfo.At(real)
+	if err != nil {
+		return fail(err)
+	}
+	if len(on) == 0 || on[0].Major != p.Settings.Major || on[0].Minor != p.Settings.Minor {
+		return fail(errors.New("it was unmounted"))
+	}
+	if !mount.Alive(p.Conn) {
+		return fail(errors.New("it was ended"))
+	}
+	return resume(ctx, c, p, o)
+}
+
+// resume serves a parked mount. p is used up.
+func resume(ctx context.Context, c client.Config, p *mount.Parked, o mount.Options) (*mounted, error) {
 	c.Snapshot = p.Settings.Snapshot
 	reader, err := reconnect(ctx, c)
 	if err != nil {
@@ -274,8 +303,26 @@ func detach(dir string) error {
 	return err
 }
 
+// drop has the keeper forget the mounts: what is unmounted lazily would be parked, and whoever has it open wait for ever.
+// A keeper that is gone has forgotten them already.
+func (s *server) drop() {
+	ctx, cancel := context.WithTimeout(context.Background(), unmountWait)
+	defer cancel()
+	c, err := keeper.Dial(ctx, filepath.Join(s.options.Dir, socketFile))
+	if err != nil {
+		return
+	}
+	defer c.Close()
+	for name := range s.mounts {
+		if err := c.Drop(name); err != nil && !errors.Is(err, keeper.ErrGone) {
+			s.options.Logger.Warn("keeper", "dataset", name, "reason", err)
+		}
+	}
+}
+
 // close ends the mounts, lazily those in use, and the clients.
 func (s *server) close() {
+	s.drop()
 	var g sync.WaitGroup
 	for name, m := range s.mounts {
 		g.Go(func() {

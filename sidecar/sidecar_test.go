@@ -90,7 +90,7 @@ func newPod(t *testing.T) *pod {
 		}
 		_ = os.RemoveAll(base)
 	})
-	for _, dir := range []string{filepath.Join(p.dir, "genomes"), filepath.Join(base, "bucket"), filepath.Join(base, "store"), filepath.Join(p.tier, "genomes", "keys")} {
+	for _, dir := range []string{filepath.Join(p.dir, "genomes"), filepath.Join(base, "bucket"), filepath.Join(base, "store")} {
 		if err := os.MkdirAll(dir, 0o755); err != nil {
 			t.Fatal(err)
 		}
@@ -113,15 +113,17 @@ func (p *pod) write(path string, b []byte) {
 }
 
 // workers starts the tier.
-func (p *pod) workers() (stop func()) {
+func (p *pod) workers() (stop func()) { return p.workersOf("genomes") }
+
+func (p *pod) workersOf(name string) (stop func()) {
 	p.t.Helper()
 	keys := wire.GenerateKeys()
-	folder := tier.Folder{Dir: filepath.Join(p.tier, "genomes"), Dataset: "argo/genomes", Copies: 1}
-	if err := errors.Join(folder.Write(), wire.WriteKeys(folder.KeysDir(), keys)); err != nil {
+	folder := tier.Folder{Dir: filepath.Join(p.tier, name), Dataset: "argo/" + name, Copies: 1}
+	if err := errors.Join(os.MkdirAll(folder.KeysDir(), 0o755), folder.Write(), wire.WriteKeys(folder.KeysDir(), keys)); err != nil {
 		p.t.Fatal(err)
 	}
 	w, err := worker.New(context.Background(), worker.Config{
-		Dataset: "argo/genomes", ID: "w0", Memory: 64 << 20, Dir: filepath.Join(p.base, "store"), KeysDir: folder.KeysDir(),
+		Dataset: folder.Dataset, ID: "w0", Memory: 64 << 20, Dir: filepath.Join(p.base, "store", name), KeysDir: folder.KeysDir(),
 		Listen: "127.0.0.1:0", Control: "127.0.0.1:0",
 		Mounts: []worker.Mount{{Path: "/", Config: source.Config{URL: "file://" + filepath.Join(p.base, "bucket")}}},
 	}, worker.Deps{Logger: slog.New(slog.DiscardHandler)})
@@ -137,17 +139,19 @@ func (p *pod) workers() (stop func()) {
 		w.Close()
 	})
 	p.t.Cleanup(stop)
-	p.members(ring.Member{ID: "w0", Addr: w.Addr().String(), Control: w.ControlAddr().String(), State: ring.Ready})
+	p.membersOf(name, ring.Member{ID: "w0", Addr: w.Addr().String(), Control: w.ControlAddr().String(), State: ring.Ready})
 	return stop
 }
 
-func (p *pod) members(m ...ring.Member) {
+func (p *pod) members(m ...ring.Member) { p.membersOf("genomes", m...) }
+
+func (p *pod) membersOf(name string, m ...ring.Member) {
 	p.t.Helper()
 	b, err := json.Marshal(ring.Membership{Epoch: 1, Members: m})
 	if err != nil {
 		p.t.Fatal(err)
 	}
-	p.write(filepath.Join(p.tier, "genomes", "membership.json"), b)
+	p.write(filepath.Join(p.tier, name, "membership.json"), b)
 }
 
 // process is a keeper or a server.
@@ -177,7 +181,11 @@ func start(t *testing.T, as string, args ...string) *process {
 }
 
 func (p *pod) keep() *process  { return start(p.t, "keep", p.dir) }
-func (p *pod) serve() *process { return start(p.t, "serve", p.dir, p.tier, "argo/genomes") }
+func (p *pod) serve() *process { return p.serveAll("argo/genomes") }
+
+func (p *pod) serveAll(datasets ...string) *process {
+	return start(p.t, "serve", append([]string{p.dir, p.tier}, datasets...)...)
+}
 
 func (p *process) kill() {
 	_ = p.Process.Kill()
@@ -220,9 +228,34 @@ func await(t *testing.T, what string, ok func() bool, of ...*process) {
 	}
 }
 
+// unready takes away what a server that was killed has said.
+func (p *pod) unready() {
+	p.t.Helper()
+	if err := os.Remove(filepath.Join(p.dir, readyFile)); err != nil && !errors.Is(err, os.ErrNotExist) {
+		p.t.Fatal(err)
+	}
+}
+
 func (p *pod) ready(of ...*process) {
 	p.t.Helper()
 	await(p.t, "ready", func() bool { return Ready(p.dir) == nil }, of...)
+}
+
+// parked is how many mounts the keeper has; negative: it does not say.
+func (p *pod) parked() int {
+	c, err := keeper.Dial(context.Background(), filepath.Join(p.dir, socketFile))
+	if err != nil {
+		return -1
+	}
+	defer c.Close()
+	all, err := c.List()
+	for _, e := range all {
+		e.Close()
+	}
+	if err != nil {
+		return -1
+	}
+	return len(all)
 }
 
 func (p *pod) check() {
@@ -242,6 +275,14 @@ func (p *pod) mounted() bool {
 		p.t.Fatal(err)
 	}
 	return len(below) > 0
+}
+
+// detach takes a Dataset's mount away behind the server's back.
+func (p *pod) detach(name string) {
+	p.t.Helper()
+	if _, err := mountinfo.Detach(filepath.Join(p.dir, name), nil); err != nil {
+		p.t.Fatal(err)
+	}
 }
 
 func (p *pod) nothingLeft() {
@@ -275,6 +316,9 @@ func TestServesAndLeavesNothing(t *testing.T) {
 	if p.mounted() {
 		t.Error("the server left its mount")
 	}
+	if n := p.parked(); n != 0 {
+		t.Errorf("%d mounts are kept after the server's end: whoever has one open waits for ever", n)
+	}
 	if Ready(p.dir) == nil {
 		t.Error("ready though the server ended")
 	}
@@ -298,18 +342,7 @@ func TestKilledServerIsSucceeded(t *testing.T) {
 	if _, err := io.ReadFull(f, head); err != nil {
 		t.Fatal(err)
 	}
-	parked := func() bool {
-		c, err := keeper.Dial(context.Background(), filepath.Join(p.dir, socketFile))
-		if err != nil {
-			return false
-		}
-		defer c.Close()
-		all, err := c.List()
-		for _, e := range all {
-			e.Close()
-		}
-		return err == nil && len(all) == 1
-	}
+	parked := func() bool { return p.parked() == 1 }
 	await(t, "parked", parked, k, s)
 	s.kill()
 	// What nobody has read yet waits for the successor.
@@ -367,9 +400,7 @@ func TestSuccessorOfAMountWhoseSnapshotIsGoneMakesItAnew(t *testing.T) {
 	}
 	defer f.Close()
 	s.kill()
-	if err := os.Remove(filepath.Join(p.dir, readyFile)); err != nil {
-		t.Fatal(err)
-	}
+	p.unready()
 	stop()
 	if err := os.RemoveAll(filepath.Join(p.base, "store")); err != nil {
 		t.Fatal(err)
@@ -385,6 +416,91 @@ func TestSuccessorOfAMountWhoseSnapshotIsGoneMakesItAnew(t *testing.T) {
 	}
 	s.term()
 	k.term()
+}
+
+// A mount that has ended is no mount to go on with, nor is one that lies somewhere else: it is made anew, in one start.
+func TestSuccessorMakesAnewWhatHasEnded(t *testing.T) {
+	needMount(t)
+	for how, end := range map[string]func(p *pod, s *process){
+		"by its server": func(_ *pod, s *process) { s.term() },
+		"killed, and unmounted": func(p *pod, s *process) {
+			s.kill()
+			p.detach("genomes")
+		},
+		"killed, and aborted": func(p *pod, s *process) {
+			s.kill()
+			// The file that is open keeps it mounted.
+			if err := unix.Unmount(filepath.Join(p.dir, "genomes"), unix.MNT_FORCE); !errors.Is(err, unix.EBUSY) {
+				p.t.Fatalf("abort: %v", err)
+			}
+		},
+	} {
+		t.Run(how, func(t *testing.T) {
+			p := newPod(t)
+			p.workers()
+			k, s := p.keep(), p.serve()
+			p.ready(k, s)
+			f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
+			if err != nil {
+				t.Fatal(err)
+			}
+			defer f.Close()
+			end(p, s)
+			p.unready()
+			s = p.serve()
+			p.ready(k, s)
+			p.check()
+			read := make(chan error, 1)
+			go func() {
+				_, err := io.ReadAll(f)
+				read <- err
+			}()
+			select {
+			case err := <-read:
+				if err == nil {
+					t.Error("a file of the mount that ended was read to its end")
+				}
+			case <-time.After(patience):
+				t.Errorf("who has the mount that ended open waits for ever:\n%s", s.out)
+			}
+			f.Close()
+			s.term()
+			k.term()
+			p.nothingLeft()
+		})
+	}
+}
+
+// A server that ends because of one Dataset leaves the others to its successor.
+func TestSuccessorGoesOnWithTheOtherDatasets(t *testing.T) {
+	needMount(t)
+	p := newPod(t)
+	p.workers()
+	p.workersOf("other")
+	both := []string{"argo/genomes", "argo/other"}
+	k, s := p.keep(), p.serveAll(both...)
+	p.ready(k, s)
+	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer f.Close()
+	p.detach("other")
+	select {
+	case <-s.done:
+	case <-time.After(patience):
+		t.Fatalf("a server whose mount was taken away goes on:\n%s", s.out)
+	}
+	s = p.serveAll(both...)
+	p.ready(k, s)
+	if b, err := io.ReadAll(f); err != nil || !bytes.Equal(b, p.files["large"]) {
+		t.Errorf("a file of the other Dataset: %d bytes, %v", len(b), err)
+	}
+	p.check()
+	f.Close()
+	s.term()
+	k.term()
+	p.nothingLeft()
 }
 
 // A server that is killed while its pod ends has no successor; the pod must go all the same.
