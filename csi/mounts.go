@@ -35,7 +35,8 @@ const (
 // dataset is what this node has of one Dataset. Its fields are service.mu's but for the turn.
 type dataset struct {
 	namespace, name string
-	// proven is a key that the workers took; whoever has it is let in. keys are what clients use, newest first.
+	// proven is the key that the workers took last; whoever has it is let in while they do not answer. keys are what
+	// clients use, newest first.
 	proven wire.Key
 	keys   []wire.Key
 	// renewed says that the keeper's notes have older keys.
@@ -132,15 +133,11 @@ func ended(m *mount.Server) bool {
 // admit decides whether a volume's key opens the Dataset, and tells the current snapshot. When the workers do not
 // answer, a known key gets the newest snapshot that this node has.
 func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
-	s.mu.Lock()
-	set := s.sets[v.name()]
-	known := set != nil && len(set.mounts) > 0 && slices.Contains(v.keys, set.proven)
+	var proven wire.Key
 	var have *mounted
-	if known {
-		if !v.inline {
-			set.renew(v.keys)
-			set.copies, set.memory = v.copies, v.memory
-		}
+	s.mu.Lock()
+	if set := s.sets[v.name()]; set != nil && slices.Contains(v.keys, set.proven) {
+		proven = set.proven
 		for _, m := range set.mounts {
 			if !m.ending && !ended(m.server) {
 				have = m
@@ -148,19 +145,13 @@ func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
 		}
 	}
 	s.mu.Unlock()
-	if known && have != nil {
-		ctx, cancel := context.WithTimeout(ctx, s.patience)
-		digest, err := have.client.Current(ctx)
-		cancel()
-		if err == nil {
-			return digest, nil
-		}
-		if !errors.Is(err, wire.ErrUnauthorized) {
-			s.log.Warn("workers do not tell the current snapshot: the newest of this node is taken", "dataset", v.name(), "error", err)
-			return have.digest, nil
-		}
+	if have != nil {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeout(ctx, s.patience)
+		defer cancel()
 	}
-	// Each by itself, to know which one it is that they take.
+	// By a handshake of the volume's own, since a mount's connections may be of a key that was taken then. Each key by
+	// itself, to know which one it is that they take.
 	var refused error
 	for _, key := range v.keys {
 		c := s.clientConfig(v.namespace, v.dataset)
@@ -175,7 +166,12 @@ func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
 			break
 		}
 	}
-	return catalog.Digest{}, refused
+	if have == nil || errors.Is(refused, wire.ErrUnauthorized) {
+		return catalog.Digest{}, refused
+	}
+	s.log.Warn("workers do not tell the current snapshot: the newest of this node is taken", "dataset", v.name(), "error", refused)
+	s.admitted(v, proven)
+	return have.digest, nil
 }
 
 // admitted records what a key was taken for.
@@ -186,6 +182,9 @@ func (s *service) admitted(v volume, key wire.Key) {
 	if set == nil {
 		set = &dataset{namespace: v.namespace, name: v.dataset, turn: make(chan struct{}, 1)}
 		s.sets[v.name()] = set
+	}
+	if v.inline && len(set.mounts) > 0 && slices.Contains(set.keys, key) {
+		return // what other pods brought may be newer
 	}
 	set.proven, set.copies, set.memory = key, v.copies, v.memory
 	if v.inline {

@@ -238,8 +238,32 @@ func TestOnlyAKeyThatTheWorkersTakeOpensADataset(t *testing.T) {
 	sameFile(t, filepath.Join(dir, "big"), someFiles()["big"])
 	sameFile(t, filepath.Join(n.target("running"), "dir/x"), someFiles()["dir/x"])
 	try("the old key, again", codes.PermissionDenied, func(r *csi.NodePublishVolumeRequest) { r.Secrets = old })
-	n.unpublish("running")
-	n.unpublish("new")
+
+	// The same in two steps, with a pod that has both keys in between.
+	old = k.secret()
+	newer := wire.GenerateKeys()
+	both := newer
+	both.Read = append(slices.Clone(newer.Read), k.keys.Read...)
+	restart := func(keys wire.Keys) {
+		k.stop()
+		k.useKeys(keys)
+		k.start("")
+	}
+	restart(both)
+	n.secret = k.secret()
+	n.publish("both")
+	try("an old key that is taken still", codes.OK, inline("friends", old))
+	n.s.mu.Lock()
+	keys := n.s.sets[testDataset].keys
+	n.s.mu.Unlock()
+	if !slices.Equal(keys, both.Read) {
+		t.Error("a pod with the old key takes the new one from the mount")
+	}
+	restart(newer)
+	try("an old key that was withdrawn", codes.PermissionDenied, inline("evil", old))
+	for _, pod := range []string{"running", "new", "both"} {
+		n.unpublish(pod)
+	}
 }
 
 func TestBadVolumesAreRefusedWithAReason(t *testing.T) {

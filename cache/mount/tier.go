@@ -12,7 +12,6 @@ import (
 // Tier is a connection with a dataset's workers for one mount: of a snapshot, or of the names where the dataset
 // is writable. It must be closed after the mount has ended.
 type Tier struct {
-	config client.Config
 	client *client.Client // or
 	names  *client.Names
 }
@@ -25,13 +24,13 @@ func Connect(ctx context.Context, config client.Config) (*Tier, error) {
 		return nil, err
 	}
 	if names != nil {
-		return &Tier{config: config, names: names}, nil
+		return &Tier{names: names}, nil
 	}
 	c, err := client.Dial(ctx, config)
 	if err != nil {
 		return nil, err
 	}
-	return &Tier{config: config, client: c}, nil
+	return &Tier{client: c}, nil
 }
 
 // Current is what a new mount would show, and proves that the workers take the read key.
@@ -57,24 +56,6 @@ func dialNames(ctx context.Context, config client.Config) (*client.Names, error)
 		return nil, nil
 	}
 	return names, err
-}
-
-// Current is what the workers give to new mounts now; this one goes on showing what it shows.
-func (t *Tier) Current(ctx context.Context) (catalog.Digest, error) {
-	if t.names == nil {
-		// A Dataset of the same name that takes puts may have come since, or workers that tell of names.
-		if writable, err := t.client.Writable(ctx); err != nil {
-			return catalog.Digest{}, err
-		} else if writable {
-			return Live, nil
-		}
-		return t.client.Current(ctx)
-	}
-	_, err := t.names.Lookup(ctx, "")
-	if errors.Is(err, client.ErrNotWritable) { // any more
-		return Current(ctx, t.config)
-	}
-	return Live, err
 }
 
 // Shows names what a mount shows: the snapshot's digest, or Live.

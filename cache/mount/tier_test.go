@@ -182,7 +182,7 @@ func TestASnapshotOfAWritableDatasetGivesWayToItsNames(t *testing.T) {
 	if old.Client() == nil || config.Snapshot == mount.Live || old.Shows() != config.Snapshot {
 		t.Errorf("asked for a snapshot, and shows %x", old.Shows())
 	}
-	now, err := old.Current(ctx)
+	now, err := mount.Current(ctx, config)
 	if err != nil || now != mount.Live {
 		t.Errorf("new mounts would show %x, %v", now, err)
 	}
@@ -192,8 +192,8 @@ func TestASnapshotOfAWritableDatasetGivesWayToItsNames(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer names.Close()
-	if now, err := names.Current(ctx); err != nil || now != mount.Live || names.Client() != nil || names.Shows() != mount.Live {
-		t.Errorf("shows %x, and new mounts would show %x, %v", names.Shows(), now, err)
+	if names.Client() != nil || names.Shows() != mount.Live {
+		t.Errorf("asked for the names, and shows %x", names.Shows())
 	}
 }
 
