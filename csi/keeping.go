@@ -289,16 +289,13 @@ func (k *keeping) resume(ctx context.Context, conn *keeper.Conn, e keeper.Entry)
 func (k *keeping) serve(ctx context.Context, v volume, p *mount.Parked) error {
 	s, shows, dir := k.s, p.Settings.Snapshot, p.Settings.Dir
 	s.mu.Lock()
-	set := s.sets[v.name()]
-	if set == nil {
+	set := s.hold(v)
+	if set.keys == nil {
 		// The key counts as proven: the former node service parked it because the workers took it.
-		set = &dataset{
-			namespace: v.namespace, name: v.dataset, proven: v.keys[0], keys: v.keys, copies: v.copies, memory: v.memory,
-			current: shows, turn: make(chan struct{}, 1),
-		}
-		s.sets[v.name()] = set
+		set.proven, set.keys, set.copies, set.memory, set.current = v.keys[0], v.keys, v.copies, v.memory, shows
 	}
 	s.mu.Unlock()
+	defer s.release(set)
 	select {
 	case set.turn <- struct{}{}:
 	case <-ctx.Done():

@@ -48,6 +48,7 @@ type dataset struct {
 	cache   *slice
 	clients int        // that may use the cache: those of mounts that are ending are among them
 	mounts  []*mounted // oldest first
+	held    int        // by those who have the turn or will: until then it stays known
 
 	// turn is held by whoever makes mounts of it or takes its cache away.
 	turn chan struct{}
@@ -81,13 +82,11 @@ func deviceOf(m mountinfo.Mount) device { return device{m.Major, m.Minor} }
 func (s *service) take(ctx context.Context, v volume) (m *mounted, done func(), err error) {
 	ctx, cancel := context.WithTimeout(ctx, dialTimeout)
 	defer cancel()
-	digest, err := s.admit(ctx, v)
+	set, digest, err := s.admit(ctx, v)
 	if err != nil {
 		return nil, nil, err
 	}
-	s.mu.Lock()
-	set := s.sets[v.name()]
-	s.mu.Unlock()
+	defer s.release(set)
 	select {
 	case set.turn <- struct{}{}:
 	case <-ctx.Done():
@@ -104,6 +103,26 @@ func (s *service) take(ctx context.Context, v volume) (m *mounted, done func(), 
 		m.using--
 		s.mu.Unlock()
 	}, nil
+}
+
+// hold finds a Dataset, or makes it known, until release. The caller holds s.mu.
+func (s *service) hold(v volume) *dataset {
+	set := s.sets[v.name()]
+	if set == nil {
+		set = &dataset{namespace: v.namespace, name: v.dataset, turn: make(chan struct{}, 1)}
+		s.sets[v.name()] = set
+	}
+	set.held++
+	return set
+}
+
+// release forgets a Dataset that this node has nothing of any more.
+func (s *service) release(set *dataset) {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if set.held--; set.held == 0 && set.clients == 0 {
+		delete(s.sets, set.String())
+	}
 }
 
 // use finds a mount that is served, and counts its user.
@@ -130,9 +149,9 @@ func ended(m *mount.Server) bool {
 	}
 }
 
-// admit decides whether a volume's key opens the Dataset, and tells the current snapshot. When the workers do not
-// answer, a known key gets the newest snapshot that this node has.
-func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
+// admit decides whether a volume's key opens the Dataset, which it holds then, and tells the current snapshot. When the
+// workers do not answer, a known key gets the newest snapshot that this node has.
+func (s *service) admit(ctx context.Context, v volume) (*dataset, catalog.Digest, error) {
 	var proven wire.Key
 	var have *mounted
 	s.mu.Lock()
@@ -158,8 +177,7 @@ func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
 		c.Keys = wire.Keys{Read: []wire.Key{key}}
 		digest, err := mount.Current(ctx, c)
 		if err == nil {
-			s.admitted(v, key)
-			return digest, nil
+			return s.admitted(v, key), digest, nil
 		}
 		refused = err
 		if !errors.Is(err, wire.ErrUnauthorized) {
@@ -167,24 +185,19 @@ func (s *service) admit(ctx context.Context, v volume) (catalog.Digest, error) {
 		}
 	}
 	if have == nil || errors.Is(refused, wire.ErrUnauthorized) {
-		return catalog.Digest{}, refused
+		return nil, catalog.Digest{}, refused
 	}
 	s.log.Warn("workers do not tell the current snapshot: the newest of this node is taken", "dataset", v.name(), "error", refused)
-	s.admitted(v, proven)
-	return have.digest, nil
+	return s.admitted(v, proven), have.digest, nil
 }
 
-// admitted records what a key was taken for.
-func (s *service) admitted(v volume, key wire.Key) {
+// admitted holds the Dataset that a key was taken for, and records the key.
+func (s *service) admitted(v volume, key wire.Key) *dataset {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	set := s.sets[v.name()]
-	if set == nil {
-		set = &dataset{namespace: v.namespace, name: v.dataset, turn: make(chan struct{}, 1)}
-		s.sets[v.name()] = set
-	}
+	set := s.hold(v)
 	if v.inline && len(set.mounts) > 0 && slices.Contains(set.keys, key) {
-		return // what other pods brought may be newer
+		return set // what other pods brought may be newer
 	}
 	set.proven, set.copies, set.memory = key, v.copies, v.memory
 	if v.inline {
@@ -192,6 +205,7 @@ func (s *service) admitted(v volume, key wire.Key) {
 	} else {
 		set.renew(v.keys)
 	}
+	return set
 }
 
 // renew makes clients use these keys at their next connection.
@@ -326,6 +340,7 @@ func (s *service) follow(m *mounted) {
 	s.mu.Lock()
 	expected := m.ending
 	m.ending = true
+	m.set.held++
 	s.forget(m)
 	s.mu.Unlock()
 	s.metrics.remove(m)
@@ -342,6 +357,7 @@ func (s *service) follow(m *mounted) {
 	m.set.turn <- struct{}{}
 	s.shrink(m.set)
 	<-m.set.turn
+	s.release(m.set)
 }
 
 // trim removes snapshots that no mount shows. Those that are young may be of a mount that is being made.

@@ -6,6 +6,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"testing"
@@ -171,12 +172,16 @@ func TestHealthAndMetrics(t *testing.T) {
 			t.Errorf("%s: %d %s", path, code, text)
 		}
 	}
-	n.publish("a")
+	dir := n.publish("a")
 	n.publish("b")
+	// A mount that has failed a request has a metric more.
+	if _, err := os.Lstat(filepath.Join(dir, strings.Repeat("x", 300))); err == nil {
+		t.Error("a name that is too long is there")
+	}
 	_, text := get("/metrics")
 	for _, want := range []string{
 		`stepcache_node_mounts{dataset="argo/genomes"} 1`, `stepcache_node_pods{dataset="argo/genomes"} 2`, `stepcache_node_keeper_connected 1`,
-		`stepcache_node_cache_unassigned_bytes 6.7`, `stepcache_mount_lookups_total{`, `stepcache_client_`, `stepcache_node_call_seconds_count{code="OK",method="NodePublishVolume"} 2`,
+		`stepcache_node_cache_unassigned_bytes 6.7`, `stepcache_mount_lookups_total{`, `stepcache_mount_errors_total{`, `stepcache_client_`, `stepcache_node_call_seconds_count{code="OK",method="NodePublishVolume"} 2`,
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("metrics lack %s", want)
@@ -189,7 +194,7 @@ func TestHealthAndMetrics(t *testing.T) {
 	}
 	eventually(t, "the mount's metrics to go", func() bool {
 		_, text := get("/metrics")
-		return !strings.Contains(text, "stepcache_mount_") && !strings.Contains(text, "stepcache_client_")
+		return !strings.Contains(text, "stepcache_mount_") && !strings.Contains(text, "stepcache_client_") && !strings.Contains(text, `dataset="`)
 	})
 }
 

@@ -72,45 +72,70 @@ func (m *Server) Stats() Stats {
 	return s
 }
 
-// Describe makes a Server a prometheus.Collector. Several mounts can be registered if their datasets or paths
-// differ.
-func (m *Server) Describe(ch chan<- *prometheus.Desc) { prometheus.DescribeByCollect(m, ch) }
+// descs are of the metrics of a mount, named stepcache_mount_*.
+type descs struct {
+	lookups, readdirs, opens, opened, misses, reads, bytes, pushed, pushedBytes, changed, errors, passthrough, leased *prometheus.Desc
+}
 
-// Collect is Stats as metrics, named stepcache_mount_*.
-func (m *Server) Collect(ch chan<- prometheus.Metric) {
-	s := m.Stats()
+func (m *Server) descs() descs {
 	labels := prometheus.Labels{"dataset": m.fs.opt.Dataset, "dir": m.dir}
-	send := func(kind prometheus.ValueType, name, help string, v float64, more ...string) {
-		var names, values []string
-		for i := 0; i+1 < len(more); i += 2 {
-			names, values = append(names, more[i]), append(values, more[i+1])
-		}
-		d := prometheus.NewDesc("stepcache_mount_"+name, help, names, labels)
-		ch <- prometheus.MustNewConstMetric(d, kind, v, values...)
+	desc := func(name, help string, variable ...string) *prometheus.Desc {
+		return prometheus.NewDesc("stepcache_mount_"+name, help, variable, labels)
 	}
-	count := func(name, help string, v int64, more ...string) {
-		send(prometheus.CounterValue, name, help, float64(v), more...)
+	return descs{
+		lookups:     desc("lookups_total", "Names looked up."),
+		readdirs:    desc("readdirs_total", "Directory reads answered."),
+		opens:       desc("opens_total", "Files opened, by how they are read.", "way"),
+		opened:      desc("opened_bytes_total", "Sizes of the files opened, by how they are read.", "way"),
+		misses:      desc("lease_misses_total", "Opens for which nobody held the file whole."),
+		reads:       desc("reads_total", "Reads that this process answered."),
+		bytes:       desc("read_bytes_total", "Bytes that this process answered reads with."),
+		pushed:      desc("pushed_files_total", "Small files that the kernel was given before it asked for them."),
+		pushedBytes: desc("pushed_bytes_total", "Bytes of them."),
+		changed:     desc("source_changed_total", "Failures because the bucket's object is not the one of the snapshot any more."),
+		errors:      desc("errors_total", "Failed requests, by errno.", "errno"),
+		passthrough: desc("passthrough", "Whether files can be passed through."),
+		leased:      desc("leased_files", "Files passed through now, or kept ready for it."),
 	}
-	const opens, opened = "Files opened, by how they are read.", "Sizes of the files opened, by how they are read."
-	count("lookups_total", "Names looked up.", s.Lookups)
-	count("readdirs_total", "Directory reads answered.", s.Readdirs)
-	count("opens_total", opens, s.PassthroughOpens, "way", "passthrough")
-	count("opens_total", opens, s.Opens-s.PassthroughOpens, "way", "buffered")
-	count("opened_bytes_total", opened, s.PassthroughBytes, "way", "passthrough")
-	count("opened_bytes_total", opened, s.OpenedBytes-s.PassthroughBytes, "way", "buffered")
-	count("lease_misses_total", "Opens for which nobody held the file whole.", s.LeaseMisses)
-	count("reads_total", "Reads that this process answered.", s.Reads)
-	count("read_bytes_total", "Bytes that this process answered reads with.", s.Bytes)
-	count("pushed_files_total", "Small files that the kernel was given before it asked for them.", s.Pushed)
-	count("pushed_bytes_total", "Bytes of them.", s.PushedBytes)
-	count("source_changed_total", "Failures because the bucket's object is not the one of the snapshot any more.", s.Changed)
+}
+
+// Describe makes a Server a prometheus.Collector. Several mounts can be registered if their datasets or paths
+// differ. What it says is the same at any time, or the Server could not be unregistered.
+func (m *Server) Describe(ch chan<- *prometheus.Desc) {
+	d := m.descs()
+	for _, d := range []*prometheus.Desc{
+		d.lookups, d.readdirs, d.opens, d.opened, d.misses, d.reads, d.bytes, d.pushed, d.pushedBytes, d.changed, d.errors, d.passthrough, d.leased,
+	} {
+		ch <- d
+	}
+}
+
+// Collect is Stats as metrics.
+func (m *Server) Collect(ch chan<- prometheus.Metric) {
+	s, d := m.Stats(), m.descs()
+	count := func(d *prometheus.Desc, v int64, label ...string) {
+		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), label...)
+	}
+	gauge := func(d *prometheus.Desc, v float64) { ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v) }
+	count(d.lookups, s.Lookups)
+	count(d.readdirs, s.Readdirs)
+	count(d.opens, s.PassthroughOpens, "passthrough")
+	count(d.opens, s.Opens-s.PassthroughOpens, "buffered")
+	count(d.opened, s.PassthroughBytes, "passthrough")
+	count(d.opened, s.OpenedBytes-s.PassthroughBytes, "buffered")
+	count(d.misses, s.LeaseMisses)
+	count(d.reads, s.Reads)
+	count(d.bytes, s.Bytes)
+	count(d.pushed, s.Pushed)
+	count(d.pushedBytes, s.PushedBytes)
+	count(d.changed, s.Changed)
 	for name, n := range s.Errors {
-		count("errors_total", "Failed requests, by errno.", n, "errno", name)
+		count(d.errors, n, name)
 	}
 	var on float64
 	if s.Passthrough {
 		on = 1
 	}
-	send(prometheus.GaugeValue, "passthrough", "Whether files can be passed through.", on)
-	send(prometheus.GaugeValue, "leased_files", "Files passed through now, or kept ready for it.", float64(s.Leased))
+	gauge(d.passthrough, on)
+	gauge(d.leased, float64(s.Leased))
 }
