@@ -21,8 +21,8 @@
 // runs parks again at a keeper that was restarted. If this process and the keeper are gone at once, mounts are
 // dead: pods that have them get errors and must be restarted, which the log and an Event say; new pods get a
 // new mount. Two node services may run for a while (a DaemonSet's surge): the later one has the sockets, and
-// the earlier leaves everything to it, and sends the pods' own servers there, until nobody answers there for a few seconds (the update was undone); then
-// the earlier one makes the sockets anew and goes on.
+// the earlier leaves everything to it, and sends the pods' own servers there, until nobody answers there for a
+// few seconds (the update was undone); then the earlier one makes the sockets anew and goes on.
 //
 // # Other volumes
 //
