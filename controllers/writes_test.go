@@ -9,6 +9,7 @@ import (
 
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/utils/ptr"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 )
@@ -33,9 +34,16 @@ func TestNothingIsWrittenWhenNothingChanged(t *testing.T) {
 	w.waitReady(d)
 	w.copyOf(d, there)
 	w.load(d, "pinned", func(l *v1alpha1.DataLoad) { l.Spec.Pin, l.Spec.TTLSecondsAfterFinished = true, ptr.To[int32](3600) })
-	// What the load has changed is in the status once a pass asked the workers after it; that pass and the next
-	// may still write.
+	// What the load has changed is in the status once a pass asked the workers after it, and after they compared the
+	// file with its digest, which they do in their own time; that pass and the next may still write.
 	w.allCached(d)
+	w.eventually("the status counts what was compared", func() error {
+		w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+		if d.Status.Integrity.Verified != d.Status.Files {
+			return fmt.Errorf("status %s", asJSON(d.Status))
+		}
+		return nil
+	})
 	_, from := w.requests.since(0)
 	_, from = w.passesSince(d, from, 3)
 	w.clock.advance(2 * time.Minute) // copies are looked at again, and pins
