@@ -305,10 +305,11 @@ func TestRunThatIsPutOffLeavesNoPinsOfTheLastOne(t *testing.T) {
 	w.set(func(w *world) { w.pending = true })
 	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.Workers.Replicas = 2 })
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "Starting")
+	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker-1"}}
+	w.eventually("the second worker has a pod", func() error { return w.Get(t.Context(), client.ObjectKeyFromObject(pod), pod) })
 	w.later(l, "DatasetNotReady", "1 of 2 workers")
 	w.set(func(w *world) { w.pending = false })
-	pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: "genomes-worker-1"}}
-	w.must(client.IgnoreNotFound(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0))))
+	w.must(w.Delete(t.Context(), pod, client.GracePeriodSeconds(0)))
 	w.waitReady(d)
 	w.runs(l, last)
 	if got := w.pinned(); got < 2000 {
