@@ -91,6 +91,24 @@ next:
 	}
 }
 
+// placed puts what has copies under new keys until they are where the test wants them, which put says: on a slow machine
+// a worker may seem not to answer for a moment, and another holds a copy then.
+func (bt *backTier) placed(like string, order []int, put func(key string) bool) (key string) {
+	bt.t.Helper()
+	n := 0
+	eventually(bt.t, "the copies are where the test wants them", func() error {
+		bt.nothingHeld()
+		n++
+		key = bt.keyOrdered(fmt.Sprint(like, n), order...)
+		if put(key) {
+			return nil
+		}
+		bt.deleted(order[0], key)
+		return errors.New("another worker holds one")
+	})
+	return key
+}
+
 // tellAll has all workers follow the next membership.
 func (bt *backTier) tellAll() {
 	bt.t.Helper()
@@ -114,14 +132,16 @@ func TestBackAListingThroughAWorkerThatIsNotSettled(t *testing.T) {
 			l := bt.linked()
 			bt.start(4)
 			bt.writesBack()
-			bt.nothingHeld()
 			const former, owner, lister = 0, 1, 2
-			key := bt.keyOrdered("moves", former, owner, 3)
-			bt.throttle()
-			bt.mustPut(former, key, []byte("old"))
-			if len(bt.inJournal(former)) == 0 || len(bt.inJournal(owner)) == 0 {
-				t.Fatal("the copies are not where they should be")
-			}
+			key := bt.placed("moves", []int{former, owner, 3}, func(key string) bool {
+				bt.throttle()
+				bt.mustPut(former, key, []byte("old"))
+				if len(bt.inJournal(former)) == 0 || len(bt.inJournal(owner)) == 0 {
+					bt.accept()
+					return false
+				}
+				return true
+			})
 			l.set(true, lister, owner)
 			bt.workers[former].state = "gone"
 			bt.tellAll()
@@ -292,31 +312,42 @@ func TestBackMembersThatTellAtDifferentTimes(t *testing.T) {
 	bt.writesBack()
 	bt.nothingHeld()
 	const former, next, early, late = 0, 1, 2, 3
-	key := bt.keyOrdered("versions", former, next, early, late)
 	newer := bytes.Repeat([]byte("new"), 1000)
 	begun, goOn := make(chan struct{}), make(chan struct{})
 	release := sync.OnceFunc(func() { close(goOn) })
 	t.Cleanup(release)
 	var once sync.Once
-	bt.proxy.Set(func(r *http.Request) bucket.Fault {
-		switch {
-		case r.Method != http.MethodPut:
-		case r.ContentLength < int64(len(newer)):
-			return bucket.Fault{Status: 403, Code: "AccessDenied"} // which is not tried again for long
-		default:
-			once.Do(func() { close(begun) })
-			<-goOn
+	// The bucket does not take the newer one: it says so while the copies are put, and keeps it waiting after that.
+	newest := func(take func() bucket.Fault) {
+		bt.proxy.Set(func(r *http.Request) bucket.Fault {
+			switch {
+			case r.Method != http.MethodPut:
+			case r.ContentLength < int64(len(newer)):
+				return bucket.Fault{Status: 403, Code: "AccessDenied"} // which is not tried again for long
+			default:
+				return take()
+			}
+			return bucket.Fault{}
+		})
+	}
+	key := bt.placed("versions", []int{former, next, early, late}, func(key string) bool {
+		newest(func() bucket.Fault { return bucket.Fault{Status: 503, Code: "SlowDown"} })
+		l.set(true, former, next)
+		bt.mustPut(former, key, []byte("old"))
+		l.set(true, former, early)
+		bt.mustPut(former, key, newer)
+		l.set(false, former, next, early)
+		if len(bt.inJournal(next)) > 0 || len(bt.inJournal(early)) != 1 || len(bt.inJournal(late)) != 1 {
+			bt.proxy.Set(nil)
+			return false
 		}
+		return true
+	})
+	newest(func() bucket.Fault {
+		once.Do(func() { close(begun) })
+		<-goOn
 		return bucket.Fault{}
 	})
-	l.set(true, former, next)
-	bt.mustPut(former, key, []byte("old"))
-	l.set(true, former, early)
-	bt.mustPut(former, key, newer)
-	if len(bt.inJournal(next)) > 0 || len(bt.inJournal(early)) != 1 || len(bt.inJournal(late)) != 1 {
-		t.Fatal("the copies are not where they should be")
-	}
-	l.set(false, former, next, early)
 	eventually(t, "the former owner reaches it again", func() error {
 		bt.mustPut(former, bt.keyOrdered("probe", former, early), []byte("probe"))
 		if len(bt.inJournal(early)) < 2 {
