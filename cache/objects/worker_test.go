@@ -8,6 +8,7 @@ import (
 	"io"
 	"net"
 	"net/http"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -179,6 +180,22 @@ type later struct{ by time.Duration }
 func (l later) Now() time.Time                         { return time.Now().Add(l.by) }
 func (l later) After(d time.Duration) <-chan time.Time { return time.After(d) }
 
+// hourly is a clock that is ahead, and tells when somebody begins to wait for an hour.
+type hourly struct {
+	later
+	waits chan struct{} // holds one
+}
+
+func (h hourly) After(d time.Duration) <-chan time.Time {
+	if d >= time.Hour {
+		select {
+		case h.waits <- struct{}{}:
+		default:
+		}
+	}
+	return h.later.After(d)
+}
+
 // Uploads that nobody completes are given up where the dataset is alone with its bucket, and left alone
 // elsewhere and below other prefixes.
 func TestOldUploads(t *testing.T) {
@@ -191,19 +208,23 @@ func TestOldUploads(t *testing.T) {
 			}
 		}
 		tr.write.Exclusive = exclusive
-		tr.deps = func(_ int, d *worker.Deps) { d.Clock = later{objects.UploadAge + time.Hour} }
+		// It looks at them again after an hour once it has looked, and much sooner where it could not.
+		looked := make(chan struct{}, 1)
+		tr.deps = func(_ int, d *worker.Deps) { d.Clock = hourly{later{objects.UploadAge + time.Hour}, looked} }
 		tr.add()
 		tr.publish()
 		tr.run(0)
+		select {
+		case <-looked:
+		case <-time.After(patience):
+			t.Fatal("the uploads are not looked at")
+		}
+		want := []string{"artifacts/old", "elsewhere/old"}
 		if exclusive {
-			eventually(t, "the old upload is given up", func() error {
-				if u := tr.uploads(); len(u) != 1 || u[0] != "elsewhere/old" {
-					return fmt.Errorf("%q", u)
-				}
-				return nil
-			})
-		} else if u := tr.uploads(); len(u) != 2 {
-			t.Errorf("of a bucket that others write to, %q are left", u)
+			want = want[1:]
+		}
+		if u := tr.uploads(); !slices.Equal(u, want) {
+			t.Errorf("exclusive %v: left are %q", exclusive, u)
 		}
 	}
 }
