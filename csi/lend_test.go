@@ -280,7 +280,6 @@ func TestKilledServerOfALentMountIsSucceeded(t *testing.T) {
 	p.unpublish()
 }
 
-// A server that was killed while its pod ends has no successor: who waits for it is freed, and nothing is left.
 // A node service that goes as it is told of the first mount, and has it at the keeper by then: the server goes on, and
 // tells the next one.
 func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
@@ -289,33 +288,15 @@ func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
 	m.keep()
 	n := m.run(nil)
 	p := m.borrow(n.kubelet, "pod-1")
-	sock := filepath.Join(p.tier, "node.sock")
-	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: sock, Net: "unixpacket"})
-	if err == nil {
-		err = os.Chmod(sock, 0o666)
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	var cut atomic.Int32
-	go func() { // ends with the listener
-		for {
-			c, err := l.AcceptUnix()
-			if err != nil {
-				return
-			}
-			go passOn(c, p.sock(), func(request []byte) bool {
-				return bytes.Contains(request, []byte(`"op":"serve"`)) && cut.Add(1) == 1
-			})
-		}
-	}()
-	s := p.serveBy(sock)
+	var told atomic.Int32
+	s := p.serveBy(p.proxy(func(serve bool) (on, back bool) {
+		return true, !serve || told.Add(1) > 1
+	}))
 	eventually(t, "the server tells the next node service", func() bool {
 		if exited(s) {
 			t.Fatalf("the sidecar ended:\n%s", s.out)
 		}
-		return cut.Load() > 1
+		return told.Load() > 1
 	})
 	p.served(s)
 	p.check()
@@ -335,9 +316,61 @@ func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
 	p.unpublish()
 }
 
-// passOn hands each packet of a server to the node service, and back what it answers, until cut says of a request that
-// both are gone once the node service has answered.
-func passOn(c *net.UnixConn, to string, cut func(request []byte) bool) {
+// One that goes before it is told leaves a mount that nobody else has: the server is started again before anybody uses it.
+func TestServerOfAMountThatNobodyElseHasIsStartedAgain(t *testing.T) {
+	needMounts(t)
+	m := newMachine(t, newTier(t, someFiles()))
+	m.keep()
+	n := m.run(nil)
+	p := m.borrow(n.kubelet, "pod-1")
+	var told atomic.Int32
+	s := p.serveBy(p.proxy(func(serve bool) (on, back bool) {
+		if !serve || told.Add(1) > 1 {
+			return true, true
+		}
+		v := p.volume(n.s)
+		n.s.lender.mu.Lock()
+		defer n.s.lender.mu.Unlock()
+		v.forget()
+		return false, false
+	}))
+	eventually(t, "the sidecar's end", func() bool { return exited(s) })
+	if !strings.Contains(s.out.String(), "nobody has the connection") {
+		t.Errorf("it said:\n%s", s.out)
+	}
+	s = p.serve()
+	p.served(s)
+	p.check()
+	s.terminate(t)
+	p.unpublish()
+}
+
+// proxy is a socket at which the packets of a server are handed to the node service, and back what that answers, as fate
+// says of each request; otherwise the connection ends. serve: it tells of a mount that is served.
+func (p *borrowing) proxy(fate func(serve bool) (on, back bool)) (sock string) {
+	p.t.Helper()
+	sock = filepath.Join(p.tier, "node.sock")
+	l, err := net.ListenUnix("unixpacket", &net.UnixAddr{Name: sock, Net: "unixpacket"})
+	if err == nil {
+		err = os.Chmod(sock, 0o666)
+	}
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { l.Close() })
+	go func() { // ends with the listener
+		for {
+			c, err := l.AcceptUnix()
+			if err != nil {
+				return
+			}
+			go passOn(c, p.sock(), fate)
+		}
+	}()
+	return sock
+}
+
+func passOn(c *net.UnixConn, to string, fate func(serve bool) (on, back bool)) {
 	defer c.Close()
 	node, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: to, Net: "unixpacket"})
 	if err != nil {
@@ -345,32 +378,31 @@ func passOn(c *net.UnixConn, to string, cut func(request []byte) bool) {
 	}
 	defer node.Close()
 	b := make([]byte, 20<<10)
-	step := func(from, to *net.UnixConn) (packet []byte, err error) {
-		size, fds, err := packets.Receive(from, b, 8, io.ErrUnexpectedEOF, packets.CloseAll)
-		if err == nil && size == 0 {
-			err = io.EOF
+	for {
+		size, fds, err := packets.Receive(c, b, broker.MaxFiles, io.ErrUnexpectedEOF, packets.CloseAll)
+		if err != nil || size == 0 {
+			return
 		}
-		if err == nil && to != nil {
-			err = packets.Send(to, b[:size], fds)
+		on, back := fate(bytes.Contains(b[:size], []byte(`"op":"serve"`)))
+		if on {
+			err = packets.Send(node, b[:size], fds)
 		}
 		packets.CloseAll(fds)
-		return b[:size], err
-	}
-	for {
-		request, err := step(c, node)
-		if err != nil {
+		if err != nil || !on {
 			return
 		}
-		if cut(request) {
-			_, _ = step(node, nil)
-			return
+		size, fds, err = packets.Receive(node, b, broker.MaxFiles, io.ErrUnexpectedEOF, packets.CloseAll)
+		if err == nil && back {
+			err = packets.Send(c, b[:size], fds)
 		}
-		if _, err := step(node, c); err != nil {
+		packets.CloseAll(fds)
+		if err != nil || size == 0 || !back {
 			return
 		}
 	}
 }
 
+// A server that was killed while its pod ends has no successor: who waits for it is freed, and nothing is left.
 func TestKilledServerOfALentMountLeavesNothing(t *testing.T) {
 	needMounts(t)
 	k := newTier(t, someFiles())

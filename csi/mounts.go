@@ -35,8 +35,8 @@ const (
 // dataset is what this node has of one Dataset. Its fields are service.mu's but for the turn.
 type dataset struct {
 	namespace, name string
-	// proven is the key that the workers took last; whoever has it is let in while they do not answer. keys are what
-	// clients use, newest first.
+	// proven is a key that the workers took; whoever has it is let in while they do not answer. keys are what clients
+	// use, newest first.
 	proven wire.Key
 	keys   []wire.Key
 	// renewed says that the keeper's notes have older keys.
@@ -171,23 +171,28 @@ func (s *service) admit(ctx context.Context, v volume) (*dataset, catalog.Digest
 	}
 	// By a handshake of the volume's own, since a mount's connections may be of a key that was taken then. Each key by
 	// itself, to know which one it is that they take.
-	var refused error
+	var failed error
+	answered := false
 	for _, key := range v.keys {
 		c := s.clientConfig(v.namespace, v.dataset)
 		c.Keys = wire.Keys{Read: []wire.Key{key}}
+		if have != nil {
+			c.Membership = have.client.Members() // the seeds' name may lead to a node that is gone first
+		}
 		digest, err := mount.Current(ctx, c)
 		if err == nil {
 			return s.admitted(v, key), digest, nil
 		}
-		refused = err
+		failed = err
 		if !errors.Is(err, wire.ErrUnauthorized) {
 			break
 		}
+		answered = true
 	}
-	if have == nil || errors.Is(refused, wire.ErrUnauthorized) {
-		return nil, catalog.Digest{}, refused
+	if have == nil || answered { // nobody is let in because there was no time for the key that counts
+		return nil, catalog.Digest{}, failed
 	}
-	s.log.Warn("workers do not tell the current snapshot: the newest of this node is taken", "dataset", v.name(), "error", refused)
+	s.log.Warn("workers do not tell the current snapshot: the newest of this node is taken", "dataset", v.name(), "error", failed)
 	return s.admitted(v, proven), have.digest, nil
 }
 

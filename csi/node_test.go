@@ -268,6 +268,7 @@ func TestOnlyAKeyThatTheWorkersTakeOpensADataset(t *testing.T) {
 
 func TestBadVolumesAreRefusedWithAReason(t *testing.T) {
 	good := string(wire.FormatKeys(wire.GenerateKeys().Read))
+	many := strings.Repeat(good, maxKeys+1)
 	for _, c := range []struct {
 		want       string
 		attributes map[string]string
@@ -291,6 +292,7 @@ func TestBadVolumesAreRefusedWithAReason(t *testing.T) {
 		{"no read key; the PersistentVolume's nodePublishSecretRef must name the Secret n/d-reader", map[string]string{"namespace": "n", "dataset": "d"}, nil},
 		{`set nodePublishSecretRef of the volume to the Secret "d-reader"`, map[string]string{"dataset": "d", attributeEphemeral: "true", attributePodNamespace: "n"}, nil},
 		{"64 hex digits", map[string]string{"namespace": "n", "dataset": "d"}, map[string]string{"read": "abc"}},
+		{"has 9 keys", map[string]string{"namespace": "n", "dataset": "d"}, map[string]string{"read": many}},
 		{"whole number", map[string]string{"namespace": "n", "dataset": "d", "copies": "many"}, map[string]string{"read": good}},
 		{"whole number", map[string]string{"namespace": "n", "dataset": "d", "nodeMemory": "2Gi"}, map[string]string{"read": good}},
 	} {

@@ -75,7 +75,7 @@ func (m *machine) startKeeper() *process {
 	return p
 }
 
-// parked waits until the keeper has n mounts.
+// keeperSaid is what a keeper says of a mount.
 var keeperSaid = regexp.MustCompile(`msg=(parked|dropped) .*name=(\S+)`)
 
 // parked waits until a keeper has that many mounts. One may be parked again that is there.

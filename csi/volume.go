@@ -20,6 +20,9 @@ const (
 	attributePodUID       = "csi.storage.k8s.io/pod.uid"
 )
 
+// maxKeys bounds the keys of a volume, each of which is tried by itself. A rotation leaves two.
+const maxKeys = 8
+
 // volume is what the kubelet says of one.
 type volume struct {
 	kind   string // one of v1alpha1.Volume...
@@ -140,6 +143,9 @@ func (v *volume) parseDataset(attributes, secret map[string]string) error {
 	var err error
 	if v.keys, err = wire.ParseKeys([]byte(key)); err != nil {
 		return status.Errorf(codes.PermissionDenied, "dataset %s: value %q of the reader Secret: %v", v.name(), v1alpha1.KeyRead, err)
+	}
+	if len(v.keys) > maxKeys {
+		return status.Errorf(codes.PermissionDenied, "dataset %s: value %q of the reader Secret has %d keys: each is tried by itself, and a rotation leaves two", v.name(), v1alpha1.KeyRead, len(v.keys))
 	}
 	// What a user writes into an inline volume decides nothing for others: there only the Secret counts.
 	settings := map[string]string{}

@@ -80,7 +80,10 @@ func ServeLent(ctx context.Context, o LentOptions) error {
 		if conn, err = a.dial(ctx); err != nil {
 			return nil // ctx ended; with no node service there is nobody to tell
 		}
-		if err := a.announce(conn); err != nil {
+		if err := a.announce(conn); errors.Is(err, errLost) {
+			conn.Close()
+			return err
+		} else if err != nil {
 			o.Logger.Warn("the node service does not take the mounts again", "reason", err)
 			conn.Close()
 			pause(ctx, lentRetry)
@@ -115,6 +118,8 @@ type lentMount struct {
 	client  *mount.Tier
 	server  *mount.Server
 	refused sync.Once
+
+	used bool // a predecessor's, or a node service was told of it: somebody may have it open
 
 	mu   sync.Mutex
 	over []int32 // to be unregistered once there is a node service again
@@ -218,6 +223,7 @@ func (a *attendant) serve(ctx context.Context, conn *broker.Conn, v broker.Volum
 	if v.Served {
 		err := a.resume(ctx, conn, config, options, m)
 		if err == nil {
+			m.used = true
 			return m, nil
 		}
 		if ctx.Err() != nil {
@@ -277,6 +283,9 @@ func closeAll(files ...*os.File) {
 	}
 }
 
+// errLost: the next start has a mount with a successor, and files that are passed through.
+var errLost = errors.New("the node service went, and nobody has the connection of a mount that nobody has used yet")
+
 // announce tells a node service what is served, and does what has waited for one.
 func (a *attendant) announce(conn *broker.Conn) error {
 	for _, m := range a.served {
@@ -294,6 +303,10 @@ func (a *attendant) announce(conn *broker.Conn) error {
 		if err != nil {
 			return err
 		}
+		if !kept && !m.used {
+			return fmt.Errorf("dataset %s: %w", m.dataset, errLost)
+		}
+		m.used = true
 		if !kept {
 			a.o.Logger.Warn("the node service has lost this mount's connection: it ends with this process, and no more files are passed through", "dataset", m.dataset)
 		}

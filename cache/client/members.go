@@ -73,6 +73,12 @@ func newMembers(c *Client) (*members, error) {
 
 func (m *members) view() *view { return m.current.Load() }
 
+// Members are the workers that the client knows: none before one of its seeds has answered.
+func (c *Client) Members() ring.Membership { return c.members.view().Membership }
+
+// Members are those of Client.
+func (n *Names) Members() ring.Membership { return n.c.Members() }
+
 // wait returns a channel that is closed at the next change.
 func (m *members) wait() <-chan struct{} {
 	m.mu.Lock()

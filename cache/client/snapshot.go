@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -244,10 +245,7 @@ func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
 		if err := os.MkdirAll(c.config.SnapshotDir, 0o700); err != nil {
 			return nil, err
 		}
-		if err := c.disk(c.config.SnapshotDir, size); err != nil {
-			return nil, err
-		}
-		return os.CreateTemp(c.config.SnapshotDir, "new-*")
+		return c.onDisk(size)
 	}
 	if err := c.reserve(size); err != nil {
 		return nil, err
@@ -258,6 +256,32 @@ func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
 	}
 	return os.NewFile(uintptr(fd), "snapshot"), nil
 }
+
+// onDisk makes a file of the node's folder, with all of its room, so that whoever looks next finds that taken.
+func (c *Client) onDisk(size int64) (*os.File, error) {
+	looking.Lock()
+	defer looking.Unlock()
+	if err := c.disk(c.config.SnapshotDir, size); err != nil {
+		return nil, err
+	}
+	f, err := os.CreateTemp(c.config.SnapshotDir, "new-*")
+	if err != nil {
+		return nil, err
+	}
+	err = unix.EINTR
+	for errors.Is(err, unix.EINTR) {
+		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
+	}
+	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
+		f.Close()
+		os.Remove(f.Name())
+		return nil, &fs.PathError{Op: "allocate", Path: f.Name(), Err: err}
+	}
+	return f, nil
+}
+
+// looking is held from a look at the room of a disk until what goes there has it.
+var looking sync.Mutex
 
 // smallSnapshot is the size up to which a node's folder takes a snapshot however full its disk is.
 const smallSnapshot = 16 << 20

@@ -298,7 +298,7 @@ func TestASnapshotInMemoryFitsTheContainer(t *testing.T) {
 	}
 }
 
-// What a worker calls a snapshot fills no node's disk.
+// What workers call snapshots fills no node's disk, though it is sent at the same time.
 func TestASnapshotLeavesRoomOnTheDisk(t *testing.T) {
 	var disk unix.Statfs_t
 	dir := t.TempDir()

@@ -7,6 +7,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/ring"
 )
 
 // Tier is a connection with a dataset's workers for one mount: of a snapshot, or of the names where the dataset
@@ -64,6 +65,14 @@ func (t *Tier) Shows() catalog.Digest {
 		return t.client.Snapshot().Digest()
 	}
 	return Live
+}
+
+// Members are the workers that are known.
+func (t *Tier) Members() ring.Membership {
+	if t.names == nil {
+		return t.client.Members()
+	}
+	return t.names.Members()
 }
 
 // Client reads the snapshot; nil where the names are shown.
