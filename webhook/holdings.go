@@ -99,10 +99,13 @@ func (h *Holdings) Reconcile(ctx context.Context, r reconcile.Request) (reconcil
 		return reconcile.Result{}, err
 	}
 	known, _ := h.get(r.NamespacedName)
+	if d.Status.Snapshot == "" {
+		known = holding{} // one that takes puts has none, though an earlier version listed it
+	}
 	known.members = m
 	h.set(r.NamespacedName, &known)
 	same := d.Status.Snapshot == known.digest
-	if d.Status.Snapshot == "" || same && known.tooBig == 0 || len(m.Members) == 0 {
+	if same && known.tooBig == 0 || len(m.Members) == 0 {
 		return reconcile.Result{}, nil
 	}
 	defer h.pullEnds(r.NamespacedName)

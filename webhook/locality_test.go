@@ -232,6 +232,15 @@ func TestSnapshotsThatDoNotFitAreNotPulled(t *testing.T) {
 	if !h.admit(other, "digest", size/2) {
 		t.Error("room stays taken after a pull")
 	}
+
+	// An earlier version listed a Dataset that takes puts; its listing goes as the controller takes it from the status.
+	d.Status.Snapshot = ""
+	if r, err := h.Reconcile(t.Context(), reconcile.Request{NamespacedName: name}); err != nil || r.RequeueAfter > 0 {
+		t.Error(r, err)
+	}
+	if k, ok := h.get(name); !ok || k.snapshot != nil || k.digest != "" || len(k.members.Members) == 0 {
+		t.Errorf("of a Dataset without a snapshot: %+v", k)
+	}
 }
 
 func place(t *testing.T, w *world, h *Holdings, pod *corev1.Pod, needs ...*need) *patch {
