@@ -133,7 +133,13 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 	if running == nil {
 		o.Tier = folder.Dir
 	}
-	c, err := folder.Dial(ctx)
+	if names, err := t.names(ctx); err != nil {
+		return err
+	} else if names != nil {
+		names.Close()
+		return fmt.Errorf("bench: dataset %s takes puts (access: ReadWrite): it has no listing to take files from; measure a Dataset of the same bucket without it", folder.Dataset)
+	}
+	c, err := t.dial(ctx)
 	if err != nil {
 		return err
 	}

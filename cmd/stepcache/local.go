@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -242,7 +243,11 @@ func writeReports(out io.Writer, before, after []local.Report) {
 		if r.Mounted != "" && opened != "-" && hits != "100.0 %" {
 			hits, atLeast = "≥ "+hits, true
 		}
-		fmt.Fprintf(w, "%s\t%d\t%s\t%s\t%s\t%d\t%s\t%s\t%d\n", r.Dataset, s.Files, size(s.Bytes), size(s.Used),
+		files, bytes := "-", "-" // one that takes puts is not listed
+		if s.Snapshot != "" {
+			files, bytes = strconv.FormatInt(s.Files, 10), size(s.Bytes)
+		}
+		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\n", r.Dataset, files, bytes, size(s.Used),
 			size(s.SourceBytes), s.SourceRequests, opened, hits, s.Refetched)
 	}
 	w.Flush()

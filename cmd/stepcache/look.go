@@ -95,7 +95,11 @@ many objects were checked against a digest of the bucket's, and how many have no
 		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 3, ' ', 0)
 		fmt.Fprintln(w, "WORKER\tDATASET\tFILES\tIN MEMORY\tQUOTA\tPINNED\tFROM BUCKET\tSERVED\tVERIFIED\tUNVERIFIED\tPROBLEM")
 		for _, s := range all {
-			fmt.Fprintf(w, "%s\t%s\t%d\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%s\n", s.ID, s.Dataset, s.Files, size(s.Used), size(s.Quota),
+			files := "-" // not known yet, or never: a Dataset that takes puts is not listed
+			if s.Snapshot != "" {
+				files = strconv.FormatInt(s.Files, 10)
+			}
+			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%s\n", s.ID, s.Dataset, files, size(s.Used), size(s.Quota),
 				size(s.Pinned), size(s.SourceBytes), size(s.ServedBytes), s.Verified, s.Unverified, s.Problem)
 		}
 		for _, f := range folders {

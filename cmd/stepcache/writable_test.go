@@ -9,6 +9,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"sync"
 	"testing"
@@ -158,5 +159,11 @@ func seesWhatIsThere(t *testing.T, f *fixture, tier string, x []byte) {
 	}
 	if _, stderr, status = run(t, f.dir, "verify", "--tier", tier, "-f", f.manifests); status != 1 || !strings.Contains(stderr, "takes puts") {
 		t.Errorf("verify: %d %q", status, stderr)
+	}
+	if _, stderr, status = run(t, f.dir, "bench", "--tier", tier); status != 1 || !strings.Contains(stderr, "takes puts") {
+		t.Errorf("bench: %d %q", status, stderr)
+	}
+	if stdout, stderr, status = run(t, f.dir, "status", "--tier", tier); status != 0 || !regexp.MustCompile(`data-0 +\S+ +- `).MatchString(stdout) {
+		t.Errorf("status: %d %q %q", status, stdout, stderr)
 	}
 }
