@@ -94,7 +94,7 @@ type DatasetStatus struct {
 	// +kubebuilder:validation:MaxItems=16
 	Skipped []Skipped `json:"skipped,omitempty"`
 
-	// Cached is how many bytes the workers hold, divided by workers.copies, and at most Bytes. What they hold of former
+	// Cached is how many bytes the workers hold, divided by workers.copies, and, with access ReadOnly, at most Bytes. What they hold of former
 	// listings, and the further copies of a DataLoad, count too.
 	//
 	// +optional

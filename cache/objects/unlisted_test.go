@@ -102,7 +102,7 @@ func TestAWritableDatasetIsNotListed(t *testing.T) {
 	tr.workers[0].m.State = ring.Leaving
 	tr.publish()
 	eventually(t, "it may go", func() error {
-		if h := tr.workers[0].inside.Status().HandOver; h == nil || !h.Done {
+		if h := tr.workers[0].inside.Status().HandOver; h == nil || !h.Done || h.Handed != 0 || h.Dropped != h.Total || h.Total == 0 {
 			return fmt.Errorf("%+v", h)
 		}
 		return nil
@@ -122,9 +122,12 @@ func TestABucketThatRefusesAWritableDatasetIsTold(t *testing.T) {
 			tr.run(0)
 			eventually(t, "it is ready", func() error { return tr.isReady(0) })
 			want := map[string]wire.Status{"AccessDenied": wire.Denied, "NoSuchBucket": wire.NoBucket, "": wire.Unavailable}[fault.Code]
-			if s := tr.workers[0].inside.Status(); s.Reason != want.String() || !s.Serves {
-				t.Errorf("it says %q (%s), and that it serves: %v", s.Reason, s.Problem, s.Serves)
-			}
+			eventually(t, "it is told", func() error {
+				if s := tr.workers[0].inside.Status(); s.Reason != want.String() || !s.Serves {
+					return fmt.Errorf("it says %q (%s), and that it serves: %v", s.Reason, s.Problem, s.Serves)
+				}
+				return nil
+			})
 			f.Set(func(*http.Request) bucket.Fault { return bucket.Fault{} })
 			eventually(t, "it is over", func() error {
 				if s := tr.workers[0].inside.Status(); s.Reason != "" {

@@ -128,6 +128,11 @@ func (w *Worker) handOver(ctx context.Context, v *view) {
 		})
 	}
 	g.Wait()
+	if rest := w.store.Stats().Bytes - total.Load(); w.gateway != nil && rest > 0 {
+		// What is in no snapshot is known by its version only, not by a name that a new owner could ask the bucket for.
+		total.Add(rest)
+		dropped.Add(rest)
+	}
 	if ctx.Err() == nil {
 		tell(true)
 		w.log.Info("handed over", "epoch", v.Epoch, "total", total.Load(), "handed", handed.Load(), "dropped", dropped.Load())

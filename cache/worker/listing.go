@@ -11,6 +11,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"sync"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -55,8 +56,9 @@ func (w *Worker) keepSnapshot(ctx context.Context) error {
 	}
 	w.loadSnapshots(src)
 	if w.gateway != nil {
-		w.meetBuckets(ctx, src)
-		w.problems.set(problemSnapshot, nil)
+		var meeting sync.WaitGroup
+		meeting.Go(func() { w.meetBuckets(ctx, src) })
+		defer meeting.Wait()
 	}
 
 	k := &snapshotKeeper{w: w, src: src, wait: newBackoff(), tried: make(map[wire.Digest]time.Time)}

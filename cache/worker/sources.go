@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"sync/atomic"
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
@@ -301,13 +302,22 @@ func (s *sources) namesDoubt(i int) doubt {
 // meetBuckets asks the buckets of a writable dataset once, so that one that refuses its names, or is away, is told
 // before somebody asks for one. Who asks is served all the same: workers may hold what is wanted, or take it.
 func (w *Worker) meetBuckets(ctx context.Context, src *sources) {
-	ctx = source.NotifyTries(ctx, func(err error) { w.problems.set(problemSnapshot, err) }) // it may take a while
+	defer w.problems.set(problemSnapshot, nil)
+	var told atomic.Bool
+	ctx = source.NotifyTries(ctx, func(err error) { // more of them may take a while
+		told.Store(true)
+		w.tellBucket(err)
+		w.problems.set(problemSnapshot, nil)
+	})
 	for i := range src.sources {
 		d := src.namesDoubt(i)
 		if err := d.ask(ctx); err != nil {
 			w.tellBucket(err)
 			w.noteBucket(d, source.ErrUnavailable)
 			return // one at a time
+		}
+		if told.Swap(false) && w.doubted.Load() == nil {
+			w.tellBucket(nil)
 		}
 	}
 }

@@ -92,3 +92,17 @@ func TestWhatIsCachedGoesWithTheWorkers(t *testing.T) {
 		}
 	}
 }
+
+func TestWhyAWorkerDroppedWhatItHeldIsTold(t *testing.T) {
+	p := &pass{dataset: &v1alpha1.Dataset{}}
+	if why := p.why(0); why != "" {
+		t.Errorf("of nothing: %q", why)
+	}
+	if why := p.why(1); !strings.Contains(why, "have no room") {
+		t.Errorf("of a read-only Dataset: %q", why)
+	}
+	p.dataset.Spec.Access = v1alpha1.ReadWrite
+	if why := p.why(1); !strings.Contains(why, "hand nothing over") {
+		t.Errorf("of one that takes puts: %q", why)
+	}
+}

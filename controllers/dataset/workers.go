@@ -209,15 +209,19 @@ func (p *pass) handedOver(replicas int32) bool {
 			dropped += h.Dropped
 		}
 	}
-	p.note("ScaledIn", "ScaleIn", "to %d workers: %s handed over, %s dropped%s", replicas, humanize.IBytes(uint64(handed)), humanize.IBytes(uint64(dropped)), why(dropped))
+	p.note("ScaledIn", "ScaleIn", "to %d workers: %s handed over, %s dropped%s", replicas, humanize.IBytes(uint64(handed)), humanize.IBytes(uint64(dropped)), p.why(dropped))
 	return true
 }
 
-func why(dropped int64) string {
-	if dropped == 0 {
+func (p *pass) why(dropped int64) string {
+	because := "the other workers have no room"
+	switch {
+	case dropped == 0:
 		return ""
+	case writable(p.dataset):
+		because = "workers of a Dataset that takes puts hand nothing over"
 	}
-	return " since the other workers have no room; they read it from the bucket again when it is asked for"
+	return " since " + because + "; they read it from the bucket again when it is asked for"
 }
 
 // mayGo says whether a leaving member has handed over what it can, or cannot.
@@ -265,7 +269,7 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 		}
 		lost := ""
 		if h := p.status[pod.Name].HandOver; h != nil && h.Dropped > 0 {
-			lost = fmt.Sprintf("; %s dropped%s", humanize.IBytes(uint64(h.Dropped)), why(h.Dropped))
+			lost = fmt.Sprintf("; %s dropped%s", humanize.IBytes(uint64(h.Dropped)), p.why(h.Dropped))
 		}
 		p.note("WorkerUpdated", "Rollout", "worker %s is restarted with a new configuration%s", pod.Name, lost)
 		p.again = r.Poll / 5
