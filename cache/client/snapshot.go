@@ -10,7 +10,6 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
-	"sync"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -259,8 +258,8 @@ func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
 
 // onDisk makes a file of the node's folder, with all of its room, so that whoever looks next finds that taken.
 func (c *Client) onDisk(size int64) (*os.File, error) {
-	looking.Lock()
-	defer looking.Unlock()
+	looking <- struct{}{}
+	defer func() { <-looking }()
 	if err := c.disk(c.config.SnapshotDir, size); err != nil {
 		return nil, err
 	}
@@ -281,7 +280,7 @@ func (c *Client) onDisk(size int64) (*os.File, error) {
 }
 
 // looking is held from a look at the room of a disk until what goes there has it.
-var looking sync.Mutex
+var looking = make(chan struct{}, 1)
 
 // smallSnapshot is the size up to which a node's folder takes a snapshot however full its disk is.
 const smallSnapshot = 16 << 20
