@@ -456,6 +456,8 @@ func TestWhatIsNotSupportedIsRefused(t *testing.T) {
 		refuse{"POST of an object", call{method: "POST", path: object}, 405, "MethodNotAllowed"},
 		refuse{"a version", call{method: "GET", path: object, query: url.Values{"versionId": {"7"}}}, 404, "NoSuchVersion"},
 		refuse{"deletion of a version", call{method: "DELETE", path: object, query: url.Values{"versionId": {"7"}}}, 404, "NoSuchVersion"},
+		refuse{"an empty version", call{method: "GET", path: object, query: url.Values{"versionId": {""}}}, 400, "InvalidArgument"},
+		refuse{"deletion of an empty version", call{method: "DELETE", path: object, query: url.Values{"versionId": {""}}}, 400, "InvalidArgument"},
 		refuse{"deletion on a condition", call{method: "DELETE", path: object, header: h("if-match", "x")}, 501, "NotImplemented"},
 		refuse{"deletion on a size", call{method: "DELETE", path: object, header: h("x-amz-if-match-size", "0")}, 501, "NotImplemented"},
 		refuse{"deletion on a time", call{method: "DELETE", path: object, header: h("x-amz-if-match-last-modified-time", "Mon, 01 Jan 2024 00:00:00 GMT")}, 501, "NotImplemented"},

@@ -25,8 +25,10 @@ func (q *request) origin() (bucket, key string, objects Objects, err error) {
 	if !ok || bucket == "" || key == "" {
 		return "", "", nil, badArgument("Copy Source must mention the source bucket and key: sourcebucket/sourcekey.")
 	}
-	if versioned && version != "null" {
-		return "", "", nil, failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist. Datasets keep one version of an object.")
+	if versioned {
+		if err := current(version); err != nil {
+			return "", "", nil, err
+		}
 	}
 	if objects, ok = q.Buckets[bucket]; !ok {
 		return "", "", nil, failure(http.StatusNotFound, "NoSuchBucket", "The bucket of the copy's source does not exist.")

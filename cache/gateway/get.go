@@ -20,13 +20,27 @@ var kept = []struct{ header, override string }{
 
 const defaultContentType = "binary/octet-stream"
 
+// current is nil for the name of the one version that there is. Whoever has kept none asks with an empty one, as of what
+// an answer did not tell: that names no version, and what it is to delete stays (as at S3).
+func current(version string) error {
+	switch version {
+	case "null":
+		return nil
+	case "":
+		return badArgument("Version id cannot be the empty string")
+	}
+	return failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist. Datasets keep one version of an object.")
+}
+
 // get answers GET and HEAD of an object.
 func (q *request) get() error {
 	if err := q.ignore(); err != nil {
 		return err
 	}
-	if v := q.query.get("versionId"); v != "" && v != "null" {
-		return failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist. Datasets keep one version of an object.")
+	if q.query.has("versionId") {
+		if err := current(q.query.get("versionId")); err != nil {
+			return err
+		}
 	}
 	if q.r.Method == http.MethodHead {
 		info, err := q.objects.Stat(q.r.Context(), q.key)

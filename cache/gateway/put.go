@@ -121,8 +121,10 @@ func (q *request) delete() error {
 	if err := q.ignore(); err != nil {
 		return err
 	}
-	if v := q.query.get("versionId"); v != "" && v != "null" {
-		return failure(http.StatusNotFound, "NoSuchVersion", "The specified version does not exist. Datasets keep one version of an object.")
+	if q.query.has("versionId") {
+		if err := current(q.query.get("versionId")); err != nil {
+			return err
+		}
 	}
 	if err := q.unconditional(); err != nil {
 		return err

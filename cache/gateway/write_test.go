@@ -178,7 +178,7 @@ func TestCopies(t *testing.T) {
 			t.Errorf("%s %s: %s", c.name, c.value, a)
 		}
 	}
-	for from, code := range map[string]string{"/results/none": "NoSuchKey", "/unknown/a": "NoSuchBucket", object + "?versionId=7": "NoSuchVersion", "/frozen/a/b": ""} {
+	for from, code := range map[string]string{"/results/none": "NoSuchKey", "/unknown/a": "NoSuchBucket", object + "?versionId=7": "NoSuchVersion", object + "?versionId=": "InvalidArgument", "/frozen/a/b": ""} {
 		if a := copied("/other/x", from); a.code != code {
 			t.Errorf("from %s: %s", from, a)
 		}
