@@ -25,8 +25,7 @@ const (
 	// maxWrite is the size of the largest request; for reads it is max_read that counts, and go-fuse wants them
 	// equal. It is what a kernel takes without further settings.
 	maxWrite = 1 << 20
-	// maxBackground bounds the requests of read-ahead and of direct reads that are under way, in the kernel: here each has
-	// a buffer of its size already before anything could make it wait.
+	// maxBackground bounds the requests of read-ahead that are under way.
 	maxBackground = 64
 	// readAhead is how far the kernel reads ahead of a sequential reader.
 	readAhead = 1 << 20
@@ -254,7 +253,6 @@ func (f *fileSystem) serverOptions(maxWrite int) *fuse.MountOptions {
 		MaxBackground:            maxBackground,
 		DisableSplice:            true,
 		ExplicitDataCacheControl: true,
-		ExtraCapabilities:        fuse.CAP_ASYNC_DIO, // maxBackground is for direct reads too
 		Logger:                   slog.NewLogLogger(f.log.Handler(), slog.LevelInfo),
 		PanicHandler: func(v any) fuse.Status {
 			f.log.Error("bug: a request of the file system panicked", "panic", v, "stack", stack())

@@ -45,11 +45,7 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 			return &peeked{pieces, len(buf), release}, fuse.OK
 		}
 	}
-	bound := f.requestContext
-	if in.Flags&unix.O_DIRECT != 0 {
-		bound = f.directContext
-	}
-	ctx, stop := bound(cancel, in.Pid)
+	ctx, stop := f.requestContext(cancel, in.Pid)
 	defer stop()
 	k, err := f.reader.ReadAt(ctx, i, buf, off)
 	if k < len(buf) {
@@ -105,35 +101,23 @@ const (
 // them. So a request goes on for a while, in which nearly all of them finish. Only for a sender that is being
 // killed, and waits for nothing but this answer, it ends at once.
 func (f *fileSystem) requestContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
-	return f.boundContext(cancel, pid, nil, f.opt.grace, f.opt.blindGrace)
+	return f.boundContext(cancel, pid, f.opt.grace)
 }
 
 // patientContext is requestContext of a question for names: no signal ends it but one that kills its sender, whenever
 // that comes. A shell gets a signal whenever a child of it ends, and hardly any program asks again for a name or the
 // rest of a folder that it was told EINTR for.
 func (f *fileSystem) patientContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
-	return f.boundContext(cancel, pid, nil, f.opt.ReadTimeout, f.opt.blindGrace)
+	return f.boundContext(cancel, pid, f.opt.ReadTimeout)
 }
 
-// directContext is requestContext of a direct read. The kernel has it in the background and says no interrupt for it, while
-// its sender waits for the answer and heeds no signal. So one that is being killed is looked for, and one that cannot be
-// seen waits for ReadTimeout at most.
-func (f *fileSystem) directContext(cancel <-chan struct{}, pid uint32) (context.Context, func()) {
-	look := time.NewTimer(f.opt.grace)
-	ctx, stop := f.boundContext(cancel, pid, look.C, f.opt.ReadTimeout, f.opt.ReadTimeout)
-	return ctx, func() {
-		look.Stop()
-		stop()
-	}
-}
-
-// boundContext ends after the mount's ReadTimeout, with the connection, or after an interrupt, or look: once the sender is
-// being killed, or has had so much time, seen or not.
+// boundContext ends after the mount's ReadTimeout, with the connection, or after an interrupt: once the sender is being
+// killed, or has had so much time.
 //
 // Nobody knows whether a sender that cannot be seen was killed, and a server in a pod sees none: the others have PID
 // namespaces of their own. So it has blindGrace, in which nearly all is answered. One that was killed waits that long
 // at most, which is less than the time that a pod has to end; one that was not would get an error for a timer.
-func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, look <-chan time.Time, grace, blind time.Duration) (context.Context, func()) {
+func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, grace time.Duration) (context.Context, func()) {
 	ctx, done := context.WithTimeoutCause(f.ctx, f.opt.ReadTimeout, errTimeout)
 	ctx, fail := context.WithCancelCause(ctx)
 	ended := make(chan struct{})
@@ -143,13 +127,12 @@ func (f *fileSystem) boundContext(cancel <-chan struct{}, pid uint32, look <-cha
 		case <-ctx.Done():
 			return
 		case <-cancel:
-		case <-look:
 		}
 		for since := time.Now(); ; { // the kernel tells of the first signal only
 			dies, seen := fate(pid)
 			most := grace
 			if !seen {
-				most = blind
+				most = f.opt.blindGrace
 			}
 			if dies || time.Since(since) >= most || over(f.conn) { // whose end interrupts all that is under way
 				break

@@ -14,7 +14,6 @@ import (
 	"path/filepath"
 	"strings"
 	"sync"
-	"sync/atomic"
 	"testing"
 	"time"
 
@@ -170,12 +169,11 @@ func kill(t *testing.T, m *Server, c *exec.Cmd, what string) {
 	}
 }
 
-// Reads through the page cache wait for the page, and direct ones for us, which no signal ends.
 func TestSignalDoesNotFailARead(t *testing.T) {
 	all := files{"f": content("f", 10)}
 	s := snapshotOf(t, all)
 	r := newMemory(s, all)
-	asked, goon, looks := make(chan struct{}, 100), make(chan struct{}), make(chan struct{}, 3)
+	asked, goon := make(chan struct{}, 100), make(chan struct{})
 	r.hook(func(ctx context.Context, _ string, _ int64) error {
 		asked <- struct{}{}
 		select {
@@ -185,36 +183,33 @@ func TestSignalDoesNotFailARead(t *testing.T) {
 			return context.Cause(ctx)
 		}
 	})
-	m := mounted(t, s, r, Options{grace: time.Millisecond, goesOn: func() {
-		select {
-		case looks <- struct{}{}:
-		default:
+	patient := mounted(t, s, r, Options{grace: time.Hour})
+	hasty := mounted(t, s, r, Options{grace: time.Millisecond})
+	// Reads through the page cache wait for the page, which no signal ends. Direct ones wait for us.
+	for _, c := range []struct {
+		slow bool
+		want string
+	}{{false, "1 \n"}, {true, "-1 EINTR\n"}} {
+		m := patient
+		if c.slow {
+			m = hasty
 		}
-	}})
-	cmd := command(t, "read", order{Path: filepath.Join(m.Dir(), "f"), Flags: unix.O_DIRECT})
-	var out bytes.Buffer
-	cmd.Stdout = &out
-	if err := cmd.Start(); err != nil {
-		t.Fatal(err)
-	}
-	<-asked
-	// Every thread gets the signal, so that the one that waits does.
-	signalAll(cmd.Process.Pid)
-	for len(looks) > 0 {
-		<-looks
-	}
-	go func() {
-		for range cap(looks) { // it has had the grace, twice
-			select {
-			case <-looks:
-			case <-t.Context().Done():
-				return
-			}
+		cmd := command(t, "read", order{Path: filepath.Join(m.Dir(), "f"), Flags: unix.O_DIRECT})
+		var out bytes.Buffer
+		cmd.Stdout = &out
+		if err := cmd.Start(); err != nil {
+			t.Fatal(err)
 		}
-		close(goon)
-	}()
-	if err := cmd.Wait(); err != nil || out.String() != "1 \n" {
-		t.Errorf("%q, want a byte: %v", out.String(), err)
+		<-asked
+		// Every thread gets the signal, so that the one that waits does. Then the read ends soon; or later
+		// than the grace, and the program gets to decide.
+		signalAll(cmd.Process.Pid)
+		if !c.slow {
+			time.AfterFunc(10*time.Millisecond, func() { goon <- struct{}{} })
+		}
+		if err := cmd.Wait(); err != nil || out.String() != c.want {
+			t.Errorf("slow %v: %q, want %q: %v", c.slow, out.String(), c.want, err)
+		}
 	}
 }
 
@@ -247,7 +242,7 @@ func TestSignalDoesNotFailAReadOfWhoCannotBeSeen(t *testing.T) {
 		}
 	}
 	expect("mounted")
-	// A page fault would be told SIGBUS, which Go's own signals did to those that wait.
+	// A direct read would be told EINTR, and a page fault SIGBUS, which Go's own signals did to those that wait.
 	for what, want := range map[string]string{"read": "1 \n", "fault": fmt.Sprintf("%x\n", content("f", 10)[0])} {
 		cmd, out := command(t, what, order{Path: filepath.Join(dir, "f"), Flags: unix.O_DIRECT}), new(bytes.Buffer)
 		cmd.Stdout = out
@@ -591,49 +586,4 @@ func checkQuiet(t *testing.T, m *Server) {
 		m.fs.table.unlock()
 		return open == 0
 	})
-}
-
-// Each read that is under way takes memory, however many ask at once, and names are looked up meanwhile.
-func TestACrowdOfDirectReadersIsBounded(t *testing.T) {
-	const readers = 4 * maxBackground
-	all := files{"f": content("f", readers*4096)}
-	s := snapshotOf(t, all)
-	r := newMemory(s, all)
-	goOn := make(chan struct{})
-	var now, most atomic.Int64
-	r.hook(func(context.Context, string, int64) error {
-		n := now.Add(1)
-		defer now.Add(-1)
-		for k := most.Load(); n > k && !most.CompareAndSwap(k, n); k = most.Load() {
-		}
-		<-goOn
-		return nil
-	})
-	m := mounted(t, s, r, Options{Mode: NoOpen})
-	fd, err := unix.Open(filepath.Join(m.Dir(), "f"), unix.O_RDONLY|unix.O_DIRECT|unix.O_CLOEXEC, 0)
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer unix.Close(fd)
-	var wg sync.WaitGroup
-	var begun atomic.Int64
-	for k := range readers {
-		wg.Go(func() {
-			buf := make([]byte, 4096)
-			off := int64(k) * 4096
-			begun.Add(1)
-			if n, err := unix.Pread(fd, buf, off); err != nil || !bytes.Equal(buf[:n], all["f"][off:][:4096]) {
-				t.Errorf("%d bytes from %d: %v", n, off, err)
-			}
-		})
-	}
-	eventually(t, "all ask", func() bool { return begun.Load() == readers && now.Load() >= maxBackground })
-	if _, err := os.Stat(filepath.Join(m.Dir(), "absent")); !errors.Is(err, os.ErrNotExist) {
-		t.Error(err)
-	}
-	close(goOn)
-	wg.Wait()
-	if most.Load() != maxBackground {
-		t.Errorf("%d reads were under way at once", most.Load())
-	}
 }
