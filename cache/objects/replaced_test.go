@@ -10,7 +10,6 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
-	"time"
 
 	"github.com/minio/minio-go/v7"
 
@@ -188,7 +187,7 @@ func TestAVersionThatIsReplacedIsReadToItsEndAndThenDropped(t *testing.T) {
 	})
 }
 
-// A load fetches the version that is replaced, from a bucket that sends no more of it: nobody waits for that.
+// A reader has the version fetched that is replaced, from a bucket that sends no more of it: nobody else waits for that.
 func TestAVersionThatIsReplacedWhileItIsFetchedKeepsNobodyWaiting(t *testing.T) {
 	proxy := bucket.Faults(t, theServer(t))
 	tr := newTier(t, proxy.Endpoint())
@@ -211,25 +210,14 @@ func TestAVersionThatIsReplacedWhileItIsFetchedKeepsNobodyWaiting(t *testing.T) 
 	if _, err := tr.client(0).StatObject(t.Context(), "data", key, minio.StatObjectOptions{}); err != nil {
 		t.Fatal(err)
 	}
-	keys, err := wire.LoadKeys(tr.path("keys"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	req, err := http.NewRequest("POST", "http://"+tr.workers[0].m.Control+wire.PathLoads, strings.NewReader(`{"id":"l"}`))
-	if err == nil {
-		err = wire.SignRequest(req, keys.Control[0], tr.workers[0].m.ID, time.Now())
-	}
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp, err := http.DefaultClient.Do(req)
-	if err != nil {
-		t.Fatal(err)
-	}
-	resp.Body.Close()
-	if resp.StatusCode >= 300 {
-		t.Fatalf("the load: status %d", resp.StatusCode)
-	}
+	read := make(chan error, 1)
+	go func() {
+		p, _, err := tr.get(0, key)
+		if err == nil && string(p) != "new" {
+			err = fmt.Errorf("%d bytes", len(p))
+		}
+		read <- err
+	}()
 	eventually(t, "the fill has begun and stops", func() error {
 		if stalled.Load() == 0 {
 			return errors.New("not yet")
@@ -243,5 +231,9 @@ func TestAVersionThatIsReplacedWhileItIsFetchedKeepsNobodyWaiting(t *testing.T) 
 	// By the fourth request that gets no answer the fill has failed.
 	if n := stalled.Load(); n > 3 {
 		t.Errorf("the bucket was asked %d times until the fill was waited for no more", n)
+	}
+	proxy.Set(func(*http.Request) bucket.Fault { return bucket.Fault{} })
+	if err := <-read; err != nil {
+		t.Errorf("who had asked for the version that was replaced got no other: %v", err)
 	}
 }
