@@ -259,7 +259,7 @@ func TestKilledServerOfALentMountIsSucceeded(t *testing.T) {
 		answers <- err
 	}()
 	d := deviceAt(t, p.data)
-	eventually(t, "a read waits", func() bool { return waiting(t, d) > 0 })
+	k.gate.awaits(t, d)
 	s.kill()
 	k.gate.release()
 	s = p.serve()
@@ -424,7 +424,7 @@ func TestKilledServerOfALentMountLeavesNothing(t *testing.T) {
 		answers <- err
 	}()
 	d := deviceAt(t, p.data)
-	eventually(t, "a read waits", func() bool { return waiting(t, d) > 0 })
+	k.gate.awaits(t, d)
 	s.kill()
 	k.gate.release()
 	p.unpublish()

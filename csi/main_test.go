@@ -14,6 +14,7 @@ import (
 	"os/signal"
 	"path/filepath"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -279,8 +280,18 @@ type gate struct {
 	listener net.Listener
 	to       string
 
+	asked counter // bytes that the worker was sent
+
 	mu   sync.Mutex
 	open chan struct{} // closed while open
+}
+
+// counter counts what is written to it.
+type counter struct{ atomic.Int64 }
+
+func (c *counter) Write(p []byte) (int, error) {
+	c.Add(int64(len(p)))
+	return len(p), nil
 }
 
 func newGate(t *testing.T, to string) *gate {
@@ -316,7 +327,7 @@ func (g *gate) serve(ctx context.Context, c net.Conn) {
 	}
 	defer w.Close()
 	defer context.AfterFunc(ctx, func() { c.Close(); w.Close() })()
-	go func() { _, _ = io.Copy(w, c); w.Close() }()
+	go func() { _, _ = io.Copy(io.MultiWriter(w, &g.asked), c); w.Close() }()
 	b := make([]byte, 64<<10)
 	for {
 		n, err := w.Read(b)
@@ -342,6 +353,14 @@ func (g *gate) hold() {
 	g.mu.Lock()
 	g.open = make(chan struct{})
 	g.mu.Unlock()
+	g.asked.Store(0)
+}
+
+// awaits waits until a read of the mount with that device waits for the worker, which is held back: then its server has the
+// request whole, and the kernel does not fail it as the server is killed.
+func (g *gate) awaits(t *testing.T, d device) {
+	t.Helper()
+	eventually(t, "a read waits", func() bool { return g.asked.Load() > 0 && waiting(t, d) > 0 })
 }
 
 func (g *gate) release() {

@@ -178,7 +178,7 @@ func TestPodsDoNotNoticeThatTheNodeServiceIsKilled(t *testing.T) {
 			err := whole(f, name)
 			result <- errors.Join(err, f.Close())
 		}()
-		eventually(t, "a read in flight", func() bool { return waiting(t, d) > 0 })
+		k.gate.awaits(t, d)
 		return result
 	}
 	check := func(when string, result chan error) {
@@ -489,7 +489,7 @@ func TestReadersOfAMountThatCannotBeResumedCanBeKilled(t *testing.T) {
 		abort(d.minor)
 		<-over
 	})
-	eventually(t, "a read in flight", func() bool { return waiting(t, d) > 0 })
+	k.gate.awaits(t, d)
 	first.kill()
 	// The workers do not answer the next one, which has no snapshot either.
 	if err := os.RemoveAll(filepath.Join(m.config().withDefaults().Dir, "snapshots")); err != nil {
