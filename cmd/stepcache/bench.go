@@ -133,13 +133,7 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 	if running == nil {
 		o.Tier = folder.Dir
 	}
-	if names, err := t.names(ctx); err != nil {
-		return err
-	} else if names != nil {
-		names.Close()
-		return fmt.Errorf("bench: dataset %s takes puts (access: ReadWrite): it has no listing to take files from; measure a Dataset of the same bucket without it", folder.Dataset)
-	}
-	c, err := t.dial(ctx)
+	c, err := t.dialListed(ctx, "to take files from; measure a Dataset of the same bucket without it")
 	if err != nil {
 		return err
 	}

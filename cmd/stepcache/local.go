@@ -9,7 +9,6 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
-	"strconv"
 	"strings"
 	"syscall"
 	"text/tabwriter"
@@ -243,10 +242,7 @@ func writeReports(out io.Writer, before, after []local.Report) {
 		if r.Mounted != "" && opened != "-" && hits != "100.0 %" {
 			hits, atLeast = "≥ "+hits, true
 		}
-		files, bytes := "-", "-" // one that takes puts is not listed
-		if s.Snapshot != "" {
-			files, bytes = strconv.FormatInt(s.Files, 10), size(s.Bytes)
-		}
+		files, bytes := listed(s)
 		fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%d\t%s\t%s\t%d\n", r.Dataset, files, bytes, size(s.Used),
 			size(s.SourceBytes), s.SourceRequests, opened, hits, s.Refetched)
 	}

@@ -95,10 +95,7 @@ many objects were checked against a digest of the bucket's, and how many have no
 		w := tabwriter.NewWriter(cmd.OutOrStdout(), 0, 8, 3, ' ', 0)
 		fmt.Fprintln(w, "WORKER\tDATASET\tFILES\tIN MEMORY\tQUOTA\tPINNED\tFROM BUCKET\tSERVED\tVERIFIED\tUNVERIFIED\tPROBLEM")
 		for _, s := range all {
-			files := "-" // not known yet, or never: a Dataset that takes puts is not listed
-			if s.Snapshot != "" {
-				files = strconv.FormatInt(s.Files, 10)
-			}
+			files, _ := listed(s)
 			fmt.Fprintf(w, "%s\t%s\t%s\t%s\t%s\t%s\t%s\t%s\t%d\t%d\t%s\n", s.ID, s.Dataset, files, size(s.Used), size(s.Quota),
 				size(s.Pinned), size(s.SourceBytes), size(s.ServedBytes), s.Verified, s.Unverified, s.Problem)
 		}
@@ -116,6 +113,14 @@ many objects were checked against a digest of the bucket's, and how many have no
 		return w.Flush()
 	}
 	return cmd
+}
+
+// listed is how many files and bytes a worker's listing has: not known yet, or never, of a Dataset that takes puts.
+func listed(s wire.WorkerStatus) (files, bytes string) {
+	if s.Snapshot == "" {
+		return "-", "-"
+	}
+	return strconv.FormatInt(s.Files, 10), size(s.Bytes)
 }
 
 // dial connects a command to its tier, waiting a bounded time for a listing.

@@ -41,6 +41,24 @@ func (t *tierFlags) names(ctx context.Context) (*client.Names, error) {
 	return n, err
 }
 
+// dialListed is dial for what goes by a listing; a Dataset that takes puts has none, for whose coming dial would wait.
+// what it is wanted for ends the error.
+func (t *tierFlags) dialListed(ctx context.Context, what string) (*client.Client, error) {
+	f, err := t.one()
+	if err != nil {
+		return nil, err
+	}
+	names, err := t.names(ctx)
+	if err != nil {
+		return nil, err
+	}
+	if names != nil {
+		names.Close()
+		return nil, fmt.Errorf("dataset %s takes puts (access: ReadWrite): it has no listing %s", f.Dataset, what)
+	}
+	return t.dial(ctx)
+}
+
 // named is a file or a folder of such a Dataset. The path has no leading slash; the root's is empty.
 type named struct {
 	wire.Name

@@ -72,13 +72,7 @@ compared until then. -o json has a path that is not UTF-8 as ls does.`,
 			return err
 		}
 		defer remove()
-		if names, err := t.names(ctx); err != nil {
-			return err
-		} else if names != nil {
-			names.Close()
-			return fmt.Errorf("dataset %s takes puts (access: ReadWrite): it has no listing to compare. The bucket compares each put with its digest, and `stepcache status` counts what was checked", folder.Dataset)
-		}
-		c, err := t.dial(ctx)
+		c, err := t.dialListed(ctx, "to compare. The bucket compares each put with its digest, and `stepcache status` counts what was checked")
 		if err != nil {
 			return err
 		}
