@@ -71,6 +71,27 @@ func (m *machine) borrow(k *kubelet, uid string) *borrowing {
 	return p
 }
 
+// lending is a node service beside a keeper, and a pod for whose mount nobody serves yet.
+func lending(t *testing.T) (*node, *borrowing) {
+	t.Helper()
+	needMounts(t)
+	m := newMachine(t, newTier(t, someFiles()))
+	m.keep()
+	n := m.run(nil)
+	return n, m.borrow(n.kubelet, "pod-1")
+}
+
+// open opens a file of the pod's mount, until the test ends.
+func (p *borrowing) open(name string) *os.File {
+	p.t.Helper()
+	f, err := os.Open(filepath.Join(p.data, name))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { f.Close() })
+	return f
+}
+
 func (p *borrowing) members(socket string) {
 	p.t.Helper()
 	k := p.m.tier
@@ -193,12 +214,7 @@ func (p *borrowing) volume(s *service) *lent {
 }
 
 func TestLentMountIsServedWithoutAnyRight(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	n, p := lending(t)
 	p.fails() // an error, not an empty folder, and nobody waits
 	if err := p.ready(); err == nil {
 		t.Error("ready before anybody serves")
@@ -224,11 +240,7 @@ func TestLentMountIsServedWithoutAnyRight(t *testing.T) {
 		t.Errorf("stats %v %v", st, err)
 	}
 	// The end as the kubelet makes it. Whoever still reads gets an error.
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	p.open("big")
 	s.terminate(t)
 	p.fails()
 	p.unpublish()
@@ -236,19 +248,11 @@ func TestLentMountIsServedWithoutAnyRight(t *testing.T) {
 
 // What a killed server had open goes on when it is started again, and what it was about to answer is answered.
 func TestKilledServerOfALentMountIsSucceeded(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	_, p := lending(t)
+	k := p.m.tier
 	s := p.serve()
 	p.served(s)
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.open("big")
 	k.gate.hold() // the read that follows is under way when the server dies
 	answers := make(chan error, 1)
 	go func() {
@@ -283,11 +287,7 @@ func TestKilledServerOfALentMountIsSucceeded(t *testing.T) {
 // A node service that goes as it is told of the first mount, and has it at the keeper by then: the server goes on, and
 // tells the next one.
 func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
-	needMounts(t)
-	m := newMachine(t, newTier(t, someFiles()))
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	_, p := lending(t)
 	var told atomic.Int32
 	s := p.serveBy(p.proxy(func(serve bool) (on, back bool) {
 		return true, !serve || told.Add(1) > 1
@@ -300,11 +300,7 @@ func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
 	})
 	p.served(s)
 	p.check()
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.open("big")
 	s.kill()
 	eventually(t, "the killed server is missed", func() bool { return p.ready() != nil })
 	s = p.serve()
@@ -318,11 +314,7 @@ func TestServerOutlivesANodeServiceThatGoesAsItBegins(t *testing.T) {
 
 // One that goes before it is told leaves a mount that nobody else has: the server is started again before anybody uses it.
 func TestServerOfAMountThatNobodyElseHasIsStartedAgain(t *testing.T) {
-	needMounts(t)
-	m := newMachine(t, newTier(t, someFiles()))
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	n, p := lending(t)
 	var told atomic.Int32
 	s := p.serveBy(p.proxy(func(serve bool) (on, back bool) {
 		if !serve || told.Add(1) > 1 {
@@ -404,19 +396,11 @@ func passOn(c *net.UnixConn, to string, fate func(serve bool) (on, back bool)) {
 
 // A server that was killed while its pod ends has no successor: who waits for it is freed, and nothing is left.
 func TestKilledServerOfALentMountLeavesNothing(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	n, p := lending(t)
+	k := p.m.tier
 	s := p.serve()
 	p.served(s)
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.open("big")
 	k.gate.hold()
 	answers := make(chan error, 1)
 	go func() {
@@ -448,12 +432,7 @@ func TestKilledServerOfALentMountLeavesNothing(t *testing.T) {
 // With no server for too long a mount is ended, so that nothing waits for ever; a server that comes after all
 // gets a new one.
 func TestLentMountWithoutAServerEnds(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	n, p := lending(t)
 	s := p.serve()
 	p.served(s)
 	n.s.lender.watch()
@@ -494,11 +473,7 @@ func TestLentMountsOutliveNodeServices(t *testing.T) {
 	s := p.serve()
 	p.served(s)
 	keeper.parked(t, 1)
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.open("big")
 	d := deviceAt(t, p.data)
 
 	// Killed: for a while there is none.
@@ -537,19 +512,11 @@ func TestLentMountsOutliveNodeServices(t *testing.T) {
 // Two node services may be there side by side for longer than a mount may be without a server: the later one is told who
 // serves, and ends nothing.
 func TestALaterNodeServiceKeepsTheMountsThatPodsServe(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	first := m.run(nil)
-	p := m.borrow(first.kubelet, "pod-1")
+	first, p := lending(t)
+	m := p.m
 	s := p.serve()
 	p.served(s)
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.open("big")
 	second := m.run(nil)
 	p.k = second.kubelet
 	p.served(s)
@@ -627,11 +594,7 @@ func TestLentMountsPassThrough(t *testing.T) {
 		return t.Failed() || registered() > 0
 	})
 	// Open over the server's death: the successor knows how.
-	f, err := os.Open(filepath.Join(p.data, "big"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.open("big")
 	s.kill()
 	s = p.serve()
 	p.served(s)
@@ -646,12 +609,7 @@ func TestLentMountsPassThrough(t *testing.T) {
 }
 
 func TestBadVolumesOfBorrowersAreRefused(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	n, p := lending(t)
 	for what, change := range map[string]func(map[string]string){
 		"not inline":         func(a map[string]string) { a[attributeEphemeral] = "false" },
 		"no pod":             func(a map[string]string) { delete(a, attributePodUID) },
@@ -956,12 +914,8 @@ func (p *borrowing) lease(n *node, fd int) {
 
 // What somebody puts into the folder of the socket is in nobody's way, and not followed.
 func TestSocketOfALenderFollowsNoLinks(t *testing.T) {
-	needMounts(t)
-	k := newTier(t, someFiles())
-	m := newMachine(t, k)
-	m.keep()
-	n := m.run(nil)
-	p := m.borrow(n.kubelet, "pod-1")
+	n, p := lending(t)
+	m := p.m
 	precious := filepath.Join(m.base, "precious")
 	if err := os.WriteFile(precious, []byte("x"), 0o600); err != nil {
 		t.Fatal(err)

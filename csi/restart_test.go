@@ -367,11 +367,7 @@ func takenBack(t *testing.T, end func(*testing.T, *process), label string) {
 	// What pods serve by themselves goes on, and has the earlier one for a successor of its server.
 	for p, server := range map[*borrowing]*process{early: s, late: s2} {
 		p.k = kube
-		f, err := os.Open(filepath.Join(p.data, "big"))
-		if err != nil {
-			t.Fatal(err)
-		}
-		defer f.Close()
+		f := p.open("big")
 		p.served(server)
 		server.kill()
 		missed(p)

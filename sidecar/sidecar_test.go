@@ -258,6 +258,17 @@ func (p *pod) parked() int {
 	return len(all)
 }
 
+// large opens the large file of the mount, until the test ends.
+func (p *pod) large() *os.File {
+	p.t.Helper()
+	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
+	if err != nil {
+		p.t.Fatal(err)
+	}
+	p.t.Cleanup(func() { f.Close() })
+	return f
+}
+
 func (p *pod) check() {
 	p.t.Helper()
 	for name, want := range p.files {
@@ -307,11 +318,7 @@ func TestServesAndLeavesNothing(t *testing.T) {
 	p.ready(k, s)
 	p.check()
 	// A reader that is still there does not keep the pod from ending.
-	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	p.large()
 	s.term()
 	if p.mounted() {
 		t.Error("the server left its mount")
@@ -333,11 +340,7 @@ func TestKilledServerIsSucceeded(t *testing.T) {
 	p.workers()
 	k, s := p.keep(), p.serve()
 	p.ready(k, s)
-	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.large()
 	head := make([]byte, 10)
 	if _, err := io.ReadFull(f, head); err != nil {
 		t.Fatal(err)
@@ -394,11 +397,7 @@ func TestSuccessorOfAMountWhoseSnapshotIsGoneMakesItAnew(t *testing.T) {
 	stop := p.workers()
 	k, s := p.keep(), p.serve()
 	p.ready(k, s)
-	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.large()
 	s.kill()
 	p.unready()
 	stop()
@@ -440,11 +439,7 @@ func TestSuccessorMakesAnewWhatHasEnded(t *testing.T) {
 			p.workers()
 			k, s := p.keep(), p.serve()
 			p.ready(k, s)
-			f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
-			if err != nil {
-				t.Fatal(err)
-			}
-			defer f.Close()
+			f := p.large()
 			end(p, s)
 			p.unready()
 			s = p.serve()
@@ -480,11 +475,7 @@ func TestSuccessorGoesOnWithTheOtherDatasets(t *testing.T) {
 	both := []string{"argo/genomes", "argo/other"}
 	k, s := p.keep(), p.serveAll(both...)
 	p.ready(k, s)
-	f, err := os.Open(filepath.Join(p.dir, "genomes", "large"))
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer f.Close()
+	f := p.large()
 	p.detach("other")
 	select {
 	case <-s.done:
