@@ -25,8 +25,12 @@ const (
 	// maxWrite is the size of the largest request; for reads it is max_read that counts, and go-fuse wants them
 	// equal. It is what a kernel takes without further settings.
 	maxWrite = 1 << 20
-	// maxBackground bounds the requests of read-ahead that are under way.
+	// maxBackground bounds the requests of read-ahead that are under way, in the kernel.
 	maxBackground = 64
+	// maxDirect bounds the direct reads that are under way, here: the kernel sends as many as there are readers, and for each
+	// go-fuse has a buffer of its size before anything could make it wait. Bounded in the kernel, as CAP_ASYNC_DIO has it,
+	// readers could not be killed while they wait.
+	maxDirect = 128
 	// readAhead is how far the kernel reads ahead of a sequential reader.
 	readAhead = 1 << 20
 )

@@ -8,6 +8,7 @@ import (
 	"io"
 	"os"
 	"time"
+	"unsafe"
 
 	"github.com/hanwen/go-fuse/v2/fuse"
 	"golang.org/x/sys/unix"
@@ -47,6 +48,19 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	}
 	ctx, stop := f.requestContext(cancel, in.Pid)
 	defer stop()
+	if in.Flags&unix.O_DIRECT != 0 {
+		select {
+		case f.direct <- struct{}{}:
+		default:
+			dropPages(buf)
+			select {
+			case f.direct <- struct{}{}:
+			case <-ctx.Done():
+				return nil, f.failed(ctx, "read", i, ctx.Err())
+			}
+		}
+		defer func() { <-f.direct }()
+	}
 	k, err := f.reader.ReadAt(ctx, i, buf, off)
 	if k < len(buf) {
 		if err == nil || err == io.EOF {
@@ -56,6 +70,16 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	}
 	f.count.bytes.Add(int64(k))
 	return fuse.ReadResultVector([][]byte{buf}), fuse.OK
+}
+
+// dropPages gives the memory of p back to the kernel, which makes it anew, zeroed, once something is written to it.
+func dropPages(p []byte) {
+	page := uintptr(os.Getpagesize())
+	p = p[:cap(p)]
+	start := -uintptr(unsafe.Pointer(unsafe.SliceData(p))) % page
+	if whole := (uintptr(len(p)) - min(start, uintptr(len(p)))) / page * page; whole > 0 {
+		_ = unix.Madvise(p[start:start+whole], unix.MADV_DONTNEED) // which fails where memory is locked, and stays then
+	}
 }
 
 // peeked is an answer that the kernel copies from where the reader has it.

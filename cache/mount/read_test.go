@@ -16,6 +16,7 @@ import (
 	"sync"
 	"testing"
 	"time"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -166,6 +167,101 @@ func kill(t *testing.T, m *Server, c *exec.Cmd, what string) {
 	case <-time.After(patience):
 		t.Errorf("a killed process still waits for %s", what)
 		abort(m.dev.minor)
+	}
+}
+
+// Each direct read has a buffer of its own here, and the kernel sends as many as there are readers.
+func TestDirectReadsWaitForTheirTurn(t *testing.T) {
+	all := files{"f": content("f", 10), "g": content("g", 10)}
+	s := snapshotOf(t, all)
+	r := newMemory(s, all)
+	goon := make(chan struct{})
+	var mu sync.Mutex
+	under, most := 0, 0
+	r.hook(func(ctx context.Context, path string, _ int64) error {
+		if path != "f" {
+			return nil
+		}
+		mu.Lock()
+		under++
+		most = max(most, under)
+		mu.Unlock()
+		defer func() { mu.Lock(); under--; mu.Unlock() }()
+		select {
+		case <-goon:
+			return nil
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	})
+	m := mounted(t, s, r, Options{ReadTimeout: time.Hour})
+	path := filepath.Join(m.Dir(), "f")
+	const readers = maxDirect + 3
+	got := make(chan error, readers)
+	for range readers {
+		go func() {
+			b, err := readDirect(path, len(all["f"]))
+			if err == nil && !bytes.Equal(b, all["f"]) {
+				err = fmt.Errorf("read %x", b)
+			}
+			got <- err
+		}()
+	}
+	eventually(t, "all have asked", func() bool {
+		mu.Lock()
+		defer mu.Unlock()
+		return m.Stats().Reads == readers && under >= maxDirect
+	})
+	// One whose turn has not come can be killed, and who does not read directly waits for none of them.
+	c := command(t, "read", order{Path: path, Flags: unix.O_DIRECT})
+	if err := c.Start(); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "another has asked", func() bool { return m.Stats().Reads == readers+1 })
+	kill(t, m, c, "its turn")
+	if b, err := os.ReadFile(filepath.Join(m.Dir(), "g")); err != nil || !bytes.Equal(b, all["g"]) {
+		t.Errorf("g: %x, %v", b, err)
+	}
+	close(goon)
+	for range readers {
+		if err := <-got; err != nil {
+			t.Error(err)
+		}
+	}
+	if most != maxDirect {
+		t.Errorf("%d direct reads at once, want %d", most, maxDirect)
+	}
+}
+
+func TestDropPages(t *testing.T) {
+	page := os.Getpagesize()
+	resident := func(b []byte) (n int) { // pages that lie within b
+		t.Helper()
+		start := int(-uintptr(unsafe.Pointer(&b[0])) % uintptr(page))
+		b = b[start : start+(len(b)-start)/page*page]
+		vec := make([]byte, len(b)/page)
+		if _, _, errno := unix.Syscall(unix.SYS_MINCORE, uintptr(unsafe.Pointer(&b[0])), uintptr(len(b)), uintptr(unsafe.Pointer(&vec[0]))); errno != 0 {
+			t.Fatal(errno)
+		}
+		for _, v := range vec {
+			n += int(v & 1)
+		}
+		return n
+	}
+	for _, c := range []struct{ from, length int }{{0, 1 << 20}, {1, 1 << 20}, {100, 3 * page}} {
+		whole := bytes.Repeat([]byte{1}, c.from+c.length+page)
+		b := whole[c.from : c.from+c.length : c.from+c.length]
+		before := resident(b)
+		dropPages(b[:1]) // what it has room for is meant
+		if after := resident(b); before == 0 || after != 0 {
+			t.Errorf("%d bytes from %d: %d pages of memory before, %d after", c.length, c.from, before, after)
+		}
+		if end := whole[c.from+c.length:]; bytes.IndexByte(whole[:c.from], 0) >= 0 || bytes.IndexByte(end, 0) >= 0 {
+			t.Errorf("%d bytes from %d: what is around them is gone", c.length, c.from)
+		}
+	}
+	for _, small := range [][]byte{nil, make([]byte, 1), make([]byte, page-1)} {
+		dropPages(small) // there is no whole page in it
 	}
 }
 
