@@ -957,6 +957,74 @@ func TestKeysRotateWithoutShuttingAnyoneOut(t *testing.T) {
 	w.waitReady(d)
 }
 
+func TestTheBucketIsListedAgainOnRequest(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 2, 1000)
+	ask := func(value string) {
+		t.Helper()
+		update(w, d, func(d *v1alpha1.Dataset) {
+			metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRefresh, value)
+		})
+	}
+	done := func(value string) {
+		t.Helper()
+		w.eventually("refresh "+value, func() error {
+			if err := w.Get(w.Context(), client.ObjectKeyFromObject(d), d); err != nil || d.Status.Refreshed != value {
+				return fmt.Errorf("status %s: %v", asJSON(d.Status), err)
+			}
+			return nil
+		})
+	}
+	for n, value := range []string{"1", "2"} {
+		w.bucket.PutT(t, "data", "new"+value, []byte("new"))
+		ask(value)
+		done(value)
+		// What is told of it is what was listed, by all workers.
+		if want := int64(3 + n); d.Status.Files != want || d.Status.Phase != v1alpha1.DatasetReady {
+			t.Errorf("once %q is done the status tells %d files, want %d: %s", value, d.Status.Files, want, asJSON(d.Status))
+		}
+		for name, s := range w.statuses() {
+			if s.Snapshot != d.Status.Snapshot {
+				t.Errorf("worker %s has listing %.8s, the status tells %.8s", name, s.Snapshot, d.Status.Snapshot)
+			}
+		}
+	}
+	// Not again for the same value: what came since is not listed.
+	w.bucket.PutT(t, "data", "unseen", []byte("new"))
+	w.passes(d, 3)
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(d), d))
+	if d.Status.Files != 4 {
+		t.Errorf("%d files, want 4", d.Status.Files)
+	}
+	// A bucket that refuses is told, and asked again.
+	secret := w.secret("access-key")
+	right := secret.StringData["accessKeySecret"]
+	change := func(key string) {
+		s := w.secret("access-key")
+		update(w, s, func(s *corev1.Secret) { s.Data["accessKeySecret"] = []byte(key) })
+	}
+	change("wrong")
+	w.eventually("the workers have the wrong key", func() error {
+		ask(fmt.Sprint("denied", time.Now().UnixNano()))
+		list := &eventsv1.EventList{}
+		w.must(w.List(t.Context(), list, client.InNamespace(w.ns)))
+		for _, e := range list.Items {
+			if e.Reason == "RefreshFailed" && strings.Contains(e.Note, "denied") {
+				return nil
+			}
+		}
+		return errors.New("no event")
+	})
+	change(right)
+	ask("3")
+	done("3")
+	if d.Status.Files != 5 {
+		t.Errorf("%d files, want 5", d.Status.Files)
+	}
+	update(w, d, func(d *v1alpha1.Dataset) { delete(d.Annotations, v1alpha1.AnnotationRefresh) })
+	w.waitReady(d)
+}
+
 func TestMembershipThatWasDeletedComesBackWithAGreaterEpoch(t *testing.T) {
 	w := newWorld(t)
 	d := w.ready("genomes", 2, 2, 1000)

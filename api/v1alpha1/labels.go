@@ -73,6 +73,9 @@ const (
 	// installed version, one at a time; without it an upgrade leaves running workers and their memory alone, which
 	// readers of the new version can use unless its protocol is another (config/README.md, "Upgrading").
 	AnnotationRollout = Group + "/rollout"
+	// AnnotationRefresh is set by users on a Dataset. A value that was not there before has the bucket listed once more,
+	// whatever spec.refresh says; status.refreshed is the value once that is done.
+	AnnotationRefresh = Group + "/refresh"
 	// AnnotationAcceptLoss is set by users on a Dataset with write policy Back whose change or deletion waits for
 	// the bucket. Its value is the metadata.generation at which writes that the bucket does not have may be lost;
 	// it means nothing after the next change.

@@ -76,6 +76,10 @@ type DatasetStatus struct {
 	//
 	// +optional
 	SnapshotTime *metav1.Time `json:"snapshotTime,omitempty"`
+	// Refreshed is the value of the annotation data.stepcache.dev/refresh that the bucket was listed for last.
+	//
+	// +optional
+	Refreshed string `json:"refreshed,omitempty"`
 	// Files and Bytes count what the snapshot shows.
 	//
 	// +optional

@@ -464,66 +464,9 @@ func (k *Control) DeleteLoad(ctx context.Context, id string) error {
 	})
 }
 
-// Residency sums what the workers hold of each file whose path starts with prefix. With copies a file's
-// Resident may be more than its Size. Workers with another snapshot than the first are named in the error.
-func (k *Control) Residency(ctx context.Context, prefix string) (wire.Residency, error) {
-	members, _, err := k.members()
-	if err != nil {
-		return wire.Residency{}, err
-	}
-	query := url.Values{}
-	if prefix != "" {
-		query.Set("prefix", prefix)
-	}
-	parts := make([]*wire.Residency, len(members))
-	err = k.over(ctx, members, func(ctx context.Context, n int, m ring.Member) error {
-		var r wire.Residency
-		if err := k.do(ctx, m, http.MethodGet, wire.PathResidency, query, nil, &r); err != nil {
-			return err
-		}
-		parts[n] = &r
-		return nil
-	})
-	var sum wire.Residency
-	files := make(map[string]wire.FileResidency)
-	other := make(map[string]error)
-	for n, p := range parts {
-		switch {
-		case p == nil || p.Snapshot == "":
-			continue
-		case sum.Snapshot == "":
-			sum.Snapshot = p.Snapshot
-		case sum.Snapshot != p.Snapshot:
-			other[members[n].ID] = fmt.Errorf("has snapshot %.12s, others %.12s: a refresh is under way", p.Snapshot, sum.Snapshot)
-			continue
-		}
-		sum.Truncated = sum.Truncated || p.Truncated
-		for _, f := range p.Files {
-			have := files[f.Path]
-			have.Path, have.Size = f.Path, f.Size
-			have.Resident += f.Resident
-			files[f.Path] = have
-		}
-	}
-	for _, f := range files {
-		sum.Files = append(sum.Files, f)
-	}
-	slices.SortFunc(sum.Files, func(a, b wire.FileResidency) int { return strings.Compare(a.Path, b.Path) })
-	if len(other) > 0 {
-		var miss *Missing
-		if !errors.As(err, &miss) {
-			miss = &Missing{Dataset: k.config.Dataset, Asked: len(members), Errors: make(map[string]error)}
-		}
-		for id, e := range other {
-			miss.Errors[id] = e
-		}
-		err = miss
-	}
-	return sum, err
-}
-
 // Refresh has the worker that lists the bucket list it again, and returns the digest of the new snapshot
-// in hex. It may take as long as a listing does: ctx alone bounds it.
+// in hex, once all workers that answer have it: whoever asks any of them from then on gets it. It may take as long as a
+// listing does, which ctx alone bounds.
 func (k *Control) Refresh(ctx context.Context) (string, error) {
 	_, list, err := k.members()
 	if err != nil {
@@ -544,7 +487,7 @@ func (k *Control) Refresh(ctx context.Context) (string, error) {
 		err := long.do(ctx, m, http.MethodPost, wire.PathRefresh, nil, nil, &answer)
 		switch {
 		case err == nil:
-			return answer.Snapshot, nil
+			return answer.Snapshot, k.followed(ctx, m.ID, answer.Snapshot)
 		// The workers are settling who lists, most likely as they have just started.
 		case errors.Is(err, wire.ErrOverloaded) && tries < refreshTries && sleep(ctx, pause.NextBackOff()):
 		default:
@@ -553,4 +496,36 @@ func (k *Control) Refresh(ctx context.Context) (string, error) {
 	}
 }
 
-const refreshTries = 8
+const (
+	refreshTries = 8
+	// followTimeout bounds how long the other workers may take to get a snapshot of a hundred million bytes and more.
+	followTimeout = 10 * time.Minute
+)
+
+// followed waits until the workers have a snapshot, or the one that lists has a newer one.
+func (k *Control) followed(ctx context.Context, lister, digest string) error {
+	ctx, cancel := context.WithTimeout(ctx, followTimeout)
+	defer cancel()
+	for {
+		all, err := k.Status(ctx)
+		var behind []string
+		newer := false
+		for _, s := range all {
+			if s.Snapshot != digest {
+				behind = append(behind, s.ID)
+				newer = newer || s.ID == lister
+			}
+		}
+		switch {
+		case len(all) > 0 && (newer || len(behind) == 0):
+			return nil
+		case sleep(ctx, followEvery):
+		case len(all) == 0:
+			return fmt.Errorf("dataset %s: the bucket was listed, and then no worker answered: %w", k.config.Dataset, err)
+		default:
+			return fmt.Errorf("dataset %s: the bucket was listed, and worker %s has not got the listing after %s", k.config.Dataset, strings.Join(behind, ", "), followTimeout)
+		}
+	}
+}
+
+const followEvery = 200 * time.Millisecond

@@ -213,50 +213,67 @@ func TestWaitTellsAWorkerThatLostTheLoadAgain(t *testing.T) {
 	}
 }
 
-func TestResidencySumsFilesAndRefreshAsksTheLister(t *testing.T) {
+func TestRefreshAsksTheListerAndWaitsForTheOthers(t *testing.T) {
 	ctx := testContext(t)
 	k := newControlled(t, "a", "b", "c")
-	k.set("", func(id string, r *http.Request) (int, any) {
-		if r.URL.Query().Get("prefix") != "/d&e" {
-			return 400, nil
+	lister, _ := k.list.Lister(testDataset)
+	var mu sync.Mutex
+	posts, asked := 0, map[string]int{}
+	has := func(id string) string { // the others get it a while later
+		switch asked[id]++; {
+		case id == lister.ID || asked[id] > 2:
+			return "abcd"
 		}
-		if id == "c" {
-			return 200, wire.Residency{Snapshot: "old"}
-		}
-		return 200, wire.Residency{Snapshot: "s", Truncated: id == "b", Files: []wire.FileResidency{
-			{Path: "/d&e/2", Size: 10, Resident: 4}, {Path: "/d&e/" + id, Size: 5, Resident: 5}}}
-	})
-	ctl := k.control(t, nil)
-	got, err := ctl.Residency(ctx, "/d&e")
-	var miss *Missing
-	if !errors.As(err, &miss) || miss.Errors["c"] == nil || len(miss.Errors) != 1 {
-		t.Fatal(err)
+		return "old"
 	}
-	want := wire.Residency{Snapshot: "s", Truncated: true, Files: []wire.FileResidency{
-		{Path: "/d&e/2", Size: 10, Resident: 8}, {Path: "/d&e/a", Size: 5, Resident: 5}, {Path: "/d&e/b", Size: 5, Resident: 5}}}
-	if d := cmp.Diff(want, got); d != "" {
-		t.Fatal(d)
-	}
-
-	k.mu.Lock()
-	k.seen = nil
-	k.mu.Unlock()
-	tries := 0
 	k.set("", func(id string, r *http.Request) (int, any) {
-		if tries++; tries == 1 {
+		mu.Lock()
+		defer mu.Unlock()
+		switch {
+		case r.Method == http.MethodGet:
+			return 200, wire.WorkerStatus{ID: id, Snapshot: has(id)}
+		case id != lister.ID:
+			return 500, nil
+		}
+		if posts++; posts == 1 {
 			return 503, map[string]string{"error": "being settled"}
 		}
 		return 200, map[string]string{"snapshot": "abcd"}
 	})
+	ctl := k.control(t, nil)
 	digest, err := ctl.Refresh(ctx)
-	if err != nil || digest != "abcd" {
-		t.Fatal(digest, err)
+	if err != nil || digest != "abcd" || posts != 2 {
+		t.Fatal(digest, posts, err)
 	}
-	lister, _ := k.list.Lister(testDataset)
-	for _, s := range k.seen {
-		if s != lister.ID+" POST "+wire.PathRefresh {
-			t.Fatal(s)
+	mu.Lock()
+	for _, id := range []string{"a", "b", "c"} {
+		if id != lister.ID && asked[id] != 3 {
+			t.Errorf("worker %s was asked %d times for what it has", id, asked[id])
 		}
+	}
+	// One that lists again meanwhile has the others follow that.
+	has = func(id string) string {
+		if id == lister.ID {
+			return "newer"
+		}
+		return "old"
+	}
+	mu.Unlock()
+	if digest, err := ctl.Refresh(ctx); err != nil || digest != "abcd" {
+		t.Error(digest, err)
+	}
+	ctx, cancel := context.WithCancel(ctx)
+	mu.Lock()
+	has = func(id string) string {
+		if id == lister.ID {
+			return "abcd"
+		}
+		cancel()
+		return "old"
+	}
+	mu.Unlock()
+	if _, err := ctl.Refresh(ctx); err == nil {
+		t.Error("no error, though the others have not got it")
 	}
 }
 

@@ -54,7 +54,7 @@ func (e *Error) Unwrap() []error {
 }
 
 // Relist is what helps who reads objects by a listing and finds another version of one, or none.
-const Relist = `have the bucket listed again (spec.refresh, or start "stepcache local" again)`
+const Relist = `have the bucket listed again (spec.refresh, the annotation data.stepcache.dev/refresh, or "stepcache refresh" beside a local tier)`
 
 // ContextKind is the Kind of an operation whose context ended: context.Canceled when its owner gave up,
 // ErrUnavailable when the time was not enough (the Err should then be the context's). It is nil while

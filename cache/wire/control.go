@@ -19,14 +19,13 @@ const (
 // The HTTP control endpoint of a worker. /healthz and /readyz and /metrics answer anybody; everything
 // else wants a request signed with the control key (SignRequest, VerifyRequest).
 const (
-	PathHealth    = "/healthz"
-	PathReady     = "/readyz"
-	PathMetrics   = "/metrics"
-	PathStatus    = "/v1/status"    // GET: WorkerStatus
-	PathLoads     = "/v1/loads"     // POST LoadRequest; GET all []LoadStatus; GET and DELETE /v1/loads/{id}
-	PathResidency = "/v1/residency" // GET: Residency (?prefix=)
-	PathRefresh   = "/v1/refresh"   // POST: list the bucket again now; answers the new snapshot's digest
-	PathMembers   = "/v1/members"   // POST ring.Membership: follow this list if its epoch is greater
+	PathHealth  = "/healthz"
+	PathReady   = "/readyz"
+	PathMetrics = "/metrics"
+	PathStatus  = "/v1/status"  // GET: WorkerStatus
+	PathLoads   = "/v1/loads"   // POST LoadRequest; GET and DELETE /v1/loads/{id}
+	PathRefresh = "/v1/refresh" // POST: list the bucket again now; answers the new snapshot's digest
+	PathMembers = "/v1/members" // POST ring.Membership: follow this list if its epoch is greater
 )
 
 // WorkerStatus is what one worker says of itself.
@@ -151,19 +150,4 @@ func Quoted(path string) string {
 		return ""
 	}
 	return strconv.Quote(path)
-}
-
-// FileResidency is how much of one file a worker holds.
-type FileResidency struct {
-	Path     string `json:"path"`
-	Size     int64  `json:"size"`
-	Resident int64  `json:"resident"`
-}
-
-// Residency is how much a worker holds of each file that it holds any of.
-type Residency struct {
-	Snapshot string          `json:"snapshot"`
-	Files    []FileResidency `json:"files"`
-	// Truncated is set when there were more files than the answer holds.
-	Truncated bool `json:"truncated,omitempty"`
 }

@@ -17,13 +17,9 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
-	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
 )
-
-// maxResidency is how many files one answer of PathResidency lists.
-const maxResidency = 10000
 
 // headerForwarded marks a refresh that one worker passes on to the one that lists, once.
 const headerForwarded = "Stepcache-Forwarded"
@@ -54,12 +50,8 @@ func (w *Worker) handler(ctx context.Context) http.Handler {
 		mux.HandleFunc(pattern, func(rw http.ResponseWriter, r *http.Request) { w.signed(rw, r, h) })
 	}
 	signed("GET "+wire.PathStatus, func(r *http.Request) (any, error) { return w.Status(), nil })
-	signed("GET "+wire.PathResidency, func(r *http.Request) (any, error) {
-		return w.residency(r.Context(), r.URL.Query().Get("prefix"))
-	})
 	signed("POST "+wire.PathRefresh, func(r *http.Request) (any, error) { return w.refresh(r) })
 	signed("POST "+wire.PathMembers, func(r *http.Request) (any, error) { return nil, w.told(r) })
-	signed("GET "+wire.PathLoads, func(r *http.Request) (any, error) { return w.loads.all(), nil })
 	signed("POST "+wire.PathLoads, func(r *http.Request) (any, error) {
 		var req wire.LoadRequest
 		d := json.NewDecoder(r.Body)
@@ -164,47 +156,6 @@ func (w *Worker) Status() wire.WorkerStatus {
 		s.Reason, s.Serves = wire.StatusOf(err).String(), true
 	}
 	return s
-}
-
-// residency lists how much is held of the files whose path begins with prefix.
-func (w *Worker) residency(ctx context.Context, prefix string) (wire.Residency, error) {
-	snap, ok := w.snapshots.get(wire.Digest{})
-	if !ok {
-		return wire.Residency{}, failed(http.StatusServiceUnavailable, "%w", w.unknownSnapshot(wire.Digest{}))
-	}
-	defer snap.release()
-	d := snap.Digest()
-	out := wire.Residency{Snapshot: hex.EncodeToString(d[:]), Files: []wire.FileResidency{}}
-	snap.Walk(deepest(snap.Snapshot, prefix), func(i catalog.Index) bool {
-		r, ok := snap.Ring(i)
-		if !ok {
-			return true
-		}
-		have := w.store.Residency(r)
-		if have.Blocks == 0 {
-			return ctx.Err() == nil
-		}
-		path := snap.Path(i)
-		if !strings.HasPrefix(path, prefix) {
-			return true
-		}
-		if len(out.Files) == maxResidency {
-			out.Truncated = true
-			return false
-		}
-		out.Files = append(out.Files, wire.FileResidency{Path: path, Size: r.Size, Resident: have.Bytes})
-		return ctx.Err() == nil
-	})
-	return out, nil
-}
-
-// deepest is the directory below which every path that begins with prefix lies.
-func deepest(snap *catalog.Snapshot, prefix string) catalog.Index {
-	dir := prefix[:strings.LastIndex(prefix, "/")+1]
-	if i, ok := snap.Lookup(strings.TrimSuffix(dir, "/")); ok && dir != "" && dir != "/" {
-		return i
-	}
-	return 0
 }
 
 // refresh lists the bucket anew. A worker that does not list passes the request on to the one that does.

@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"maps"
 	"net/http"
 	"reflect"
 	"slices"
@@ -192,22 +191,6 @@ func (l *loads) get(id string) (wire.LoadStatus, error) {
 	}
 	n.refresh()
 	return n.current(), nil
-}
-
-// all are the statuses of all loads, by id.
-func (l *loads) all() []wire.LoadStatus {
-	l.mu.Lock()
-	var list []*load
-	for _, id := range slices.Sorted(maps.Keys(l.byID)) {
-		list = append(list, l.byID[id])
-	}
-	l.mu.Unlock()
-	out := []wire.LoadStatus{}
-	for _, n := range list {
-		n.refresh()
-		out = append(out, n.current())
-	}
-	return out
 }
 
 // remove ends a load, waits for its end and takes its pins away.

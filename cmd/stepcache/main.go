@@ -105,7 +105,7 @@ Start with "stepcache local": it runs the tier on this machine from the manifest
 	root.AddCommand(
 		localCommand(), workerCommand(), mountCommand(), sidecarCommand(), stageCommand(), webhookCommand(), controllerCommand(),
 		nodeCommand(), keeperCommand(), uninstallCommand(), artifactCommand(), lintCommand(),
-		loadCommand(), statusCommand(), lsCommand(), getCommand(), verifyCommand(), benchCommand(),
+		loadCommand(), refreshCommand(), statusCommand(), lsCommand(), getCommand(), verifyCommand(), benchCommand(),
 		&cobra.Command{
 			Use: "version", Short: "Print the version", Args: args(cobra.NoArgs),
 			Run: func(cmd *cobra.Command, _ []string) { fmt.Fprintln(cmd.OutOrStdout(), version) },

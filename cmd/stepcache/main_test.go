@@ -547,6 +547,23 @@ func TestCommandsBesideATier(t *testing.T) {
 	if status != 1 || !strings.Contains(stdout, "/dir/small: changed") {
 		t.Errorf("verify of a changed object: status %d, %q: %s", status, stdout, stderr)
 	}
+	for _, changed := range []bool{true, false} {
+		var got struct {
+			Snapshot string
+			Files    int
+			Changed  bool
+		}
+		stdout, stderr, status = run(t, f.dir, "refresh", "--tier", tier, "-o", "json")
+		if err := json.Unmarshal([]byte(stdout), &got); status != 0 || err != nil || got.Snapshot == "" || got.Files != 3 || got.Changed != changed {
+			t.Errorf("refresh: status %d, %v, %q, want changed %v: %s", status, err, stdout, changed, stderr)
+		}
+	}
+	if stdout, stderr, status = run(t, f.dir, "get", "--tier", tier, "dir/small", "-"); status != 0 || stdout != "other\n" {
+		t.Errorf("get after a refresh: status %d, %q: %s", status, stdout, stderr)
+	}
+	if stdout, stderr, status = run(t, f.dir, "refresh", "--tier", tier); status != 0 || !strings.Contains(stdout, "3 files, 9.0 MiB: as before") {
+		t.Errorf("refresh: status %d, %q: %s", status, stdout, stderr)
+	}
 
 	if err := local.Process.Signal(os.Interrupt); err != nil {
 		t.Fatal(err)

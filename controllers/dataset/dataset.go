@@ -154,6 +154,8 @@ type memory struct {
 	pause    time.Duration
 	// said is the last text of each Event, so that an unchanged problem is told once.
 	said map[string]string
+	// refreshing is under way, or has ended since the last pass; or nil.
+	refreshing *refreshing
 	// copies are those of Secrets in other namespaces, by namespace and name.
 	copies map[client.ObjectKey]copied
 }
@@ -273,7 +275,7 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	p := &pass{memory: r.remember(have.UID), dataset: have.DeepCopy(), now: r.Clock.Now()}
 	prepare := []phase{r.inherit, r.finalizer, r.claimTaken, r.validate, r.namespace, r.makeKeys, r.gateway, r.config}
 	serve := []phase{
-		r.membership, r.network, r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
+		r.membership, r.network, r.refresh, r.ask, r.tell, r.flushed, r.rotate, r.share, r.workers, r.replace, r.sourced, r.workersReady, r.volume,
 	}
 	if !have.DeletionTimestamp.IsZero() {
 		prepare, serve = []phase{r.inherit}, []phase{r.deletion}
