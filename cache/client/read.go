@@ -611,40 +611,6 @@ func (c *Client) Forget(i catalog.Index) {
 	}
 }
 
-// Prefetch tells the owners of the n bytes from off of a file that they will be wanted. It is a hint:
-// nothing is said of what becomes of it.
-func (c *Client) Prefetch(ctx context.Context, i catalog.Index, off, n int64) {
-	if !c.begin() {
-		return
-	}
-	defer c.calls.Done()
-	o, err := c.object(i)
-	if err != nil || off < 0 || n <= 0 || off >= o.Size {
-		return
-	}
-	v := c.members.view()
-	end := off + min(n, o.Size-off)
-	for off < end {
-		// One request for what one worker owns: the whole file, or a block of a striped one.
-		next := min(end, off+maxPrefetch)
-		if o.Size > ring.StripeThreshold {
-			next = min(end, (off/ring.BlockSize+1)*ring.BlockSize)
-		}
-		owner := v.Owners(o, off/ring.BlockSize, 1)
-		if len(owner) == 0 {
-			return
-		}
-		req := wire.Request{Op: wire.OpPrefetch, Snapshot: c.digest, Index: i, Off: off, Length: int32(next - off)}
-		if _, _, err := v.peers[owner[0].ID].small(ctx, req); err != nil {
-			c.log.Debug("prefetch", "worker", owner[0].ID, "file", i, "error", err)
-		}
-		off = next
-	}
-}
-
-// maxPrefetch is what one request can name.
-const maxPrefetch = 1 << 30
-
 // Resident asks the workers which blocks of a file they hold: bit n of the answer, least significant
 // first, is block n. It fails only if no worker answers.
 func (c *Client) Resident(ctx context.Context, i catalog.Index) ([]byte, error) {

@@ -512,20 +512,6 @@ func TestLeasesAndResidencyOfRealWorkers(t *testing.T) {
 	}
 }
 
-func TestPrefetchMakesTheOwnersHoldTheBlocks(t *testing.T) {
-	ctx := testContext(t)
-	k := overFolder(t, map[string][]byte{"f": content(1, 9<<20)})
-	k.start("a", "b")
-	c := k.dial(nil)
-	k.settled()
-	i := lookup(t, c, "f")
-	c.Prefetch(ctx, i, 4<<20, 100<<20)
-	eventually(t, "the blocks", func() bool {
-		bits, err := c.Resident(ctx, i)
-		return err == nil && bits[0] == 0b110
-	})
-}
-
 func TestControlOfRealWorkersLoadsAndReports(t *testing.T) {
 	ctx := testContext(t)
 	files := map[string][]byte{"x/f": content(1, 9<<20), "x/g": content(2, 100_000), "y/h": content(3, 4096)}

@@ -53,9 +53,10 @@ const (
 	// checksum.Size to another one or the end of the object. The reply carries the sums of the payload, so that every
 	// byte that travels is checked by its receiver.
 	OpRead
-	// OpPrefetch asks a worker to make the blocks that the bytes [Off, Off+Length) of a file touch
-	// resident; answered at once, before they are. A hint: a busy or full worker drops it.
-	OpPrefetch
+	// OpHandOver gives a block, which is [Off, Off+Length), to the worker that owns it from now on: the sender, which
+	// leaves the membership, holds it. It is answered once the receiver holds it too, or NotResident when it has no room
+	// but that of other blocks.
+	OpHandOver
 	// OpSnapshot asks for bytes [Off, Off+Length) of the encoded snapshot named by Snapshot; zero digest:
 	// the current one, whose digest comes back in the reply's Body. The reply's Size is its whole length.
 	OpSnapshot
@@ -102,9 +103,8 @@ const (
 	// FlagVerify: the sender received bytes that failed their sums. The receiver reads what it holds again
 	// and compares; a block that is bad in its memory is dropped, fetched anew and counted before it answers.
 	FlagVerify
-	// FlagHandOver, of OpPrefetch: the sender leaves the membership and holds the block, which the receiver
-	// owns from now on. It answers once it holds the block, or NotResident when it has no room but that of
-	// other blocks. Length is within one block.
+	// FlagHandOver is set in each OpHandOver, for workers of earlier releases: without it the request was a hint to
+	// them, which they answered before they did anything.
 	FlagHandOver
 	// FlagGuess, of OpRead: nobody has asked for the bytes yet. The receiver fetches a block that it does not
 	// hold only where that takes the place of nothing (NotResident otherwise) and while few such fetches are

@@ -230,9 +230,7 @@ func (w *Worker) check(ctx context.Context, f file, want source.Digest, limit *r
 	w.store.Drop(f.ring)
 	if again {
 		for block := range ring.Blocks(f.ring.Size) {
-			if !w.prefetches.push(f, block) {
-				break // the next reader fetches it
-			}
+			w.mends.push(f.ring, block)
 		}
 	}
 	return nil

@@ -6,9 +6,9 @@
 // A Worker has a store of blocks (cache/store), the dataset's snapshots (cache/catalog), the list of
 // workers (cache/ring) and one source a mount (cache/source). Three endpoints look at them: the block
 // protocol over TCP, a Unix socket that hands out descriptors of whole files, and HTTP for control,
-// health and metrics. Behind them work five loops: the membership file and the current snapshot are kept
-// up to date, whole objects are compared with the bucket's digests, prefetches are worked off, what the
-// scrub found corrupt is fetched again, and each load pulls what this worker owns.
+// health and metrics. Behind them work loops: the membership file and the current snapshot are kept
+// up to date, whole objects are compared with the bucket's digests, memory is scrubbed, what was found
+// corrupt is fetched again, and each load pulls what this worker owns.
 //
 // # Rules
 //

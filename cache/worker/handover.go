@@ -203,7 +203,7 @@ func (w *Worker) giveTo(ctx context.Context, v *view, lost *sync.Map, m ring.Mem
 			ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 			defer cancel()
 			req := wire.Request{
-				Op: wire.OpPrefetch, Flags: wire.FlagHandOver, Epoch: v.Epoch, Snapshot: f.snapshot, Index: f.index,
+				Op: wire.OpHandOver, Flags: wire.FlagHandOver, Epoch: v.Epoch, Snapshot: f.snapshot, Index: f.index,
 				Off: blockOff(block), Length: int32(blockLen(f.ring.Size, block)),
 			}
 			_, _, err := w.peers.frame(ctx, m, req)
@@ -228,7 +228,7 @@ func (w *Worker) giveTo(ctx context.Context, v *view, lost *sync.Map, m ring.Mem
 // takeOver makes a block resident that its leaving owner offers, unless that would displace others.
 func (w *Worker) takeOver(ctx context.Context, req wire.Request, f file, budget budget) error {
 	block := req.Off / ring.BlockSize
-	if req.Off%ring.BlockSize != 0 || int64(req.Length) != blockLen(f.ring.Size, block) {
+	if req.Off < 0 || req.Length <= 0 || req.Off%ring.BlockSize != 0 || int64(req.Length) != blockLen(f.ring.Size, block) {
 		return fmt.Errorf("%w: %s: %d bytes from %d are not one block to be handed over", source.ErrInvalid, f, req.Length, req.Off)
 	}
 	end, ok := w.promise(f, block, 0)

@@ -453,8 +453,8 @@ func TestHostileHandOversAreInvalid(t *testing.T) {
 	for _, r := range []struct {
 		off    int64
 		length int32
-	}{{0, 7}, {1, ring.BlockSize}, {2 * ring.BlockSize, ring.BlockSize}, {ring.BlockSize, 2 * ring.BlockSize}, {-ring.BlockSize, ring.BlockSize}, {3 * ring.BlockSize, 7}} {
-		_, _, err := c.ask(wire.Request{Op: wire.OpPrefetch, Flags: wire.FlagHandOver, Index: i, Off: r.off, Length: r.length})
+	}{{0, 7}, {1, ring.BlockSize}, {2 * ring.BlockSize, ring.BlockSize}, {ring.BlockSize, 2 * ring.BlockSize}, {-ring.BlockSize, ring.BlockSize}, {3 * ring.BlockSize, 7}, {3 * ring.BlockSize, 7 - ring.BlockSize}} {
+		_, _, err := c.ask(wire.Request{Op: wire.OpHandOver, Flags: wire.FlagHandOver, Index: i, Off: r.off, Length: r.length})
 		if wire.StatusOf(err) != wire.Invalid {
 			t.Errorf("%d bytes from %d: %v", r.length, r.off, err)
 		}

@@ -18,8 +18,9 @@ const (
 	mendAgain = time.Minute
 )
 
-// mends is the bounded queue of blocks that the scrub found corrupt. Kernels read leased files without asking for their
-// blocks, and pinned ones are promised to be there, so they are fetched again unasked, into their place.
+// mends is the bounded queue of blocks that were found corrupt, by the scrub or by the digest of the whole object.
+// Kernels read leased files without asking for their blocks, and pinned ones are promised to be there, so they are
+// fetched again unasked, into their place.
 type mends chan mend
 
 type mend struct {
@@ -54,7 +55,7 @@ func (w *Worker) keepMending(ctx context.Context) error {
 			pause = 0 // the others, too
 		} else if ctx.Err() == nil {
 			final := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrInvalid) || len(failed) >= maxMends
-			w.log.Warn("a block that went bad in memory was not fetched again", "error", err, "triedAgain", !final)
+			w.log.Warn("a block that was found corrupt was not fetched again", "error", err, "triedAgain", !final)
 			if !final {
 				failed = append(failed, m)
 			}
@@ -87,6 +88,6 @@ func (w *Worker) mend(ctx context.Context, m mend) error {
 	}
 	b.Release()
 	done()
-	w.log.Info("a block that went bad in memory was fetched again", "object", f.String(), "block", m.block)
+	w.log.Info("a block that was found corrupt was fetched again", "object", f.String(), "block", m.block)
 	return nil
 }

@@ -96,8 +96,8 @@ func TestHostileRequestsAreInvalid(t *testing.T) {
 		"beyond the end":      {Op: wire.OpRead, Index: f, Off: ring.BlockSize, Length: 101},
 		"unknown operation":   {Op: 99},
 		"lease over tcp":      {Op: wire.OpLease, Index: f},
-		"prefetch negative":   {Op: wire.OpPrefetch, Index: f, Off: -1, Length: 1},
-		"prefetch beyond":     {Op: wire.OpPrefetch, Index: f, Off: 1 << 40, Length: 1},
+		"hand over negative":  {Op: wire.OpHandOver, Index: f, Off: -1, Length: 1},
+		"hand over beyond":    {Op: wire.OpHandOver, Index: f, Off: 1 << 40, Length: 1},
 		"resident directory":  {Op: wire.OpResident, Index: dir},
 		"snapshot negative":   {Op: wire.OpSnapshot, Off: -1},
 		"snapshot beyond":     {Op: wire.OpSnapshot, Off: 1 << 40, Length: 1},
@@ -616,24 +616,6 @@ func flip(t testing.TB, dir string, size, off int64) {
 		return
 	}
 	t.Fatalf("the store has no file of %d bytes", size)
-}
-
-func TestPrefetchMakesBlocksResident(t *testing.T) {
-	want := content(3*ring.BlockSize, 1)
-	tr := newTier(t, map[string][]byte{"f": want})
-	tr.start(1)
-	i := index(t, tr.snapshot(), "/f")
-	c := tr.dial(0)
-	if _, _, err := c.ask(wire.Request{Op: wire.OpPrefetch, Index: i, Off: ring.BlockSize + 1, Length: math.MaxInt32}); err != nil {
-		t.Fatal(err)
-	}
-	eventually(t, "blocks 1 and 2 are resident", func() error {
-		_, p, err := c.ask(wire.Request{Op: wire.OpResident, Index: i})
-		if err != nil || p[0] != 0b110 {
-			return fmt.Errorf("bitmap %b, %v", p, err)
-		}
-		return nil
-	})
 }
 
 func TestKeysRotate(t *testing.T) {

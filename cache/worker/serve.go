@@ -287,8 +287,8 @@ func (c *conn) handle(ctx context.Context, req wire.Request) {
 	switch req.Op {
 	case wire.OpRead:
 		err = c.read(ctx, req)
-	case wire.OpPrefetch:
-		err = c.prefetch(ctx, req)
+	case wire.OpHandOver:
+		err = c.takeOver(ctx, req)
 	case wire.OpSnapshot:
 		err = c.snapshot(ctx, req)
 	case wire.OpMembers:
@@ -374,27 +374,14 @@ func (c *conn) acquire(ctx context.Context, f file, block int64, flags wire.Flag
 	return b, done, func() { c.pins.give(size) }, nil
 }
 
-func (c *conn) prefetch(ctx context.Context, req wire.Request) error {
-	w := c.worker
-	snap, f, err := w.resolve(req)
+func (c *conn) takeOver(ctx context.Context, req wire.Request) error {
+	snap, f, err := c.worker.resolve(req)
 	if err != nil {
 		return err
 	}
 	snap.release()
-	if req.Off < 0 || req.Length <= 0 || req.Off >= f.ring.Size {
-		return fmt.Errorf("%w: %s: prefetch of %d bytes from %d", source.ErrInvalid, f, req.Length, req.Off)
-	}
-	if req.Flags&wire.FlagHandOver != 0 {
-		if err := w.takeOver(ctx, req, f, c.budget); err != nil {
-			return err
-		}
-		return c.reply(ctx, req, wire.Reply{Index: req.Index, Off: req.Off}, nil)
-	}
-	end := min(req.Off+int64(req.Length), f.ring.Size)
-	for block := req.Off / ring.BlockSize; blockOff(block) < end; block++ {
-		if !w.prefetches.push(f, block) {
-			break // a hint: what does not fit the queue is dropped
-		}
+	if err := c.worker.takeOver(ctx, req, f, c.budget); err != nil {
+		return err
 	}
 	return c.reply(ctx, req, wire.Reply{Index: req.Index, Off: req.Off}, nil)
 }

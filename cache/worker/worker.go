@@ -96,7 +96,6 @@ type Worker struct {
 	// doubted is a bucket that failed; nil while all are well.
 	doubted    atomic.Pointer[doubt]
 	doubtedNow chan struct{}
-	prefetches prefetches
 	mends      mends
 	loads      *loads
 	handedOver atomic.Pointer[wire.HandOver] // nil unless this worker leaves
@@ -152,7 +151,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16), offers: make(chan struct{}, 1),
 		peerFills: semaphore.NewWeighted(buffers / 2), connBudget: buffers / 4, leaseFill: maxLeaseFill, digests: newDigests(), sourceTimeout: wire.SourceTimeout,
-		doubtedNow: make(chan struct{}, 1), prefetches: make(prefetches, maxPrefetches), mends: make(mends, maxMends),
+		doubtedNow: make(chan struct{}, 1), mends: make(mends, maxMends),
 		requests: make(chan struct{}, maxRequests), guesses: make(chan struct{}, maxGuesses),
 		stopping: make(chan struct{}), controlEnded: make(chan struct{}), ended: make(chan struct{}),
 	}
@@ -278,7 +277,7 @@ func (w *Worker) Serve(ctx context.Context) error {
 		return nil
 	})
 	for _, loop := range []func(context.Context) error{
-		w.keepMembers, w.keepSnapshot, w.keepBucket, w.keepDigests, w.keepPrefetching, w.keepScrubbing, w.keepMending, w.keepHandingOver,
+		w.keepMembers, w.keepSnapshot, w.keepBucket, w.keepDigests, w.keepScrubbing, w.keepMending, w.keepHandingOver,
 		func(ctx context.Context) error { return w.acceptBlocks(ctx, w.blocks) },
 		func(ctx context.Context) error { return w.serveControl(ctx, w.control) },
 	} {
