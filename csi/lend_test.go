@@ -874,7 +874,7 @@ func (p *borrowing) lease(n *node, fd int) {
 				return err
 			}
 			defer c.Close()
-			if _, err := wire.ServerHandshake(c, testDataset, k.keys); err != nil {
+			if _, _, err := wire.ServerHandshake(c, testDataset, k.keys); err != nil {
 				return err
 			}
 			b := make([]byte, wire.MaxPacket)

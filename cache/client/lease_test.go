@@ -88,7 +88,7 @@ func (l *lender) stop() {
 
 func (l *lender) serve(nc *net.UnixConn, keys wire.Keys) {
 	defer nc.Close()
-	if _, err := wire.ServerHandshake(nc, testDataset, keys); err != nil {
+	if _, _, err := wire.ServerHandshake(nc, testDataset, keys); err != nil {
 		return
 	}
 	buf := make([]byte, wire.MaxPacket)

@@ -124,7 +124,7 @@ func nobodys(t *testing.T, keys wire.Keys, answer http.HandlerFunc) (addr string
 				return
 			}
 			all.Go(func() {
-				if _, _, err := wire.ServerHandshakeKey(nc, "ns/data", keys); err != nil {
+				if _, _, err := wire.ServerHandshake(nc, "ns/data", keys); err != nil {
 					nc.Close()
 					return
 				}

@@ -16,11 +16,8 @@ import (
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
-// chunks of a block, and how many pieces of one read are fetched at once.
-const (
-	blockChunks = ring.BlockSize / checksum.Size
-	maxPieces   = 8
-)
+// maxPieces is how many pieces of one read are fetched at once.
+const maxPieces = 8
 
 // ReadAt reads len(p) bytes of file i from off, fewer with io.EOF at its end, from memory, the node's
 // store or the workers. Sequential readers are recognised and read ahead for. It returns within

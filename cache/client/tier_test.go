@@ -342,7 +342,7 @@ func (w *fake) serve(nc net.Conn) {
 		w.mu.Unlock()
 	}()
 	w.gate()
-	if _, err := wire.ServerHandshake(nc, testDataset, w.tier.keys); err != nil {
+	if _, _, err := wire.ServerHandshake(nc, testDataset, w.tier.keys); err != nil {
 		return
 	}
 	var (

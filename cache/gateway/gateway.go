@@ -3,7 +3,7 @@
 // It owns the protocol: addresses of buckets and keys, SigV4 signatures of requests and of chunks,
 // checksums, conditions, ranges, listings, multipart uploads, XML and error codes. What the names are,
 // where their bytes lie and when a put is acknowledged is the Objects' affair (objects.go); who listens,
-// with which certificate, is the caller's (tls.go helps). docs/s3.md says which calls are supported.
+// with which certificate, is the caller's. docs/s3.md says which calls are supported.
 //
 // It is a front of its own on net/http rather than a backend of rclone/gofakes3, which was read for it:
 // that library keeps credentials and clock in package variables, takes streamed chunks without their

@@ -284,7 +284,7 @@ func mountTree(ctx context.Context, dir string, shows catalog.Digest, entries in
 	return m, nil
 }
 
-// serve starts a server on a connection: conn and table become the Mount's, or are closed. With init, the
+// serve starts a server on a connection: conn and table become the Mount's, or are closed. With s, the
 // kernel has had its answer to INIT from another process already.
 func serve(dir string, conn *os.File, table *table, snap tree, r Reader, o Options, s *Settings) (*Server, error) {
 	ctx, end := context.WithCancel(context.Background())
@@ -444,11 +444,6 @@ func (m *Server) Wait() { <-m.done }
 // Otherwise it happens lazily: the path is free, users keep what they have open, and Done is closed when the
 // last one is gone. A process that ends before that leaves them errors, not hangs.
 func (m *Server) Unmount() error {
-	select {
-	case <-m.done:
-		// Dead, perhaps still mounted (an Abort).
-	default:
-	}
 	busy, err := m.unmount()
 	if err != nil {
 		return fmt.Errorf("unmount %s: %w", m.dir, err)

@@ -19,8 +19,6 @@ func pathOf(path string) string {
 	return ""
 }
 
-func cutPrefix(s, prefix string) (string, bool) { return strings.CutPrefix(s, prefix) }
-
 // sortMounts puts the mounts in the order of their keys. No path starts another, so that the keys of each
 // lie together.
 func sortMounts(m []*mount) {

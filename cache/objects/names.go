@@ -9,6 +9,7 @@ import (
 	"net"
 	"net/http"
 	"path/filepath"
+	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -318,7 +319,7 @@ func (n *Names) locate(key string) (place, error) {
 		return place{}, err
 	}
 	for _, m := range mounts {
-		if rel, ok := cutPrefix(key, m.path); ok && rel != "" {
+		if rel, ok := strings.CutPrefix(key, m.path); ok && rel != "" {
 			p := place{m, m.prefix + rel}
 			if len(p.key) > maxKey {
 				return place{}, fmt.Errorf("%w: key %q: with the mount's prefix it is longer than %d bytes", source.ErrInvalid, key, maxKey)

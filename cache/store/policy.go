@@ -10,7 +10,7 @@ import (
 )
 
 // The policy is otter (W-TinyLFU), used as a plain data structure: every call is made under Store.mu and
-// its executor runs what it is given on the spot, so that an eviction is seen (onDeletion) before the call
+// its executor runs what it is given on the spot, so that an eviction is seen (OnDeletion) before the call
 // that caused it returns. The policy only chooses; bytes are freed afterwards, outside the mutex.
 //
 // It holds the blocks that may be evicted. Pinned blocks are not in it, nor are those that it chose while

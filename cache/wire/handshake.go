@@ -153,16 +153,9 @@ func ClientHandshake(ctx context.Context, conn net.Conn, dataset string, role Ro
 }
 
 // ServerHandshake checks that the client at conn holds a key of the role it claims, proves that this
-// side does, and returns the role. It takes at most DialTimeout and reads a fixed number of bytes.
-// After an error conn must be closed.
-func ServerHandshake(conn net.Conn, dataset string, keys Keys) (Role, error) {
-	role, _, err := ServerHandshakeKey(conn, dataset, keys)
-	return role, err
-}
-
-// ServerHandshakeKey is ServerHandshake for a server that ends the connections of a key that is taken away: it
-// also returns the key's name.
-func ServerHandshakeKey(conn net.Conn, dataset string, keys Keys) (role Role, id KeyID, err error) {
+// side does, and returns the role, and the key's name for a server that ends the connections of a key that is taken
+// away. It takes at most DialTimeout and reads a fixed number of bytes. After an error conn must be closed.
+func ServerHandshake(conn net.Conn, dataset string, keys Keys) (role Role, id KeyID, err error) {
 	defer func() {
 		if err != nil {
 			role, err = 0, fmt.Errorf("handshake with %s: %w", conn.RemoteAddr(), err)

@@ -68,7 +68,7 @@ func TestHandshake(t *testing.T) {
 				var role Role
 				go func() {
 					var err error
-					role, err = ServerHandshake(server, "ns/d", keys)
+					role, _, err = ServerHandshake(server, "ns/d", keys)
 					errs <- err
 				}()
 				cerr := ClientHandshake(context.Background(), client, c.dataset, c.role, c.key)
@@ -113,7 +113,7 @@ func TestHandshakeRefusesReflection(t *testing.T) {
 		client, server := ends(t, "tcp")
 		errs := make(chan error, 1)
 		go func() {
-			_, err := ServerHandshake(server, "d", keys)
+			_, _, err := ServerHandshake(server, "d", keys)
 			errs <- err
 		}()
 		if which == "server's proof" {
@@ -152,7 +152,7 @@ func TestHandshakeGarbage(t *testing.T) {
 			client.Write(garbage)
 			client.(*net.TCPConn).CloseWrite()
 		}()
-		if _, err := ServerHandshake(server, "d", GenerateKeys()); err == nil {
+		if _, _, err := ServerHandshake(server, "d", GenerateKeys()); err == nil {
 			t.Errorf("%s: accepted", name)
 		}
 	}
@@ -164,7 +164,7 @@ func TestHandshakeWithAnotherVersion(t *testing.T) {
 	there, server := ends(t, "tcp")
 	refused := make(chan error, 1)
 	go func() {
-		_, err := ServerHandshake(server, "d", GenerateKeys())
+		_, _, err := ServerHandshake(server, "d", GenerateKeys())
 		server.Close()
 		refused <- err
 	}()
@@ -206,7 +206,7 @@ func FuzzServerHandshake(f *testing.F) {
 	f.Add(bytes.Repeat([]byte{0xff}, helloSize+answerSize))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		c := &script{in: bytes.NewReader(b)}
-		if _, err := ServerHandshake(c, "d", keys); err == nil {
+		if _, _, err := ServerHandshake(c, "d", keys); err == nil {
 			t.Fatal("accepted")
 		}
 		if c.out > challengeSize+welcomeSize {

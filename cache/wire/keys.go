@@ -58,14 +58,6 @@ func (k Keys) Of(r Role) []Key {
 	return nil
 }
 
-// Current is the key that a client uses for role r; false when it was given none.
-func (k Keys) Current(r Role) (Key, bool) {
-	if of := k.Of(r); len(of) > 0 {
-		return of[0], true
-	}
-	return Key{}, false
-}
-
 // Has says whether there is a key of role r with the given name.
 func (k Keys) Has(r Role, id KeyID) bool {
 	_, ok := k.find(r, id)

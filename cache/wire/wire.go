@@ -5,7 +5,7 @@
 // connection, the JSON of the HTTP control endpoint and how its requests are signed, and the deadlines
 // of the data path, which nest. Both sides of the tier import it, and no policy lives here.
 //
-// Concurrency: functions are pure or work on one connection; a Conn's reads and writes are each for one
+// Concurrency: functions are pure or work on one connection, whose reads and writes are each for one
 // goroutine at a time. Failure: a frame that does not decode (bad magic, length or checksum) is
 // ErrCorrupt, after which the connection is of no use and must be closed.
 //

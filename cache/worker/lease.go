@@ -44,7 +44,7 @@ func listenSocket(path string) (*net.UnixListener, error) {
 	if err != nil {
 		return nil, fmt.Errorf("socket: %w", err)
 	}
-	// The file goes by closeSocket, which looks whose it is: a successor may have put its own there.
+	// The file goes by removeSocket, which looks whose it is: a successor may have put its own there.
 	l.SetUnlinkOnClose(false)
 	if err := errors.Join(os.Chmod(tmp, 0o660), os.Rename(tmp, path)); err != nil {
 		l.Close()
@@ -72,7 +72,7 @@ func (w *Worker) acceptLeases(ctx context.Context, l *net.UnixListener) error {
 		var role wire.Role
 		var id wire.KeyID
 		if err == nil {
-			role, id, err = wire.ServerHandshakeKey(uc, w.config.Dataset, w.keys.Keys())
+			role, id, err = wire.ServerHandshake(uc, w.config.Dataset, w.keys.Keys())
 		}
 		if err != nil {
 			w.counts.refused.Add(1)

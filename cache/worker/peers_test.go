@@ -41,7 +41,7 @@ func impostor(t *testing.T, keys wire.Keys, answer func(c net.Conn, req wire.Req
 				defer c.Close()
 				stop := context.AfterFunc(t.Context(), func() { c.Close() })
 				defer stop()
-				if _, err := wire.ServerHandshake(c, dataset, keys); err != nil {
+				if _, _, err := wire.ServerHandshake(c, dataset, keys); err != nil {
 					return
 				}
 				for {
@@ -376,7 +376,7 @@ func TestConnectionsToFormerMembersAreClosed(t *testing.T) {
 				return
 			}
 			defer c.Close()
-			if _, err := wire.ServerHandshake(c, dataset, keys); err != nil {
+			if _, _, err := wire.ServerHandshake(c, dataset, keys); err != nil {
 				return
 			}
 			for {

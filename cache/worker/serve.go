@@ -119,7 +119,7 @@ func (w *Worker) acceptBlocks(ctx context.Context, l net.Listener) error {
 			w.counts.refused.Add(1)
 			return
 		}
-		role, id, err := wire.ServerHandshakeKey(nc, w.config.Dataset, w.keys.Keys())
+		role, id, err := wire.ServerHandshake(nc, w.config.Dataset, w.keys.Keys())
 		<-strangers
 		if err != nil {
 			w.counts.refused.Add(1)

@@ -90,7 +90,6 @@ var castagnoli = crc32.MakeTable(crc32.Castagnoli)
 type Journal struct {
 	dir   string
 	limit int64
-	log   *slog.Logger
 
 	mu     sync.Mutex
 	used   int64               // bytes of files and drafts
@@ -116,7 +115,7 @@ func Open(dir string, limit int64, log *slog.Logger) (*Journal, error) {
 	if err != nil {
 		return nil, fmt.Errorf("journal: %w", err)
 	}
-	j := &Journal{dir: dir, limit: limit, log: log, byKey: make(map[string][]Record), forgot: make(map[string]Seq)}
+	j := &Journal{dir: dir, limit: limit, byKey: make(map[string][]Record), forgot: make(map[string]Seq)}
 	for _, f := range files {
 		path := filepath.Join(dir, f.Name())
 		var r Record
