@@ -76,6 +76,17 @@ func (s *Store) linger(fl *flight, end *time.Timer) {
 	}
 }
 
+// A block that is not there is got in one of five ways. Whoever wants it meanwhile shares the fill, whichever began it.
+//
+//	               who gets it so                             room is made         and where there is none
+//	AcquirePlaced  a worker, from the bucket                  with the first piece from heap
+//	Begin          a worker, several adjacent ones as well    with the first piece from heap
+//	AcquireSummed  a worker, from another that held it before after the fill       from heap
+//	Acquire        a worker, of an object that it has open    after the fill       from heap
+//	Place          who has the bytes: a put, a node's cache   before the fill      ErrNoRoom, and no fill
+//
+// Room is made late where an answer may not come: others would have been evicted for nothing.
+
 // Acquire returns the block in use, filling it if it is absent. All callers that want the block while a
 // fill is under way share it; one whose context ends leaves the others' fill running, and the last one to
 // leave cancels it, or, where that one's deadline was the end, it goes on for up to half a minute. An error of the fill
