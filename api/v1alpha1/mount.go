@@ -35,7 +35,8 @@ type Mount struct {
 	Path string `json:"path,omitempty"`
 
 	// Endpoint is the object store's host[:port], with http:// in front for a plain connection. Absent:
-	// the provider's own for the region.
+	// the provider's own for the region. A network with IPv6 only reaches Amazon's S3 at
+	// s3.dualstack.REGION.amazonaws.com.
 	//
 	// +optional
 	// +kubebuilder:validation:MaxLength=253

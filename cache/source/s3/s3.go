@@ -81,6 +81,9 @@ func Open(_ context.Context, c source.Config) (*Bucket, error) {
 	if err != nil {
 		return invalid(err, "check the endpoint")
 	}
+	// By default minio-go goes to the dual-stack endpoint, whose name neither an interface endpoint of a network's own
+	// nor a rule for what may leave it knows.
+	core.SetS3EnableDualstack(strings.Contains(host, "dualstack."))
 	b := &Bucket{core: *core, signer: signer, name: name, config: c, unversioned: c.AllowUnversioned, url: "s3://" + name}
 	if !s3utils.IsAmazonEndpoint(*core.EndpointURL()) {
 		b.url = "s3://" + host + "/" + name
