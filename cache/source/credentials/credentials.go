@@ -1,8 +1,8 @@
 // Package credentials reads the credentials of a bucket: from the folder of a mounted Secret, from the
-// environment, or from the platform.
+// environment, or from the platform; and it judges the certificate with which the bucket's store answers.
 //
 // It owns where credentials come from and when they are read again, for every kind of store; how they
-// sign a request is the store's. Concurrency: a Reader is safe for concurrent use. Failure: Get fails
+// sign a request is the store's. Concurrency: a Reader and a Transport are safe for concurrent use. Failure: Get fails
 // with a source.Error of kind ErrDenied that names the folder and the key that is missing and never
 // holds a value, or ErrUnavailable where another try may get them; Open fails only for settings that can
 // never work, so that a Secret may come later.

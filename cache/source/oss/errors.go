@@ -2,7 +2,6 @@ package oss
 
 import (
 	"context"
-	"crypto/tls"
 	"errors"
 	"fmt"
 	"io"
@@ -57,12 +56,12 @@ func (b *Bucket) fail(ctx context.Context, r request, resp *sdk.Response, err er
 		err = u.Err
 	}
 	var dns *net.DNSError
-	var cert *tls.CertificateVerificationError
+	hint, kind := b.transport.Untrusted(err)
 	switch {
+	case kind != nil:
+		e.Kind, e.Hint = kind, hint
 	case errors.Is(err, http.ErrSchemeMismatch):
 		e.Kind, e.Hint = source.ErrInvalid, "the endpoint speaks plain HTTP: write http:// in front of it"
-	case errors.As(err, &cert):
-		e.Kind, e.Hint = source.ErrInvalid, "give the endpoint by the name that is in its certificate, and the image its authority"
 	case errors.As(err, &dns):
 		e.Hint = fmt.Sprintf("check the endpoint %s; an -internal one resolves only inside its region", b.endpoint.host)
 	}

@@ -38,6 +38,7 @@ type Bucket struct {
 	config      source.Config
 	endpoint    endpoint
 	credentials *credentials.Reader
+	transport   *credentials.Transport
 	bucket      *sdk.Bucket
 	deps        deps
 	// asked says that the bucket was asked whether it has versioning, versioned that something told that it has.
@@ -118,7 +119,7 @@ func open(config source.Config, d deps) (*Bucket, error) {
 	if requests <= 0 {
 		requests = 64
 	}
-	var transport http.RoundTripper = &http.Transport{
+	b.transport = credentials.NewTransport(&http.Transport{
 		Proxy:               d.proxy,
 		DialContext:         d.dial,
 		TLSHandshakeTimeout: tlsTimeout,
@@ -128,7 +129,8 @@ func open(config source.Config, d deps) (*Bucket, error) {
 		DisableCompression:  true, // an object that is stored compressed is read as it is stored
 		ReadBufferSize:      64 << 10,
 		WriteBufferSize:     64 << 10,
-	}
+	})
+	var transport http.RoundTripper = b.transport
 	if config.Anonymous {
 		transport = unsigned{transport}
 	}

@@ -140,14 +140,14 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 
 // network judges an error without an answer, or with one that could not be read.
 func (b *Bucket) network(seen *answer) (hint string, kind error) {
-	var certificate *tls.CertificateVerificationError
+	if hint, kind := b.transport.Untrusted(seen.err); kind != nil {
+		return hint, kind
+	}
 	var plain tls.RecordHeaderError
 	var dns *net.DNSError
 	switch {
 	case errors.As(seen.err, &plain):
 		return "the store does not speak TLS: write http:// in front of the endpoint", source.ErrInvalid
-	case errors.As(seen.err, &certificate):
-		return "the store's certificate is not trusted: add its authority to the system's, or write http:// for a connection without TLS", source.ErrInvalid
 	case errors.As(seen.err, &dns) && dns.IsNotFound:
 		return "the endpoint's name is not known: check endpoint and region", source.ErrUnavailable
 	case errors.Is(seen.err, io.EOF) && b.plain():

@@ -22,6 +22,7 @@ import (
 	"github.com/minio/minio-go/v7/pkg/s3utils"
 
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/cache/source/credentials"
 )
 
 // awsEndpoint is used where a Config has none; minio-go makes the region's own of it.
@@ -31,6 +32,7 @@ const awsEndpoint = "s3.amazonaws.com"
 type Bucket struct {
 	core        minio.Core
 	signer      *signer
+	transport   *credentials.Transport
 	name        string
 	url         string
 	config      source.Config
@@ -72,9 +74,10 @@ func Open(_ context.Context, c source.Config) (*Bucket, error) {
 	if err != nil {
 		return nil, err
 	}
+	sender := credentials.NewTransport(newTransport(c))
 	options := &minio.Options{
 		Creds: miniocreds.New(signer), Secure: secure, Region: c.Region,
-		Transport:  &transport{next: newTransport(c)},
+		Transport:  &transport{next: sender},
 		MaxRetries: 1, // package source retries, where it is counted and bounded
 	}
 	core, err := minio.NewCore(host, options)
@@ -84,7 +87,7 @@ func Open(_ context.Context, c source.Config) (*Bucket, error) {
 	// By default minio-go goes to the dual-stack endpoint, whose name neither an interface endpoint of a network's own
 	// nor a rule for what may leave it knows.
 	core.SetS3EnableDualstack(strings.Contains(host, "dualstack."))
-	b := &Bucket{core: *core, signer: signer, name: name, config: c, unversioned: c.AllowUnversioned, url: "s3://" + name}
+	b := &Bucket{core: *core, signer: signer, transport: sender, name: name, config: c, unversioned: c.AllowUnversioned, url: "s3://" + name}
 	if !s3utils.IsAmazonEndpoint(*core.EndpointURL()) {
 		b.url = "s3://" + host + "/" + name
 	}
