@@ -9,6 +9,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"net/url"
+	"strings"
 	"sync/atomic"
 	"time"
 
@@ -35,7 +36,11 @@ func (b *Bucket) Client() (*minio.Core, error) {
 	if b.PathStyle {
 		o.BucketLookup = minio.BucketLookupPath
 	}
-	return minio.NewCore(u.Host, o)
+	c, err := minio.NewCore(u.Host, o)
+	if err == nil {
+		c.SetS3EnableDualstack(strings.Contains(u.Host, "dualstack.")) // as it is written, like all others
+	}
+	return c, err
 }
 
 // objects does the job at the bucket itself.

@@ -532,3 +532,20 @@ func (late) fresh(ctx context.Context, _ *Data) (session, error) {
 	<-ctx.Done()
 	return nil, context.Cause(ctx)
 }
+
+// The direct reader goes where the others go: to Amazon's endpoint as it is written.
+func TestAmazonEndpoint(t *testing.T) {
+	for _, host := range []string{"s3.eu-west-3.amazonaws.com", "s3.dualstack.eu-west-3.amazonaws.com"} {
+		c, err := (&Bucket{Endpoint: "https://" + host, Region: "eu-west-3", AccessKey: "AKID", SecretKey: "secret"}).Client()
+		if err != nil {
+			t.Fatal(err)
+		}
+		u, err := c.Presign(t.Context(), "GET", "name", "key", time.Minute, nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if u.Host != "name."+host {
+			t.Errorf("asked %s of the endpoint %s", u.Host, host)
+		}
+	}
+}
