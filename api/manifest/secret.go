@@ -103,7 +103,7 @@ func EnvName(secret, key string) string {
 }
 
 // Credentials returns the files of the Secret that a mount of the Dataset names, as a worker would see
-// them mounted: the keys that CredentialsRef.Map names, and no others of the Secret. It is nil without
+// them mounted: the keys that CredentialsRef.Map names and ca.crt, and no others of the Secret. It is nil without
 // an error for a mount that names none. An error that is ErrNoSecret leaves the caller the choice of the
 // source's own environment (AWS_ACCESS_KEY_ID and the like).
 func (s *Set) Credentials(d *v1alpha1.Dataset, m *v1alpha1.Mount) (map[string][]byte, error) {
@@ -142,6 +142,9 @@ func (s *Set) credentials(d *v1alpha1.Dataset, m *v1alpha1.Mount, env func(strin
 		case name != "sessionToken":
 			missing = append(missing, keys[name])
 		}
+	}
+	if v, ok := get("ca.crt"); ok {
+		files["ca.crt"] = v
 	}
 	if len(missing) == 0 {
 		return files, nil

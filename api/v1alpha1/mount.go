@@ -50,8 +50,10 @@ type Mount struct {
 	// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?$')",message="region must be a name such as cn-shanghai or us-east-1"
 	Region string `json:"region,omitempty"`
 
-	// CredentialsSecretRef names a Secret of the Dataset's namespace; only the workers see it. In local
-	// mode the Secret may also come from the manifests' folder or from the environment.
+	// CredentialsSecretRef names a Secret of the Dataset's namespace; only the workers see it. Its key
+	// ca.crt, where it has one, holds the certificates (PEM) of authorities that the store's may be of,
+	// beside the system's. In local mode the Secret may also come from the manifests' folder or from the
+	// environment.
 	//
 	// +optional
 	CredentialsSecretRef *CredentialsRef `json:"credentialsSecretRef,omitempty"`

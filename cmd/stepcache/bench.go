@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"regexp"
@@ -39,7 +40,7 @@ read then is fetched from the bucket, several times; --tier reads a tier that ru
 It reads the largest file up to --largest that the tier has room for, up to 10,000 files of up to 1 MiB and the whole
 listing. All of that must fit this machine's memory three times. The tier that -f makes is one worker with the memory
 of all that the manifest wants. Mounts need root. Other mounts need a bucket with the S3 protocol that is the
-Dataset's only mount.`,
+Dataset's only mount; mount-s3 does not take an authority from the Secret (ca.crt), only from the system.`,
 		Example: `  stepcache bench -f genomes.yaml
   stepcache bench --tier "$STEPCACHE_TIER" --only 'large file' --rounds 5
   stepcache bench -f genomes.yaml --contenders direct,stepcache -o json`,
@@ -111,7 +112,7 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 		if len(set.Datasets) != 1 {
 			return usage{fmt.Errorf("bench: %s: %d Datasets, want one", strings.Join(filenames, ", "), len(set.Datasets))}
 		}
-		if b, err = bucketOf(ctx, set); err != nil {
+		if b, err = bucketOf(ctx, set, dir); err != nil {
 			return err
 		}
 		o.Manifests = filenames
@@ -156,8 +157,9 @@ func runBench(ctx context.Context, o trial.Options, t tierFlags, filenames []str
 	return errors.Join(rep.Print(out), runErr)
 }
 
-// bucketOf is what others need to read the manifests' Dataset; nil where they cannot.
-func bucketOf(ctx context.Context, set *manifest.Set) (*trial.Bucket, error) {
+// bucketOf is what others need to read the manifests' Dataset; nil where they cannot. Authorities of the Secret are put
+// into dir, and the environment names them.
+func bucketOf(ctx context.Context, set *manifest.Set, dir string) (*trial.Bucket, error) {
 	d := set.Datasets[0]
 	configs, remove, err := local.Sources(set, d.Namespace+"/"+d.Name)
 	if err != nil {
@@ -189,5 +191,21 @@ func bucketOf(ctx context.Context, set *manifest.Set) (*trial.Bucket, error) {
 		return nil, err
 	}
 	b.AccessKey, b.SecretKey, b.Token = keys.AccessKeyID, keys.AccessKeySecret, keys.SessionToken
-	return b, nil
+	if c.CredentialsDir == "" {
+		return b, nil
+	}
+	text, err := os.ReadFile(filepath.Join(c.CredentialsDir, credentials.KeyAuthorities))
+	if errors.Is(err, fs.ErrNotExist) {
+		return b, nil
+	}
+	file := filepath.Join(dir, credentials.KeyAuthorities)
+	if err == nil {
+		err = os.WriteFile(file, text, 0o600)
+	}
+	for _, env := range []string{"SSL_CERT_FILE", "CURL_CA_BUNDLE"} { // programs of Go, and s3fs
+		if err == nil {
+			err = os.Setenv(env, file)
+		}
+	}
+	return b, err
 }

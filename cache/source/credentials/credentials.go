@@ -1,7 +1,7 @@
 // Package credentials reads the credentials of a bucket: from the folder of a mounted Secret, from the
-// environment, or from the platform; and it judges the certificate with which the bucket's store answers.
+// environment, or from the platform; and from that folder the authorities of the store's certificate.
 //
-// It owns where credentials come from and when they are read again, for every kind of store; how they
+// It owns where they come from and when they are read again, for every kind of store; how credentials
 // sign a request is the store's. Concurrency: a Reader and a Transport are safe for concurrent use. Failure: Get fails
 // with a source.Error of kind ErrDenied that names the folder and the key that is missing and never
 // holds a value, or ErrUnavailable where another try may get them; Open fails only for settings that can
@@ -173,15 +173,19 @@ type stamp [3]struct {
 
 func (s stamp) same(o stamp) bool {
 	for i := range s {
-		a, b := s[i].info, o[i].info
-		if (a == nil) != (b == nil) {
-			return false
-		}
-		if a != nil && (!os.SameFile(a, b) || a.Size() != b.Size() || !a.ModTime().Equal(b.ModTime())) {
+		if !same(s[i].info, o[i].info) {
 			return false
 		}
 	}
 	return true
+}
+
+// same says whether a file, which need not be there, is neither replaced nor rewritten.
+func same(a, b fs.FileInfo) bool {
+	if a == nil || b == nil {
+		return a == nil && b == nil
+	}
+	return os.SameFile(a, b) && a.Size() == b.Size() && a.ModTime().Equal(b.ModTime())
 }
 
 // fromDir reads the folder. The kubelet replaces all files of a Secret at once by renaming the link
@@ -245,7 +249,7 @@ func (r *Reader) read() (Value, error) {
 	}
 	var v [3]string
 	for i, k := range r.keys {
-		b, err := readSmall(filepath.Join(dir, k))
+		b, err := readSmall(filepath.Join(dir, k), maxValue)
 		switch {
 		case errors.Is(err, fs.ErrNotExist) && i == 2:
 			continue // the session token is optional
@@ -269,7 +273,7 @@ func (r *Reader) read() (Value, error) {
 	return Value{v[0], v[1], v[2]}, nil
 }
 
-func readSmall(name string) ([]byte, error) {
+func readSmall(name string, most int64) ([]byte, error) {
 	info, err := os.Stat(name)
 	if err != nil {
 		return nil, err
@@ -282,15 +286,17 @@ func readSmall(name string) ([]byte, error) {
 		return nil, err
 	}
 	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxValue+1))
-	if err == nil && len(b) > maxValue {
-		err = fmt.Errorf("%s is longer than %d bytes", name, maxValue)
+	b, err := io.ReadAll(io.LimitReader(f, most+1))
+	if err == nil && int64(len(b)) > most {
+		err = fmt.Errorf("%s is longer than %d bytes", name, most)
 	}
 	return b, err
 }
 
-func (r *Reader) denied(err error, hint string) error {
-	return &source.Error{Op: "read credentials of", Name: r.name, Kind: source.ErrDenied, Err: err, Hint: hint}
+func (r *Reader) denied(err error, hint string) error { return denied(r.name, err, hint) }
+
+func denied(name string, err error, hint string) error {
+	return &source.Error{Op: "read credentials of", Name: name, Kind: source.ErrDenied, Err: err, Hint: hint}
 }
 
 func (r *Reader) invalid(err error, hint string) error {

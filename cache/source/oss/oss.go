@@ -119,7 +119,7 @@ func open(config source.Config, d deps) (*Bucket, error) {
 	if requests <= 0 {
 		requests = 64
 	}
-	b.transport = credentials.NewTransport(&http.Transport{
+	b.transport = credentials.NewTransport(config, &http.Transport{
 		Proxy:               d.proxy,
 		DialContext:         d.dial,
 		TLSHandshakeTimeout: tlsTimeout,

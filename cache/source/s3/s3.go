@@ -74,7 +74,7 @@ func Open(_ context.Context, c source.Config) (*Bucket, error) {
 	if err != nil {
 		return nil, err
 	}
-	sender := credentials.NewTransport(newTransport(c))
+	sender := credentials.NewTransport(c, newTransport(c))
 	options := &minio.Options{
 		Creds: miniocreds.New(signer), Secure: secure, Region: c.Region,
 		Transport:  &transport{next: sender},

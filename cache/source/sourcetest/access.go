@@ -1,12 +1,16 @@
 package sourcetest
 
 import (
+	"bytes"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/source"
+	"github.com/stepcache/stepcache/test/bucket"
 )
 
 // all runs one operation of each kind and checks how it fails.
@@ -123,19 +127,64 @@ func testMissingCredentials(t *testing.T, s *suite) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	replace := func(b []byte) {
-		if err := os.WriteFile(key+".new", b, 0o600); err != nil {
-			t.Fatal(err)
-		}
-		if err := os.Rename(key+".new", key); err != nil {
-			t.Fatal(err)
-		}
-	}
-	replace([]byte("rotated-away"))
+	replace(t, key, []byte("rotated-away"))
 	_, err = read(t.Context(), src, o, 0, o.Size)
 	wantKind(t, err, source.ErrDenied)
-	replace(append(right, '\n'))
+	replace(t, key, append(right, '\n'))
 	if got, err := read(t.Context(), src, o, 0, o.Size); err != nil || string(got) != string(want) {
 		t.Errorf("after rotation: %d bytes, %v", len(got), err)
 	}
+}
+
+// replace renames a file into place, as the kubelet does.
+func replace(t *testing.T, path string, b []byte) {
+	t.Helper()
+	if err := os.WriteFile(path+".new", b, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := os.Rename(path+".new", path); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// The authority of the store's certificate is in the Secret, may come later, and is replaced there.
+func testAuthority(t *testing.T, s *suite) {
+	s.needsCredentials(t)
+	if s.Config.Endpoint == "" {
+		t.Skip("the store has no network")
+	}
+	ours, next := bucket.NewAuthority(t), bucket.NewAuthority(t)
+	proxy := bucket.TLSAt(t, s.Config.Endpoint, ours.Certificate(t, "127.0.0.1", time.Hour))
+	c := s.Config
+	c.Endpoint, c.CredentialsDir = proxy.Endpoint(), s.copyCredentials(t)
+	file := filepath.Join(c.CredentialsDir, "ca.crt")
+	src, err := s.Open(t.Context(), c)
+	if err != nil {
+		t.Fatal(err)
+	}
+	want := content(3, 300_000)
+	o := s.put(t, "k", want)
+	right := func() {
+		t.Helper()
+		if got, err := read(t.Context(), src, o, 0, o.Size); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%d bytes, %v", len(got), err)
+		}
+		if _, err := src.Put(t.Context(), "other", bytes.NewReader(want), o.Size); err != nil {
+			t.Error(err)
+		}
+	}
+	all(t, src, source.ErrInvalid, "ca.crt of "+c.CredentialsDir)
+	replace(t, file, ours.PEM)
+	right()
+	// A certificate of another: that worked before is no reason to give up.
+	proxy.Show(next.Certificate(t, "127.0.0.1", time.Hour))
+	_, err = read(t.Context(), src, o, 0, o.Size)
+	wantKind(t, err, source.ErrUnavailable, "k", "ca.crt of "+c.CredentialsDir)
+	replace(t, file, slices.Concat(ours.PEM, next.PEM))
+	right()
+	proxy.Show(next.Certificate(t, "127.0.0.1", -time.Hour))
+	_, err = read(t.Context(), src, o, 0, o.Size)
+	wantKind(t, err, source.ErrUnavailable, "k", "clock")
+	replace(t, file, ours.PEM[:len(ours.PEM)/2])
+	all(t, src, source.ErrDenied, "ca.crt", c.CredentialsDir)
 }

@@ -59,6 +59,7 @@ func Run(t *testing.T, open func(t *testing.T) Fixture) {
 		{"NoBucket", testNoBucket},
 		{"WrongCredentials", testWrongCredentials},
 		{"MissingCredentials", testMissingCredentials},
+		{"Authority", testAuthority},
 		{"OneRequestARead", testOneRequestARead},
 		{"StoreFaults", testStoreFaults},
 		{"TruncatedBody", testTruncatedBody},
