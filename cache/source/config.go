@@ -12,8 +12,8 @@ type Config struct {
 	Endpoint string `json:"endpoint,omitempty"`
 	// Region signs requests. Empty: derived from a known endpoint, or asked of the store.
 	Region string `json:"region,omitempty"`
-	// CredentialsDir is a folder with the files accessKeyID, accessKeySecret and optionally sessionToken
-	// (a mounted Secret). It is read again when the files change, so that a rotation needs no restart.
+	// CredentialsDir is a folder with the files accessKeyID, accessKeySecret and optionally sessionToken and
+	// ca.crt (a mounted Secret). It is read again when the files change, so that a rotation needs no restart.
 	// Empty: the environment, then the platform's ambient chain where Ambient is set.
 	CredentialsDir string `json:"credentialsDir,omitempty"`
 	// CredentialKeys maps accessKeyID, accessKeySecret and sessionToken to other file names.
