@@ -52,7 +52,7 @@ func child(what string) int {
 		fmt.Fprintln(os.Stderr, err)
 		return 2
 	}
-	f := map[string]func(order) error{"blind": childBlind, "fault": childFault, "list": childList, "mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
+	f := map[string]func(order) error{"blind": childBlind, "fault": childFault, "list": childList, "mapped": childMapped, "mmap": childMap, "read": childRead, "serve": childServe, "supported": childSupported, "user": childUser}[what]
 	if f == nil {
 		fmt.Fprintln(os.Stderr, "no such child:", what)
 		return 2
@@ -99,6 +99,26 @@ func childMap(o order) error {
 		}
 		fmt.Printf("%x\n", sha256.Sum256(b))
 		if err := unix.Munmap(b); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+// childMapped stats and reads the served files of a folder, once it is told a line.
+func childMapped(o order) error {
+	if _, err := bufio.NewReader(os.Stdin).ReadString('\n'); err != nil {
+		return err
+	}
+	for name, want := range served() {
+		var st unix.Stat_t
+		if err := unix.Stat(filepath.Join(o.Path, name), &st); err != nil {
+			return err
+		}
+		if st.Uid != 0 || st.Gid != 0 {
+			return fmt.Errorf("%s is of user %d and group %d", name, st.Uid, st.Gid)
+		}
+		if err := sameBytes(filepath.Join(o.Path, name), want); err != nil {
 			return err
 		}
 	}

@@ -248,7 +248,8 @@ func clearLeftover(dir string, log *slog.Logger) error {
 }
 
 // serverOptions are go-fuse's. Its splicing is off: replies are vectors, which go out with one writev, while a
-// full one would not fit a pipe.
+// full one would not fit a pipe. Ids may be mapped: a runtime does that to all volumes of a pod with a user namespace of
+// its own. The kernel wants default_permissions for it.
 func (f *fileSystem) serverOptions(maxWrite int) *fuse.MountOptions {
 	return &fuse.MountOptions{
 		Name:                     subtype,
@@ -257,6 +258,7 @@ func (f *fileSystem) serverOptions(maxWrite int) *fuse.MountOptions {
 		MaxBackground:            maxBackground,
 		DisableSplice:            true,
 		ExplicitDataCacheControl: true,
+		IDMappedMount:            true,
 		Logger:                   slog.NewLogLogger(f.log.Handler(), slog.LevelInfo),
 		PanicHandler: func(v any) fuse.Status {
 			f.log.Error("bug: a request of the file system panicked", "panic", v, "stack", stack())

@@ -5,6 +5,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"github.com/hanwen/go-fuse/v2/fuse"
 	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
@@ -269,6 +271,71 @@ func TestMountWithoutRoot(t *testing.T) {
 	cleanMount(t, own)
 	if out, err := cmd.CombinedOutput(); err != nil {
 		t.Errorf("%v\n%s", err, out)
+	}
+}
+
+// A pod with a user namespace of its own (hostUsers: false) has every volume with ids that are mapped to it.
+func TestAPodWithAUserNamespaceReads(t *testing.T) {
+	all := served()
+	for _, mode := range []Mode{Passthrough, NoOpen} {
+		t.Run(mode.String(), func(t *testing.T) {
+			r := newLeasing(t, snapshotOf(t, all), all)
+			m := mounted(t, r.snap, r, Options{Mode: mode})
+			if m.server.KernelSettings().Flags64()&fuse.CAP_ALLOW_IDMAP == 0 {
+				t.Skip("needs a kernel that maps the ids of a FUSE mount (Linux 6.12 or later)")
+			}
+			cmd, own := asNobody(t, "mapped")
+			ids := []syscall.SysProcIDMap{{HostID: 200000, Size: 65536}}
+			cmd.SysProcAttr = &unix.SysProcAttr{
+				Cloneflags: unix.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids, GidMappingsEnableSetgroups: true,
+				Credential: &syscall.Credential{}, Pdeathsig: unix.SIGKILL,
+			}
+			var out bytes.Buffer
+			cmd.Stdout, cmd.Stderr = &out, &out
+			tell, err := cmd.StdinPipe()
+			if err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Start(); err != nil {
+				t.Skipf("needs user namespaces: %v", err)
+			}
+			t.Cleanup(func() {
+				_ = cmd.Process.Kill()
+				_ = cmd.Wait()
+			})
+			idMap(t, m.Dir(), own, cmd.Process.Pid)
+			if _, err := io.WriteString(tell, "\n"); err != nil {
+				t.Fatal(err)
+			}
+			if err := cmd.Wait(); err != nil {
+				t.Errorf("%v\n%s", err, &out)
+			}
+			if m.fs.pass.available() && mode == Passthrough && m.Stats().PassthroughOpens == 0 {
+				t.Error("nothing was passed through")
+			}
+		})
+	}
+}
+
+// idMap shows the mount at dir also at another path, with the ids of a process's user namespace, as a runtime does.
+func idMap(t *testing.T, dir, at string, pid int) {
+	t.Helper()
+	ns, err := os.Open(fmt.Sprintf("/proc/%d/ns/user", pid))
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer ns.Close()
+	tree, err := unix.OpenTree(unix.AT_FDCWD, dir, unix.OPEN_TREE_CLONE|unix.O_CLOEXEC)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unix.Close(tree)
+	attr := unix.MountAttr{Attr_set: unix.MOUNT_ATTR_IDMAP, Userns_fd: uint64(ns.Fd())}
+	if err := unix.MountSetattr(tree, "", unix.AT_EMPTY_PATH, &attr); err != nil {
+		t.Fatalf("map the ids of %s: %v", dir, err)
+	}
+	if err := unix.MoveMount(tree, "", unix.AT_FDCWD, at, unix.MOVE_MOUNT_F_EMPTY_PATH); err != nil {
+		t.Fatal(err)
 	}
 }
 
