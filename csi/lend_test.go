@@ -41,6 +41,7 @@ type borrowing struct {
 	uid          string
 	data, socket string // the volumes' targets
 	tier         string
+	hostUsers    bool // the pod has no user namespace of its own
 }
 
 // nobody is the sidecar's user.
@@ -48,7 +49,7 @@ const nobody = 65532
 
 func (m *machine) borrow(k *kubelet, uid string) *borrowing {
 	m.t.Helper()
-	p := &borrowing{t: m.t, m: m, k: k, uid: uid, tier: filepath.Join(m.base, "tier-"+uid)}
+	p := &borrowing{t: m.t, m: m, k: k, uid: uid, tier: filepath.Join(m.base, "tier-"+uid), hostUsers: true}
 	p.data, p.socket = p.target("data"), p.target("node")
 	// What the projected volume has, for any user.
 	f := folder.Folder{Dir: filepath.Join(p.tier, "genomes"), Dataset: testDataset, Copies: 1}
@@ -157,6 +158,12 @@ func (p *borrowing) serveBy(sock string) *process {
 	return start(p.t, "sidecar", o, func(c *exec.Cmd) {
 		c.Path = "/proc/self/exe" // its folder is root's
 		c.SysProcAttr.Credential = &syscall.Credential{Uid: nobody, Gid: nobody}
+		if p.hostUsers {
+			return
+		}
+		ids := []syscall.SysProcIDMap{{HostID: 200000, Size: 65536}}
+		c.SysProcAttr.Cloneflags, c.SysProcAttr.GidMappingsEnableSetgroups = unix.CLONE_NEWUSER, true
+		c.SysProcAttr.UidMappings, c.SysProcAttr.GidMappings = ids, ids
 	})
 }
 
@@ -554,6 +561,12 @@ func passesThrough(t *testing.T) bool {
 // Files of a worker of this node are read from where they are: the node service connects the sidecar to the worker
 // and registers what it gets there.
 func TestLentMountsPassThrough(t *testing.T) {
+	for name, hostUsers := range map[string]bool{"users of the node": true, "a user namespace": false} {
+		t.Run(name, func(t *testing.T) { lentMountsPassThrough(t, hostUsers) })
+	}
+}
+
+func lentMountsPassThrough(t *testing.T, hostUsers bool) {
 	needMounts(t)
 	if !passesThrough(t) {
 		t.Skip("this kernel passes no files through (Linux 6.9 does)")
@@ -579,6 +592,7 @@ func TestLentMountsPassThrough(t *testing.T) {
 	path := filepath.Join(m.base, "run", "worker-1", v1alpha1.SocketName)
 	k.start(path)
 	p := m.borrow(n.kubelet, "pod-1")
+	p.hostUsers = hostUsers
 	p.members(path)
 	s := p.serve()
 	p.served(s)

@@ -9,6 +9,7 @@ import (
 	"log/slog"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"sync"
 	"time"
@@ -58,6 +59,9 @@ type Options struct {
 func Serve(ctx context.Context, o Options) (err error) {
 	if len(o.Datasets) == 0 {
 		return errors.New("no Dataset to mount is named")
+	}
+	if apart() {
+		return errors.New("this pod has a user namespace of its own (hostUsers: false), and what is mounted in one is of no use to other containers: install the node service, use the mode stage, or give the pod hostUsers: true")
 	}
 	if err := mount.Supported(); err != nil {
 		return err
@@ -129,6 +133,12 @@ func Serve(ctx context.Context, o Options) (err error) {
 	case name := <-gone:
 		return fmt.Errorf("dataset %s was unmounted by somebody else", name)
 	}
+}
+
+// apart says whether this process has a user namespace of its own. The node's has all ids.
+func apart() bool {
+	b, err := os.ReadFile("/proc/self/uid_map")
+	return err == nil && !slices.Equal(strings.Fields(string(b)), []string{"0", "0", "4294967295"})
 }
 
 // Ready says whether everything is mounted in dir.

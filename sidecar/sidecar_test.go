@@ -65,6 +65,9 @@ func needMount(t *testing.T) {
 	if os.Geteuid() != 0 {
 		t.Skip("needs root to mount for others and to detach")
 	}
+	if apart() {
+		t.Skip("needs the node's user namespace")
+	}
 }
 
 // pod is a pod's folders, and a tier of one Dataset, argo/genomes.
@@ -599,6 +602,30 @@ func TestEndsWhileItWaits(t *testing.T) {
 	await(t, "keeper", func() bool { _, err := os.Lstat(filepath.Join(p.dir, socketFile)); return err == nil }, k, s)
 	await(t, "server", func() bool { return Ready(p.dir) != nil }, k, s)
 	s.term()
+	k.term()
+	p.nothingLeft()
+}
+
+// It would be ready, and no other container have what it mounts.
+func TestServeRefusesAUserNamespace(t *testing.T) {
+	needMount(t)
+	p := newPod(t)
+	k := p.keep()
+	self, err := os.Executable()
+	if err != nil {
+		t.Fatal(err)
+	}
+	p.workers()
+	ctx, cancel := context.WithTimeout(context.Background(), patience)
+	defer cancel()
+	s := exec.CommandContext(ctx, self, p.dir, p.tier, "argo/genomes")
+	s.Env = append(os.Environ(), role+"=serve")
+	ids := []syscall.SysProcIDMap{{HostID: 0, Size: 65536}}
+	s.SysProcAttr = &syscall.SysProcAttr{Cloneflags: syscall.CLONE_NEWUSER, UidMappings: ids, GidMappings: ids, Pdeathsig: syscall.SIGKILL}
+	out, err := s.CombinedOutput()
+	if err == nil || !strings.Contains(string(out), "hostUsers") || !strings.Contains(string(out), "stage") {
+		t.Errorf("%v\n%s", err, out)
+	}
 	k.term()
 	p.nothingLeft()
 }

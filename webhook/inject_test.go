@@ -307,6 +307,7 @@ func TestDenials(t *testing.T) {
 		{"below a read-only mount", []func(map[string]any){volume, mounts("genomes=/ro/data")}, nil, []string{"read-only above it"}},
 		{"being deleted", nil, func(w *world) { w.datasets[0].DeletionTimestamp = &deleting }, []string{"is being deleted"}},
 		{"sidecar where it is not allowed", []func(map[string]any){inject("sidecar")}, func(w *world) { w.namespaces["argo"][labelEnforce], w.service = "baseline", false }, []string{"privileged", "baseline", "use stage"}},
+		{"sidecar in a user namespace", []func(map[string]any){inject("sidecar"), func(pod map[string]any) { pod["spec"].(map[string]any)["hostUsers"] = false }}, func(w *world) { w.service = false }, []string{"hostUsers", "use stage", "install the node service"}},
 		{"sidecar of another namespace", []func(map[string]any){inject("sidecar"), mounts("ref/hg38=/ref")}, nil, []string{"ref/hg38 is of another namespace", "use the mode csi"}},
 		{"stage of another namespace", []func(map[string]any){inject("stage"), mounts("ref/hg38=/ref")}, nil, []string{"use the mode csi"}},
 		{"sidecar in the node's network", []func(map[string]any){inject("sidecar"), hostNetwork}, nil, []string{"hostNetwork", "use csi"}},
@@ -600,6 +601,8 @@ func TestModes(t *testing.T) {
 		})
 	}
 	hostNetwork := pod(func(p *corev1.Pod) { p.Spec.HostNetwork = true })
+	no := false
+	apart := pod(func(p *corev1.Pod) { p.Spec.HostUsers = &no })
 	virtual := pod(func(p *corev1.Pod) { p.Spec.NodeSelector = map[string]string{"type": "virtual-kubelet"} })
 	for _, c := range []struct {
 		name    string
@@ -625,6 +628,11 @@ func TestModes(t *testing.T) {
 		{"asked for stage", stage, pod(nil), nil, true, stage},
 		{"asked for sidecar", sidecar, pod(nil), nil, true, sidecar},
 		{"node's network", auto, hostNetwork, nil, true, csi},
+		{"user namespace", auto, apart, nil, true, csi},
+		{"user namespace, no node service", auto, apart, nil, false, stage},
+		{"user namespace, no node service, privileged", auto, apart, map[string]string{labelEnforce: "privileged"}, false, stage},
+		{"user namespace, virtual kubelet, privileged", auto, apart, map[string]string{"alibabacloud.com/eci": "true", labelEnforce: "privileged"}, true, stage},
+		{"user namespace, lent its mounts", sidecar, apart, nil, true, sidecar},
 		{"node's network, without another way", sidecar, hostNetwork, nil, false, sidecar},
 	} {
 		got, err := choose(c.asked, c.pod, "argo", c.labels, c.service)

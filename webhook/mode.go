@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"errors"
 	"fmt"
 	"slices"
 	"strings"
@@ -68,25 +69,30 @@ func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[s
 	if pod.Spec.HostNetwork && (asked == sidecar || asked == stage) && lends(pod, namespaceLabels, nodeService) {
 		return "", fmt.Errorf("the mode %s reads through the pod's own network, and the workers let in pods by label (NetworkPolicy), which does not tell a pod with hostNetwork: use csi, which reads through the node service", asked)
 	}
+	// What is mounted in a user namespace does not reach the node, and so no other container.
+	apart := pod.Spec.HostUsers != nil && !*pod.Spec.HostUsers
 	switch asked {
 	case auto:
 		switch {
 		case serverless(pod, namespaceLabels):
 			// Nodes without a kernel of their own rarely run privileged containers: somebody must have said so.
-			if may == privileged {
+			if may == privileged && !apart {
 				return sidecar, nil
 			}
 			return stage, nil
 		case nodeService:
 			return csi, nil
-		case may != limited:
+		case may != limited && !apart:
 			return sidecar, nil
 		}
 		return stage, nil
 	case sidecar:
-		if may == limited && !lends(pod, namespaceLabels, nodeService) {
+		switch lent := lends(pod, namespaceLabels, nodeService); {
+		case may == limited && !lent:
 			return "", fmt.Errorf("the mode sidecar needs a privileged container where no node service lends it its mounts, and namespace %s does not allow that (label %s=%s): use stage, or install the node service",
 				namespace, labelEnforce, namespaceLabels[labelEnforce])
+		case apart && !lent:
+			return "", errors.New("the mode sidecar mounts in the node's user namespace where no node service lends it its mounts, and the pod has one of its own (hostUsers: false): use stage, or install the node service")
 		}
 	}
 	return asked, nil
