@@ -186,7 +186,7 @@ func (j *Injector) Replace(ctx context.Context, namespace string, p *patch) (war
 				c.ClaimName, d.Namespace, d.Name, cmp.Or(d.Status.Phase, v1alpha1.DatasetPending), d.Name))
 			continue
 		}
-		p.source(i, claim(d))
+		p.source(i, volumeOf(namespace, p, d))
 		p.annotate(AnnotationInjected, string(csi))
 	}
 	return warnings, nil
@@ -390,31 +390,35 @@ func (j *Injector) viaClaim(namespace string, p *patch, needs []*need) error {
 	return j.give(p, needs, func(n *need, i int) {
 		v := &p.pod.Spec.Volumes[i]
 		if c := v.PersistentVolumeClaim; c != nil && c.ClaimName != v1alpha1.ClaimName(n.dataset.Name) {
-			p.source(i, claim(n.dataset))
+			p.source(i, volumeOf(namespace, p, n.dataset))
 		}
-	}, func(n *need) corev1.VolumeSource {
-		if n.dataset.Namespace == namespace {
-			return claim(n.dataset)
-		}
-		// A claim's volume has this affinity of its own; an inline one does not, and would wait for ever.
-		p.require(v1alpha1.NodesForPods()...)
-		readOnly := true
-		return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{
-			Driver: v1alpha1.DriverName, ReadOnly: &readOnly,
-			// The kubelet hands the key over; it takes it from the pod's own namespace only.
-			NodePublishSecretRef: &corev1.LocalObjectReference{Name: v1alpha1.SharedReaderName(n.dataset.Namespace, n.dataset.Name)},
-			VolumeAttributes: map[string]string{
-				v1alpha1.AttributeVolume:    v1alpha1.VolumeDataset,
-				v1alpha1.AttributeNamespace: n.dataset.Namespace,
-				v1alpha1.AttributeDataset:   n.dataset.Name,
-			},
-		}}
-	})
+	}, func(n *need) corev1.VolumeSource { return volumeOf(namespace, p, n.dataset) })
 }
 
-func claim(d *v1alpha1.Dataset) corev1.VolumeSource {
-	return corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{
-		ClaimName: v1alpha1.ClaimName(d.Name), ReadOnly: true,
+// volumeOf is the claim of a Dataset, or an inline volume of the driver where the Dataset is of another namespace or the
+// pod has the claim already: before Kubernetes 1.35 the kubelet waits for ever for the second of two volumes of one
+// claim (github.com/kubernetes/kubernetes issue 132921).
+func volumeOf(namespace string, p *patch, d *v1alpha1.Dataset) corev1.VolumeSource {
+	secret := v1alpha1.ReaderName(d.Name)
+	if d.Namespace != namespace {
+		secret = v1alpha1.SharedReaderName(d.Namespace, d.Name)
+	} else if name := v1alpha1.ClaimName(d.Name); !slices.ContainsFunc(p.pod.Spec.Volumes, func(v corev1.Volume) bool {
+		return v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ClaimName == name
+	}) {
+		return corev1.VolumeSource{PersistentVolumeClaim: &corev1.PersistentVolumeClaimVolumeSource{ClaimName: name, ReadOnly: true}}
+	}
+	// A claim's volume has this affinity of its own; an inline one does not, and would wait for ever.
+	p.require(v1alpha1.NodesForPods()...)
+	readOnly := true
+	return corev1.VolumeSource{CSI: &corev1.CSIVolumeSource{
+		Driver: v1alpha1.DriverName, ReadOnly: &readOnly,
+		// The kubelet hands the key over; it takes it from the pod's own namespace only.
+		NodePublishSecretRef: &corev1.LocalObjectReference{Name: secret},
+		VolumeAttributes: map[string]string{
+			v1alpha1.AttributeVolume:    v1alpha1.VolumeDataset,
+			v1alpha1.AttributeNamespace: d.Namespace,
+			v1alpha1.AttributeDataset:   d.Name,
+		},
 	}}
 }
 

@@ -345,6 +345,50 @@ func claimed(name string) func(map[string]any) {
 	}
 }
 
+// The kubelet waits for ever for the second of two volumes of one claim.
+func TestOneVolumeOfAPodHasTheClaim(t *testing.T) {
+	w := newWorld()
+	w.datasets[0].Spec.Replaces = append(w.datasets[0].Spec.Replaces, v1alpha1.Replaced{ClaimName: "oss-old"})
+	for _, names := range [][]string{{"oss-data", "oss-old"}, {"oss-data", "genomes"}, {"genomes", "oss-data"}, {"oss-data", "oss-old", "genomes"}} {
+		volumes := func(pod map[string]any) {
+			var all []any
+			for i, name := range names {
+				all = append(all, map[string]any{"name": fmt.Sprint("v", i), "persistentVolumeClaim": map[string]any{"claimName": name}})
+			}
+			pod["spec"].(map[string]any)["volumes"] = all
+			delete(pod["metadata"].(map[string]any), "annotations")
+		}
+		asksNot := func(pod map[string]any) { delete(pod["metadata"].(map[string]any), "labels") }
+		for _, c := range []struct {
+			h      admission.Handler
+			change []func(map[string]any)
+		}{
+			{localityHandler(t, w), []func(map[string]any){volumes, asksNot}},
+			{injectHandler(t, w), []func(map[string]any){volumes, inject("csi")}},
+		} {
+			raw := readPod(t, "plain", c.change...)
+			pod := decodePod(t, apply(t, raw, c.h.Handle(t.Context(), request("argo", raw))))
+			own := 0
+			for i, v := range pod.Spec.Volumes {
+				switch {
+				case v.Name != fmt.Sprint("v", i):
+					t.Errorf("%v: volume %d is %s", names, i, v.Name)
+				case v.PersistentVolumeClaim != nil && v.PersistentVolumeClaim.ClaimName == "genomes":
+					own++
+				case v.CSI == nil || v.CSI.VolumeAttributes[v1alpha1.AttributeDataset] != "genomes" || v.CSI.NodePublishSecretRef.Name != v1alpha1.ReaderName("genomes"):
+					t.Errorf("%v: volume %d is %+v", names, i, v)
+				}
+			}
+			if own != 1 || len(pod.Spec.Volumes) != len(names) {
+				t.Errorf("%v: %d volumes of the claim: %+v", names, own, pod.Spec.Volumes)
+			}
+			if a := pod.Spec.Affinity; a == nil || a.NodeAffinity == nil || a.NodeAffinity.RequiredDuringSchedulingIgnoredDuringExecution == nil {
+				t.Errorf("%v: the inline volume may come to a node without a node service", names)
+			}
+		}
+	}
+}
+
 // Its own claim is no replacement: it is mounted as everybody's is.
 func TestWritableDatasetsOwnClaimIsMounted(t *testing.T) {
 	w := newWorld()
