@@ -486,6 +486,31 @@ func TestWhereTheNodeServiceRuns(t *testing.T) {
 	}
 }
 
+// Where SELinux enforces, a container that is not privileged may not make a socket in the kubelet's folder, nor use what
+// one that is has opened. The keeper needs no more than that.
+func TestTheKeeperMayHoldWhatTheNodeServiceOpens(t *testing.T) {
+	for _, u := range build(t, "node") {
+		if u.GetKind() != "DaemonSet" {
+			continue
+		}
+		var d appsv1.DaemonSet
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &d); err != nil {
+			t.Fatal(err)
+		}
+		spec := d.Spec.Template.Spec
+		c := spec.Containers[0].SecurityContext
+		if c.Privileged == nil || !*c.Privileged || c.ReadOnlyRootFilesystem == nil || !*c.ReadOnlyRootFilesystem {
+			t.Errorf("%s: %+v", d.Name, c)
+		}
+		if spec.HostNetwork || spec.HostPID || spec.HostIPC {
+			t.Errorf("%s is in a namespace of the node", d.Name)
+		}
+		if own := spec.AutomountServiceAccountToken; d.Name == "stepcache-keeper" && (own == nil || *own || len(spec.Volumes) != 1) {
+			t.Errorf("%s has more than its folder: %+v", d.Name, spec.Volumes)
+		}
+	}
+}
+
 func matches(t *testing.T, term corev1.NodeSelectorTerm, node map[string]string) bool {
 	t.Helper()
 	for _, e := range term.MatchExpressions {
