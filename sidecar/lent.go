@@ -95,7 +95,7 @@ func ServeLent(ctx context.Context, o LentOptions) error {
 func ReadyLent(ctx context.Context, socket string) error {
 	c, err := broker.Dial(ctx, socket)
 	if err != nil {
-		return err
+		return fmt.Errorf("%s: %w", unreached(err), err)
 	}
 	defer c.Close()
 	return c.Ready()
@@ -138,7 +138,7 @@ func pause(ctx context.Context, d time.Duration) {
 
 // dial connects to the node service, however long there is none. The error is ctx's.
 func (a *attendant) dial(ctx context.Context) (*broker.Conn, error) {
-	for told := false; ; told = true {
+	for told := ""; ; {
 		c, err := broker.Dial(ctx, a.o.Socket)
 		if err == nil {
 			return c, nil
@@ -146,11 +146,24 @@ func (a *attendant) dial(ctx context.Context) (*broker.Conn, error) {
 		if ctx.Err() != nil {
 			return nil, ctx.Err()
 		}
-		if !told {
-			a.o.Logger.Warn("no node service on this node: waiting for one", "reason", err)
+		if why := unreached(err); why != told {
+			a.o.Logger.Warn(why+": waiting for it", "reason", err)
+			told = why
 		}
 		pause(ctx, lentRetry)
 	}
+}
+
+// unreached says why there is no connection to the node service. Its socket is open to every user, and the file stays
+// while it is replaced.
+func unreached(err error) string {
+	switch {
+	case errors.Is(err, syscall.EACCES), errors.Is(err, syscall.EPERM):
+		return "this pod may not connect to the node service's socket, as where SELinux enforces; give it the mode csi or stage"
+	case errors.Is(err, syscall.ECONNREFUSED):
+		return "the node service does not answer at its socket, which is for a moment where it is replaced, and always in a sandboxed runtime (gVisor, Kata), whose pods want the mode csi or stage"
+	}
+	return "no node service on this node"
 }
 
 func (a *attendant) use(c *broker.Conn) {
