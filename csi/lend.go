@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+	"golang.org/x/time/rate"
 	"google.golang.org/grpc/codes"
 	"google.golang.org/grpc/status"
 
@@ -73,6 +74,7 @@ type borrower struct {
 	device      device
 	listener    *net.UnixListener
 	peers       map[*peer]bool
+	limit       *rate.Limiter // of log lines about what it does
 }
 
 // lent is a mount that a pod serves, or will.
@@ -233,7 +235,10 @@ func (l *lender) listen(target string, m mountinfo.Mount) {
 		return
 	}
 	delete(l.deaf, target)
-	p := &borrower{pod: strings.TrimPrefix(m.Source, lenderSource), target: target, device: deviceOf(m), listener: listener, peers: map[*peer]bool{}}
+	p := &borrower{
+		pod: strings.TrimPrefix(m.Source, lenderSource), target: target, device: deviceOf(m), listener: listener, peers: map[*peer]bool{},
+		limit: rate.NewLimiter(rate.Every(time.Minute), 10),
+	}
 	l.pods[target] = p
 	l.work.Go(func() { l.accept(p) })
 }

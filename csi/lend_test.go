@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"log/slog"
 	"net"
 	"os"
 	"os/exec"
@@ -799,6 +800,32 @@ func TestHostilePodsGetNothing(t *testing.T) {
 
 // A file whose server is the pod that sends it, and does not answer: neither looking at it nor closing it may hold
 // the node service up.
+func TestAPodCannotFillTheLog(t *testing.T) {
+	needMounts(t)
+	m := newMachine(t, newTier(t, someFiles()))
+	m.keep()
+	var log output
+	n := m.run(func(c *Config) { c.Logger = slog.New(slog.NewTextHandler(&log, nil)) })
+	p := m.borrow(n.kubelet, "pod-1")
+	const attempts = 200
+	for range attempts {
+		nc, err := net.DialUnix("unixpacket", nil, &net.UnixAddr{Name: p.sock(), Net: "unixpacket"})
+		if err != nil {
+			t.Fatal(err)
+		}
+		if _, err := nc.Write([]byte("{")); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := nc.Read(make([]byte, 1)); err == nil {
+			t.Error("an answer to what is no request")
+		}
+		nc.Close()
+	}
+	if lines := strings.Count(log.String(), "pod-1"); lines == 0 || lines > attempts/2 {
+		t.Errorf("%d lines for %d connections:\n%s", lines, attempts, log.String())
+	}
+}
+
 func TestFileOfAMountThatDoesNotAnswerHoldsNobodyUp(t *testing.T) {
 	needMounts(t)
 	k := newTier(t, someFiles())

@@ -61,7 +61,7 @@ func (l *lender) accept(p *borrower) {
 		l.mu.Unlock()
 		l.work.Go(func() {
 			defer func() { <-slots }()
-			if err := broker.Answer(c, func(r *broker.Request) broker.Reply { return l.handle(o, r) }, drop); err != nil && l.ctx.Err() == nil {
+			if err := broker.Answer(c, func(r *broker.Request) broker.Reply { return l.handle(o, r) }, drop); err != nil && l.ctx.Err() == nil && p.limit.Allow() {
 				l.s.log.Info("a pod's connection ended", "pod", p.pod, "reason", err)
 			}
 			c.Close()
@@ -275,11 +275,11 @@ func (l *lender) serve(o *peer, v *lent, r *broker.Request) (broker.Reply, error
 		return broker.Reply{}, nil
 	}
 	if at, err := mountinfo.At(v.target); err == nil && len(at) > 1 {
-		if err := mount.ReadAhead(at[0].Major, at[0].Minor); err != nil {
+		if err := mount.ReadAhead(at[0].Major, at[0].Minor); err != nil && o.of.limit.Allow() {
 			l.s.log.Info("sequential reads of a pod's own mount will be slower", "target", v.target, "error", err)
 		}
 	}
-	if err := l.park(v); err != nil {
+	if err := l.park(v); err != nil && o.of.limit.Allow() {
 		l.s.log.Error("a pod's own mount is not parked", "dataset", v.dataset, "target", v.target, "error", err)
 	}
 	return broker.Reply{Kept: true}, nil
