@@ -486,6 +486,71 @@ func TestWhereTheNodeServiceRuns(t *testing.T) {
 	}
 }
 
+// The node service and the keeper meet in the kubelet's folder, as they are and with the patches that README.md has for
+// another one.
+func TestTheKubeletsFolder(t *testing.T) {
+	readme, err := os.ReadFile("README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, text, _ := strings.Cut(string(readme), "### The kubelet's folder\n")
+	_, text, _ = strings.Cut(text, "```yaml\n")
+	text, _, ok := strings.Cut(text, "```")
+	if !ok {
+		t.Fatal("README.md shows no patches")
+	}
+	here, err := filepath.Abs("node")
+	if err != nil {
+		t.Fatal(err)
+	}
+	own := t.TempDir()
+	rel, err := filepath.Rel(own, here)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(own, "kustomization.yaml"), []byte("resources: ["+rel+"]\n"+text), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	const usual = "/var/lib/kubelet"
+	for dir, folder := range map[string]string{"node": usual, own: "/var/lib/k0s/kubelet"} {
+		found := 0
+		for _, u := range build(t, dir) {
+			var d appsv1.DaemonSet
+			if u.GetKind() != "DaemonSet" {
+				continue
+			} else if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &d); err != nil {
+				t.Fatal(err)
+			}
+			found++
+			spec := d.Spec.Template.Spec
+			c := spec.Containers[0]
+			onNode, inside, drivers := spec.Volumes[0].HostPath.Path, c.VolumeMounts[0].MountPath, filepath.Join("plugins", v1alpha1.DriverName)
+			if spec.Volumes[0].Name != c.VolumeMounts[0].Name {
+				t.Fatalf("%s: another volume is mounted first: %+v", d.Name, c.VolumeMounts)
+			}
+			switch d.Name {
+			case "stepcache-node":
+				told := usual
+				for _, a := range c.Args {
+					if v, ok := strings.CutPrefix(a, "--kubelet-dir="); ok {
+						told = v
+					}
+				}
+				if onNode != folder || inside != folder || told != folder {
+					t.Errorf("%s: %s of the node is mounted at %s, --kubelet-dir is %s; want %s", d.Name, onNode, inside, told, folder)
+				}
+			case "stepcache-keeper":
+				if onNode != filepath.Join(folder, drivers) || inside != filepath.Join(usual, drivers) || !slices.Equal(c.Args, []string{"keeper"}) {
+					t.Errorf("%s %v: %s of the node is mounted at %s", d.Name, c.Args, onNode, inside)
+				}
+			}
+		}
+		if found != 2 {
+			t.Errorf("%s has %d DaemonSets", dir, found)
+		}
+	}
+}
+
 // Where SELinux enforces, a container that is not privileged may not make a socket in the kubelet's folder, nor use what
 // one that is has opened. The keeper needs no more than that.
 func TestTheKeeperMayHoldWhatTheNodeServiceOpens(t *testing.T) {

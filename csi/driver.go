@@ -300,6 +300,7 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 	}
 	g.Go(func() error { s.housekeep(ctx, g); return nil })
 	g.Go(func() error { s.announce(ctx); return nil })
+	g.Go(func() error { s.expect(ctx); return nil })
 	s.log.Info("serving", "node", s.config.NodeName, "socket", s.config.csiSocket())
 	return nil
 }
@@ -581,6 +582,22 @@ func (s *service) announce(ctx context.Context) {
 		s.log.Error("the node is not labelled: pods that need it may be kept away from here", "error", err)
 		again = time.After(pause)
 		pause = min(2*pause, 30*time.Second)
+	}
+}
+
+// unregistered says why no pod can have a volume here yet. A kubelet that keeps its things elsewhere never looks into
+// the folder in which this process waits for it.
+func (s *service) unregistered() string {
+	return fmt.Sprintf("the kubelet has not registered the driver: if its folder (--root-dir) is not %s, set --kubelet-dir", s.config.KubeletDir)
+}
+
+// expected is the time in which the kubelet comes, which watches the folder of registrations.
+const expected = time.Minute
+
+// expect says when the kubelet does not come.
+func (s *service) expect(ctx context.Context) {
+	if wait(ctx, expected); ctx.Err() == nil && !s.registered.Load() {
+		s.log.Warn(s.unregistered())
 	}
 }
 

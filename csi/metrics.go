@@ -130,7 +130,7 @@ func (m *metrics) serve(ctx context.Context, l net.Listener) error {
 	mux.HandleFunc("GET /healthz", func(w http.ResponseWriter, _ *http.Request) { fmt.Fprintln(w, "ok") })
 	mux.HandleFunc("GET /readyz", func(w http.ResponseWriter, _ *http.Request) {
 		if !m.s.registered.Load() {
-			http.Error(w, "the kubelet has not registered the driver", http.StatusServiceUnavailable)
+			http.Error(w, m.s.unregistered(), http.StatusServiceUnavailable)
 			return
 		}
 		fmt.Fprintln(w, "ok")

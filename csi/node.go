@@ -3,6 +3,7 @@ package csi
 import (
 	"context"
 	"errors"
+	"fmt"
 	"io/fs"
 	"os"
 	"path/filepath"
@@ -117,6 +118,9 @@ func (s *service) NodePublishVolume(ctx context.Context, r *csi.NodePublishVolum
 		err = s.lender.publishSocket(target, v)
 	default:
 		err = s.publishDataset(ctx, target, v)
+	}
+	if errors.Is(err, unix.EROFS) { // this container's own files
+		err = fmt.Errorf("%w: the kubelet's folder is not %s, it seems: set --kubelet-dir", err, s.config.KubeletDir)
 	}
 	if err != nil {
 		return nil, failed(err)

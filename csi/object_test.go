@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"io"
+	"log/slog"
 	"net/http"
 	"os"
 	"path/filepath"
@@ -13,6 +14,7 @@ import (
 	"testing/synctest"
 	"time"
 
+	"golang.org/x/sys/unix"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -145,6 +147,43 @@ func TestTheLabelIsSaidAgain(t *testing.T) {
 		time.Sleep(2 * announceAgain)
 		said("superseded", 5)
 	})
+}
+
+// A kubelet with another folder than the one that this process was told never comes.
+func TestAKubeletThatDoesNotComeIsTold(t *testing.T) {
+	for _, registered := range []bool{false, true} {
+		synctest.Test(t, func(t *testing.T) {
+			var log output
+			s := newService(Config{KubeletDir: "/the/kubelets", Logger: slog.New(slog.NewTextHandler(&log, nil))}.withDefaults())
+			s.registered.Store(registered)
+			ctx, cancel := context.WithCancel(t.Context())
+			defer cancel()
+			go s.expect(ctx)
+			time.Sleep(2 * expected)
+			synctest.Wait()
+			if told := strings.Contains(log.String(), "/the/kubelets, set --kubelet-dir"); told == registered {
+				t.Errorf("registered %v: %s", registered, log.String())
+			}
+		})
+	}
+}
+
+// With a link to its folder the kubelet finds the sockets, and then names paths that are not in this container.
+func TestATargetInTheContainersOwnFilesNamesTheKubeletsFolder(t *testing.T) {
+	needMounts(t)
+	m := newMachine(t, newTier(t, someFiles()))
+	m.keep()
+	n := m.run(nil)
+	image := t.TempDir()
+	if err := unix.Mount("none", image, "tmpfs", unix.MS_RDONLY, ""); err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { _ = unix.Unmount(image, unix.MNT_DETACH) })
+	r := n.inline("worker-1", v1alpha1.VolumeSocket, "0", nil)
+	r.TargetPath = filepath.Join(image, "kubelet", "pods", "mount")
+	if _, err := n.NodePublishVolume(testContext(t), r); err == nil || !strings.Contains(err.Error(), "--kubelet-dir") {
+		t.Errorf("published at %s: %v", r.TargetPath, err)
+	}
 }
 
 func TestHealthAndMetrics(t *testing.T) {
