@@ -69,7 +69,7 @@ func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[s
 	if pod.Spec.HostNetwork && (asked == sidecar || asked == stage) && lends(pod, namespaceLabels, nodeService) {
 		return "", fmt.Errorf("the mode %s reads through the pod's own network, and the workers let in pods by label (NetworkPolicy), which does not tell a pod with hostNetwork: use csi, which reads through the node service", asked)
 	}
-	// What is mounted in a user namespace does not reach the node, and so no other container.
+	// What is mounted in a user namespace of its own is of no use to other containers.
 	apart := pod.Spec.HostUsers != nil && !*pod.Spec.HostUsers
 	switch asked {
 	case auto:
@@ -92,7 +92,7 @@ func choose(asked mode, pod *corev1.Pod, namespace string, namespaceLabels map[s
 			return "", fmt.Errorf("the mode sidecar needs a privileged container where no node service lends it its mounts, and namespace %s does not allow that (label %s=%s): use stage, or install the node service",
 				namespace, labelEnforce, namespaceLabels[labelEnforce])
 		case apart && !lent:
-			return "", errors.New("the mode sidecar mounts in the node's user namespace where no node service lends it its mounts, and the pod has one of its own (hostUsers: false): use stage, or install the node service")
+			return "", errors.New("the mode sidecar needs the user namespace of the node where no node service lends it its mounts, and the pod has one of its own (hostUsers: false): use stage, or install the node service")
 		}
 	}
 	return asked, nil
