@@ -208,18 +208,66 @@ func TestBackBringsObjectsToTheBucketOnCondition(t *testing.T) {
 		t.Error("nobody wrote in between")
 	}
 	bt.nothingHeld()
-	// A bucket that knows no conditions.
-	bt.proxy.Set(func(r *http.Request) bucket.Fault {
-		if r.Method == http.MethodPut && r.Header.Get("If-Match")+r.Header.Get("If-None-Match") != "" {
-			return bucket.Fault{Status: 501, Code: "NotImplemented"}
+	// What a load balancer says is not the store's word: the put waits until the store decides its condition.
+	refuse := func(status int, code string, times int) (left func() int, unconditional *atomic.Int32) {
+		var refused atomic.Int32
+		unconditional = new(atomic.Int32)
+		bt.proxy.Set(func(r *http.Request) bucket.Fault {
+			switch {
+			case r.Method != http.MethodPut:
+			case r.Header.Get("If-Match")+r.Header.Get("If-None-Match") == "":
+				unconditional.Add(1)
+			case refused.Add(1) <= int32(times):
+				return bucket.Fault{Status: status, Code: code}
+			}
+			return bucket.Fault{}
+		})
+		return func() int { return times - int(refused.Load()) }, unconditional
+	}
+	takes := func(owner int, key, v string) {
+		t.Helper()
+		bt.mustPut(owner, key, []byte(v))
+		bt.inBucketSoon(key, []byte(v), md5Hex(v))
+	}
+	eventually(t, "no put without condition", func() error { // one may go through
+		left, unconditional := refuse(400, "400 Bad Request", 4)
+		takes(0, key, "balanced")
+		if left() > 0 || unconditional.Load() > 0 {
+			return fmt.Errorf("%d more on condition were to be refused, %d had none", left(), unconditional.Load())
 		}
-		return bucket.Fault{}
+		return nil
 	})
+	bt.nothingHeld()
+	// Where the store itself refuses some it is given those without, and the others on condition still.
+	for n := range 4 {
+		eventually(t, "two puts without condition", func() error {
+			left, unconditional := refuse(400, "InvalidArgument", 2)
+			for i := range 3 {
+				takes(0, key, fmt.Sprint("doubtful-", n, i))
+			}
+			if left() >= 0 || unconditional.Load() != 2 {
+				return fmt.Errorf("%d more on condition were to be refused, %d had none", left(), unconditional.Load())
+			}
+			return nil
+		})
+	}
+	bt.nothingHeld()
+	// A bucket that knows no conditions is not asked for any after a while.
+	const never = 1 << 20
+	left, unconditional := refuse(501, "NotImplemented", never)
 	for _, k := range []string{key, bt.keyOwnedBy(0, "none"), bt.keyOwnedBy(1, "none")} {
 		for _, v := range []string{"4", "5"} {
-			bt.mustPut(1, k, []byte(v))
-			bt.inBucketSoon(k, []byte(v), md5Hex(v))
+			takes(1, k, v)
 		}
+	}
+	for i := range 6 {
+		takes(0, key, fmt.Sprint("over-", i))
+	}
+	bt.nothingHeld()
+	tried := never - left()
+	takes(0, key, "at last")
+	if tried == 0 || never-left() != tried {
+		t.Errorf("of %d puts without condition the last was tried with one: %d, then %d", unconditional.Load(), tried, never-left())
 	}
 	bt.nothingHeld()
 }

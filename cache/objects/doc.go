@@ -104,7 +104,7 @@
 // it is to take the place of, or that there must be none: a request that comes after another owner's changes nothing.
 // What remains possible: a request that the old owner had begun, which it, the network or the bucket held up until a
 // new owner had settled, and which comes to a bucket that does not know the condition (OSS over what is there, and with
-// versioning over nothing as well; stores that answer that it is not implemented), or that has by then what it had
+// versioning over nothing as well; stores that answer that they do not take it), or that has by then what it had
 // before: the same bytes put again, or nothing, since it was deleted. The same holds of writes that go through, whose
 // requests have no condition unless the client gave one. Members that nothing listens for, at the addresses they are
 // known by, need not confirm: a worker whose every connection to its peers is refused, though they are there, would go

@@ -37,6 +37,9 @@ const (
 	retryEvery = 100 * time.Millisecond
 	// tellTimeout bounds a word to another worker.
 	tellTimeout = 5 * time.Second
+	// maxRefusals is how many puts, one after the other, a store may take only without their condition until none is tried
+	// any more.
+	maxRefusals = 3
 )
 
 // keepFlushing brings what is pending to the bucket until ctx ends.
@@ -236,32 +239,37 @@ func (b *back) putOver(ctx context.Context, p *pending, at place, content io.Rea
 		// Its last byte is read right before it is sent.
 		return at.writer.PutObject(ctx, at.key, fenced{b, p.key, io.NewSectionReader(content, 0, e.Size)}, e.Size, o)
 	}
-	conditional := o
+	conditional, refusals := o, &at.noAbsent
 	if there {
-		conditional.IfMatch = has
+		conditional.IfMatch, refusals = has, &at.noMatch
 	} else {
 		conditional.IfAbsent = true
 	}
-	if there && at.noMatch.Load() || !there && at.noAbsent.Load() {
+	if refusals.Load() >= maxRefusals {
 		return put(o)
 	}
 	got, err = put(conditional)
 	switch {
+	case err == nil:
+		refusals.Store(0)
 	case errors.Is(err, source.ErrChanged), there && errors.Is(err, source.ErrNotFound):
+		refusals.Store(0)
 		return got, fmt.Errorf("%w: another wrote it since it was asked what the bucket has: %w", gateway.ErrBusy, err)
-	case errors.Is(err, source.ErrInvalid):
+	case refusesConditions(err):
 		plain, perr := put(o)
-		if perr == nil {
-			b.n.log.Info("the bucket puts objects without conditions only", "bucket", at.URL(), "over", there, "error", err)
-			if there {
-				at.noMatch.Store(true)
-			} else {
-				at.noAbsent.Store(true)
-			}
+		if perr == nil && refusals.Add(1) == maxRefusals {
+			b.n.log.Warn("the bucket puts objects without conditions only: from now on a request of a former owner of a name that comes late can write over a newer version", "bucket", at.URL(), "over", there, "error", err)
 		}
 		return plain, perr
 	}
 	return got, err
+}
+
+// refusesConditions says whether an error may be because the store puts nothing on a condition. It must be what the store
+// itself says of the request: a load balancer in front of it, a certificate or a region do not say that.
+func refusesConditions(err error) bool {
+	var refusal *source.Refusal
+	return errors.Is(err, source.ErrInvalid) && (errors.Is(err, errors.ErrUnsupported) || errors.As(err, &refusal))
 }
 
 // fenced is the content of an entry. It ends well only while this worker is sure that the name is its own.

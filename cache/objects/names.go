@@ -272,8 +272,9 @@ type mount struct {
 	path   string // as the start of keys of the dataset: "" or "a/b/"
 	prefix string // of keys of the bucket
 	tags   tags
-	// noMatch and noAbsent say that the store puts nothing on the condition that there is a certain version, or none.
-	noMatch, noAbsent atomic.Bool
+	// noMatch and noAbsent count the puts, one after the other, that the store took only without the condition that there
+	// is a certain version, or none.
+	noMatch, noAbsent atomic.Int32
 	// taken is when the bucket took an object last, in nanoseconds of Unix.
 	taken atomic.Int64
 }

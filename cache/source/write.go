@@ -32,7 +32,8 @@ type WriteOptions struct {
 	Attributes
 	// IfMatch is the version that must be the current one, or "*" for any: ErrChanged when there is
 	// another, ErrNotFound when there is none. IfAbsent: ErrChanged when there is any. The store decides
-	// both in the same step as it makes the object.
+	// both in the same step as it makes the object. Where it is known to decide none, the error is also
+	// errors.ErrUnsupported.
 	IfMatch  string
 	IfAbsent bool
 	// Sums are those of the content, for PutObject.

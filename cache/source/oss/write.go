@@ -53,7 +53,8 @@ func attributes(a source.Attributes) map[string]string {
 // versioning, and nothing else.
 func (b *Bucket) decides(ctx context.Context, key string, o source.WriteOptions) error {
 	if o.IfMatch != "" {
-		return &source.Error{Op: "put", Name: b.name(key), Kind: source.ErrInvalid, Err: errors.New("OSS puts an object only if it is absent, not only over a certain version"),
+		return &source.Error{Op: "put", Name: b.name(key), Kind: source.ErrInvalid,
+			Err:  fmt.Errorf("%w: OSS puts an object only if it is absent, not only over a certain version", errors.ErrUnsupported),
 			Hint: "put it without If-Match"}
 	}
 	if !o.IfAbsent {
@@ -79,7 +80,7 @@ func (b *Bucket) decided(key string, o source.WriteOptions) error {
 
 func (b *Bucket) undecided(key, outcome string) error {
 	return &source.Error{Op: "put", Name: b.name(key), Kind: source.ErrInvalid,
-		Err:  errors.New(`OSS knows no "only if absent" in a bucket whose versioning is enabled or suspended` + outcome),
+		Err:  fmt.Errorf(`%w: OSS knows no "only if absent" in a bucket whose versioning is enabled or suspended%s`, errors.ErrUnsupported, outcome),
 		Hint: "put it without If-None-Match, or into a bucket that never had versioning"}
 }
 

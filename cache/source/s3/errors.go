@@ -135,6 +135,9 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 		e.Refusal = source.Refused(r.StatusCode, r.Code, r.Message, endpoint.Host, endpoint.Hostname(), v.AccessKeyID, v.AccessKeySecret, v.SessionToken)
 	}
 	e.Err = fmt.Errorf("%s: %w", r.Code, err)
+	if r.StatusCode == http.StatusNotImplemented {
+		e.Err = fmt.Errorf("%w: %w", e.Err, errors.ErrUnsupported)
+	}
 	return e
 }
 
