@@ -28,9 +28,11 @@ const (
 	socketDir   = "/run/stepcache"
 )
 
-// What the injectors of service meshes ask of a pod.
+// What service meshes ask of a pod: whether to inject their proxy, and Istio also whether the node's, of its ambient mode,
+// is to take the pod's connections.
 const (
 	injectIstio   = "sidecar.istio.io/inject"
+	ambientIstio  = "istio.io/dataplane-mode"
 	injectLinkerd = "linkerd.io/inject"
 )
 
@@ -130,8 +132,9 @@ func served(a *corev1.Affinity) *corev1.Affinity {
 }
 
 // podMeta is what users and others read of the workers' pods, beside what the controller says of them. A service
-// mesh's proxy in front of a worker would refuse the controller and the node service, which are outside of the mesh:
-// the workers stay out of it too, unless the Dataset's author says otherwise.
+// mesh's proxy in front of a worker would refuse the controller and the node service, which are outside of the mesh, and
+// what one on the node forwards comes to a port that the workers' policy does not open: the workers stay out of it too,
+// unless the Dataset's author says otherwise.
 func podMeta(d *v1alpha1.Dataset) (labels, annotations map[string]string) {
 	labels, annotations = make(map[string]string), make(map[string]string)
 	if t := d.Spec.Workers.Template; t != nil {
@@ -140,9 +143,12 @@ func podMeta(d *v1alpha1.Dataset) (labels, annotations map[string]string) {
 		}
 		maps.Copy(annotations, t.Metadata.Annotations)
 	}
-	// Istio reads both, and the label first.
+	// Istio reads both of the first, and the label first.
 	if _, ok := annotations[injectIstio]; !ok && labels[injectIstio] == "" {
 		labels[injectIstio] = "false"
+	}
+	if labels[ambientIstio] == "" {
+		labels[ambientIstio] = "none"
 	}
 	if annotations[injectLinkerd] == "" {
 		annotations[injectLinkerd] = "disabled"

@@ -52,13 +52,15 @@ func TestWorkersStayOutOfServiceMeshesUnlessAskedIn(t *testing.T) {
 		template            *v1alpha1.WorkerTemplate
 		labels, annotations texts
 	}{
-		"nothing asked": {nil, texts{injectIstio: "false"}, texts{injectLinkerd: "disabled"}},
+		"nothing asked": {nil, texts{injectIstio: "false", ambientIstio: "none"}, texts{injectLinkerd: "disabled"}},
 		"others": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Labels: map[string]v1alpha1.LabelValue{"team": "a"}, Annotations: texts{"b": "c"}}},
-			texts{"team": "a", injectIstio: "false"}, texts{"b": "c", injectLinkerd: "disabled"}},
+			texts{"team": "a", injectIstio: "false", ambientIstio: "none"}, texts{"b": "c", injectLinkerd: "disabled"}},
 		"by label": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Labels: map[string]v1alpha1.LabelValue{injectIstio: "true"}}},
-			texts{injectIstio: "true"}, texts{injectLinkerd: "disabled"}},
+			texts{injectIstio: "true", ambientIstio: "none"}, texts{injectLinkerd: "disabled"}},
+		"by label, without a sidecar": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Labels: map[string]v1alpha1.LabelValue{ambientIstio: "ambient"}}},
+			texts{injectIstio: "false", ambientIstio: "ambient"}, texts{injectLinkerd: "disabled"}},
 		"by annotation": {&v1alpha1.WorkerTemplate{Metadata: v1alpha1.WorkerMetadata{Annotations: texts{injectIstio: "true", injectLinkerd: "enabled"}}},
-			texts{}, texts{injectIstio: "true", injectLinkerd: "enabled"}},
+			texts{ambientIstio: "none"}, texts{injectIstio: "true", injectLinkerd: "enabled"}},
 	} {
 		d := &v1alpha1.Dataset{}
 		d.Spec.Workers.Template = c.template
