@@ -1,7 +1,12 @@
 package stepcache_test
 
 import (
+	"fmt"
+	"go/ast"
+	"go/parser"
+	"go/token"
 	"os/exec"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -103,4 +108,59 @@ func anyBelow(name string, folders []string) bool {
 		}
 	}
 	return false
+}
+
+// A proxy in the environment is for buckets: it knows nothing of workers, whose connections to each other and to readers
+// must not use it. net/http does unless it is given a transport of one's own.
+func TestOnlyBucketsAreReachedThroughAProxy(t *testing.T) {
+	out, err := exec.Command("go", "list", "-f", `{{$i := .ImportPath}}{{range .GoFiles}}{{$i}}/{{.}} {{end}}`, "./...").Output()
+	if err != nil {
+		t.Fatalf("go list: %v", err)
+	}
+	seen := 0
+	for _, file := range strings.Fields(string(out)) {
+		file, ok := strings.CutPrefix(file, module)
+		if !ok || anyBelow(file, []string{"cache/source", "test", "bench"}) {
+			continue
+		}
+		seen++
+		files := token.NewFileSet()
+		parsed, err := parser.ParseFile(files, file, nil, parser.SkipObjectResolution)
+		if err != nil {
+			t.Fatal(err)
+		}
+		ast.Inspect(parsed, func(n ast.Node) bool {
+			proxies := ""
+			switch n := n.(type) {
+			case *ast.SelectorExpr:
+				switch name := nameOf(n); name {
+				case "http.ProxyFromEnvironment", "http.DefaultTransport", "http.DefaultClient", "http.Get", "http.Head", "http.Post", "http.PostForm", "minio.DefaultTransport":
+					proxies = name
+				}
+			case *ast.CompositeLit:
+				if name := nameOf(n.Type); (name == "http.Client" || name == "minio.Options") && !slices.ContainsFunc(n.Elts, func(e ast.Expr) bool {
+					kv, ok := e.(*ast.KeyValueExpr)
+					return ok && fmt.Sprint(kv.Key) == "Transport"
+				}) {
+					proxies = name + " without a Transport"
+				}
+			}
+			if proxies != "" {
+				t.Errorf("%s: %s uses the environment's proxy", files.Position(n.Pos()), proxies)
+			}
+			return true
+		})
+	}
+	if seen < len(mayImport) {
+		t.Errorf("go list named %d files, fewer than there are rules (%d)", seen, len(mayImport))
+	}
+}
+
+// nameOf is package.name, or nothing.
+func nameOf(e ast.Node) string {
+	s, ok := e.(*ast.SelectorExpr)
+	if !ok {
+		return ""
+	}
+	return fmt.Sprintf("%v.%s", s.X, s.Sel.Name)
 }

@@ -3,6 +3,8 @@ package source
 import (
 	"errors"
 	"net"
+	"net/http"
+	"net/url"
 	"syscall"
 	"time"
 
@@ -22,4 +24,15 @@ func Dialer(timeout time.Duration) *net.Dialer {
 		})
 		return errors.Join(err, set)
 	}}
+}
+
+// CredentialsProxy takes the proxy for those requests for credentials alone that go over TLS, to a token service. The others
+// are for what the machine or its platform has at an address that no proxy reaches.
+func CredentialsProxy(proxy func(*http.Request) (*url.URL, error)) func(*http.Request) (*url.URL, error) {
+	return func(r *http.Request) (*url.URL, error) {
+		if r.URL.Scheme != "https" {
+			return nil, nil
+		}
+		return proxy(r)
+	}
 }

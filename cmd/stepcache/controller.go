@@ -5,9 +5,12 @@ import (
 	"fmt"
 	"log/slog"
 	"os"
+	"slices"
+	"strings"
 
 	"github.com/go-logr/logr"
 	"github.com/spf13/cobra"
+	corev1 "k8s.io/api/core/v1"
 	"k8s.io/klog/v2"
 	ctrl "sigs.k8s.io/controller-runtime"
 
@@ -18,6 +21,7 @@ import (
 func controllerCommand() *cobra.Command {
 	var o controllers.Options
 	var store, level string
+	var env []string
 	cmd := &cobra.Command{
 		Use:   "controller",
 		Short: "Run the Dataset and DataLoad controllers of a cluster",
@@ -40,6 +44,10 @@ Dataset's workers to the current image, one at a time, each after it handed over
 				return usage{fmt.Errorf("controller: --store %q: want %s or %s", store, dataset.StoreCSI, dataset.StoreEmptyDir)}
 			case o.Dataset.Namespace == "":
 				return usage{errors.New("controller: --namespace is missing: name the namespace of this installation, or set POD_NAMESPACE")}
+			}
+			var err error
+			if o.Dataset.Env, err = workerEnv(env); err != nil {
+				return usage{err}
 			}
 			if err := needImage("controller", o.Dataset.Image); err != nil {
 				return err
@@ -67,9 +75,25 @@ Dataset's workers to the current image, one at a time, each after it handed over
 	f.StringVar(&o.Dataset.Namespace, "namespace", os.Getenv("POD_NAMESPACE"), "namespace of this installation (default $POD_NAMESPACE)")
 	f.StringVar(&o.Dataset.Image, "image", "", "image of the workers of new Datasets (default: that of the container controller of the pod $POD_NAME)")
 	f.StringVar(&store, "store", string(dataset.StoreCSI), "what holds the workers' bytes: csi (huge pages, needs the node service on every node), or emptydir")
+	f.StringArrayVar(&env, "worker-env", nil, "NAME=VALUE: HTTPS_PROXY, HTTP_PROXY or NO_PROXY of workers that start from now on, for their buckets (may be repeated)")
 	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
 	f.BoolVar(&o.LeaderElection, "leader-elect", true, "agree with other replicas on one that acts")
 	f.StringVar(&o.Metrics, "metrics", ":8080", "address of /metrics; 0 for none")
 	f.StringVar(&o.Probes, "probes", ":8081", "address of /healthz and /readyz; 0 for none")
 	return cmd
+}
+
+// workerEnv reads the flag of that name.
+func workerEnv(given []string) (env []corev1.EnvVar, err error) {
+	for _, g := range given {
+		name, value, ok := strings.Cut(g, "=")
+		if !ok || name != "HTTPS_PROXY" && name != "HTTP_PROXY" && name != "NO_PROXY" {
+			return nil, fmt.Errorf("controller: --worker-env %q: want HTTPS_PROXY, HTTP_PROXY or NO_PROXY, = and a value", g)
+		}
+		if slices.ContainsFunc(env, func(e corev1.EnvVar) bool { return e.Name == name }) {
+			return nil, fmt.Errorf("controller: --worker-env: %s is given twice; write all of it in one", name)
+		}
+		env = append(env, corev1.EnvVar{Name: name, Value: value})
+	}
+	return env, nil
 }

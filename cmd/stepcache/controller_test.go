@@ -18,6 +18,9 @@ func TestControllerSaysWhatItLacks(t *testing.T) {
 		"namespace": {[]string{"controller", "--image", "x", "--namespace", ""}, 2, "--namespace is missing"},
 		"store":     {append(good, "--store", "disk"), 2, `--store "disk": want csi or emptydir`},
 		"level":     {append(good, "--log-level", "loud"), 2, "--log-level"},
+		"variable":  {append(good, "--worker-env", "GOMEMLIMIT=1"), 2, `--worker-env "GOMEMLIMIT=1": want HTTPS_PROXY, HTTP_PROXY or NO_PROXY, = and a value`},
+		"no value":  {append(good, "--worker-env", "NO_PROXY"), 2, `--worker-env "NO_PROXY"`},
+		"twice":     {append(good, "--worker-env", "NO_PROXY=.svc,10.0.0.1", "--worker-env", "NO_PROXY=b"), 2, "NO_PROXY is given twice"},
 	} {
 		t.Run(name, func(t *testing.T) {
 			if _, stderr, status := run(t, dir, c.args...); status != c.status || !strings.Contains(stderr, c.says) {

@@ -96,6 +96,8 @@ type Options struct {
 	// Image is what new Datasets' workers run.
 	Image string
 	Store Store
+	// Env is more of the environment of workers that start from now on: the proxy through which they reach buckets.
+	Env []corev1.EnvVar
 	// Poll is how often workers are asked for their status once all is well; a random tenth is added.
 	// Zero means 15 s. While something is missing they are asked at a fifth of it.
 	Poll time.Duration

@@ -230,10 +230,10 @@ func (r *Reconciler) podSpec(p *pass, image string) corev1.PodSpec {
 		Containers: []corev1.Container{{
 			Name: "worker", Image: image,
 			Args: []string{"worker", "--config", configDir + "/" + configFile, "--id", "$(POD_NAME)"},
-			Env: []corev1.EnvVar{
+			Env: append([]corev1.EnvVar{
 				{Name: "POD_NAME", ValueFrom: &corev1.EnvVarSource{FieldRef: &corev1.ObjectFieldSelector{FieldPath: "metadata.name"}}},
 				{Name: "GOMEMLIMIT", Value: strconv.FormatInt(heap*3/4, 10)},
-			},
+			}, r.Env...),
 			Ports:     ports,
 			Resources: resources(d, memory),
 			// On a node where many pods start at once a worker that is well may not answer for a minute, and a

@@ -70,6 +70,20 @@ func TestWorkersStayOutOfServiceMeshesUnlessAskedIn(t *testing.T) {
 	}
 }
 
+// Of what a Dataset's author writes nothing gets into a worker's environment; of the installation's settings its proxy.
+func TestWorkersHaveTheProxyOfTheInstallation(t *testing.T) {
+	d := &v1alpha1.Dataset{}
+	d.Spec.Workers = v1alpha1.Workers{Replicas: 1, Memory: resource.MustParse("64Mi")}
+	proxy := []corev1.EnvVar{{Name: "HTTPS_PROXY", Value: "http://proxy.example:3128"}, {Name: "NO_PROXY", Value: ".svc,.internal"}}
+	env := func(r *Reconciler) []corev1.EnvVar {
+		return r.podSpec(&pass{dataset: d}, "stepcache:v1").Containers[0].Env
+	}
+	plain := env(&Reconciler{Options: Options{Store: StoreEmptyDir}})
+	if got := env(&Reconciler{Options: Options{Store: StoreEmptyDir, Env: proxy}}); !equality.Semantic.DeepEqual(got, append(plain, proxy...)) {
+		t.Errorf("%v, without a proxy %v", got, plain)
+	}
+}
+
 // On a node whose CPUs are all busy a worker has what it asks for, and nothing but the Dataset limits it on another.
 func TestWorkersAskForCPUAsTheDatasetSays(t *testing.T) {
 	r := &Reconciler{Options: Options{Store: StoreEmptyDir}}

@@ -15,6 +15,7 @@ import (
 
 	"golang.org/x/sync/singleflight"
 
+	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/credentials"
 )
 
@@ -57,8 +58,8 @@ type temporary struct {
 }
 
 func newAmbient(d deps, e endpoint) *ambient {
-	a := &ambient{client: &http.Client{Transport: &http.Transport{DialContext: d.dial, TLSHandshakeTimeout: tlsTimeout,
-		DisableKeepAlives: true}},
+	a := &ambient{client: &http.Client{Transport: &http.Transport{Proxy: source.CredentialsProxy(d.proxy), DialContext: d.dial,
+		TLSHandshakeTimeout: tlsTimeout, DisableKeepAlives: true}},
 		getenv: d.getenv, metadata: d.metadata, sts: d.sts, now: d.now}
 	if a.sts == "" {
 		// Where the bucket is reached from inside the region, so is the token service.

@@ -6,8 +6,10 @@ import (
 	"errors"
 	"io"
 	"log"
+	"net"
 	"net/http"
 	"net/http/httptest"
+	"net/url"
 	"os"
 	"path/filepath"
 	"strings"
@@ -85,6 +87,33 @@ func (i *identity) set(c osstest.Credential, until time.Time, fail int) {
 	defer i.mu.Unlock()
 	i.give = temporary{AccessKeyID: c.AccessKeyID, AccessKeySecret: c.AccessKeySecret, SecurityToken: c.Token, Expiration: until.UTC()}
 	i.fail = fail
+}
+
+// The token service may be behind a proxy, the machine's own metadata service never is.
+func TestAmbientCredentialsThroughAProxy(t *testing.T) {
+	tokenFile := filepath.Join(t.TempDir(), "token")
+	if err := os.WriteFile(tokenFile, []byte("pod-token"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	var proxied []string
+	d := deps{
+		proxy: func(r *http.Request) (*url.URL, error) {
+			proxied = append(proxied, r.URL.Host)
+			return nil, errors.New("no such proxy")
+		},
+		metadata: "http://metadata.invalid", sts: "https://sts.invalid", now: time.Now,
+		dial: func(context.Context, string, string) (net.Conn, error) { return nil, errors.New("no such host") },
+	}
+	for _, c := range []struct{ role, err, proxied string }{
+		{"", "no such host", ""},
+		{"acs:ram::1:role/r", "no such proxy", "sts.invalid"},
+	} {
+		d.getenv = func(k string) string { return map[string]string{envRole: c.role, envToken: tokenFile}[k] }
+		proxied = nil
+		if _, err := newAmbient(d, endpoint{}).get(t.Context()); err == nil || !strings.Contains(err.Error(), c.err) || strings.Join(proxied, " ") != c.proxied {
+			t.Errorf("role %q: %v, want %s; through the proxy: %q, want %s", c.role, err, c.err, proxied, c.proxied)
+		}
+	}
 }
 
 // TestAmbientCredentials: a machine's or pod's role is asked for once, kept, renewed before its end, and

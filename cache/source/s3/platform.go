@@ -38,7 +38,9 @@ type platform struct {
 }
 
 func newPlatform(name string, now func() time.Time) *platform {
-	return &platform{name: name, client: &http.Client{Transport: &transport{next: http.DefaultTransport}}, timeout: platformTimeout, now: now}
+	t := http.DefaultTransport.(*http.Transport).Clone()
+	t.Proxy = source.CredentialsProxy(http.ProxyFromEnvironment)
+	return &platform{name: name, client: &http.Client{Transport: &transport{next: t}}, timeout: platformTimeout, now: now}
 }
 
 // get waits for new credentials only where there are none that still last.
