@@ -156,7 +156,8 @@ func WorkerConfig(d *v1alpha1.Dataset, secrets func(name string) string) (worker
 		m := &d.Spec.Mounts[i]
 		w := worker.Mount{Path: m.Path, Config: source.Config{
 			URL: m.Source, Endpoint: m.Endpoint, Region: m.Region,
-			Ambient: m.Ambient, Anonymous: m.Anonymous, AllowUnversioned: m.AllowUnversioned,
+			Addressing: addressing(m.AddressingStyle),
+			Ambient:    m.Ambient, Anonymous: m.Anonymous, AllowUnversioned: m.AllowUnversioned,
 		}}
 		if ref := m.CredentialsSecretRef; ref != nil {
 			w.CredentialsDir, w.CredentialKeys = secrets(ref.Name), ref.Map()
@@ -167,6 +168,13 @@ func WorkerConfig(d *v1alpha1.Dataset, secrets func(name string) string) (worker
 		c.Mounts = append(c.Mounts, w)
 	}
 	return c, nil
+}
+
+func addressing(s v1alpha1.AddressingStyle) source.Addressing {
+	if s == v1alpha1.AddressingAuto {
+		return ""
+	}
+	return source.Addressing(s)
 }
 
 // DialTimeout is how long a command of a person waits for the workers to have listed the bucket.

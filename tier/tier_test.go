@@ -55,7 +55,7 @@ func TestWorkerConfig(t *testing.T) {
 	d := &v1alpha1.Dataset{}
 	d.Namespace, d.Name = "argo", "genomes"
 	d.Spec.Mounts = []v1alpha1.Mount{
-		{Source: "s3://b/p/", Path: "/a", Endpoint: "http://s3:9000", Region: "r", CredentialsSecretRef: &v1alpha1.CredentialsRef{Name: "key"}},
+		{Source: "s3://b/p/", Path: "/a", Endpoint: "http://s3:9000", Region: "r", AddressingStyle: "Virtual", CredentialsSecretRef: &v1alpha1.CredentialsRef{Name: "key"}},
 		{Source: "oss://c/", Path: "/b", Region: "cn-shanghai", Anonymous: true, AllowUnversioned: true},
 	}
 	d.Spec.Workers = v1alpha1.Workers{Replicas: 3, Copies: 2, Memory: resource.MustParse("1Gi")}
@@ -64,7 +64,7 @@ func TestWorkerConfig(t *testing.T) {
 		t.Fatal(err)
 	}
 	want := worker.Config{Dataset: "argo/genomes", Memory: 1 << 30, Copies: 2, Mounts: []worker.Mount{
-		{Path: "/a", Config: source.Config{URL: "s3://b/p/", Endpoint: "http://s3:9000", Region: "r", CredentialsDir: "/secrets/key",
+		{Path: "/a", Config: source.Config{URL: "s3://b/p/", Endpoint: "http://s3:9000", Region: "r", Addressing: source.AddressingVirtual, CredentialsDir: "/secrets/key",
 			CredentialKeys: map[string]string{"accessKeyID": "accessKeyID", "accessKeySecret": "accessKeySecret", "sessionToken": "sessionToken"}}},
 		{Path: "/b", Config: source.Config{URL: "oss://c/", Region: "cn-shanghai", Anonymous: true, AllowUnversioned: true}},
 	}}

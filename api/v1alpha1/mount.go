@@ -3,6 +3,8 @@ package v1alpha1
 // Mount is one source of a Dataset and the path at which it appears.
 //
 // +kubebuilder:validation:XValidation:rule="self.source.startsWith('s3://') || self.source.startsWith('oss://') || !(has(self.endpoint) || has(self.region) || has(self.credentialsSecretRef) || (has(self.anonymous) && self.anonymous) || (has(self.ambient) && self.ambient) || (has(self.allowUnversioned) && self.allowUnversioned))",message="endpoint, region, credentialsSecretRef, anonymous, ambient and allowUnversioned are for s3:// and oss:// sources; remove them"
+// +kubebuilder:validation:XValidation:rule="self.source.startsWith('s3://') || !has(self.addressingStyle)",message="addressingStyle is for s3:// sources; remove it"
+// +kubebuilder:validation:XValidation:rule="!has(self.addressingStyle) || self.addressingStyle != 'Virtual' || !has(self.endpoint) || !self.endpoint.matches('^(https?://)?([[]|[0-9.]+(:|/|$))')",fieldPath=".addressingStyle",message="with Virtual the bucket's name comes before the endpoint's, and this endpoint is an address; write its name, or leave addressingStyle out"
 // +kubebuilder:validation:XValidation:rule="(has(self.credentialsSecretRef) ? 1 : 0) + (has(self.anonymous) && self.anonymous ? 1 : 0) + (has(self.ambient) && self.ambient ? 1 : 0) <= 1",message="set at most one of credentialsSecretRef, anonymous and ambient"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || has(self.endpoint)",message="an oss:// source needs an endpoint or a region, such as region: cn-shanghai"
 // +kubebuilder:validation:XValidation:rule="!self.source.startsWith('oss://') || has(self.region) || !has(self.endpoint) || (self.endpoint.matches('[.]aliyuncs[.]com(:[0-9]+)?/?$') && !self.endpoint.contains('accelerate'))",fieldPath=".region",message="the region cannot be told from this endpoint, and requests to OSS are signed with it; set region, such as cn-shanghai"
@@ -50,6 +52,14 @@ type Mount struct {
 	// +kubebuilder:validation:XValidation:rule="self.matches('^[A-Za-z0-9]([A-Za-z0-9_-]*[A-Za-z0-9])?$')",message="region must be a name such as cn-shanghai or us-east-1"
 	Region string `json:"region,omitempty"`
 
+	// AddressingStyle is how requests name the bucket of an s3:// source: in the path (https://host/bucket), or in
+	// the host (https://bucket.host), which is all that some stores take: Volcengine TOS, Huawei OBS, Tencent COS. The
+	// endpoint is without the bucket in either case. Absent or Auto: in the host at the endpoints of Amazon, Google and
+	// Alibaba Cloud, else in the path.
+	//
+	// +optional
+	AddressingStyle AddressingStyle `json:"addressingStyle,omitempty"`
+
 	// CredentialsSecretRef names a Secret of the Dataset's namespace; only the workers see it. Its key
 	// ca.crt, where it has one, holds the certificates (PEM) of authorities that the store's may be of,
 	// beside the system's. In local mode the Secret may also come from the manifests' folder or from the
@@ -75,6 +85,18 @@ type Mount struct {
 	// +optional
 	AllowUnversioned bool `json:"allowUnversioned,omitempty"`
 }
+
+// AddressingStyle is Auto, Path or Virtual, as the tools of Amazon have it.
+//
+// +kubebuilder:validation:Enum=Auto;Path;Virtual
+type AddressingStyle string
+
+// Addressing styles.
+const (
+	AddressingAuto    AddressingStyle = "Auto"
+	AddressingPath    AddressingStyle = "Path"
+	AddressingVirtual AddressingStyle = "Virtual"
+)
 
 // CredentialsRef names a Secret with credentials of a bucket.
 type CredentialsRef struct {

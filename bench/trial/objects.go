@@ -32,7 +32,7 @@ func (b *Bucket) Client() (*minio.Core, error) {
 	if err != nil || u.Host == "" {
 		return nil, fmt.Errorf("endpoint %q: want a URL such as https://s3.example.com", b.Endpoint)
 	}
-	o := &minio.Options{Creds: credentials.NewStaticV4(b.AccessKey, b.SecretKey, b.Token), Region: b.Region, Secure: u.Scheme == "https"}
+	o := &minio.Options{Creds: credentials.NewStaticV4(b.AccessKey, b.SecretKey, b.Token), Region: b.Region, Secure: u.Scheme == "https", BucketLookup: minio.BucketLookupDNS}
 	if b.PathStyle {
 		o.BucketLookup = minio.BucketLookupPath
 	}

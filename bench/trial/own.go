@@ -105,6 +105,10 @@ func manifest(d *Data) string {
 	if b.Token != "" {
 		token = fmt.Sprintf(", sessionToken: %q", b.Token)
 	}
+	style := "Virtual"
+	if b.PathStyle {
+		style = "Path"
+	}
 	access := "ReadOnly"
 	if d.Puts {
 		access = "ReadWrite"
@@ -119,10 +123,10 @@ kind: Dataset
 metadata: {name: bench}
 spec:
   mounts:
-  - {path: /, source: "s3://%s/%s", endpoint: %q, region: %q, credentialsSecretRef: {name: access-key}}
+  - {path: /, source: "s3://%s/%s", endpoint: %q, region: %q, addressingStyle: %s, credentialsSecretRef: {name: access-key}}
   access: %s
   workers: {replicas: 1, memory: %d}
-`, b.AccessKey, b.SecretKey, token, b.Name, b.Prefix, b.Endpoint, b.Region, access, d.Memory)
+`, b.AccessKey, b.SecretKey, token, b.Name, b.Prefix, b.Endpoint, b.Region, style, access, d.Memory)
 }
 
 // start brings up a tier of the dataset and returns its folder.

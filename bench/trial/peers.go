@@ -123,9 +123,13 @@ func geesefs(b *Bucket, state, dir string) (args, env []string) {
 	if b.Prefix != "" {
 		bucket += ":" + strings.TrimSuffix(b.Prefix, "/")
 	}
-	return []string{"-f", "--endpoint", b.Endpoint, "--region", b.Region, "-o", "ro", "--list-type", "2",
+	args = []string{"-f", "--endpoint", b.Endpoint, "--region", b.Region, "-o", "ro", "--list-type", "2",
 		"--memory-limit", "4096", "--cache", filepath.Join(state, "cache"), "--stat-cache-ttl", "24h", "--no-checksum",
-		"--read-ahead-large", "131072", "--read-ahead-parallel", "16384", bucket, dir}, credentialsEnv(b)
+		"--read-ahead-large", "131072", "--read-ahead-parallel", "16384"}
+	if !b.PathStyle {
+		args = append(args, "--subdomain")
+	}
+	return append(args, bucket, dir), credentialsEnv(b)
 }
 
 func mountpoint(b *Bucket, state, dir string) (args, env []string) {

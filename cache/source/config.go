@@ -12,6 +12,8 @@ type Config struct {
 	Endpoint string `json:"endpoint,omitempty"`
 	// Region signs requests. Empty: derived from a known endpoint, or asked of the store.
 	Region string `json:"region,omitempty"`
+	// Addressing is how requests of S3 name the bucket. Empty: as is known of the endpoint.
+	Addressing Addressing `json:"addressingStyle,omitempty"`
 	// CredentialsDir is a folder with the files accessKeyID, accessKeySecret and optionally sessionToken and
 	// ca.crt (a mounted Secret). It is read again when the files change, so that a rotation needs no restart.
 	// Empty: the environment, then the platform's ambient chain where Ambient is set.
@@ -29,3 +31,12 @@ type Config struct {
 	// BytesPerSecond bounds what is read from the bucket; zero means no bound.
 	BytesPerSecond int64 `json:"bytesPerSecond,omitempty"`
 }
+
+// Addressing is where a request names the bucket.
+type Addressing string
+
+// In the path, or in the host.
+const (
+	AddressingPath    Addressing = "Path"
+	AddressingVirtual Addressing = "Virtual"
+)

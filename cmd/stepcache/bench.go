@@ -181,7 +181,14 @@ func bucketOf(ctx context.Context, set *manifest.Set, dir string) (*trial.Bucket
 	case !strings.Contains(b.Endpoint, "://"):
 		b.Endpoint = "https://" + b.Endpoint
 	}
-	b.PathStyle = !strings.Contains(b.Endpoint, ".amazonaws.com") && !strings.Contains(b.Endpoint, ".aliyuncs.com")
+	switch c.Addressing {
+	case source.AddressingPath:
+		b.PathStyle = true
+	case source.AddressingVirtual:
+	default: // certificates are for one more name before the endpoint's
+		b.PathStyle = !strings.Contains(b.Endpoint, ".amazonaws.com") && !strings.Contains(b.Endpoint, ".aliyuncs.com") ||
+			strings.Contains(name, ".")
+	}
 	reader, err := credentials.Open(c, credentials.Options{Env: credentials.S3Env})
 	if err != nil {
 		return nil, err

@@ -49,6 +49,8 @@ type Options struct {
 	// Listen and ListenDirect are the addresses of Endpoint and of Direct. Empty: free ports of the loopback
 	// interface.
 	Listen, ListenDirect string
+	// VirtualDomain is the name below which buckets are hosts. They are in the path under every other.
+	VirtualDomain string
 	// Binary is the server's program. Empty: STEPCACHE_VERSITYGW, or built once into the checkout's .bin.
 	Binary string
 }
@@ -92,7 +94,11 @@ func Start(ctx context.Context, o Options) (*Server, error) {
 		s.folders = append(s.folders, o.Dir)
 	}
 	args := []string{"--port", s.socket, "--access", AccessKey, "--secret", SecretKey, "--region", Region,
-		"--keep-alive", "--quiet", "--iam-dir", run, "posix"}
+		"--keep-alive", "--quiet", "--iam-dir", run}
+	if o.VirtualDomain != "" {
+		args = append(args, "--virtual-domain", o.VirtualDomain)
+	}
+	args = append(args, "posix")
 	if !hasXattrs(o.Dir) {
 		meta := filepath.Join(run, "meta")
 		if err := os.Mkdir(meta, 0o700); err != nil {

@@ -187,6 +187,9 @@ func (b *Bucket) kind(r minio.ErrorResponse) (hint string, kind error) {
 			return fmt.Sprintf("the bucket is in region %s: set region: %s", r.Region, r.Region), source.ErrInvalid
 		}
 		return "the bucket is in another region or behind another endpoint: set region and endpoint", source.ErrInvalid
+	// Of Volcengine TOS, Tencent COS, Huawei OBS and Alibaba OSS.
+	case "InvalidPathAccess", "PathStyleDomainForbidden", "VirtualHostDomainRequired", "SecondLevelDomainForbidden":
+		return "the store wants the bucket's name in the host: set addressingStyle: Virtual", source.ErrInvalid
 	case "InvalidObjectState":
 		return "the object is archived: restore it first", source.ErrInvalid
 	case "RequestTimeout", "InternalError", "ServiceUnavailable", "OperationAborted":

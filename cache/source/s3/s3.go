@@ -28,6 +28,11 @@ import (
 // awsEndpoint is used where a Config has none; minio-go makes the region's own of it.
 const awsEndpoint = "s3.amazonaws.com"
 
+// lookups are the client library's words for where a request names the bucket.
+var lookups = map[source.Addressing]minio.BucketLookupType{
+	"": minio.BucketLookupAuto, source.AddressingPath: minio.BucketLookupPath, source.AddressingVirtual: minio.BucketLookupDNS,
+}
+
 // Bucket is one S3 bucket.
 type Bucket struct {
 	core        minio.Core
@@ -77,8 +82,9 @@ func Open(_ context.Context, c source.Config) (*Bucket, error) {
 	sender := credentials.NewTransport(c, newTransport(c))
 	options := &minio.Options{
 		Creds: miniocreds.New(signer), Secure: secure, Region: c.Region,
-		Transport:  &transport{next: sender},
-		MaxRetries: 1, // package source retries, where it is counted and bounded
+		Transport:    &transport{next: sender},
+		BucketLookup: lookups[c.Addressing],
+		MaxRetries:   1, // package source retries, where it is counted and bounded
 	}
 	core, err := minio.NewCore(host, options)
 	if err != nil {
