@@ -171,7 +171,7 @@ func cluster(t *testing.T) *rest.Config {
 const operatorGroup = "monitoring.coreos.com"
 
 // Everything is accepted by an API server that takes no unknown field, in the order in which it is built, twice
-// (an upgrade), and alone as well as in the kustomization that README.md shows.
+// (an upgrade), and alone as well as in the kustomization that README.md shows, with all of its patches.
 func TestInstallationIsAccepted(t *testing.T) {
 	own := t.TempDir()
 	here, err := filepath.Abs(".")
@@ -194,6 +194,13 @@ func TestInstallationIsAccepted(t *testing.T) {
 	if !ok {
 		t.Fatal("README.md shows no kustomization")
 	}
+	const target = "```yaml\n- target:"
+	_, overlay, _ := strings.Cut(string(readme), target)
+	overlay, _, ok = strings.Cut(overlay, "```")
+	if !ok {
+		t.Fatal("README.md shows no patch for a network that the API server is not part of")
+	}
+	text += strings.TrimPrefix(target, "```yaml\n") + overlay
 	const ours = "github.com/stepcache/stepcache/config"
 	if strings.Count(text, ours) != 3 {
 		t.Errorf("README.md's kustomization names %d folders of this one, want 3", strings.Count(text, ours))
@@ -224,6 +231,9 @@ func TestInstallationIsAccepted(t *testing.T) {
 		case "Deployment/stepcache-webhook":
 			if !bytes.Contains(b, []byte(`"args":["webhook","--image-pull-secret=registry"]`)) {
 				t.Errorf("the webhook is not patched: %s", b)
+			}
+			if !bytes.Contains(b, []byte(`"hostNetwork":true`)) {
+				t.Errorf("the webhook is not on the network of its node: %s", b)
 			}
 		}
 	}
