@@ -16,6 +16,7 @@ import (
 	policyv1 "k8s.io/api/policy/v1"
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
+	"k8s.io/apimachinery/pkg/api/meta"
 	"k8s.io/apimachinery/pkg/api/resource"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"k8s.io/apimachinery/pkg/labels"
@@ -26,6 +27,7 @@ import (
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/wire"
+	"github.com/stepcache/stepcache/controllers"
 	"github.com/stepcache/stepcache/test/bucket"
 )
 
@@ -770,6 +772,67 @@ func TestWorkersAreUpdatedOneAtATimeAndNotByUpgrades(t *testing.T) {
 	}
 	if got := w.cached(); got == 0 {
 		t.Error("a rollout of two workers lost everything")
+	}
+}
+
+// Who waits for a Dataset after a change, and a load that is applied with it, goes on once all workers have the change.
+func TestADatasetIsReadyOnceAllWorkersHaveWhatItAsksFor(t *testing.T) {
+	w := newWorld(t)
+	w.bucket.PutT(t, "data", "file", []byte("content"))
+	w.bucket.PutT(t, "more", "file", []byte("content"))
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	d := w.dataset("genomes", 3)
+	d.Spec.Mounts[0].Path = "/data"
+	w.must(w.Create(t.Context(), d))
+	w.waitReady(d)
+	before := w.uids()
+	c, err := client.NewWithWatch(cluster, client.Options{Scheme: controllers.Scheme()})
+	w.must(err)
+	written, err := c.Watch(t.Context(), &v1alpha1.DatasetList{}, client.InNamespace(w.ns))
+	w.must(err)
+	defer written.Stop()
+	update(w, d, func(d *v1alpha1.Dataset) {
+		more := d.Spec.Mounts[0]
+		more.Source, more.Path = "s3://more/", "/more"
+		d.Spec.Mounts = append(d.Spec.Mounts, more)
+	})
+	seen, patience := map[string]bool{}, time.After(time.Minute)
+	for !seen["True"] {
+		var now *v1alpha1.Dataset
+		select {
+		case e := <-written.ResultChan():
+			var ok bool
+			if now, ok = e.Object.(*v1alpha1.Dataset); !ok {
+				t.Fatalf("the watch ended: %s", asJSON(e))
+			}
+		case <-patience:
+			t.Fatalf("not Ready within a minute; seen %v", seen)
+		}
+		st := now.Status
+		ready := meta.FindStatusCondition(st.Conditions, v1alpha1.ConditionReady)
+		if now.Generation != d.Generation || st.ObservedGeneration != d.Generation && ready.ObservedGeneration != d.Generation {
+			continue // of what it was before
+		}
+		seen[string(ready.Status)] = true
+		switch {
+		case ready.Status == metav1.ConditionTrue:
+			for name, uid := range w.uids() {
+				if before[name] == uid {
+					t.Errorf("Ready with %s as it was: %s", name, asJSON(st))
+				}
+			}
+			if st.Files != 2 {
+				t.Errorf("Ready with %d files of 2", st.Files)
+			}
+		case ready.Reason == "Updating":
+			seen[ready.Reason] = true
+			if st.Phase != v1alpha1.DatasetDegraded || !strings.Contains(ready.Message, "of 3 workers have") {
+				t.Errorf("while workers are updated: %s", asJSON(st))
+			}
+		}
+	}
+	if !seen["Updating"] {
+		t.Errorf("seen %v", seen)
 	}
 }
 

@@ -7,6 +7,7 @@ import (
 
 	"github.com/prometheus/client_golang/prometheus"
 	apimeta "k8s.io/apimachinery/pkg/api/meta"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 	"sigs.k8s.io/controller-runtime/pkg/client"
 	"sigs.k8s.io/controller-runtime/pkg/metrics"
 
@@ -27,7 +28,7 @@ func newCensus(r client.Reader) *census {
 	}
 	return &census{
 		reader:    r,
-		condition: desc("dataset_condition", "Whether a condition of a Dataset is True.", "dataset", "condition"),
+		condition: desc("dataset_condition", "Whether a condition of a Dataset is True, with its reason.", "dataset", "condition", "reason"),
 		bytes:     desc("dataset_bytes", "Bytes that a Dataset shows.", "dataset"),
 		cached:    desc("dataset_cached_bytes", "Bytes that a Dataset's workers hold, of former listings and in further copies too.", "dataset"),
 		unflushed: desc("dataset_unflushed_bytes", "Bytes acknowledged and not yet in the bucket.", "dataset"),
@@ -81,11 +82,14 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 		d := &sets.Items[i]
 		name := d.Namespace + "/" + d.Name
 		for _, condition := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady, v1alpha1.ConditionReady} {
-			v := 0.0
-			if apimeta.IsStatusConditionTrue(d.Status.Conditions, condition) {
-				v = 1
+			v, reason := 0.0, ""
+			if has := apimeta.FindStatusCondition(d.Status.Conditions, condition); has != nil {
+				reason = has.Reason
+				if has.Status == metav1.ConditionTrue {
+					v = 1
+				}
 			}
-			gauge(c.condition, v, name, condition)
+			gauge(c.condition, v, name, condition, reason)
 		}
 		gauge(c.bytes, float64(d.Status.Bytes), name)
 		gauge(c.cached, float64(d.Status.Cached), name)

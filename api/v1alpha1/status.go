@@ -6,7 +6,7 @@ import metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
 const (
 	// ConditionSourced: the workers reach every source with the credentials they have, and have listed it.
 	ConditionSourced = "Sourced"
-	// ConditionWorkersReady: every worker serves.
+	// ConditionWorkersReady: every worker serves, with what the spec asks for now.
 	ConditionWorkersReady = "WorkersReady"
 	// ConditionVolumeReady: the claim can be mounted.
 	ConditionVolumeReady = "VolumeReady"
@@ -39,9 +39,9 @@ type DatasetPhase string
 const (
 	// DatasetPending: not readable yet.
 	DatasetPending DatasetPhase = "Pending"
-	// DatasetReady: readable, all workers serve.
+	// DatasetReady: readable, all workers serve, with what the spec asks for now.
 	DatasetReady DatasetPhase = "Ready"
-	// DatasetDegraded: readable, but a worker is missing or a source does not answer.
+	// DatasetDegraded: readable, but a worker is missing or not updated yet, or a source does not answer.
 	DatasetDegraded DatasetPhase = "Degraded"
 	// DatasetFailed: cannot become readable without a change by the user.
 	DatasetFailed DatasetPhase = "Failed"

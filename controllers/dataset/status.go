@@ -34,6 +34,7 @@ const (
 	ReasonNotAnswering    = "NotAnswering"
 	ReasonNotReady        = "NotReady"
 	ReasonKeysInvalid     = "KeysInvalid"
+	ReasonUpdating        = "Updating" // all serve, and some what the Dataset asked for before
 	ReasonRefused         = "Refused" // the API server does not allow what the Dataset needs; of Ready, WorkersReady and Shared
 )
 
@@ -286,8 +287,12 @@ func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 	}
 	st.Workers = v1alpha1.WorkersStatus{Replicas: int32(len(p.pods)), Selector: labels.SelectorFromSet(selector(p.dataset)).String()}
 	reason, text := "", ""
+	former := int32(0)
 	for i := range p.pods {
 		pod := &p.pods[i]
+		if p.stale(pod) && ordinal(p.dataset, pod.Name) < int(replicas) {
+			former++
+		}
 		why, what := r.wrong(p, pod)
 		if why == "" {
 			st.Workers.Ready++
@@ -311,7 +316,11 @@ func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 		}
 		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, ReasonStarting, "%d of %d workers serve; the others have no pod yet (see the events of StatefulSet %s)", st.Workers.Ready, replicas, v1alpha1.WorkersName(p.dataset.Name))
 	default:
-		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionTrue, ReasonAllReady, "%d of %d workers serve", st.Workers.Ready, replicas)
+		if former > 0 {
+			p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, ReasonUpdating, "%d of %d workers have this configuration; the others serve with the one before until they are restarted", replicas-former, replicas)
+		} else {
+			p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionTrue, ReasonAllReady, "%d of %d workers serve", st.Workers.Ready, replicas)
+		}
 		for _, why := range []string{ReasonUnschedulable, ReasonOutOfMemory, ReasonImageNotPulled, ReasonCrashing, ReasonNodeUnreachable, ReasonNotAnswering, ReasonRefused} {
 			delete(p.said, why)
 		}
@@ -439,7 +448,7 @@ func (p *pass) summarize() {
 		return
 	}
 	const notChecked = "NotChecked"
-	invalid := false
+	invalid, former := false, false
 	var first *metav1.Condition
 	for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady} {
 		c := meta.FindStatusCondition(st.Conditions, kind)
@@ -448,12 +457,17 @@ func (p *pass) summarize() {
 			c = meta.FindStatusCondition(st.Conditions, kind)
 		}
 		invalid = invalid || c.Reason == ReasonInvalidSpec
+		former = former || c.ObservedGeneration != p.dataset.Generation
 		// Where a pass ended early the one that says why stands behind those that it did not come to.
 		if c.Status != metav1.ConditionTrue && (first == nil || first.Reason == notChecked && c.Reason != notChecked) {
 			copied := *c
 			first = &copied
 		}
 	}
+	if first == nil && p.refused == nil && former {
+		return // the pass ended before it came to them: what is told is still of the spec before
+	}
+	st.ObservedGeneration = p.dataset.Generation
 	before := meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionReady)
 	if first == nil && p.refused == nil {
 		text := "the data can be read"

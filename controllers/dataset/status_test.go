@@ -53,6 +53,33 @@ func TestADatasetWhoseBucketIsAwayIsDegraded(t *testing.T) {
 	}
 }
 
+// A pass that ends early says nothing of a spec that it has not looked at.
+func TestReadyIsOfTheSpecThatTheOtherConditionsAreOf(t *testing.T) {
+	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data", Generation: 1}}
+	p := &pass{memory: &memory{said: make(map[string]string)}, dataset: d, now: time.Now()}
+	look := func() {
+		for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady} {
+			p.condition(kind, metav1.ConditionTrue, "Fine", "fine")
+		}
+	}
+	expect := func(status metav1.ConditionStatus, generation int64) {
+		t.Helper()
+		p.summarize()
+		c := meta.FindStatusCondition(d.Status.Conditions, v1alpha1.ConditionReady)
+		if c.Status != status || c.ObservedGeneration != generation || d.Status.ObservedGeneration != generation {
+			t.Errorf("of generation %d: %+v", d.Generation, d.Status)
+		}
+	}
+	look()
+	expect(metav1.ConditionTrue, 1)
+	d.Generation = 2
+	expect(metav1.ConditionTrue, 1)
+	p.condition(v1alpha1.ConditionVolumeReady, metav1.ConditionFalse, ReasonBinding, "not bound")
+	expect(metav1.ConditionFalse, 2)
+	look()
+	expect(metav1.ConditionTrue, 2)
+}
+
 // Of a Dataset that takes puts nobody counts what is in its bucket; what workers of an earlier release listed goes.
 func TestAWritableDatasetHasNoListing(t *testing.T) {
 	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data"}}

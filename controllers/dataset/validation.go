@@ -24,7 +24,6 @@ const (
 
 // Validate refuses what passed the API server's rules and still cannot work on a cluster.
 func (r *Reconciler) validate(_ context.Context, p *pass) error {
-	p.dataset.Status.ObservedGeneration = p.dataset.Generation
 	err := p.dataset.CheckCluster().ToAggregate()
 	_, terr := r.workerConfig(p.dataset)
 	if err := errors.Join(asError(err), terr); err != nil {
