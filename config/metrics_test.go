@@ -260,6 +260,23 @@ func TestMetricsExist(t *testing.T) {
 	}
 }
 
+// Where a component has no pod at all, a sum over its pods has no series, which equals nothing.
+func TestAlertsOfAComponentFireWithoutAnyPodOfIt(t *testing.T) {
+	exprs, where := expressions(t)
+	n := 0
+	for i, e := range exprs {
+		if m := regexp.MustCompile(`sum\(up\{component="\w+"\}\)`).FindString(e); m != "" {
+			n++
+			if e != "("+m+" or vector(0)) == 0" {
+				t.Errorf("%s: %s", where[i], e)
+			}
+		}
+	}
+	if n != 2 { // webhook and controller
+		t.Errorf("%d alerts count the pods that answer", n)
+	}
+}
+
 func parse(t *testing.T, r io.Reader) map[string]*dto.MetricFamily {
 	t.Helper()
 	p := expfmt.NewTextParser(model.UTF8Validation)

@@ -81,7 +81,11 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 	for i := range sets.Items {
 		d := &sets.Items[i]
 		name := d.Namespace + "/" + d.Name
-		for _, condition := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady, v1alpha1.ConditionReady} {
+		conditions := []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady, v1alpha1.ConditionReady}
+		if !d.DeletionTimestamp.IsZero() {
+			conditions = nil // it is not to become Ready any more
+		}
+		for _, condition := range conditions {
 			v, reason := 0.0, ""
 			if has := apimeta.FindStatusCondition(d.Status.Conditions, condition); has != nil {
 				reason = has.Reason

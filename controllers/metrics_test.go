@@ -7,6 +7,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/prometheus/client_golang/prometheus"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
@@ -36,7 +37,9 @@ func TestConditionsAreExportedWithTheirReason(t *testing.T) {
 		{Type: v1alpha1.ConditionVolumeReady, Status: metav1.ConditionTrue, Reason: "Bound"},
 	}
 	registry := prometheus.NewPedanticRegistry()
-	registry.MustRegister(newCensus(datasets{all: []v1alpha1.Dataset{d}}))
+	deleted := d.DeepCopy()
+	deleted.Name, deleted.DeletionTimestamp = "deleted", &metav1.Time{Time: time.Now()} // a pod uses it
+	registry.MustRegister(newCensus(datasets{all: []v1alpha1.Dataset{d, *deleted}}))
 	families, err := registry.Gather()
 	if err != nil {
 		t.Fatal(err)
