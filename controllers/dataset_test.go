@@ -924,19 +924,21 @@ func TestWorkersThatAreNotReadyAreUpdatedWithoutLossOfWhatTheyHold(t *testing.T)
 	}
 }
 
-func TestWorkerOnANodeThatDoesNotAnswerIsReplaced(t *testing.T) {
+func TestWorkersOnNodesThatDoNotAnswerAreReplaced(t *testing.T) {
 	w := newWorld(t)
-	d := w.ready("genomes", 2, 4, 1000)
+	d := w.ready("genomes", 3, 4, 1000)
 	m := w.members(d)
-	lost := m.Members[0]
-	w.node(0, corev1.ConditionUnknown)
-	if lost.Node != w.nodeName(0) {
-		t.Fatalf("worker 0 is on %s", lost.Node)
+	lost, gone := m.Members[0], m.Members[:2]
+	for i, m := range gone {
+		w.node(i, corev1.ConditionUnknown)
+		if m.Node != w.nodeName(i) {
+			t.Fatalf("worker %d is on %s", i, m.Node)
+		}
+		w.set(func(w *world) { // the machine is gone
+			w.workers[m.ID].cancel()
+			<-w.workers[m.ID].done
+		})
 	}
-	w.set(func(w *world) { // the machine is gone
-		w.workers[lost.ID].cancel()
-		<-w.workers[lost.ID].done
-	})
 	w.condition(d, v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, "NodeUnreachable", lost.ID, lost.Node)
 	if d.Status.Phase != v1alpha1.DatasetDegraded {
 		t.Errorf("phase %s", d.Status.Phase)
@@ -946,10 +948,15 @@ func TestWorkerOnANodeThatDoesNotAnswerIsReplaced(t *testing.T) {
 	w.clock.advance(3 * time.Minute)
 	update(w, d, func(d *v1alpha1.Dataset) { metav1.SetMetaDataAnnotation(&d.ObjectMeta, "poke", "1") })
 	w.waitReady(d)
-	w.event("WorkerReplaced", lost.ID, lost.Node)
 	m = w.members(d)
-	if len(m.Members) != 2 || m.Members[0].Node == lost.Node {
+	if len(m.Members) != 3 {
 		t.Errorf("membership %s", asJSON(m))
+	}
+	for i, lost := range gone { // each is told, also of those that one pass replaced
+		w.event("WorkerReplaced", lost.ID, lost.Node)
+		if m.Members[i].Node == lost.Node {
+			t.Errorf("membership %s", asJSON(m))
+		}
 	}
 }
 

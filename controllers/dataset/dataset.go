@@ -25,6 +25,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"maps"
 	"math/rand/v2"
 	"net"
 	"slices"
@@ -39,6 +40,7 @@ import (
 	"k8s.io/apimachinery/pkg/api/equality"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/client-go/tools/events"
 	"k8s.io/client-go/util/workqueue"
@@ -155,7 +157,7 @@ type memory struct {
 	lookedAt time.Time
 	pause    time.Duration
 	// said is the last text of each Event, so that an unchanged problem is told once.
-	said map[string]string
+	said map[told]string
 	// refreshing is under way, or has ended since the last pass; or nil.
 	refreshing *refreshing
 	// copies are those of Secrets in other namespaces, by namespace and name.
@@ -260,7 +262,17 @@ type pass struct {
 	notices []notice
 }
 
-type notice struct{ kind, reason, action, note string }
+// notice is an Event of the Dataset, about one of its workers' pods unless that is nil.
+type notice struct {
+	pod                        *corev1.Pod
+	kind, reason, action, note string
+}
+
+// told is what an Event is about.
+type told struct {
+	reason string
+	pod    types.UID
+}
 
 // phase is one step of a pass.
 type phase func(context.Context, *pass) error
@@ -345,12 +357,25 @@ func (r *Reconciler) write(ctx context.Context, have *v1alpha1.Dataset, p *pass)
 // send tells the Events of a pass, each text once until it changes.
 func (r *Reconciler) send(p *pass) {
 	for _, e := range p.notices {
-		if p.said[e.reason] == e.note {
+		about, related := told{reason: e.reason}, runtime.Object(nil)
+		if e.pod != nil {
+			// The recorder takes Events of one reason for one, of which it counts how often it came, unless they differ in this.
+			about.pod, related = e.pod.UID, e.pod
+		}
+		if p.said[about] == e.note {
 			continue
 		}
-		p.said[e.reason] = e.note
-		r.events.Eventf(p.dataset, nil, e.kind, e.reason, e.action, "%s", Cut(e.note, MaxNote))
+		p.said[about] = e.note
+		r.events.Eventf(p.dataset, related, e.kind, e.reason, e.action, "%s", Cut(e.note, MaxNote))
 	}
+	maps.DeleteFunc(p.said, func(t told, _ string) bool {
+		return t.pod != "" && !slices.ContainsFunc(p.pods, func(pod corev1.Pod) bool { return pod.UID == t.pod })
+	})
+}
+
+// unsay has Events of the reasons be told again if they come again.
+func (p *pass) unsay(reasons ...string) {
+	maps.DeleteFunc(p.said, func(t told, _ string) bool { return slices.Contains(reasons, t.reason) })
 }
 
 // soon has the Dataset come again no later than after d.
@@ -361,11 +386,15 @@ func (p *pass) soon(d time.Duration) {
 }
 
 func (p *pass) warn(reason, action, format string, a ...any) {
-	p.notices = append(p.notices, notice{corev1.EventTypeWarning, reason, action, fmt.Sprintf(format, a...)})
+	p.event(nil, corev1.EventTypeWarning, reason, action, format, a...)
 }
 
 func (p *pass) note(reason, action, format string, a ...any) {
-	p.notices = append(p.notices, notice{corev1.EventTypeNormal, reason, action, fmt.Sprintf(format, a...)})
+	p.event(nil, corev1.EventTypeNormal, reason, action, format, a...)
+}
+
+func (p *pass) event(pod *corev1.Pod, kind, reason, action, format string, a ...any) {
+	p.notices = append(p.notices, notice{pod, kind, reason, action, fmt.Sprintf(format, a...)})
 }
 
 func (r *Reconciler) remember(uid types.UID) *memory {
@@ -373,7 +402,7 @@ func (r *Reconciler) remember(uid types.UID) *memory {
 	defer r.mu.Unlock()
 	m := r.memory[uid]
 	if m == nil {
-		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[string]string), copies: make(map[client.ObjectKey]copied)}
+		m = &memory{absent: make(map[string]time.Time), leaving: make(map[string]time.Time), said: make(map[told]string), copies: make(map[client.ObjectKey]copied)}
 		r.memory[uid] = m
 	}
 	return m

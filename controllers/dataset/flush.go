@@ -102,7 +102,7 @@ func (r *Reconciler) flushed(_ context.Context, p *pass) error {
 		p.condition(v1alpha1.ConditionFlushed, metav1.ConditionUnknown, ReasonNotAnswering, "%s", text)
 	default:
 		p.condition(v1alpha1.ConditionFlushed, metav1.ConditionTrue, ReasonFlushed, "the bucket has all that was written")
-		delete(p.said, ReasonBucketUnavailable)
+		p.unsay(ReasonBucketUnavailable)
 	}
 	return nil
 }

@@ -18,7 +18,7 @@ func (r *Reconciler) namespace(ctx context.Context, p *pass) error {
 	}
 	switch err := labelNamespace(ctx, r.client, p.dataset.Namespace, true); {
 	case err == nil:
-		delete(p.said, "NamespaceNotLabelled")
+		p.unsay("NamespaceNotLabelled")
 		return nil
 	case !refuses(err):
 		return err

@@ -115,7 +115,7 @@ func (r *Reconciler) share(ctx context.Context, p *pass) error {
 	case len(missing) > 0:
 		p.condition(v1alpha1.ConditionShared, metav1.ConditionFalse, ReasonNamespaceMissing, "there is no namespace %s yet; once it is there its pods can mount the Dataset", strings.Join(missing, ", "))
 	default:
-		delete(p.said, "ShareBlocked")
+		p.unsay("ShareBlocked")
 		p.condition(v1alpha1.ConditionShared, metav1.ConditionTrue, ReasonShared, "pods of %d other namespaces can mount the Dataset", len(wanted))
 	}
 	return nil

@@ -35,7 +35,7 @@ const (
 	ReasonNotReady        = "NotReady"
 	ReasonKeysInvalid     = "KeysInvalid"
 	ReasonUpdating        = "Updating" // all serve, and some what the Dataset asked for before
-	ReasonRefused         = "Refused" // the API server does not allow what the Dataset needs; of Ready, WorkersReady and Shared
+	ReasonRefused         = "Refused"  // the API server does not allow what the Dataset needs; of Ready, WorkersReady and Shared
 )
 
 // refusedWithin is how old a refusal of a pod may be: a StatefulSet that is refused asks again after ever longer, at
@@ -119,9 +119,7 @@ func (r *Reconciler) sourced(ctx context.Context, p *pass) error {
 		p.condition(v1alpha1.ConditionSourced, metav1.ConditionTrue, ReasonListed, "%d files, %s", st.Files, st.Size)
 	}
 	if meta.IsStatusConditionTrue(st.Conditions, v1alpha1.ConditionSourced) {
-		for _, why := range []string{ReasonCredentialsMissing, ReasonAccessDenied, ReasonNoSuchBucket, ReasonUnavailable, ReasonNotShared, ReasonDatasetNotFound} {
-			delete(p.said, why) // if it comes again it is told again
-		}
+		p.unsay(ReasonCredentialsMissing, ReasonAccessDenied, ReasonNoSuchBucket, ReasonUnavailable, ReasonNotShared, ReasonDatasetNotFound)
 	}
 	return nil
 }
@@ -287,6 +285,7 @@ func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 	}
 	st.Workers = v1alpha1.WorkersStatus{Replicas: int32(len(p.pods)), Selector: labels.SelectorFromSet(selector(p.dataset)).String()}
 	reason, text := "", ""
+	var of *corev1.Pod
 	former := int32(0)
 	for i := range p.pods {
 		pod := &p.pods[i]
@@ -299,14 +298,14 @@ func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 			continue
 		}
 		if reason == "" && ordinal(p.dataset, pod.Name) < int(replicas) {
-			reason, text = why, what
+			reason, text, of = why, what, pod
 		}
 	}
 	switch {
 	case reason != "":
 		p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionFalse, reason, "%d of %d workers serve; worker %s", st.Workers.Ready, replicas, text)
 		if reason != ReasonStarting && reason != ReasonNotReady {
-			p.warn(reason, "RunWorkers", "worker %s", text)
+			p.event(of, corev1.EventTypeWarning, reason, "RunWorkers", "worker %s", text)
 		}
 	case st.Workers.Ready < replicas:
 		if words := r.podsRefused(ctx, p); words != "" {
@@ -321,9 +320,7 @@ func (r *Reconciler) workersReady(ctx context.Context, p *pass) error {
 		} else {
 			p.condition(v1alpha1.ConditionWorkersReady, metav1.ConditionTrue, ReasonAllReady, "%d of %d workers serve", st.Workers.Ready, replicas)
 		}
-		for _, why := range []string{ReasonUnschedulable, ReasonOutOfMemory, ReasonImageNotPulled, ReasonCrashing, ReasonNodeUnreachable, ReasonNotAnswering, ReasonRefused} {
-			delete(p.said, why)
-		}
+		p.unsay(ReasonUnschedulable, ReasonOutOfMemory, ReasonImageNotPulled, ReasonCrashing, ReasonNodeUnreachable, ReasonNotAnswering, ReasonRefused)
 	}
 	return nil
 }
@@ -481,7 +478,7 @@ func (p *pass) summarize() {
 		}
 		return
 	}
-	delete(p.said, "Ready")
+	p.unsay("Ready")
 	if p.refused != nil {
 		// The others are as far as the pass came.
 		p.condition(v1alpha1.ConditionReady, metav1.ConditionFalse, ReasonRefused, "the API server refuses what the Dataset needs; it is asked again until it allows that: %v", p.refused)

@@ -1,6 +1,8 @@
 package dataset
 
 import (
+	"fmt"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -8,6 +10,7 @@ import (
 	corev1 "k8s.io/api/core/v1"
 	"k8s.io/apimachinery/pkg/api/meta"
 	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"k8s.io/apimachinery/pkg/runtime"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -35,7 +38,7 @@ func TestADatasetWhoseBucketIsAwayIsDegraded(t *testing.T) {
 		c.status.ID, c.status.Snapshot = pod.Name, "abc"
 		r := &Reconciler{}
 		p := &pass{
-			memory: &memory{said: make(map[string]string)}, dataset: d.DeepCopy(), now: time.Now(),
+			memory: &memory{said: make(map[told]string)}, dataset: d.DeepCopy(), now: time.Now(),
 			pods: []corev1.Pod{pod}, status: map[string]wire.WorkerStatus{pod.Name: c.status},
 		}
 		p.condition(v1alpha1.ConditionVolumeReady, metav1.ConditionTrue, "Bound", "bound")
@@ -56,7 +59,7 @@ func TestADatasetWhoseBucketIsAwayIsDegraded(t *testing.T) {
 // A pass that ends early says nothing of a spec that it has not looked at.
 func TestReadyIsOfTheSpecThatTheOtherConditionsAreOf(t *testing.T) {
 	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data", Generation: 1}}
-	p := &pass{memory: &memory{said: make(map[string]string)}, dataset: d, now: time.Now()}
+	p := &pass{memory: &memory{said: make(map[told]string)}, dataset: d, now: time.Now()}
 	look := func() {
 		for _, kind := range []string{v1alpha1.ConditionSourced, v1alpha1.ConditionWorkersReady, v1alpha1.ConditionVolumeReady} {
 			p.condition(kind, metav1.ConditionTrue, "Fine", "fine")
@@ -80,6 +83,49 @@ func TestReadyIsOfTheSpecThatTheOtherConditionsAreOf(t *testing.T) {
 	expect(metav1.ConditionTrue, 2)
 }
 
+// recorder takes the notes of Events.
+type recorder struct{ notes []string }
+
+func (r *recorder) Eventf(_, _ runtime.Object, _, _, _, note string, a ...any) {
+	r.notes = append(r.notes, fmt.Sprintf(note, a...))
+}
+
+func TestOfEachWorkerAProblemIsToldOnce(t *testing.T) {
+	told := &recorder{}
+	r := New(nil, nil, told, Options{})
+	m := r.remember("uid")
+	pods := make([]corev1.Pod, 2)
+	pods[0].UID, pods[1].UID = "a", "b"
+	pass := func(pods ...corev1.Pod) *pass {
+		p := &pass{memory: m, dataset: &v1alpha1.Dataset{}, pods: pods}
+		for i := range pods {
+			p.event(&pods[i], corev1.EventTypeWarning, "Lost", "Look", "lost %s", pods[i].UID)
+		}
+		p.warn("Lost", "Look", "lost")
+		return p
+	}
+	expect := func(want ...string) {
+		t.Helper()
+		if !slices.Equal(told.notes, want) {
+			t.Errorf("told %q, want %q", told.notes, want)
+		}
+		told.notes = nil
+	}
+	r.send(pass(pods...))
+	expect("lost a", "lost b", "lost")
+	r.send(pass(pods...))
+	expect()
+	r.send(pass(pods[0]))
+	expect()
+	if len(m.said) != 2 {
+		t.Errorf("of a pod that is gone is remembered what was told: %v", m.said)
+	}
+	p := pass(pods[0])
+	p.unsay("Lost")
+	r.send(p)
+	expect("lost a", "lost")
+}
+
 // Of a Dataset that takes puts nobody counts what is in its bucket; what workers of an earlier release listed goes.
 func TestAWritableDatasetHasNoListing(t *testing.T) {
 	d := &v1alpha1.Dataset{ObjectMeta: metav1.ObjectMeta{Namespace: "ns", Name: "data"}}
@@ -87,7 +133,7 @@ func TestAWritableDatasetHasNoListing(t *testing.T) {
 	d.Status.Snapshot, d.Status.Files, d.Status.Bytes, d.Status.Size, d.Status.CachedPercentage = "abc", 1, 2, "2", 100
 	for _, snapshot := range []string{"abc", ""} { // the former is of such a worker
 		p := &pass{
-			memory: &memory{said: make(map[string]string)}, dataset: d, now: time.Now(),
+			memory: &memory{said: make(map[told]string)}, dataset: d, now: time.Now(),
 			status: map[string]wire.WorkerStatus{"data-worker-0": {Snapshot: snapshot, Files: 1, Bytes: 2, Cached: 60}},
 		}
 		if err := (&Reconciler{}).sourced(t.Context(), p); err != nil {
@@ -110,7 +156,7 @@ func TestWhatIsCachedGoesWithTheWorkers(t *testing.T) {
 		cached  int64
 		percent int32
 	}{{[]ring.Member{{ID: "data-worker-0"}}, 60, 100}, {nil, 0, 0}} {
-		p := &pass{memory: &memory{said: make(map[string]string)}, dataset: d, now: time.Now(), members: ring.Membership{Members: c.members}}
+		p := &pass{memory: &memory{said: make(map[told]string)}, dataset: d, now: time.Now(), members: ring.Membership{Members: c.members}}
 		if err := (&Reconciler{}).sourced(t.Context(), p); err != nil {
 			t.Fatal(err)
 		}

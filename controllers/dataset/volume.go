@@ -79,7 +79,7 @@ func (r *Reconciler) volume(ctx context.Context, p *pass) error {
 		p.warn(ReasonClaimDeleted, "Bind", "%s", text)
 		return block(v1alpha1.ConditionVolumeReady, ReasonClaimDeleted, "%s", text)
 	}
-	delete(p.said, ReasonClaimDeleted)
+	p.unsay(ReasonClaimDeleted)
 	switch claim.Status.Phase {
 	case corev1.ClaimBound:
 	case corev1.ClaimLost:

@@ -271,7 +271,7 @@ func (r *Reconciler) roll(ctx context.Context, p *pass) error {
 		if h := p.status[pod.Name].HandOver; h != nil && h.Dropped > 0 {
 			lost = fmt.Sprintf("; %s dropped%s", humanize.IBytes(uint64(h.Dropped)), p.why(h.Dropped))
 		}
-		p.note("WorkerUpdated", "Rollout", "worker %s is restarted with a new configuration%s", pod.Name, lost)
+		p.event(pod, corev1.EventTypeNormal, "WorkerUpdated", "Rollout", "worker %s is restarted with a new configuration%s", pod.Name, lost)
 		p.again = r.Poll / 5
 		if p.back() {
 			return nil // the others are looked at again without it
@@ -302,14 +302,14 @@ func (r *Reconciler) replace(ctx context.Context, p *pass) error {
 		}
 		if !p.replaceable(pod, since) {
 			p.soon(r.Poll / 5)
-			p.warn("WorkerUnreachable", "Replace", "node %s of worker %s does not answer; it may hold writes that the bucket does not have, so it is not replaced yet: bring the node back; %s", pod.Spec.NodeName, pod.Name, WayOut(p.dataset))
+			p.event(pod, corev1.EventTypeWarning, "WorkerUnreachable", "Replace", "node %s of worker %s does not answer; it may hold writes that the bucket does not have, so it is not replaced yet: bring the node back; %s", pod.Spec.NodeName, pod.Name, WayOut(p.dataset))
 			continue
 		}
 		err := r.client.Delete(ctx, pod, client.GracePeriodSeconds(0), client.Preconditions{UID: &pod.UID})
 		if client.IgnoreNotFound(err) != nil {
 			return err
 		}
-		p.warn("WorkerReplaced", "Replace", "node %s does not answer since %s: worker %s is started elsewhere", pod.Spec.NodeName, c.LastTransitionTime.UTC().Format(time.RFC3339), pod.Name)
+		p.event(pod, corev1.EventTypeWarning, "WorkerReplaced", "Replace", "node %s does not answer since %s: worker %s is started elsewhere", pod.Spec.NodeName, c.LastTransitionTime.UTC().Format(time.RFC3339), pod.Name)
 	}
 	return nil
 }
