@@ -263,6 +263,42 @@ func TestInstallationIsAccepted(t *testing.T) {
 	}
 }
 
+// On a node where many pods start at once, the default of a second is what a process that is well does not answer within.
+func TestProbesBearABusyNode(t *testing.T) {
+	probes := 0
+	for _, u := range build(t, "default") {
+		var o struct {
+			Spec struct {
+				Template corev1.PodTemplateSpec `json:"template"`
+			} `json:"spec"`
+		}
+		if u.GroupVersionKind().Group != "apps" {
+			continue
+		}
+		if err := runtime.DefaultUnstructuredConverter.FromUnstructured(u.Object, &o); err != nil {
+			t.Fatal(err)
+		}
+		for _, c := range o.Spec.Template.Spec.Containers {
+			for _, p := range []*corev1.Probe{c.LivenessProbe, c.ReadinessProbe} {
+				if p == nil {
+					continue
+				}
+				probes++
+				if p.TimeoutSeconds < 5 {
+					t.Errorf("%s: a probe of %s gives up after %d s", u.GetName(), c.Name, p.TimeoutSeconds)
+				}
+			}
+			// It serves every mount of its node.
+			if p := c.LivenessProbe; c.Name == "node" && p.PeriodSeconds*p.FailureThreshold < 300 {
+				t.Errorf("the node service is restarted after %d probes, one in %d s", p.FailureThreshold, p.PeriodSeconds)
+			}
+		}
+	}
+	if probes != 6 {
+		t.Errorf("%d probes", probes)
+	}
+}
+
 // README.md names what an upgrade replaces: all workloads but those whose pods stay.
 func TestHealthChecksAreOfWhatAnUpgradeReplaces(t *testing.T) {
 	readme, err := os.ReadFile("README.md")
