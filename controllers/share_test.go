@@ -4,6 +4,7 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"net"
 	"reflect"
 	"slices"
 	"strings"
@@ -18,6 +19,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/wire"
 )
 
 func (w *world) namespace(name string) {
@@ -123,6 +125,49 @@ func TestSharedDatasetHasItsReaderSecretInTheOtherNamespaces(t *testing.T) {
 	if err := w.Get(t.Context(), client.ObjectKey{Namespace: later, Name: w.ns + ".genomes-reader"}, &corev1.Secret{}); !apierrors.IsNotFound(err) {
 		t.Errorf("the copy outlived its Dataset: %v", err)
 	}
+}
+
+// What config/README.md tells to do revokes what a namespace has kept of the keys, in this order, and no sooner.
+func TestAKeyThatANamespaceKeptIsRevoked(t *testing.T) {
+	w := newWorld(t)
+	d := w.ready("genomes", 2, 1, 1000)
+	there := w.ns + "-there"
+	w.namespace(there)
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there)} })
+	kept, err := wire.ParseKeys(w.copyOf(d, there).Data["read"])
+	w.must(err)
+	taken := func(want int) { // by so many of the workers
+		t.Helper()
+		w.eventually(fmt.Sprintf("%d workers take the key", want), func() error {
+			n := 0
+			var last error
+			for _, m := range w.members(d).Members {
+				c, err := (&net.Dialer{}).DialContext(t.Context(), "tcp", m.Addr)
+				w.must(err)
+				if last = wire.ClientHandshake(t.Context(), c, w.ns+"/"+d.Name, wire.RoleRead, kept[0]); last == nil {
+					n++
+				}
+				c.Close()
+			}
+			if n != want {
+				return fmt.Errorf("%d do: %v", n, last)
+			}
+			return nil
+		})
+	}
+	taken(2)
+	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = nil })
+	w.noCopy(d, there)
+	taken(2)
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "revoke")
+	})
+	w.event("KeysRotated")
+	taken(2)
+	update(w, d, func(d *v1alpha1.Dataset) { delete(d.Annotations, v1alpha1.AnnotationRotateKeys) })
+	taken(0)
+	w.noCopy(d, there)
+	w.reader(d) // has the new one
 }
 
 func (w *world) noCopy(d *v1alpha1.Dataset, namespace string) {

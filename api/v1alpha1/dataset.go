@@ -87,7 +87,8 @@ type DatasetSpec struct {
 	// +kubebuilder:validation:XValidation:rule="self == oldSelf",message="access cannot change; create another Dataset"
 	Access Access `json:"access,omitempty"`
 
-	// ShareWith lists the other namespaces whose pods and Datasets may read this one.
+	// ShareWith lists the other namespaces whose pods and Datasets may read this one. A namespace that is taken out loses
+	// its copy of the read key; what was kept of that key is good until the keys are changed, and the former ones ended.
 	//
 	// +optional
 	// +listType=set
