@@ -140,7 +140,7 @@ func (k *Control) do(ctx context.Context, m ring.Member, method, path string, qu
 	ctx, cancel := context.WithTimeout(ctx, k.config.Timeout)
 	defer cancel()
 	if m.Control == "" {
-		return errors.New("the membership tells no control address")
+		return errors.New("its control address is not known")
 	}
 	keys := k.config.Keys
 	if k.config.KeySource != nil {

@@ -192,12 +192,16 @@ func (r *Reconciler) member(pod *corev1.Pod) ring.Member {
 	m := ring.Member{
 		ID: pod.Name, Node: pod.Spec.NodeName,
 		Addr:    net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(v1alpha1.PortData)),
-		Control: net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(v1alpha1.PortControl)),
+		Control: controlOf(pod),
 	}
 	if r.Store == StoreCSI {
 		m.Socket = socketOf(pod)
 	}
 	return m
+}
+
+func controlOf(pod *corev1.Pod) string {
+	return net.JoinHostPort(pod.Status.PodIP, strconv.Itoa(v1alpha1.PortControl))
 }
 
 func socketOf(pod *corev1.Pod) string {
