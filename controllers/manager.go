@@ -110,12 +110,15 @@ func New(cluster *rest.Config, o Options) (manager.Manager, error) {
 	if err := dataload.New(m.GetClient(), m.GetAPIReader(), recorder, loads).SetupWithManager(m); err != nil {
 		return nil, fmt.Errorf("controller: %w", err)
 	}
+	counted := newCensus(m.GetClient())
 	if o.Dataset.Only == "" { // nodes are of no namespace
-		if err := node.New(m.GetClient(), o.Dataset).SetupWithManager(m); err != nil {
+		nodes := node.New(m.GetClient(), o.Dataset)
+		if err := nodes.SetupWithManager(m); err != nil {
 			return nil, fmt.Errorf("controller: %w", err)
 		}
+		counted.nodes = nodes.Census
 	}
-	if err := m.Add(newCensus(m.GetClient())); err != nil {
+	if err := m.Add(counted); err != nil {
 		return nil, err
 	}
 	if err := m.AddHealthzCheck("ping", healthz.Ping); err != nil {

@@ -18,8 +18,9 @@ import (
 // it, the leader or not: what it reads is the cache. Workers export what they do themselves.
 type census struct {
 	reader client.Reader
+	nodes  func(context.Context) (map[string]int, error) // nil: nodes are not looked at
 
-	condition, bytes, cached, unflushed, workers, phase, progress, total, failed *prometheus.Desc
+	condition, bytes, cached, unflushed, workers, phase, progress, total, failed, ready *prometheus.Desc
 }
 
 func newCensus(r client.Reader) *census {
@@ -37,6 +38,7 @@ func newCensus(r client.Reader) *census {
 		progress:  desc("dataload_bytes", "Bytes that are held of what a DataLoad wants.", "dataload", "dataset"),
 		total:     desc("dataload_total_bytes", "Bytes that a DataLoad wants.", "dataload", "dataset"),
 		failed:    desc("dataload_failed_files", "Files that a DataLoad could not load.", "dataload", "dataset"),
+		ready:     desc("nodes", "Nodes that the node service is to run on, by their label node-ready: true, false, or unknown where it may still come.", "ready"),
 	}
 }
 
@@ -58,7 +60,7 @@ func (c *census) Start(ctx context.Context) error {
 
 // Describe implements prometheus.Collector.
 func (c *census) Describe(ch chan<- *prometheus.Desc) {
-	for _, d := range []*prometheus.Desc{c.condition, c.bytes, c.cached, c.unflushed, c.workers, c.phase, c.progress, c.total, c.failed} {
+	for _, d := range []*prometheus.Desc{c.condition, c.bytes, c.cached, c.unflushed, c.workers, c.phase, c.progress, c.total, c.failed, c.ready} {
 		ch <- d
 	}
 }
@@ -123,5 +125,16 @@ func (c *census) Collect(ch chan<- prometheus.Metric) {
 		gauge(c.progress, float64(l.Status.Progress.Bytes), name, set)
 		gauge(c.total, float64(l.Status.Progress.TotalBytes), name, set)
 		gauge(c.failed, float64(l.Status.FailedFiles), name, set)
+	}
+	if c.nodes == nil {
+		return
+	}
+	nodes, err := c.nodes(ctx)
+	if err != nil {
+		ch <- prometheus.NewInvalidMetric(c.ready, err)
+		return
+	}
+	for label, value := range map[string]string{"true": "true", "false": "false", "": "unknown"} {
+		gauge(c.ready, float64(nodes[label]), value)
 	}
 }

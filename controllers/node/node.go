@@ -143,6 +143,28 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	return reconcile.Result{}, nil
 }
 
+// Census counts the nodes where a DaemonSet runs the service, by what their label says: "true", "false" or neither, "".
+func (r *Reconciler) Census(ctx context.Context) (map[string]int, error) {
+	nodes := &corev1.NodeList{}
+	if err := r.client.List(ctx, nodes); err != nil {
+		return nil, err
+	}
+	n := map[string]int{}
+	for i := range nodes.Items {
+		if runs, err := r.runs(ctx, &nodes.Items[i]); err != nil {
+			return nil, err
+		} else if !runs {
+			continue
+		}
+		label := nodes.Items[i].Labels[v1alpha1.LabelNodeReady]
+		if label != "true" && label != "false" {
+			label = ""
+		}
+		n[label]++
+	}
+	return n, nil
+}
+
 func ready(node *corev1.Node) bool {
 	for i := range node.Status.Conditions {
 		if c := &node.Status.Conditions[i]; c.Type == corev1.NodeReady {

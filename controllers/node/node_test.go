@@ -305,6 +305,23 @@ func TestChangesOfTheDaemonSet(t *testing.T) {
 	w.eventually("b", "false")
 }
 
+// Those that the service never comes to count as no trouble.
+func TestNodesThatTheServiceIsToRunOnAreCounted(t *testing.T) {
+	w := newWorld(t)
+	w.service(nil)
+	w.node("windows", map[string]string{corev1.LabelOSStable: "windows"})
+	w.eventually("windows", "false")
+	w.node("new", linux)
+	w.node("numbered", with(linux, v1alpha1.LabelNodeReady, "5577006791947779410"))
+	w.node("served", with(linux, v1alpha1.LabelNodeReady, "true"))
+	w.node("lacking", with(linux, v1alpha1.LabelNodeReady, "false"))
+	got, err := node.New(w, dataset.Options{Namespace: envtest.System}).Census(t.Context())
+	w.must(err)
+	if want := map[string]int{"true": 1, "false": 1, "": 2}; !maps.Equal(got, want) {
+		t.Errorf("%v, want %v", got, want)
+	}
+}
+
 // Nodes of another kind may have a DaemonSet of their own, and kustomize may give a name a prefix.
 func TestANodeIsServedByAnyDaemonSetOfTheNodeService(t *testing.T) {
 	w := newWorld(t)
