@@ -353,7 +353,7 @@ func (s *service) follow(m *mounted) {
 		users, err := s.users()
 		s.log.Error("a mount ended by itself: pods that have it get errors and must be restarted; new pods get a new one",
 			"dataset", m.set.String(), "dir", m.dir, "pods", users[m.device], "error", err)
-		s.event(m.set.String(), "MountLost", fmt.Sprintf("a mount of dataset %s ended; %d pods of this node that have it must be restarted", m.set, len(users[m.device])))
+		s.event(m.set.String(), "MountLost", fmt.Sprintf("a mount of dataset %s ended; %s", m.set, toRestart(users[m.device])))
 	}
 	s.keeping.drop(m.id)
 	s.hangUp(m.set, m.client)
@@ -452,6 +452,28 @@ func (s *service) users() (map[device][]string, error) {
 	return users, err
 }
 
+// toRestart names the pods that have a mount at the paths by their UIDs, which is all that these tell.
+func toRestart(paths []string) string {
+	const most = 10
+	var uids []string
+	for _, p := range paths {
+		if _, below, ok := strings.Cut(p, "/pods/"); ok {
+			uid, _, _ := strings.Cut(below, "/")
+			uids = append(uids, uid)
+		}
+	}
+	slices.Sort(uids)
+	uids = slices.Compact(uids) // a container may have a part of a volume besides
+	text := fmt.Sprintf("%d pods of this node that have it must be restarted", len(uids))
+	switch named := strings.Join(uids[:min(most, len(uids))], ", "); {
+	case len(uids) > most:
+		text += fmt.Sprintf("; the first by UID: %s", named)
+	case len(uids) > 0:
+		text += "; their UIDs: " + named
+	}
+	return text
+}
+
 // reap ends mounts that no pod has had for a while, and at once those that no new pod would get.
 func (s *service) reap(linger time.Duration) error {
 	users, err := s.users()
@@ -519,7 +541,7 @@ func (s *service) sweep(ctx context.Context, former []mountinfo.Mount) error {
 		pods := users[deviceOf(m)]
 		s.log.Error("the node service and the keeper were both gone: a mount is dead", "source", m.Source, "dir", m.Point, "pods", pods)
 		if len(pods) > 0 {
-			s.event(m.Source, "MountLost", fmt.Sprintf("%s: the node service and the keeper were both gone; %d pods of this node that have it must be restarted", m.Source, len(pods)))
+			s.event(m.Source, "MountLost", fmt.Sprintf("%s: the node service and the keeper were both gone; %s", m.Source, toRestart(pods)))
 		}
 		s.clear(m.Point)
 	}

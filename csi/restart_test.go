@@ -429,7 +429,7 @@ func bothKilled(t *testing.T, late bool) {
 		t.Error("the dead mount was given to a new pod")
 	}
 	eventually(t, "an Event", func() bool { return strings.Contains(m.events(), "event MountLost") })
-	if got := m.events(); !strings.Contains(got, testDataset) || !strings.Contains(got, "1 pods") {
+	if got := m.events(); !strings.Contains(got, testDataset) || !strings.Contains(got, "1 pods") || !strings.Contains(got, "UIDs: step") {
 		t.Errorf("the Event does not say what is lost: %s", got)
 	}
 	if !strings.Contains(second.out.String(), "pods/step/") {
