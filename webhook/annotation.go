@@ -7,10 +7,10 @@ import (
 	"regexp"
 	"strings"
 
-	"github.com/bmatcuk/doublestar/v4"
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/catalog"
 )
 
 // Annotations of pods, besides v1alpha1.AnnotationMounts.
@@ -174,10 +174,8 @@ func checkPattern(p string) error {
 		return fmt.Errorf("the pattern %q has an empty, . or .. folder in it", p)
 	case strings.ContainsFunc(p, func(r rune) bool { return r < ' ' || r == 0x7f }):
 		return fmt.Errorf("the pattern %q has a control character", p)
-	case !doublestar.ValidatePattern(p):
-		return fmt.Errorf("the pattern %q has a bracket or brace that is not closed", p)
 	}
-	return nil
+	return catalog.CheckPattern(p)
 }
 
 // escapePattern makes a pattern of a path that matches just it.

@@ -277,7 +277,7 @@ func (h *Holdings) Nodes(d *v1alpha1.Dataset) []string {
 // Share is how many bytes each node holds of what the patterns match in the Dataset, and how many they are in
 // all; of the whole Dataset where they match nothing, or there are none. Nil: nobody holds any of it, or it is
 // not known.
-func (h *Holdings) Share(d *v1alpha1.Dataset, patterns []string) (share map[string]float64, total float64) {
+func (h *Holdings) Share(ctx context.Context, d *v1alpha1.Dataset, patterns []string) (share map[string]float64, total float64) {
 	k, ok := h.get(types.NamespacedName{Namespace: d.Namespace, Name: d.Name})
 	if !ok {
 		return nil, 0
@@ -303,7 +303,7 @@ func (h *Holdings) Share(d *v1alpha1.Dataset, patterns []string) (share map[stri
 			}
 		}
 	}
-	files := filesOf(k.snapshot, patterns, max(1, maxPlacements/ready))
+	files := filesOf(ctx, k.snapshot, patterns, max(1, maxPlacements/ready))
 	for _, i := range files {
 		o, _ := k.snapshot.Ring(i)
 		bytes := float64(max(o.Size, 1))
@@ -352,13 +352,13 @@ func weight(m ring.Member) float64 { return float64(max(m.Weight, 1)) }
 
 // filesOf are the files of a snapshot that match any of the patterns, as in a DataLoad: one that matches a
 // folder stands for all in it. A file is told once. None where they are more than most, or too many to look at: as many
-// are everywhere, and the first of them would say that they are where these are.
-func filesOf(s *catalog.Snapshot, patterns []string, most int) (files []catalog.Index) {
+// are everywhere, and the first of them would say that they are where these are. The call ends with ctx.
+func filesOf(ctx context.Context, s *catalog.Snapshot, patterns []string, most int) (files []catalog.Index) {
 	if s == nil {
 		return nil
 	}
 	seen := make(map[catalog.Index]bool)
-	enough := false
+	enough, looked := false, 0
 	add := func(i catalog.Index) {
 		if seen[i] {
 			return
@@ -382,13 +382,16 @@ func filesOf(s *catalog.Snapshot, patterns []string, most int) (files []catalog.
 		if !strings.HasSuffix(pattern, "/**") {
 			pattern += "/**"
 		}
-		looked := 0
+		alternatives := catalog.Alternatives(pattern)
 		s.Walk(from, func(i catalog.Index) bool {
-			if looked++; looked > maxPlacements {
+			at := s.Path(i)
+			// The steps of a match, of which an ordinary one takes less than the first thousands.
+			looked += 1 + alternatives*len(pattern)*len(at)>>12
+			if looked > maxPlacements || ctx.Err() != nil {
 				enough = true
 			} else if !wild {
 				add(i)
-			} else if ok, _ := doublestar.Match(pattern, s.Path(i)); ok {
+			} else if ok, _ := doublestar.Match(pattern, at); ok {
 				add(i)
 			}
 			return !enough

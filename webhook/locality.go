@@ -117,7 +117,7 @@ func (l *Placer) hosts(ctx context.Context, d *v1alpha1.Dataset) []string {
 // share is what each node that takes pods holds of a Dataset, by hostname.
 func (l *Placer) share(ctx context.Context, n *need, patterns []string) (byHost map[string]float64, total float64) {
 	byHost = make(map[string]float64)
-	byNode, total := l.Holdings.Share(n.dataset, patterns)
+	byNode, total := l.Holdings.Share(ctx, n.dataset, patterns)
 	if len(n.keys) > 0 { // told for certain, while of a mount of such a Dataset no file is known
 		byNode, total = l.Holdings.Names(n.dataset, n.keys)
 	}

@@ -74,7 +74,7 @@ func TestShare(t *testing.T) {
 		{"unknown", []string{"/nope", "/no/*"}, map[string]float64{"n1": 1 << 30, "n2": 1 << 30, "n3": 1 << 30}, 3 << 30},
 		{"all", []string{"/"}, map[string]float64{"n1": 1 << 30, "n2": 1 << 30, "n3": 1 << 30}, 3 << 30},
 	} {
-		got, total := h.Share(d, c.patterns)
+		got, total := h.Share(t.Context(), d, c.patterns)
 		if len(got) != len(c.want) || !near(total, c.total) {
 			t.Errorf("%s: %v of %v, want %v of %v", c.name, got, total, c.want, c.total)
 			continue
@@ -87,7 +87,7 @@ func TestShare(t *testing.T) {
 	}
 	// Each copy is as good as the other.
 	d.Spec.Workers.Copies = 2
-	got, total := h.Share(d, []string{"/shards/0001.bin"})
+	got, total := h.Share(t.Context(), d, []string{"/shards/0001.bin"})
 	for _, n := range owners(t, h, "/shards/0001.bin", 2) {
 		if got[n] != 600<<20 || total != 600<<20 {
 			t.Errorf("copies: %v of %v", got, total)
@@ -98,10 +98,10 @@ func TestShare(t *testing.T) {
 	for i := range k.members.Members {
 		k.members.Members[i].State = ring.Leaving
 	}
-	if got, _ := h.Share(d, nil); got != nil {
+	if got, _ := h.Share(t.Context(), d, nil); got != nil {
 		t.Errorf("leaving workers: %v", got)
 	}
-	if got, _ := h.Share(dataset("argo", "other"), nil); got != nil {
+	if got, _ := h.Share(t.Context(), dataset("argo", "other"), nil); got != nil {
 		t.Errorf("unknown Dataset: %v", got)
 	}
 }
@@ -119,11 +119,11 @@ func TestShareIsBounded(t *testing.T) {
 	h := &Holdings{Logger: quiet()}
 	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members(nodes...), snapshot: snapshot(t, "", files)})
 	d := dataset("argo", "genomes")
-	got, total := h.Share(d, []string{"/many"})
+	got, total := h.Share(t.Context(), d, []string{"/many"})
 	if len(got) != 100 || total != float64(d.Status.Bytes) {
 		t.Errorf("%d nodes of %v: not the Dataset as a whole", len(got), total)
 	}
-	if got, _ := h.Share(d, []string{"/many/0001", "/many/0002"}); len(got) > 2 {
+	if got, _ := h.Share(t.Context(), d, []string{"/many/0001", "/many/0002"}); len(got) > 2 {
 		t.Errorf("two files on %d nodes", len(got))
 	}
 }
@@ -137,11 +137,39 @@ func TestShareOfWhatIsTooMuchToLookAtIsTheDatasets(t *testing.T) {
 	h := &Holdings{Logger: quiet()}
 	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members("n1", "n2", "n3"), snapshot: snapshot(t, "", files)})
 	d := dataset("argo", "genomes")
-	if got, total := h.Share(d, []string{"/*/*.fa"}); len(got) != 3 || total != float64(d.Status.Bytes) {
+	if got, total := h.Share(t.Context(), d, []string{"/*/*.fa"}); len(got) != 3 || total != float64(d.Status.Bytes) {
 		t.Errorf("%v of %v: not the Dataset as a whole", got, total)
 	}
-	if got, total := h.Share(d, []string{"/a/*.fa", "/z/last.fa"}); total != 2 {
+	if got, total := h.Share(t.Context(), d, []string{"/a/*.fa", "/z/last.fa"}); total != 2 {
 		t.Errorf("two files: %v of %v", got, total)
+	}
+}
+
+// All patterns of a call together look at as many files as one may, and none at all for whoever does not wait any more.
+func TestShareLooksAtSoManyFilesForAllPatterns(t *testing.T) {
+	files := map[string]int64{"z/last.fa": 1}
+	for i := range maxPlacements / 2 {
+		files[fmt.Sprintf("many/%06d", i)] = 1
+	}
+	h := &Holdings{Logger: quiet()}
+	h.set(types.NamespacedName{Namespace: "argo", Name: "genomes"}, &holding{members: members("n1", "n2", "n3"), snapshot: snapshot(t, "", files)})
+	d := dataset("argo", "genomes")
+	for _, c := range []struct {
+		patterns []string
+		found    bool
+	}{
+		{[]string{"/*/last.fa"}, true},
+		{[]string{"/z/last.fa", "/*/a", "/*/b"}, false},
+		{[]string{"/*/last.fa" + strings.Repeat("{,}", 8)}, false}, // 256 for each file
+	} {
+		if _, total := h.Share(t.Context(), d, c.patterns); (total == 1) != c.found {
+			t.Errorf("%q: %v bytes of files", c.patterns, total)
+		}
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	if _, total := h.Share(ctx, d, []string{"/*/last.fa"}); total == 1 {
+		t.Error("a call that has ended went through the files")
 	}
 }
 
@@ -203,7 +231,7 @@ func TestSnapshotsThatDoNotFitAreNotPulled(t *testing.T) {
 	if text := log.String(); strings.Count(text, "without a look at their files") != 1 || !strings.Contains(text, "resources.limits.memory") {
 		t.Errorf("it said:\n%s", text)
 	}
-	if share, total := h.Share(d, []string{"/shards/0001.bin"}); len(share) != 2 || total != float64(d.Status.Bytes) {
+	if share, total := h.Share(t.Context(), d, []string{"/shards/0001.bin"}); len(share) != 2 || total != float64(d.Status.Bytes) {
 		t.Errorf("placed by %v of %v, not by the Dataset as a whole", share, total)
 	}
 	log.Reset()

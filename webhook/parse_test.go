@@ -38,6 +38,13 @@ func TestParseStagePaths(t *testing.T) {
 	}
 }
 
+func TestParseStagePathsRefusesWhatIsMatchedForEver(t *testing.T) {
+	_, err := parseStagePaths("/**/"+strings.Repeat("{,}", 40)+"x", "argo")
+	if err == nil || !strings.Contains(err.Error(), "stands for more than 256") {
+		t.Errorf("%v", err)
+	}
+}
+
 func FuzzParseMounts(f *testing.F) {
 	for _, s := range []string{"genomes=/data", "ns/g=/a/b,h=/c", ",,=", "g=/a,g=/a/b", "a=/\x00", "g=//x", strings.Repeat("a=/b,", 1000)} {
 		f.Add(s)

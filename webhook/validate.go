@@ -13,6 +13,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/webhook/admission"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/catalog"
 )
 
 // Objects is what validation knows besides the Cluster.
@@ -234,6 +235,11 @@ func (h *Validate) load(ctx context.Context, l *v1alpha1.DataLoad, v *verdict) e
 		v.warn("%s: there is no Dataset %s in namespace %s yet (there is: %s); the load waits for it", spec.Child("datasetRef"), l.Spec.DatasetRef.Name, l.Namespace, listed(names))
 	} else {
 		h.fits(datasets[i], l, v)
+	}
+	for i, p := range l.Spec.Paths {
+		if err := catalog.CheckPattern(string(p)); err != nil {
+			v.errs = append(v.errs, field.Invalid(spec.Child("paths").Index(i), p, err.Error()))
+		}
 	}
 	if l.Spec.Schedule != "" {
 		if _, err := l.Spec.Schedule.Next(time.Now()); err != nil {

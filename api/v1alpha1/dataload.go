@@ -51,7 +51,8 @@ type DataLoadSpec struct {
 
 	// Paths are patterns of files to load, matched against the path in the Dataset: * and ? stay within
 	// a folder, ** crosses folders, and [a-z] and {a,b} are understood: /shards, /ref/**/*.fa. A pattern
-	// that matches a folder loads all in it. Absent: everything.
+	// that matches a folder loads all in it. Braces stand for no more than 256 patterns, of all their
+	// combinations. Absent: everything.
 	//
 	// +optional
 	// +listType=set

@@ -499,6 +499,7 @@ func TestLoadRequestsThatAreWrong(t *testing.T) {
 		"slash in id":   wire.LoadRequest{ID: "a/b"},
 		"long id":       wire.LoadRequest{ID: strings.Repeat("x", 300)},
 		"bad pattern":   wire.LoadRequest{ID: "a", Paths: []string{"/[a"}},
+		"endless":       wire.LoadRequest{ID: "a", Paths: []string{"/**/" + strings.Repeat("{,}", 40) + "x"}},
 		"bad snapshot":  wire.LoadRequest{ID: "a", Snapshot: "zz"},
 		"bad copies":    wire.LoadRequest{ID: "a", Copies: -1},
 		"unknown field": map[string]any{"id": "a", "path": "/x"},

@@ -10,8 +10,7 @@ import (
 	"strings"
 	"sync"
 
-	"github.com/bmatcuk/doublestar/v4"
-
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -114,8 +113,8 @@ func (w *Worker) normalize(r wire.LoadRequest) (wire.LoadRequest, error) {
 		if !strings.HasPrefix(p, "/") {
 			paths[i] = "/" + p
 		}
-		if !doublestar.ValidatePattern(paths[i]) {
-			return r, failed(http.StatusBadRequest, "load %s: path %q is not a valid pattern", r.ID, p)
+		if err := catalog.CheckPattern(paths[i]); err != nil {
+			return r, failed(http.StatusBadRequest, "load %s: %w", r.ID, err)
 		}
 	}
 	r.Paths = paths
