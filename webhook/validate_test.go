@@ -88,7 +88,9 @@ func TestValidation(t *testing.T) {
 		{"load of nothing", load("l", func(l *v1alpha1.DataLoad) { l.Spec.DatasetRef.Name = "x" }), nil, "", "there is: genomes"},
 		{"too many copies", load("l", func(l *v1alpha1.DataLoad) { l.Spec.Copies = &copies }), nil, "", "cannot hold 5 copies"},
 		{"too much", load("l"), func(w *world) { w.datasets[0].Status.Bytes = 1 << 40 }, "", "cannot complete"},
-		{"a pattern that nothing ever ends to match", load("l", func(l *v1alpha1.DataLoad) { l.Spec.Paths = []v1alpha1.PathPattern{"/a", v1alpha1.PathPattern("/" + strings.Repeat("{,}", 40))} }), nil,
+		{"a pattern that nothing ever ends to match", load("l", func(l *v1alpha1.DataLoad) {
+			l.Spec.Paths = []v1alpha1.PathPattern{"/a", v1alpha1.PathPattern("/" + strings.Repeat("{,}", 40))}
+		}), nil,
 			`spec.paths[1]: Invalid value: "/` + strings.Repeat("{,}", 40) + `": the pattern`, ""},
 		{"load of a writable Dataset", load("l"), func(w *world) { w.datasets[0].Spec.Access = v1alpha1.ReadWrite }, "", "no listing to load from"},
 		{"at a time that comes", load("l", at("0 0 29 2 *")), nil, "", ""},

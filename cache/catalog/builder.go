@@ -18,6 +18,10 @@ const maxSize = 64 << 40
 // maxExamples is how many examples a snapshot keeps of each kind of skipped key.
 const maxExamples = 5
 
+// maxExample is the length of an example: the longest key that stores have, were all of it escaped. The rest of a longer
+// one is left out.
+const maxExample = 8 << 10
+
 // Builder collects objects and encodes them. It keeps some 60 bytes and the name's last segment for each,
 // and the memory of what Encode returns on top. It belongs to one goroutine.
 type Builder struct {
@@ -121,7 +125,7 @@ func (s skips) add(reason, url, key string) {
 	}
 	e.Count++
 	q := strconv.Quote(url + "/" + key)
-	q = q[1 : len(q)-1]
+	q = q[1:min(len(q)-1, maxExample)]
 	if i, found := slices.BinarySearch(e.Examples, q); !found {
 		e.Examples = slices.Insert(e.Examples, i, q)
 		e.Examples = e.Examples[:min(len(e.Examples), maxExamples)]

@@ -36,7 +36,10 @@ func (b *Builder) Encode(created time.Time) ([]byte, error) {
 		extras += len(b.extra(e))
 	}
 	tail := m.append(nil)
-	if max(names, extras, len(tail)) > math.MaxUint32 {
+	if len(tail) > maxMeta {
+		return nil, fmt.Errorf("the mounts of the dataset take %d bytes of its snapshot, of at most %d; split it into several datasets", len(tail), maxMeta)
+	}
+	if max(names, extras) > math.MaxUint32 {
 		return nil, fmt.Errorf("dataset is too large for one snapshot (%d files and directories); split it by prefix into several datasets", len(order))
 	}
 

@@ -44,6 +44,9 @@ const (
 
 	maxVersion = 1024
 	maxSum     = 64
+	// maxMeta bounds what is unpacked, which takes several times as much memory and may come from anybody's program. The
+	// largest of a Dataset, with 32 mounts and notes and the longest examples of each kind of skipped key, is half of it.
+	maxMeta = 4 << 20
 )
 
 // Flags of a record. A version is empty, packed (32 hex digits, the way almost every store writes an

@@ -71,6 +71,9 @@ func parse(encoded []byte) (*Snapshot, error) {
 	if n == 0 || headerSize+records+names+extras+tail != uint64(len(encoded)) {
 		return nil, fmt.Errorf("%w: %d bytes do not fit its header; it may have been cut short", ErrCorrupt, len(encoded))
 	}
+	if tail > maxMeta {
+		return nil, fmt.Errorf("%w: its list of mounts is %d bytes long, of at most %d", ErrCorrupt, tail, maxMeta)
+	}
 	s := &Snapshot{encoded: encoded, n: n, histogram: make([]int64, 64)}
 	rest := encoded[headerSize:]
 	s.records, rest = rest[:records:records], rest[records:]

@@ -497,3 +497,49 @@ func TestWhoKeepsASnapshotMayUseItAfterItIsClosed(t *testing.T) {
 		t.Error("it stays mapped although nobody keeps it")
 	}
 }
+
+// A snapshot may come from anybody's program: bytes that are unpacked, to several times their size, are few.
+func TestOpenRefusesMoreThanIsUnpacked(t *testing.T) {
+	for more, want := range map[int]bool{0: true, maxMeta: false} {
+		s := awkward(t)
+		m := s.meta
+		// Notes that are empty: four zero bytes each.
+		m.notes = make([]string, (maxMeta-len(m.append(nil)))/4+len(m.notes)+more/4)
+		tail := m.append(nil)
+		enc := slices.Concat(s.encoded[:len(s.encoded)-len(s.meta.append(nil))], tail)
+		binary.LittleEndian.PutUint32(enc[28:], uint32(len(tail)))
+		if _, err := Open(enc); (err == nil) != want || !want && !errors.Is(err, ErrCorrupt) {
+			t.Errorf("%d bytes: %v", len(tail), err)
+		}
+	}
+}
+
+// What is left out of a listing is told within those bytes, however long the keys are.
+func TestLargestMeta(t *testing.T) {
+	var mounts []Mount
+	for i := range 32 {
+		mounts = append(mounts, Mount{
+			URL: "s3://" + strings.Repeat("u", 2048), Prefix: strings.Repeat("p", 1024), Path: fmt.Sprintf("/%02d%s", i, strings.Repeat("/"+strings.Repeat("d", 255), 3)),
+		})
+	}
+	b := NewBuilder(mounts)
+	for r := range 32 {
+		for k := range maxExamples {
+			o := object(mounts[0].Prefix+"/"+strings.Repeat("\xff", 1<<16)+fmt.Sprint(r, k), 1)
+			o.Skip = fmt.Sprintf("the reason of number %d", r)
+			if err := b.Add(0, o); err != nil {
+				t.Fatal(err)
+			}
+		}
+	}
+	enc, err := b.Encode(time.Time{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if tail := binary.LittleEndian.Uint32(enc[28:]); tail > maxMeta/2 {
+		t.Errorf("%d bytes", tail)
+	}
+	if _, err := Open(enc); err != nil {
+		t.Error(err)
+	}
+}
