@@ -40,8 +40,19 @@ type ControlConfig struct {
 	Now func() time.Time
 }
 
-// maxAnswer bounds one worker's answer.
-const maxAnswer = 64 << 20
+// Workers' answers are not authenticated, and the controller, which asks those of all Datasets, has little memory.
+const (
+	// maxAnswer bounds one worker's answer; a load's has as many failed files as fit.
+	maxAnswer = wire.MaxControl
+	// maxResidency bounds that to PathResidency, which the controller does not ask for.
+	maxResidency = 64 << 20
+	// maxHeader bounds the header of each.
+	maxHeader = 16 << 10
+	// maxSaid bounds what is kept of a refusal.
+	maxSaid = 1 << 10
+	// maxReads is how many answers of a dataset's workers are read at a time.
+	maxReads = 16
+)
 
 // Control asks all workers of a dataset at their HTTP endpoints, in parallel.
 //
@@ -50,6 +61,7 @@ const maxAnswer = 64 << 20
 type Control struct {
 	config ControlConfig
 	http   *http.Client
+	read   chan struct{} // held while an answer is read
 }
 
 // Missing is the error for workers that could not be asked, or refused.
@@ -112,8 +124,8 @@ func NewControl(config ControlConfig) (*Control, error) {
 			return nil, fmt.Errorf("dataset %s: %w", config.Dataset, err)
 		}
 	}
-	return &Control{config: config, http: &http.Client{
-		Transport:     &http.Transport{DialContext: config.Dialer, MaxIdleConnsPerHost: 2, IdleConnTimeout: 30 * time.Second},
+	return &Control{config: config, read: make(chan struct{}, maxReads), http: &http.Client{
+		Transport:     &http.Transport{DialContext: config.Dialer, MaxIdleConnsPerHost: 2, IdleConnTimeout: 30 * time.Second, MaxResponseHeaderBytes: maxHeader},
 		CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse },
 	}}, nil
 }
@@ -181,12 +193,22 @@ func (k *Control) once(ctx context.Context, m ring.Member, key wire.Key, method,
 		return err
 	}
 	defer resp.Body.Close()
-	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
+	select {
+	case k.read <- struct{}{}:
+		defer func() { <-k.read }()
+	case <-ctx.Done():
+		return fmt.Errorf("%s %s: %w", method, path, ctx.Err())
+	}
+	most := maxAnswer
+	if path == wire.PathResidency {
+		most = maxResidency
+	}
+	b, err := io.ReadAll(io.LimitReader(resp.Body, int64(most)+1))
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s %s: %w", method, path, err)
-	case len(b) > maxAnswer:
-		return fmt.Errorf("%s %s: the answer is longer than %d bytes", method, path, maxAnswer)
+	case len(b) > most:
+		return fmt.Errorf("%s %s: the answer is longer than %d bytes", method, path, most)
 	case resp.StatusCode/100 != 2:
 		return statusError(method, path, resp.StatusCode, b)
 	case out != nil:
@@ -198,13 +220,14 @@ func (k *Control) once(ctx context.Context, m ring.Member, key wire.Key, method,
 }
 
 func statusError(method, path string, code int, body []byte) error {
-	text := strings.TrimSpace(string(body[:min(len(body), 1024)]))
+	text := string(body)
 	var said struct {
 		Error string `json:"error"`
 	}
 	if json.Unmarshal(body, &said) == nil && said.Error != "" {
 		text = said.Error
 	}
+	text = strings.ToValidUTF8(strings.TrimSpace(strings.Clone(text[:min(len(text), maxSaid)])), "")
 	var kind error
 	switch code {
 	case http.StatusUnauthorized, http.StatusForbidden:

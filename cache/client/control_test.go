@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/json"
 	"errors"
+	"fmt"
 	"net/http"
 	"net/http/httptest"
 	"strings"
@@ -287,5 +288,56 @@ func TestControlAnswersThatAreNoJSONOrRedirectsAreErrors(t *testing.T) {
 	k.set("", func(id string, r *http.Request) (int, any) { return 307, nil })
 	if _, err := k.control(t, nil).Status(ctx); err == nil || !strings.Contains(err.Error(), "307") {
 		t.Fatal(err)
+	}
+}
+
+// A pod that calls itself a worker must not take the controller's memory.
+func TestControlKeepsLittleOfWhatWorkersSay(t *testing.T) {
+	ctx := testContext(t)
+	k := newControlled(t, "a")
+	most := wire.LoadStatus{ID: "l", Problem: strings.Repeat("x", wire.MaxControl-1024)}
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, most })
+	if sum, err := k.control(t, nil).LoadStatus(ctx, "l"); err != nil || len(sum.Problem) < len(most.Problem) {
+		t.Fatalf("%d bytes, %v", len(sum.Problem), err)
+	}
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, strings.Repeat("x", wire.MaxControl) })
+	if _, err := k.control(t, nil).Status(ctx); err == nil || !strings.Contains(err.Error(), "longer than") {
+		t.Fatalf("%.200v", err)
+	}
+	k.set("", func(id string, r *http.Request) (int, any) {
+		return 500, map[string]string{"error": "no: " + strings.Repeat("x", wire.MaxControl/2)}
+	})
+	if _, err := k.control(t, nil).Status(ctx); err == nil || !strings.Contains(err.Error(), "no: x") || len(err.Error()) > 2*maxSaid {
+		t.Fatalf("%.200v", err)
+	}
+	all := wire.Residency{Snapshot: "s", Files: []wire.FileResidency{{Path: strings.Repeat("x", wire.MaxControl)}}}
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, all })
+	if got, err := k.control(t, nil).Residency(ctx, ""); err != nil || len(got.Files) != 1 {
+		t.Fatalf("%d files, %v", len(got.Files), err)
+	}
+}
+
+func TestControlReadsAFewAnswersAtATime(t *testing.T) {
+	ctx := testContext(t)
+	var ids []string
+	for i := range maxReads + 4 {
+		ids = append(ids, fmt.Sprintf("w%02d", i))
+	}
+	k := newControlled(t, ids...)
+	k.set("", func(id string, r *http.Request) (int, any) { return 200, wire.WorkerStatus{ID: id} })
+	ctl := k.control(t, nil)
+	for range maxReads {
+		ctl.read <- struct{}{}
+	}
+	short, cancel := context.WithTimeout(ctx, 100*time.Millisecond)
+	defer cancel()
+	if all, err := ctl.Status(short); len(all) > 0 || !errors.Is(err, context.DeadlineExceeded) {
+		t.Fatalf("%d answers read beside %d, %v", len(all), maxReads, err)
+	}
+	for range maxReads {
+		<-ctl.read
+	}
+	if all, err := ctl.Status(ctx); len(all) != len(ids) || err != nil {
+		t.Fatalf("%d answers, %v", len(all), err)
 	}
 }

@@ -28,6 +28,9 @@ const (
 	PathMembers = "/v1/members" // POST ring.Membership: follow this list if its epoch is greater
 )
 
+// MaxControl bounds each answer but PathResidency's, in bytes.
+const MaxControl = 256 << 10
+
 // WorkerStatus is what one worker says of itself.
 type WorkerStatus struct {
 	Dataset  string `json:"dataset"`
@@ -130,7 +133,7 @@ type LoadStatus struct {
 	Resident int64 `json:"resident"`
 	Fetched  int64 `json:"fetched"`
 	Done     bool  `json:"done"`
-	// Failures are the first of what could not be loaded; FailedFiles counts all.
+	// Failures are the first of what could not be loaded, as many as fit into the answer; FailedFiles counts all.
 	Failures    []LoadFailure `json:"failures,omitempty"`
 	FailedFiles int64         `json:"failedFiles,omitempty"`
 	// Problem says why the load as a whole cannot succeed (does not fit memory, no snapshot).

@@ -3,6 +3,7 @@ package worker
 import (
 	"context"
 	"encoding/hex"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"slices"
@@ -37,8 +38,10 @@ const (
 	runTime = time.Second
 	// maxPasses is how often a load goes over what it misses before it gives up.
 	maxPasses = 5
-	// maxFailures is how many failed files are listed.
+	// maxFailures is how many failed files are listed, and maxFailed the bytes that they may take of an answer: names may
+	// be so long that fewer fit.
 	maxFailures = 100
+	maxFailed   = wire.MaxControl - 32<<10
 	// residentEvery is how often a finished load looks again at what is still resident.
 	residentEvery = 5 * time.Second
 	// pinAgain is how long after it failed a load that pins is tried again, and pinAgainMax after it failed often: what
@@ -340,6 +343,18 @@ func (l *load) plan(ctx context.Context, snap *snapshot, v *view) ([]item, error
 	return items, nil
 }
 
+// withFailure lists one more failed file, where there is room.
+func withFailure(listed []wire.LoadFailure, f wire.LoadFailure) []wire.LoadFailure {
+	if len(listed) >= maxFailures {
+		return listed
+	}
+	more := append(listed, f)
+	if text, err := json.Marshal(more); err != nil || len(text) > maxFailed {
+		return listed
+	}
+	return more
+}
+
 // matches says whether a file is one of the load's: a pattern that matches a folder stands for all in it.
 func (l *load) matches(path string) bool {
 	if len(l.req.Paths) == 0 {
@@ -402,10 +417,8 @@ func (l *load) pass(ctx context.Context, snap *snapshot, v *view, items []item) 
 			if !known {
 				l.update(func(s *wire.LoadStatus) {
 					s.FailedFiles++
-					if len(s.Failures) < maxFailures {
-						path := snap.Path(it.index)
-						s.Failures = append(s.Failures, wire.LoadFailure{Path: path, Quoted: wire.Quoted(path), Reason: err.Error()})
-					}
+					path := snap.Path(it.index)
+					s.Failures = withFailure(s.Failures, wire.LoadFailure{Path: path, Quoted: wire.Quoted(path), Reason: err.Error()})
 				})
 			}
 			return nil

@@ -4,6 +4,7 @@ import (
 	"bufio"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -11,6 +12,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -488,6 +490,19 @@ func TestALoadHasFewerRequestsUnderWayWhereBlocksTakeLong(t *testing.T) {
 			p.leave(c.pace)
 		}
 		free(c.want)
+	}
+}
+
+func TestFailedFilesFitIntoAnAnswer(t *testing.T) {
+	for name, want := range map[string]int{"/a": maxFailures, "/" + strings.Repeat("\xff", 4000): 3} {
+		s := wire.LoadStatus{ID: strings.Repeat("i", maxLoadID)}
+		for range 2 * maxFailures {
+			s.Failures = withFailure(s.Failures, wire.LoadFailure{Path: name, Quoted: wire.Quoted(name), Reason: strconv.Quote(name) + " is not there"})
+		}
+		text, err := json.Marshal(s)
+		if err != nil || len(s.Failures) < want || len(text) > wire.MaxControl {
+			t.Errorf("%.9q: %d failed files in %d bytes, %v", name, len(s.Failures), len(text), err)
+		}
 	}
 }
 

@@ -366,7 +366,7 @@ func (r *Reconciler) send(p *pass) {
 			continue
 		}
 		p.said[about] = e.note
-		r.events.Eventf(p.dataset, related, e.kind, e.reason, e.action, "%s", Cut(e.note, MaxNote))
+		r.events.Eventf(p.dataset, related, e.kind, e.reason, e.action, "%s", e.note)
 	}
 	maps.DeleteFunc(p.said, func(t told, _ string) bool {
 		return t.pod != "" && !slices.ContainsFunc(p.pods, func(pod corev1.Pod) bool { return pod.UID == t.pod })
@@ -394,7 +394,7 @@ func (p *pass) note(reason, action, format string, a ...any) {
 }
 
 func (p *pass) event(pod *corev1.Pod, kind, reason, action, format string, a ...any) {
-	p.notices = append(p.notices, notice{pod, kind, reason, action, fmt.Sprintf(format, a...)})
+	p.notices = append(p.notices, notice{pod, kind, reason, action, Cut(fmt.Sprintf(format, a...), MaxNote)})
 }
 
 func (r *Reconciler) remember(uid types.UID) *memory {
