@@ -7,6 +7,7 @@ import (
 	"errors"
 	"fmt"
 	"hash/maphash"
+	"math"
 	"slices"
 	"sync"
 	"time"
@@ -15,6 +16,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
 )
@@ -43,7 +45,8 @@ const fresh = time.Second
 //
 // The nodes are a log in the table, which is parked with the mount: a successor reads there what the ids mean that
 // the kernel has. While both serve, each finds there what the other one wrote. In this process's own memory is
-// where each node is in the log, some thirty bytes, so that a walk over millions of names can be afforded.
+// where each node is in the log, some ninety bytes beside as many in it, so that a walk over millions of names can be
+// afforded. What all such mounts of a process take is bounded together (nameMemory).
 type live struct {
 	names   Names
 	dataset string
@@ -79,6 +82,10 @@ type livePage struct {
 const (
 	// liveSlots is the room for the log, 256 MiB, which takes memory only as it is used: some three million names.
 	liveSlots = 1 << 25
+	// maxVersion is the length of the longest version that a listing has.
+	maxVersion = 1 << 10
+	// besideRecord is the memory of a node beside its record.
+	besideRecord = 96
 	// maxPages bounds how many folders' last parts are kept.
 	maxPages = 64
 	// settleName is a file that is there for settle only.
@@ -86,7 +93,40 @@ const (
 	settleIndex = 1
 )
 
+// nameMemory is the memory of the nodes of all live mounts of a process: logs, which outlive the process with what is parked, and
+// what is beside them.
+type nameMemory struct {
+	mu         sync.Mutex
+	most, used int64
+}
+
+// ownNames are this process's: a quarter of its container's limit.
+var ownNames = sync.OnceValue(func() *nameMemory {
+	limit, limited := meminfo.Limit()
+	if !limited {
+		return &nameMemory{most: math.MaxInt64}
+	}
+	return &nameMemory{most: limit / 4}
+})
+
+// room is what a mount that takes own may take at most: half of what the others leave, so that there is always some for
+// one more.
+func (g *nameMemory) room(own int64) int64 {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return (g.most - (g.used - own)) / 2
+}
+
+func (g *nameMemory) take(bytes int64) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	g.used += bytes
+}
+
 func newLive(n Names, t *table, o Options) *live {
+	if t.names = o.nameMemory; t.names == nil {
+		t.names = ownNames()
+	}
 	return &live{
 		names: n, dataset: o.Dataset, table: t, created: time.Now(), now: time.Now, seed: maphash.MakeSeed(),
 		at: make([]uint32, settleIndex+1), next: make([]catalog.Index, settleIndex+1),
@@ -288,7 +328,8 @@ var errFull = errors.New("the mount has no room for more names: mount the datase
 func (l *live) worn() bool {
 	l.mu.RLock()
 	defer l.mu.RUnlock()
-	return l.read > len(l.log())/2
+	own := l.table.named
+	return l.read > len(l.log())/2 || own > l.table.names.room(own)/2
 }
 
 // enter finds the nodes of what a folder has, and makes those that are new.
@@ -390,10 +431,13 @@ func (l *live) append(dir catalog.Index, n wire.Name) (catalog.Index, error) {
 	if n.Dir {
 		n = wire.Name{Name: n.Name, Dir: true}
 	}
+	if len(n.Version) > maxVersion {
+		return 0, fmt.Errorf("%w: %.64q has a version of %d bytes, of at most %d", source.ErrInvalid, n.Name, len(n.Version), maxVersion)
+	}
 	log := l.log()
 	size := recordHead + len(n.Name) + len(n.Version)
-	at := logHead + l.read
-	if size > 1<<16 || at+size > len(log) || len(l.at) >= 1<<31 {
+	at, own := logHead+l.read, l.table.named
+	if size > 1<<16 || at+size > len(log) || len(l.at) >= 1<<31 || own+int64(size+besideRecord) > l.table.names.room(own) {
 		return 0, errFull
 	}
 	r := log[at : at+size]
@@ -424,6 +468,8 @@ func (l *live) add(dir catalog.Index, isDir bool, name, version string, size int
 	l.next = append(l.next, l.first[h])
 	l.first[h] = i
 	l.read += size
+	l.table.named += int64(size + besideRecord)
+	l.table.names.take(int64(size + besideRecord))
 	return i
 }
 

@@ -449,6 +449,81 @@ func TestNoRoomForMoreNames(t *testing.T) {
 	}
 }
 
+// The mounts of a process share the memory of their names: none takes all of it, and it has back what ended.
+func TestNamesOfAllMountsHaveOneRoom(t *testing.T) {
+	shared := &nameMemory{most: 64 << 10}
+	fill := func() (*live, int) {
+		table, err := newTable(liveSlots)
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(table.close)
+		l, worn := newLive(newChanging(nil), table, Options{nameMemory: shared}), -1
+		for i := range 10_000 {
+			_, err := l.enter(t.Context(), 0, []wire.Name{{Name: fmt.Sprintf("f%03d", i), Version: "v"}})
+			if errors.Is(err, errFull) {
+				if worn < i/3 || worn > i*2/3 {
+					t.Errorf("of %d names that have room it says so at %d", i, worn)
+				}
+				return l, i
+			}
+			if err != nil {
+				t.Fatal(err)
+			}
+			if worn < 0 && l.worn() {
+				worn = i
+			}
+		}
+		t.Fatal("there is no end of room")
+		return nil, 0
+	}
+	first, names := fill()
+	if at := int64(names) * (recordHead + 5 + besideRecord); at < shared.most/3 || at > shared.most/2 {
+		t.Errorf("%d names of one mount", names)
+	}
+	if _, n := fill(); n < names/3 || n > names*2/3 {
+		t.Errorf("%d names of one mount, and %d of the next", names, n)
+	}
+	first.table.close()
+	if _, n := fill(); n < names/2 {
+		t.Errorf("%d names of the third, after the first with %d has ended", n, names)
+	}
+	// Who goes on with a mount has all of its names, and counts them.
+	small := &nameMemory{most: 1 << 10}
+	table, err := newTable(1 << 12)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.close()
+	l := newLive(newChanging(nil), table, Options{nameMemory: shared})
+	for i := range 64 {
+		if _, err := l.enter(t.Context(), 0, []wire.Name{{Name: fmt.Sprint(i)}}); err != nil {
+			t.Fatal(err)
+		}
+	}
+	next := newLive(newChanging(nil), table, Options{nameMemory: small})
+	if err := next.inherit(t.Context()); err != nil || next.Len() != l.Len() || small.used < small.most || !next.worn() {
+		t.Errorf("%d names, %d bytes, %v", next.Len(), small.used, err)
+	}
+	if _, err := next.enter(t.Context(), 0, []wire.Name{{Name: "more"}}); !errors.Is(err, errFull) {
+		t.Errorf("one more: %v", err)
+	}
+}
+
+func TestVersionsThatNoStoreHas(t *testing.T) {
+	table, err := newTable(1 << 12)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer table.close()
+	l := newLive(newChanging(nil), table, Options{})
+	for length, want := range map[int]error{maxVersion: nil, maxVersion + 1: source.ErrInvalid} {
+		if _, err := l.enter(t.Context(), 0, []wire.Name{{Name: "f", Version: strings.Repeat("v", length)}}); !errors.Is(err, want) {
+			t.Errorf("a version of %d bytes: %v", length, err)
+		}
+	}
+}
+
 func TestParkedNamesThatMakeNoSense(t *testing.T) {
 	table, err := newTable(liveSlots)
 	if err != nil {

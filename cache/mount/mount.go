@@ -154,11 +154,12 @@ type Options struct {
 	Logger *slog.Logger
 
 	// For tests: what differs from interruptGrace, blindGrace, closeWait and pushPatience, what stands before the kernel,
-	// what is called when a request goes on after a signal, and the memory that can be had.
+	// what is called when a request goes on after a signal, the memory that can be had, and that for names.
 	grace, blindGrace, closeWait, pushPatience time.Duration
 	wrap                                       func(registrar) registrar
 	goesOn                                     func()
 	memoryLeft                                 func() int64
+	nameMemory                                 *nameMemory
 }
 
 func (o Options) withDefaults() Options {

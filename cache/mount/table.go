@@ -29,6 +29,10 @@ type table struct {
 
 	mu     chan struct{} // a mutex that gives up
 	closed bool
+
+	// Of a live mount: the memory of names of this process, and what the mount takes of it.
+	names *nameMemory
+	named int64
 }
 
 // header precedes the entries.
@@ -131,6 +135,9 @@ func (t *table) close() {
 		return
 	}
 	t.closed = true
+	if t.names != nil {
+		t.names.take(-t.named)
+	}
 	_ = unix.Munmap(t.mem)
 	t.own.Close()
 	t.file.Close()
