@@ -39,16 +39,15 @@ func newBudget(dir string, total int64, log *slog.Logger) *budget {
 	return &budget{dir: dir, total: total, left: total, log: log}
 }
 
-// take reserves a Dataset's part: its cap where it has one, else half of what is left, so that the next one gets
-// something too.
+// take reserves a Dataset's part: half of what is left, so that the next one gets something too, or its cap where that is
+// less.
 func (b *budget) take(limit int64) int64 {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	want := b.left / 2
 	if limit >= 0 {
-		want = limit
+		want = min(want, limit)
 	}
-	want = min(want, b.left)
 	if want < leastSlice {
 		return 0
 	}

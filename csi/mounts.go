@@ -43,6 +43,11 @@ type dataset struct {
 	renewed bool
 	copies  int
 	memory  int64
+	// own says that copies and memory are from a volume of the Dataset's own namespace. What a namespace that may only
+	// read says of them, in a Secret that anybody there can write, counts as long as there is none.
+	own bool
+	// dialed are the copies that the last client was made with. It is whose the turn is.
+	dialed int
 	// current is the snapshot that the last new pod got.
 	current catalog.Digest
 	cache   *slice
@@ -62,6 +67,7 @@ type mounted struct {
 	dir    string
 	set    *dataset
 	digest catalog.Digest
+	copies int // that its client reads
 	device device
 	server *mount.Server
 	client *mount.Tier
@@ -131,7 +137,7 @@ func (s *service) use(set *dataset, digest catalog.Digest) *mounted {
 	defer s.mu.Unlock()
 	set.current = digest
 	for _, m := range set.mounts {
-		if m.digest == digest && !m.ending && !ended(m.server) && !m.server.Worn() {
+		if m.digest == digest && m.copies == set.copies && !m.ending && !ended(m.server) && !m.server.Worn() {
 			m.using++
 			m.unused = time.Time{}
 			return m
@@ -201,10 +207,15 @@ func (s *service) admitted(v volume, key wire.Key) *dataset {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	set := s.hold(v)
-	if v.inline && len(set.mounts) > 0 && slices.Contains(set.keys, key) {
+	own := !v.inline || v.pod.namespace == v.namespace
+	known := v.inline && len(set.mounts) > 0 && slices.Contains(set.keys, key)
+	if own && !set.own || !known && own == set.own {
+		set.copies, set.memory, set.own = v.copies, v.memory, own
+	}
+	if known {
 		return set // what other pods brought may be newer
 	}
-	set.proven, set.copies, set.memory = key, v.copies, v.memory
+	set.proven = key
 	if v.inline {
 		set.renew([]wire.Key{key})
 	} else {
@@ -233,6 +244,7 @@ func (s *service) clientConfig(namespace, name string) client.Config {
 func (s *service) dial(ctx context.Context, set *dataset, digest catalog.Digest) (*mount.Tier, error) {
 	s.mu.Lock()
 	cache, limit, copies := set.cache, set.memory, set.copies
+	set.dialed = copies
 	s.mu.Unlock()
 	if cache == nil && digest != mount.Live { // of files that change nothing is kept here
 		if cache = s.budget.open(ctx, set.String(), limit); cache != nil {
@@ -318,7 +330,7 @@ func (s *service) mountClient(ctx context.Context, set *dataset, c *mount.Tier) 
 func (s *service) add(set *dataset, c *mount.Tier, server *mount.Server, using int) *mounted {
 	major, minor := server.Device()
 	m := &mounted{
-		id: filepath.Base(server.Dir()), dir: server.Dir(), set: set, digest: c.Shows(),
+		id: filepath.Base(server.Dir()), dir: server.Dir(), set: set, digest: c.Shows(), copies: set.dialed,
 		device: device{major, minor}, server: server, client: c, using: using,
 	}
 	s.mu.Lock()

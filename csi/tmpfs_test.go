@@ -214,8 +214,10 @@ func TestBudgetIsNeverExceeded(t *testing.T) {
 	for _, c := range []struct{ limit, want int64 }{
 		{10 * leastSlice, 10 * leastSlice}, // its cap
 		{-1, 45 * leastSlice},              // half of what is left
-		{1 << 50, 45 * leastSlice},         // no more than there is
-		{-1, 0}, {5 * leastSlice, 0},       // nothing left: stream
+		{1 << 50, 45 * leastSlice / 2},     // no more than that, whatever its cap
+		{21 * leastSlice, 45 * leastSlice / 4},
+		{-1, 45 * leastSlice / 8}, {-1, 45 * leastSlice / 16}, {-1, 45 * leastSlice / 32},
+		{-1, 0}, {5 * leastSlice, 0}, // too little left: stream
 	} {
 		got := b.take(c.limit)
 		if got != c.want {
@@ -223,8 +225,8 @@ func TestBudgetIsNeverExceeded(t *testing.T) {
 		}
 		taken += got
 	}
-	if taken != b.total {
-		t.Errorf("%d of %d given", taken, b.total)
+	if taken+b.left != b.total {
+		t.Errorf("%d given and %d left of %d", taken, b.left, b.total)
 	}
 	b.giveBack(taken)
 	// What cannot be made is not kept.

@@ -107,8 +107,12 @@ func (v *volume) parseLent(attributes map[string]string) error {
 	return nil
 }
 
-// maxStore is more than a machine has.
-const maxStore = 1 << 46
+const (
+	// maxStore is more than a machine has.
+	maxStore = 1 << 46
+	// maxCopies is a Dataset's.
+	maxCopies = 16
+)
 
 func (v *volume) parseDataset(attributes, secret map[string]string) error {
 	v.namespace, v.dataset = attributes[v1alpha1.AttributeNamespace], attributes[v1alpha1.AttributeDataset]
@@ -158,7 +162,7 @@ func (v *volume) parseDataset(attributes, secret map[string]string) error {
 		}
 	}
 	if settings[v1alpha1.AttributeCopies] != "" {
-		n, err := number(settings, v1alpha1.AttributeCopies, 0, 1024)
+		n, err := number(settings, v1alpha1.AttributeCopies, 0, maxCopies)
 		if err != nil {
 			return err
 		}
