@@ -30,6 +30,7 @@ import (
 	"k8s.io/apimachinery/pkg/labels"
 	"k8s.io/apimachinery/pkg/runtime"
 	"k8s.io/apimachinery/pkg/selection"
+	"k8s.io/apimachinery/pkg/types"
 	"k8s.io/apimachinery/pkg/util/intstr"
 	utilyaml "k8s.io/apimachinery/pkg/util/yaml"
 	"k8s.io/client-go/rest"
@@ -707,5 +708,84 @@ func TestTheClustersRolesTakeInEveryKind(t *testing.T) {
 	}
 	if kinds != 2 {
 		t.Errorf("%d kinds, want 2", kinds)
+	}
+}
+
+// The token of one node's service lets nobody change other nodes, nor more of its own than the label.
+func TestTheNodeServiceChangesItsNodesLabelOnly(t *testing.T) {
+	ctx := t.Context()
+	config := cluster(t)
+	admin, err := kclient.New(config, kclient.Options{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, u := range build(t, "node") {
+		switch u.GetKind() {
+		case "ClusterRole", "ClusterRoleBinding", "ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding":
+			if err := admin.Apply(ctx, kclient.ApplyConfigurationFromUnstructured(u), kclient.FieldOwner("kubectl")); err != nil {
+				t.Fatalf("%s %s: %v", u.GetKind(), u.GetName(), err)
+			}
+		}
+	}
+	for _, name := range []string{"own", "other"} {
+		n := &corev1.Node{}
+		n.Name, n.Labels = name, map[string]string{"zone": "a"}
+		if err := admin.Create(ctx, n); err != nil {
+			t.Fatal(err)
+		}
+	}
+	service := func(extra map[string][]string) kclient.Client {
+		as := rest.CopyConfig(config)
+		as.Impersonate = rest.ImpersonationConfig{
+			UserName: "system:serviceaccount:stepcache-system:stepcache-node",
+			Groups:   []string{"system:serviceaccounts", "system:serviceaccounts:stepcache-system", "system:authenticated"}, Extra: extra,
+		}
+		c, err := kclient.New(as, kclient.Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return c
+	}
+	patch := func(c kclient.Client, node, patch string) error {
+		n := &corev1.Node{}
+		n.Name = node
+		return c.Patch(ctx, n, kclient.RawPatch(types.MergePatchType, []byte(patch)))
+	}
+	bound := service(map[string][]string{"authentication.kubernetes.io/node-name": {"own"}, "authentication.kubernetes.io/pod-name": {"stepcache-node-x"}})
+	unbound := service(nil)
+	ready, gone := `{"metadata":{"labels":{"data.stepcache.dev/node-ready":"true"}}}`, `{"metadata":{"labels":{"data.stepcache.dev/node-ready":null}}}`
+	// The policy counts a moment after it is there.
+	until := time.Now().Add(patience)
+	for patch(bound, "other", ready) == nil {
+		if time.Now().After(until) {
+			t.Fatal("another node may be labelled")
+		}
+		time.Sleep(100 * time.Millisecond)
+	}
+	for name, c := range map[string]struct {
+		as          kclient.Client
+		node, patch string
+		says        string
+	}{
+		"label":                    {bound, "own", ready, ""},
+		"no label":                 {bound, "own", gone, ""},
+		"label, without a node":    {unbound, "other", ready, ""},
+		"no label, without a node": {unbound, "other", gone, ""},
+		"another node":             {bound, "other", ready, "of another node"},
+		"another label":            {bound, "own", `{"metadata":{"labels":{"more":"x"}}}`, "node-ready only"},
+		"a label's value":          {bound, "own", `{"metadata":{"labels":{"zone":"b"}}}`, "node-ready only"},
+		"a label away":             {bound, "own", `{"metadata":{"labels":{"zone":null}}}`, "node-ready only"},
+		"an annotation":            {bound, "own", `{"metadata":{"annotations":{"a":"b"}}}`, "node-ready only"},
+		"a finalizer":              {bound, "own", `{"metadata":{"finalizers":["a.b/c"]}}`, "node-ready only"},
+		"an owner":                 {bound, "own", `{"metadata":{"ownerReferences":[{"apiVersion":"v1","kind":"Node","name":"x","uid":"y"}]}}`, "node-ready only"},
+		"a taint":                  {bound, "own", `{"spec":{"taints":[{"key":"a","effect":"NoExecute"}]}}`, "node-ready only"},
+		"no pods":                  {bound, "own", `{"spec":{"unschedulable":true}}`, "node-ready only"},
+		"a taint, without a node":  {unbound, "own", `{"spec":{"taints":[{"key":"a","effect":"NoExecute"}]}}`, "node-ready only"},
+		"a taint of others":        {admin, "own", `{"spec":{"taints":[{"key":"others","effect":"NoSchedule"}]}}`, ""},
+	} {
+		err := patch(c.as, c.node, c.patch)
+		if c.says == "" && err != nil || c.says != "" && (err == nil || !strings.Contains(err.Error(), c.says)) {
+			t.Errorf("%s: %v, want %q", name, err, c.says)
+		}
 	}
 }

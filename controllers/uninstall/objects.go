@@ -54,6 +54,8 @@ var (
 		{kind("", "ServiceAccount"), "stepcache-controller", false},
 		{kind("", "ServiceAccount"), "stepcache-node", false},
 		{kind("", "ServiceAccount"), "stepcache-webhook", false},
+		{kind(admission, "ValidatingAdmissionPolicyBinding"), "stepcache-node", true},
+		{kind(admission, "ValidatingAdmissionPolicy"), "stepcache-node", true},
 		{kind("storage.k8s.io", "CSIDriver"), "csi.data.stepcache.dev", true},
 	}
 	definitions = []object{

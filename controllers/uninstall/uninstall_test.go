@@ -181,7 +181,8 @@ func manifests(t *testing.T) []*unstructured.Unstructured {
 
 func namespaced(kind string) bool {
 	switch kind {
-	case "Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding", "CSIDriver", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration":
+	case "Namespace", "CustomResourceDefinition", "ClusterRole", "ClusterRoleBinding", "CSIDriver", "MutatingWebhookConfiguration", "ValidatingWebhookConfiguration",
+		"ValidatingAdmissionPolicy", "ValidatingAdmissionPolicyBinding":
 		return false
 	}
 	return true
