@@ -1,6 +1,7 @@
 package webhook
 
 import (
+	"cmp"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -31,8 +32,9 @@ import (
 )
 
 const (
-	// pullTimeout bounds getting one snapshot.
+	// pullTimeout bounds getting one snapshot, and pullStall how long nothing of it may come.
 	pullTimeout = time.Minute
+	pullStall   = 10 * time.Second
 	// maxPlacements bounds the arithmetic of one call: files times workers.
 	maxPlacements = 200_000
 	// holdingsRetry is when a snapshot is asked for again that could not be had.
@@ -57,7 +59,11 @@ type Holdings struct {
 	of map[types.NamespacedName]holding
 	// pulled is the memory of snapshots that are being pulled.
 	pulled map[types.NamespacedName]int64
+
+	pullStall time.Duration // for tests; zero means pullStall
 }
+
+func (h *Holdings) stall() time.Duration { return cmp.Or(h.pullStall, pullStall) }
 
 var errNoRoom = errors.New("the webhook has no memory for it: raise its limit (resources.limits.memory)")
 
@@ -79,40 +85,21 @@ func (k holding) size() int64 {
 	return int64(len(k.snapshot.Encoded()))
 }
 
-// Reconcile brings what is known of one Dataset up to date.
+// Reconcile brings what is known of one Dataset up to date, its snapshot as well.
 func (h *Holdings) Reconcile(ctx context.Context, r reconcile.Request) (reconcile.Result, error) {
-	d := &v1alpha1.Dataset{}
-	err := h.Cache.Get(ctx, r.NamespacedName, d)
-	if apierrors.IsNotFound(err) || err == nil && (d.DeletionTimestamp != nil || d.Spec.Locality == v1alpha1.LocalityNone) {
-		h.set(r.NamespacedName, nil)
-		return reconcile.Result{}, nil
-	}
-	if err != nil {
+	d, known, err := h.follow(ctx, r.NamespacedName)
+	if err != nil || d == nil {
 		return reconcile.Result{}, err
 	}
-	m, err := h.members(ctx, d)
-	if apierrors.IsNotFound(err) {
-		h.set(r.NamespacedName, nil) // its arrival is an event
-		return reconcile.Result{}, nil
-	}
-	if err != nil {
-		return reconcile.Result{}, err
-	}
-	known, _ := h.get(r.NamespacedName)
-	if d.Status.Snapshot == "" {
-		known = holding{} // one that takes puts has none, though an earlier version listed it
-	}
-	known.members = m
-	h.set(r.NamespacedName, &known)
 	same := d.Status.Snapshot == known.digest
-	if same && known.tooBig == 0 || len(m.Members) == 0 {
+	if same && known.tooBig == 0 || len(known.members.Members) == 0 {
 		return reconcile.Result{}, nil
 	}
 	defer h.pullEnds(r.NamespacedName)
 	if same && !h.admit(r.NamespacedName, known.digest, known.tooBig) {
 		return reconcile.Result{RequeueAfter: holdingsRetry}, nil // others may have gone by then
 	}
-	s, err := h.pull(ctx, d, m)
+	s, err := h.pull(ctx, d, known.members)
 	if err != nil {
 		// Placement by Dataset goes on meanwhile, so this is no error of the webhook's.
 		if known.tooBig == 0 || !errors.Is(err, errNoRoom) {
@@ -121,8 +108,37 @@ func (h *Holdings) Reconcile(ctx context.Context, r reconcile.Request) (reconcil
 		}
 		return reconcile.Result{RequeueAfter: holdingsRetry}, nil
 	}
-	h.set(r.NamespacedName, &holding{members: m, digest: d.Status.Snapshot, snapshot: s})
+	h.change(r.NamespacedName, func(k *holding) { k.digest, k.snapshot, k.tooBig = d.Status.Snapshot, s, 0 })
 	return reconcile.Result{}, nil
+}
+
+// follow brings what is known of one Dataset up to date but for its snapshot, and returns that and the Dataset; no Dataset
+// where it has nothing. It waits for nobody.
+func (h *Holdings) follow(ctx context.Context, name types.NamespacedName) (*v1alpha1.Dataset, holding, error) {
+	d := &v1alpha1.Dataset{}
+	err := h.Cache.Get(ctx, name, d)
+	if apierrors.IsNotFound(err) || err == nil && (d.DeletionTimestamp != nil || d.Spec.Locality == v1alpha1.LocalityNone) {
+		h.set(name, nil)
+		return nil, holding{}, nil
+	}
+	if err != nil {
+		return nil, holding{}, err
+	}
+	m, err := h.members(ctx, d)
+	if apierrors.IsNotFound(err) {
+		h.set(name, nil) // its arrival is an event
+		return nil, holding{}, nil
+	}
+	if err != nil {
+		return nil, holding{}, err
+	}
+	known := h.change(name, func(k *holding) {
+		if d.Status.Snapshot == "" {
+			*k = holding{} // one that takes puts has none, though an earlier version listed it
+		}
+		k.members = m
+	})
+	return d, known, nil
 }
 
 func (h *Holdings) members(ctx context.Context, d *v1alpha1.Dataset) (ring.Membership, error) {
@@ -155,11 +171,17 @@ func (h *Holdings) pull(ctx context.Context, d *v1alpha1.Dataset, m ring.Members
 	defer cancel()
 	ctx, refuse := context.WithCancelCause(ctx)
 	defer refuse(nil)
-	admitted := false
+	stalled := time.AfterFunc(h.stall(), func() { refuse(fmt.Errorf("nothing of the snapshot came for %v", h.stall())) })
+	defer stalled.Stop()
+	received, admitted := int64(0), false
 	c, err := client.Dial(ctx, client.Config{
 		Dataset: d.Namespace + "/" + d.Name, Membership: m, Keys: wire.Keys{Read: keys},
 		Snapshot: digest, BufferBytes: ring.BlockSize, Dialer: h.Dialer, Logger: h.Logger,
 		Progress: func(p client.Progress) {
+			if p.Received > 0 && p.Received != received {
+				received = p.Received
+				stalled.Reset(h.stall())
+			}
 			if p.Size == 0 || admitted {
 				return
 			}
@@ -232,6 +254,19 @@ func (h *Holdings) get(name types.NamespacedName) (holding, bool) {
 	return k, ok
 }
 
+// change replaces what is known by what change makes of it.
+func (h *Holdings) change(name types.NamespacedName, change func(*holding)) holding {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if h.of == nil {
+		h.of = make(map[types.NamespacedName]holding)
+	}
+	k := h.of[name]
+	change(&k)
+	h.of[name] = k
+	return k
+}
+
 func (h *Holdings) set(name types.NamespacedName, k *holding) {
 	h.mu.Lock()
 	defer h.mu.Unlock()
@@ -254,12 +289,23 @@ func (h *Holdings) SetupWithManager(m ctrl.Manager) error {
 		}
 		return []reconcile.Request{{NamespacedName: types.NamespacedName{Namespace: o.GetNamespace(), Name: name}}}
 	})
+	// Workers that send nothing hold up the snapshots of others for a while, but not what is known of their nodes.
+	members := reconcile.Func(func(ctx context.Context, r reconcile.Request) (reconcile.Result, error) {
+		_, _, err := h.follow(ctx, r.NamespacedName)
+		return reconcile.Result{}, err
+	})
 	everywhere := false
-	return ctrl.NewControllerManagedBy(m).Named("holdings").
-		For(&v1alpha1.Dataset{}).
-		Watches(&corev1.ConfigMap{}, toDataset).
-		WithOptions(controller.Options{NeedLeaderElection: &everywhere, MaxConcurrentReconciles: 4}).
-		Complete(h)
+	for name, r := range map[string]reconcile.Reconciler{"members": members, "holdings": h} {
+		err := ctrl.NewControllerManagedBy(m).Named(name).
+			For(&v1alpha1.Dataset{}).
+			Watches(&corev1.ConfigMap{}, toDataset).
+			WithOptions(controller.Options{NeedLeaderElection: &everywhere, MaxConcurrentReconciles: 4}).
+			Complete(r)
+		if err != nil {
+			return err
+		}
+	}
+	return nil
 }
 
 // Nodes are those with Ready workers of the Dataset, one as often as it has some; none where that is not known.

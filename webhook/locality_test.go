@@ -15,6 +15,7 @@ import (
 	"strings"
 	"sync/atomic"
 	"testing"
+	"time"
 
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
@@ -268,6 +269,69 @@ func TestSnapshotsThatDoNotFitAreNotPulled(t *testing.T) {
 	}
 	if k, ok := h.get(name); !ok || k.snapshot != nil || k.digest != "" || len(k.members.Members) == 0 {
 		t.Errorf("of a Dataset without a snapshot: %+v", k)
+	}
+}
+
+// Workers that send nothing of their Dataset's snapshot are given up soon, and what is known of their nodes meanwhile is
+// what there is now.
+func TestWorkersThatSendNothing(t *testing.T) {
+	d := dataset("argo", "genomes")
+	_, _, secret, list := runGenomes(t, d)
+	name := types.NamespacedName{Namespace: "argo", Name: "genomes"}
+	var log bytes.Buffer
+	dialed := make(chan struct{}, 100)
+	k := known{objects: []kclient.Object{d, secret, list}}
+	h := &Holdings{Cache: k, Live: k, Logger: slog.New(slog.NewTextHandler(&log, nil)), pullStall: 50 * time.Millisecond,
+		Dialer: func(context.Context, string, string) (net.Conn, error) {
+			dialed <- struct{}{}
+			ours, theirs := net.Pipe()
+			t.Cleanup(func() { theirs.Close() })
+			return ours, nil
+		}}
+	ctx, cancel := context.WithTimeout(t.Context(), pullTimeout/2)
+	defer cancel()
+	if r, err := h.Reconcile(ctx, reconcile.Request{NamespacedName: name}); err != nil || r.RequeueAfter == 0 || ctx.Err() != nil {
+		t.Fatal(r, err, ctx.Err())
+	}
+	if !strings.Contains(log.String(), "nothing of the snapshot came for 50ms") {
+		t.Errorf("it said:\n%s", &log)
+	}
+
+	// The membership changes while a snapshot is pulled.
+	for len(dialed) > 0 {
+		<-dialed
+	}
+	moves := make(chan struct{})
+	h.pullStall, h.Dialer = 0, func(ctx context.Context, network, addr string) (net.Conn, error) {
+		dialed <- struct{}{}
+		<-moves
+		return new(net.Dialer).DialContext(ctx, network, addr)
+	}
+	pulled := make(chan error)
+	go func() {
+		_, err := h.Reconcile(t.Context(), reconcile.Request{NamespacedName: name})
+		pulled <- err
+	}()
+	<-dialed
+	text, err := json.Marshal(members("n7"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	newer := list.DeepCopy()
+	newer.Data[v1alpha1.KeyMembership] = string(text)
+	k.objects[2] = newer
+	if _, _, err := h.follow(t.Context(), name); err != nil {
+		t.Fatal(err)
+	}
+	if got := h.Nodes(d); !slices.Equal(got, []string{"n7"}) {
+		t.Errorf("workers on %q while a snapshot is pulled", got)
+	}
+	close(moves)
+	if err := <-pulled; err != nil {
+		t.Fatal(err)
+	}
+	if k, _ := h.get(name); k.snapshot == nil || !slices.Equal(h.Nodes(d), []string{"n7"}) {
+		t.Errorf("a snapshot: %v, workers on %q after it", k.snapshot != nil, h.Nodes(d))
 	}
 }
 
