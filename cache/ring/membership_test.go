@@ -6,6 +6,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"runtime"
 	"strings"
 	"testing"
 
@@ -19,7 +20,7 @@ func TestParse(t *testing.T) {
 		{"trailing", `{"epoch":1} x`, "not a valid list"},
 		{"negative epoch", `{"epoch":-1}`, "not a valid list"},
 		{"weight too large", `{"members":[{"id":"a","addr":"a:1","state":"Ready","weight":4294967296}]}`, "not a valid list"},
-		{"no id", `{"epoch":7,"members":[` + ok + `,{"addr":"a:1","state":"Ready"}]}`, "epoch 7: member 1 has no id"},
+		{"no id", `{"epoch":7,"members":[` + ok + `,{"addr":"a:1","state":"Ready"}]}`, "a member has no id"},
 		{"same id", `{"members":[` + ok + `,` + ok + `]}`, `members 0 and 1 have the same id "w-0"`},
 		{"no addr", `{"members":[{"id":"a","state":"Ready"}]}`, `member "a": addr "": is missing`},
 		{"no port", `{"members":[{"id":"a","addr":"a","state":"Ready"}]}`, `addr "a": want host:port`},
@@ -69,5 +70,19 @@ func TestLoad(t *testing.T) {
 	os.WriteFile(path, []byte(`{"epoch":3,"members":[{"id":"a","addr":"a:1","state":"Ready"}]}`), 0o600)
 	if m, err := Load(path); err != nil || m.Epoch != 3 || len(m.Members) != 1 {
 		t.Errorf("%v, %v", m, err)
+	}
+}
+
+// What a worker sends is not unpacked to many times its size before it is refused.
+func TestMembersThatAreNothing(t *testing.T) {
+	for _, member := range []string{"{}", "null", `{"addr":"a:1"}`} {
+		list := []byte(`{"epoch":1,"members":[` + strings.Repeat(member+",", 1<<20) + member + `]}`)
+		var before, after runtime.MemStats
+		runtime.ReadMemStats(&before)
+		_, err := Parse(list)
+		runtime.ReadMemStats(&after)
+		if took := after.TotalAlloc - before.TotalAlloc; err == nil || took > 1<<20 {
+			t.Errorf("%s: %d bytes taken, %v", member, took, err)
+		}
 	}
 }
