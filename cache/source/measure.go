@@ -17,7 +17,7 @@ var (
 		name string
 		err  error
 	}{
-		{"not_found", ErrNotFound}, {"no_bucket", ErrNoBucket}, {"changed", ErrChanged}, {"denied", ErrDenied},
+		{"sender", errSender}, {"not_found", ErrNotFound}, {"no_bucket", ErrNoBucket}, {"changed", ErrChanged}, {"denied", ErrDenied},
 		{"unversioned", ErrUnversioned}, {"throttled", ErrThrottled}, {"unavailable", ErrUnavailable},
 		{"invalid", ErrInvalid}, {"read_only", ErrReadOnly}, {"canceled", context.Canceled}, {"other", nil},
 	}
@@ -198,8 +198,20 @@ type countingReader struct {
 func (r countingReader) Read(p []byte) (int, error) {
 	n, err := r.Reader.Read(p)
 	r.n.Add(int64(n))
+	if err != nil && !errors.Is(err, io.EOF) {
+		err = senderError{err}
+	}
 	return n, err
 }
+
+// errSender marks what the reader of a put's content failed with: the store did nothing wrong.
+var errSender = errors.New("the content to be put cannot be read")
+
+// senderError is such an error, in its own words.
+type senderError struct{ error }
+
+// Unwrap makes errors.Is see the mark and the error itself.
+func (e senderError) Unwrap() []error { return []error{errSender, e.error} }
 
 // Get implements Getter. An empty range sends no request and counts as none.
 func (s *measure) Get(ctx context.Context, o Object, off, length int64) (Body, error) {

@@ -181,6 +181,8 @@ func brokenContents(t *testing.T, size int, f func(what string, r io.Reader, sum
 }
 
 func writeBroken(t *testing.T, src source.Source, w source.Writer, _ bool) {
+	meter := source.NewMeter(src.URL())
+	w, _ = source.WriterOf(source.Measure(src, meter))
 	for _, size := range []int64{0, 1, 1000, 1 << 20, 17 << 20} {
 		brokenContents(t, int(max(size, 1)), func(what string, r io.Reader, sums source.Sums, want error) {
 			if size == 0 { // one byte, or an error, where none is to come
@@ -194,6 +196,9 @@ func writeBroken(t *testing.T, src source.Source, w source.Writer, _ bool) {
 	}
 	if o, err := src.Stat(t.Context(), "broken"); !errors.Is(err, source.ErrNotFound) {
 		t.Errorf("it is there: %+v, %v", o, err)
+	}
+	if c := meter.Counts(); c.Errors["sender"] == 0 || c.Errors["other"] != 0 {
+		t.Errorf("the store is blamed for contents that broke: %v", c.Errors)
 	}
 }
 
