@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"github.com/cenkalti/backoff/v5"
+	"github.com/prometheus/client_golang/prometheus"
 	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
@@ -48,10 +49,11 @@ func (w *Worker) keepSnapshot(ctx context.Context) error {
 		return nil // ctx ended
 	}
 	w.sources.Store(src)
-	for _, o := range src.sources {
-		// Of two mounts of one bucket, the metrics tell the first; Status adds both up.
-		if err := w.registry.Register(o.Meter); err != nil {
-			w.log.Debug("source without metrics", "source", o.URL(), "error", err)
+	for i, o := range src.sources {
+		// Of mounts of one bucket, which has one URL, only the path tells whose figures these are.
+		of := prometheus.WrapRegistererWith(prometheus.Labels{"mount": src.mounts[i].Path}, w.registry)
+		if err := of.Register(o.Meter); err != nil {
+			w.log.Warn("source without metrics", "source", o.URL(), "mount", src.mounts[i].Path, "error", err)
 		}
 	}
 	w.loadSnapshots(src)
