@@ -117,8 +117,9 @@ type Names struct {
 // Counts are what was done since the start.
 type Counts struct {
 	Puts, Deletes, Copies, Reads, Lists int64
-	// Written are bytes that were put, Read those that readers got from this worker's gateway.
-	Written, Read int64
+	// Written are bytes that were put, Read those that readers got from this worker's gateway, Followed those that
+	// mounts got.
+	Written, Read, Followed int64
 	// Forwarded are operations passed on to another worker, Direct those executed here although another
 	// worker owns the name, which could not be reached; Waited those acknowledged only after Fresh.
 	Forwarded, Direct, Waited int64
@@ -130,9 +131,9 @@ type Counts struct {
 }
 
 type counts struct {
-	puts, deletes, copies, reads, lists, written, read atomic.Int64
-	forwarded, direct, waited, staged, unstaged        atomic.Int64
-	back, flushed, assembled                           atomic.Int64
+	puts, deletes, copies, reads, lists, written, read, followed atomic.Int64
+	forwarded, direct, waited, staged, unstaged                  atomic.Int64
+	back, flushed, assembled                                     atomic.Int64
 }
 
 var (
@@ -247,8 +248,8 @@ func (n *Names) Counts() Counts {
 	c := &n.counts
 	return Counts{
 		Puts: c.puts.Load(), Deletes: c.deletes.Load(), Copies: c.copies.Load(), Reads: c.reads.Load(), Lists: c.lists.Load(),
-		Written: c.written.Load(), Read: c.read.Load(), Forwarded: c.forwarded.Load(), Direct: c.direct.Load(),
-		Waited: c.waited.Load(), Staged: c.staged.Load(), Unstaged: c.unstaged.Load(),
+		Written: c.written.Load(), Read: c.read.Load(), Followed: c.followed.Load(),
+		Forwarded: c.forwarded.Load(), Direct: c.direct.Load(), Waited: c.waited.Load(), Staged: c.staged.Load(), Unstaged: c.unstaged.Load(),
 		Back: c.back.Load(), Flushed: c.flushed.Load(), Assembled: c.assembled.Load(),
 	}
 }

@@ -89,10 +89,29 @@ func (n *Names) stat(ctx context.Context, key string, p place, s state, owned bo
 	return v, nil
 }
 
-// Open implements gateway.Objects. When the version is not in the bucket any more by the time it is read,
+// Open implements gateway.Objects for the S3 endpoint. When the version is not in the bucket any more by the time it is read,
 // WriteRange fails with source.ErrChanged or source.ErrNotFound before the first byte or, in the middle of a
 // large object, after it.
 func (n *Names) Open(ctx context.Context, key string) (gateway.Object, error) {
+	o, err := n.open(ctx, key, &n.counts.read)
+	if err == nil {
+		n.counts.reads.Add(1)
+	}
+	return o, err
+}
+
+// Followed are the names as a mount reads them, which opens an object for each block, and of which the counts of the
+// S3 endpoint say nothing.
+func (n *Names) Followed() gateway.Objects { return followed{n} }
+
+type followed struct{ *Names }
+
+func (f followed) Open(ctx context.Context, key string) (gateway.Object, error) {
+	return f.open(ctx, key, &f.counts.followed)
+}
+
+// open opens an object, and has the bytes counted that its reader gets.
+func (n *Names) open(ctx context.Context, key string, read *atomic.Int64) (gateway.Object, error) {
 	p, err := n.locate(key)
 	if err != nil {
 		return nil, err
@@ -101,8 +120,7 @@ func (n *Names) Open(ctx context.Context, key string) (gateway.Object, error) {
 	if err != nil {
 		return nil, err
 	}
-	n.counts.reads.Add(1)
-	o := &object{n: n, key: key, p: p, found: f, blocks: p.blocks(f.object)}
+	o := &object{n: n, key: key, p: p, found: f, blocks: p.blocks(f.object), read: read}
 	n.replaced.open(o.blocks)
 	return o, nil
 }
@@ -114,6 +132,7 @@ type object struct {
 	p      place
 	found  found
 	blocks ring.Object
+	read   *atomic.Int64 // what its reader got
 	closed atomic.Bool
 }
 
@@ -142,7 +161,7 @@ func (o *object) WriteRange(ctx context.Context, w io.Writer, off, length int64)
 			return fmt.Errorf("read %q: %w", o.key, err)
 		}
 		off, length = off+k, length-k
-		o.n.counts.read.Add(k)
+		o.read.Add(k)
 	}
 	return nil
 }

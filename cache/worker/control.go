@@ -148,6 +148,8 @@ func (w *Worker) Status() wire.WorkerStatus {
 	}
 	if w.gateway != nil {
 		s.Unflushed = w.gateway.names.Unflushed()
+		c := w.gateway.names.Counts()
+		s.ServedBytes += c.Read + c.Followed
 	}
 	s.Problem = w.problems.String()
 	if err := w.problems.ready(); err != nil {

@@ -157,7 +157,7 @@ func newGateway(w *Worker) (_ *gatewayServer, err error) {
 	if err != nil {
 		return nil, err
 	}
-	g.readers = w.namesHandler(g.names, w.config.Mounts)
+	g.readers = w.namesHandler(g.names.Followed(), w.config.Mounts)
 	keys := &gatewayKeys{dir: c.Credentials, now: w.clock.Now, note: func(err error) { w.problems.set(problemGateway, err) }}
 	keys.get()
 	g.handler, err = gateway.New(gateway.Config{

@@ -11,6 +11,7 @@ import (
 
 // counts are a worker's own counters; the store and the sources have theirs.
 type counts struct {
+	// served are those of reads; gateway.names counts what readers of a writable dataset get.
 	served, opened, peerBytes     atomic.Int64
 	verified, unverified, corrupt atomic.Int64
 	corruptPeer, refused          atomic.Int64
@@ -67,7 +68,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		{"store_uncached_total", "Blocks served without being kept.", prometheus.CounterValue, float64(st.Uncached)},
 		{"store_evicted_total", "Blocks evicted.", prometheus.CounterValue, float64(st.Evicted)},
 		{"store_corrupt_total", "Blocks whose bytes no longer matched their checksums.", prometheus.CounterValue, float64(st.Corrupt)},
-		{"worker_served_bytes_total", "Bytes sent to readers.", prometheus.CounterValue, float64(s.ServedBytes)},
+		{"worker_served_bytes_total", "Bytes sent to readers: mounts and other clients, and those of the S3 endpoint.", prometheus.CounterValue, float64(s.ServedBytes)},
 		{"worker_opened_bytes_total", "Bytes of files handed out as descriptors.", prometheus.CounterValue, float64(s.OpenedBytes)},
 		{"worker_peer_bytes_total", "Bytes fetched from other workers.", prometheus.CounterValue, float64(c.w.counts.peerBytes.Load())},
 		{"worker_verified_objects_total", "Whole objects that match the bucket's digest.", prometheus.CounterValue, float64(s.Verified)},
@@ -95,7 +96,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 			{"reads", "Objects opened through this worker's S3 endpoint.", n.Reads},
 			{"lists", "Listings through this worker's S3 endpoint.", n.Lists},
 			{"written_bytes", "Bytes put to the bucket by this worker.", n.Written},
-			{"read_bytes", "Bytes sent through this worker's S3 endpoint.", n.Read},
+			{"read_bytes", "Bytes of objects read through this worker's S3 endpoint.", n.Read},
 			{"forwarded", "Operations passed on to the owner of a name.", n.Forwarded},
 			{"direct", "Operations executed for an owner that could not be reached.", n.Direct},
 			{"waited", "Writes acknowledged only after versions that others may remember had expired.", n.Waited},

@@ -191,6 +191,14 @@ func TestCopiesComeFromTheFirstOwner(t *testing.T) {
 			t.Errorf("owner %d read %d bytes from the bucket, want %d", place, s.SourceBytes, wantBytes)
 		}
 	}
+	for place, want := range []int64{0, int64(len(want))} { // what the first sent to the second went to no reader
+		eventually(t, "served bytes are counted", func() error {
+			if got := tr.workers[owners[place]].Status().ServedBytes; got != want {
+				return fmt.Errorf("owner %d sent %d bytes to readers, want %d", place, got, want)
+			}
+			return nil
+		})
+	}
 	if _, err := tr.dial(owners[2]).read(i, 0, ring.BlockSize, 0); !errors.Is(err, wire.ErrNotOwner) {
 		t.Errorf("third: %v", err)
 	}

@@ -344,7 +344,9 @@ func (c *conn) read(ctx context.Context, req wire.Request) error {
 	if err := c.replyBlock(ctx, req, wire.Reply{Index: req.Index, Off: req.Off, Length: req.Length, Sums: sums}, b, off); err != nil {
 		return err
 	}
-	w.counts.served.Add(int64(req.Length))
+	if req.Flags&wire.FlagPeer == 0 { // a worker that fills its own copy is no reader
+		w.counts.served.Add(int64(req.Length))
+	}
 	return nil
 }
 
