@@ -129,8 +129,8 @@ func (q *request) errorBody(f *Failure) errorBody {
 	return errorBody{Code: f.Code, Message: f.Message, Bucket: q.bucket, Key: xmlText(q.key), Resource: xmlText(q.r.URL.Path), RequestID: q.id, HostID: q.id}
 }
 
-// report counts an error, and logs it if it is not the client's doing, or the client is not told what it is. Reads and
-// writes that the client broke off are its own.
+// report counts an error, and logs it if it is not the client's doing, or the client is not told what it is: some of
+// them a second at most. Reads and writes that the client broke off are its own.
 func (q *request) report(err error, f *Failure) {
 	if f.Status >= http.StatusBadRequest {
 		q.Metrics.errors.WithLabelValues(cmp.Or(f.counted, f.Code)).Inc()
@@ -138,5 +138,13 @@ func (q *request) report(err error, f *Failure) {
 	if f.Status < http.StatusInternalServerError && f != unexplained || f.Status == http.StatusNotImplemented || q.r.Context().Err() != nil || errors.Is(err, ErrLeft) {
 		return
 	}
-	q.Logger.Error("s3 request failed", "method", q.r.Method, "bucket", q.bucket, "key", q.key, "code", f.Code, "request", q.id, "err", err)
+	if !q.limit.Allow() {
+		q.unlogged.Add(1)
+		return
+	}
+	attrs := []any{"method", q.r.Method, "bucket", q.bucket, "key", q.key, "code", f.Code, "request", q.id, "err", err}
+	if n := q.unlogged.Swap(0); n > 0 {
+		attrs = append(attrs, "unlogged", n)
+	}
+	q.Logger.Error("s3 request failed", attrs...)
 }

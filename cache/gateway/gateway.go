@@ -35,7 +35,10 @@ import (
 	"net/http"
 	"slices"
 	"strings"
+	"sync/atomic"
 	"time"
+
+	"golang.org/x/time/rate"
 )
 
 // Config of a gateway.
@@ -103,7 +106,10 @@ func New(c Config) (http.Handler, error) {
 	if c.Clock == nil {
 		c.Clock = time.Now
 	}
-	g := &gateway{Config: c, bodyStall: c.Stall, answerStall: c.Stall, started: c.Clock().UTC()}
+	g := &gateway{
+		Config: c, bodyStall: c.Stall, answerStall: c.Stall, started: c.Clock().UTC(),
+		limit: rate.NewLimiter(rate.Every(time.Second), 10),
+	}
 	if c.Stall == 0 {
 		g.bodyStall, g.answerStall = time.Minute, 5*time.Minute
 	}
@@ -116,7 +122,9 @@ func New(c Config) (http.Handler, error) {
 type gateway struct {
 	Config
 	bodyStall, answerStall time.Duration
-	started                time.Time // the creation date of the buckets, which S3 wants to have one
+	started                time.Time     // the creation date of the buckets, which S3 wants to have one
+	limit                  *rate.Limiter // of log lines about failed requests
+	unlogged               atomic.Int64
 }
 
 // request is one request whose sender is known.

@@ -629,3 +629,18 @@ func TestLongAnswersAreKeptAlive(t *testing.T) {
 		})
 	}
 }
+
+// A bucket that fails every request is told of by some lines a second, the last of which say how many there were more.
+func TestFailuresAreLoggedAtALimitedRate(t *testing.T) {
+	f := serve(t)
+	f.m.setFail(func(string) error { return errors.New("broken") })
+	begun := time.Now()
+	const requests = 300
+	for range requests {
+		f.do(t, call{method: "GET", path: object})
+	}
+	most := 11 + int(time.Since(begun)/time.Second)
+	if n := bytes.Count(f.logged.Bytes(), []byte("s3 request failed")); n < 10 || n > most {
+		t.Errorf("%d requests make %d lines, more than %d", requests, n, most)
+	}
+}
