@@ -216,6 +216,7 @@ func newClient(config Config, t timing) (*Client, error) {
 	if c.log == nil {
 		c.log = slog.Default()
 	}
+	c.log = c.log.With("dataset", config.Dataset)
 	if c.dialer == nil {
 		c.dialer = new(net.Dialer).DialContext
 	}

@@ -285,7 +285,7 @@ func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte, n int)
 			return o
 		}
 		o.add(err)
-		c.log.Debug("worker did not serve a block", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
+		c.log.Debug("worker did not serve a block", "worker", s.peer.member.ID, "file", c.path(w.index), "block", w.block, "error", err)
 		if o.final {
 			failed[s.peer] = true
 			if !temporary(err) && c.heldElsewhere(ctx, steps, failed, w, dst) {
@@ -356,7 +356,7 @@ func (c *Client) try(ctx context.Context, s step, w piece, dst []byte) error {
 			// The worker checks what it holds; when that is sound it was the line, for once.
 			flags |= wire.FlagVerify
 			c.count.refetched.Add(1)
-			c.log.Warn("payload failed its checksum, asking again", "worker", s.peer.member.ID, "file", w.index, "block", w.block, "error", err)
+			c.log.Warn("payload failed its checksum, asking again", "worker", s.peer.member.ID, "file", c.path(w.index), "block", w.block, "error", err)
 		case errors.Is(err, wire.ErrOverloaded), errors.Is(err, source.ErrThrottled):
 			if busy++; busy > busyTries {
 				return err

@@ -32,6 +32,7 @@ type Names struct {
 	closed bool
 	conns  map[net.Conn]struct{}
 	down   map[string]time.Time // until when a worker that could not be reached is asked last
+	outage map[string]*outage   // of workers that could not be reached
 }
 
 // ErrNotWritable: the dataset takes no puts, so that its names never change: Dial reads it.
@@ -55,7 +56,7 @@ func DialNames(ctx context.Context, config Config) (*Names, error) {
 	if err != nil {
 		return nil, fmt.Errorf("dataset %s: %w", config.Dataset, err)
 	}
-	n := &Names{c: c, conns: make(map[net.Conn]struct{}), down: make(map[string]time.Time)}
+	n := &Names{c: c, conns: make(map[net.Conn]struct{}), down: make(map[string]time.Time), outage: make(map[string]*outage)}
 	n.transport = &http.Transport{
 		DialContext: n.dial, MaxConnsPerHost: maxNameConns, MaxIdleConnsPerHost: maxNameConns, IdleConnTimeout: time.Minute,
 		DisableCompression: true, ReadBufferSize: 64 << 10,
@@ -286,6 +287,20 @@ func (n *Names) isDown(addr string) {
 	n.down[addr] = n.c.now().Add(downTime)
 }
 
+// reached notes whether a worker could be reached.
+func (n *Names) reached(addr string, err error) {
+	n.mu.Lock()
+	o := n.outage[addr]
+	if o == nil && err != nil {
+		o = &outage{}
+		n.outage[addr] = o
+	}
+	n.mu.Unlock()
+	if o != nil {
+		o.note(n.c, addr, err)
+	}
+}
+
 // attempt is one question to one worker.
 func (n *Names) attempt(ctx context.Context, addr, what string, query url.Values, limit int64) (http.Header, []byte, error) {
 	parent := ctx
@@ -300,9 +315,11 @@ func (n *Names) attempt(ctx context.Context, addr, what string, query url.Values
 	if err != nil {
 		if parent.Err() == nil {
 			n.isDown(addr)
+			n.reached(addr, err)
 		}
 		return nil, nil, err
 	}
+	n.reached(addr, nil)
 	defer answer.Body.Close()
 	if answer.StatusCode != http.StatusOK {
 		limit = wire.MaxMessage

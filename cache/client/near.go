@@ -167,7 +167,7 @@ func (c *Client) lendNear(i catalog.Index, o ring.Object) *near {
 	for _, socket := range c.sockets(o) {
 		l, err := c.sockLease(c.ctx, socket, i, o.Size, 0, wire.FlagEarly)
 		if err != nil {
-			c.log.Debug("a file is not read where its worker keeps it", "file", i, "socket", socket, "error", err)
+			c.log.Debug("a file is not read where its worker keeps it", "file", c.path(i), "socket", socket, "error", err)
 			continue
 		}
 		n := &near{c: c, index: i, object: o, lease: l, since: c.now(), over: make(chan struct{}), blocks: make(map[int64]*arrival)}
@@ -234,7 +234,7 @@ func (n *near) readNow(p []byte, off int64) bool {
 
 // giveUp has the file read over the network for a while.
 func (n *near) giveUp(err error) {
-	n.c.log.Debug("a file is read over the network from now on", "file", n.index, "error", err)
+	n.c.log.Debug("a file is read over the network from now on", "file", n.c.path(n.index), "error", err)
 	s := &n.c.nears
 	s.mu.Lock()
 	if f := s.files[n.index]; f != nil && f.near == n {
@@ -351,7 +351,7 @@ func (n *near) read(block int64, sums []uint64, p []byte, off int) bool {
 	if errors.Is(err, wire.ErrCorrupt) && !isClosed(n.over) {
 		n.c.count.corrupt.Add(1)
 		n.c.count.refetched.Add(1)
-		n.c.log.Warn("a block in the memory of this machine's worker failed its checksum and is read over the network", "file", n.index, "block", block, "error", err)
+		n.c.log.Warn("a block in the memory of this machine's worker failed its checksum and is read over the network", "file", n.c.path(n.index), "block", block, "error", err)
 	}
 	n.giveUp(err)
 	return false

@@ -36,6 +36,7 @@ type peer struct {
 	// strange is set when it did not get the client's snapshot in good time.
 	strange atomic.Bool
 	told    atomic.Uint64 // the newest epoch that it announced and was asked about
+	outage  outage
 
 	mu      sync.Mutex
 	conns   []*conn
@@ -156,6 +157,7 @@ func (p *peer) suspect(err error) {
 	conns := p.conns
 	p.conns = nil
 	p.mu.Unlock()
+	p.outage.note(p.c, p.member.ID, err)
 	for _, c := range conns {
 		c.fail(err)
 	}
@@ -189,7 +191,8 @@ func (p *peer) redial(first time.Duration) {
 // settle records the outcome of a dial and says whether dialling is over.
 func (p *peer) settle(d *dialing, c *conn, err error) bool {
 	p.mu.Lock()
-	over := err == nil || p.closed || p.ctx.Err() != nil
+	ended := p.closed || p.ctx.Err() != nil
+	over := err == nil || ended
 	wasDown := p.down != nil
 	unwanted := false
 	p.down = nil
@@ -206,6 +209,9 @@ func (p *peer) settle(d *dialing, c *conn, err error) bool {
 		close(d.done)
 	}
 	p.mu.Unlock()
+	if !ended {
+		p.outage.note(p.c, p.member.ID, err)
+	}
 	switch {
 	case unwanted:
 		c.fail(errClosed)
@@ -213,6 +219,35 @@ func (p *peer) settle(d *dialing, c *conn, err error) bool {
 		p.c.members.announce()
 	}
 	return over
+}
+
+// outage tells of a worker that cannot be reached, and that it can be again. What flaps is told of once in tellEvery.
+type outage struct {
+	mu   sync.Mutex
+	told bool
+	last time.Time
+}
+
+const tellEvery = time.Minute
+
+// note is told how an attempt to reach the worker ended.
+func (o *outage) note(c *Client, worker string, err error) {
+	now := c.now()
+	o.mu.Lock()
+	tell := o.told
+	if err != nil {
+		tell = !o.told && now.Sub(o.last) >= tellEvery
+	}
+	if tell {
+		o.told, o.last = err != nil, now
+	}
+	o.mu.Unlock()
+	switch {
+	case tell && err != nil:
+		c.log.Warn("a worker cannot be reached", "worker", worker, "error", err)
+	case tell:
+		c.log.Info("the worker can be reached again", "worker", worker)
+	}
 }
 
 // dial makes one authenticated connection.

@@ -323,7 +323,7 @@ func (c *Client) keep(w piece, buf []byte, sums []uint64) {
 	})
 	l.end()
 	if err != nil { // the reader has its bytes all the same
-		c.log.Debug("node store did not take a block", "file", w.index, "block", w.block, "error", err)
+		c.log.Debug("node store did not take a block", "file", c.path(w.index), "block", w.block, "error", err)
 		return
 	}
 	b.Release()

@@ -26,7 +26,7 @@ func (c *Client) remind(ctx context.Context) {
 			said = ""
 		case ctx.Err() == nil && err.Error() != said:
 			said = err.Error()
-			c.log.Info("no worker holds the snapshot that this reads", "dataset", c.config.Dataset, "digest", c.short(), "error", err)
+			c.log.Info("no worker holds the snapshot that this reads", "digest", c.short(), "error", err)
 		}
 		c.unwanted.Store(nil)
 		if refused {

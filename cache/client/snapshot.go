@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"slices"
@@ -45,7 +46,7 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 			return nil // it is as large at the others
 		}
 		if err == nil {
-			c.log.Info("snapshot", "dataset", c.config.Dataset, "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
+			c.log.Info("snapshot", "digest", hex.EncodeToString(want[:6]), "files", s.Files(), "bytes", s.Bytes(), "worker", p.member.ID)
 		}
 		return err
 	})
@@ -347,6 +348,17 @@ func (c *Client) snapshotPath(d catalog.Digest) string {
 
 // short is the snapshot's digest for people.
 func (c *Client) short() string { return hex.EncodeToString(c.digest[:6]) }
+
+// path is a file's name in a line of the log, looked up only if that is written.
+func (c *Client) path(i catalog.Index) slog.LogValuer { return logPath{c.snapshot, i} }
+
+type logPath struct {
+	snapshot *catalog.Snapshot
+	index    catalog.Index
+}
+
+// LogValue implements slog.LogValuer.
+func (p logPath) LogValue() slog.Value { return slog.StringValue(p.snapshot.Path(p.index)) }
 
 // name names file i for people: its path in the dataset and its object in the bucket.
 func (c *Client) name(i catalog.Index) string {

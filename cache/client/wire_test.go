@@ -94,7 +94,8 @@ func TestBitsFlippedOnTheWireAreAlwaysCaughtRefetchedAndCounted(t *testing.T) {
 	k.mu.Lock()
 	k.list.Members = list.Members // so that workers tell the same
 	k.mu.Unlock()
-	c := k.dial(func(c *Config) { c.Membership = list; c.BufferBytes = 8 << 20 })
+	var log lines
+	c := k.dial(func(c *Config) { c.Membership = list; c.BufferBytes = 8 << 20; c.Logger = log.logger() })
 	for _, f := range fs {
 		f.every.Store(3 << 20) // payloads for the most part, headers and handshakes now and then
 	}
@@ -121,6 +122,9 @@ func TestBitsFlippedOnTheWireAreAlwaysCaughtRefetchedAndCounted(t *testing.T) {
 		}
 	}
 	s := c.Stats()
+	if len(log.with("failed its checksum", " file=/f ", "dataset="+testDataset)) == 0 {
+		t.Errorf("the file that was corrupt on the way is not named: %q", log.buf.String())
+	}
 	if s.Refetched == 0 || s.Corrupt < s.Refetched {
 		t.Fatalf("%d flips: %+v", flips(), s)
 	}
