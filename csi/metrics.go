@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net"
 	"net/http"
+	"sync"
 	"sync/atomic"
 	"time"
 
@@ -13,6 +14,9 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 	"google.golang.org/grpc/status"
+
+	"github.com/stepcache/stepcache/cache/client"
+	"github.com/stepcache/stepcache/cache/mount"
 )
 
 // metrics are the node service's own, and those of its mounts and their clients.
@@ -23,6 +27,9 @@ type metrics struct {
 
 	listening atomic.Value // string: the address
 
+	mu   sync.Mutex
+	sums map[string]*sum // by Dataset
+
 	mounts, pods, keeper, budget, used, left *prometheus.Desc
 }
 
@@ -31,7 +38,7 @@ func newMetrics(s *service) *metrics {
 		return prometheus.NewDesc("stepcache_node_"+name, help, labels, nil)
 	}
 	m := &metrics{
-		s: s, registry: prometheus.NewRegistry(),
+		s: s, registry: prometheus.NewRegistry(), sums: make(map[string]*sum),
 		calls: prometheus.NewHistogramVec(prometheus.HistogramOpts{
 			Name: "stepcache_node_call_seconds", Help: "Calls of the kubelet, by method and code.", Buckets: []float64{.01, .1, 1, 10, 100},
 		}, []string{"method", "code"}),
@@ -42,7 +49,7 @@ func newMetrics(s *service) *metrics {
 		left:   desc("cache_unassigned_bytes", "What no dataset has of it."),
 		used:   desc("cache_used_bytes", "Bytes held in the node's cache, by dataset.", "dataset"),
 	}
-	m.registry.MustRegister(m, m.calls, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	m.registry.MustRegister(m, mount.NewCollector(m.mountStats), client.NewCollector(m.clientStats), m.calls, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	return m
 }
 
@@ -50,20 +57,88 @@ func (m *metrics) call(method string, took time.Duration, err error) {
 	m.calls.WithLabelValues(method, status.Code(err).String()).Observe(took.Seconds())
 }
 
-// add exports a mount's counters. Two mounts of one snapshot, one of them ending, share a name: then those of the
-// newer are missing until the next one.
+// sum is what the mounts of one Dataset counted.
+type sum struct {
+	live    map[*mounted]struct{}
+	mounts  mount.Stats  // of those that ended
+	clients client.Stats // theirs
+	read    bool         // some had a client: those that show names have none
+	since   time.Time    // when the last one ended
+}
+
+// sumsKept is how long the counts of a Dataset that has no mount stay: those of its next mount go on from them.
+const sumsKept = time.Hour
+
+// add counts a mount in.
 func (m *metrics) add(n *mounted) {
-	_ = m.registry.Register(n.server)
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	of := m.sums[n.set.String()]
+	if of == nil {
+		of = &sum{live: make(map[*mounted]struct{})}
+		m.sums[n.set.String()] = of
+	}
+	of.live[n] = struct{}{}
+	of.read = of.read || n.client.Client() != nil
+}
+
+// remove keeps what a mount that has ended counted.
+func (m *metrics) remove(n *mounted) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	of := m.sums[n.set.String()]
+	delete(of.live, n)
+	of.mounts.Add(n.server.Stats().Ended())
 	if c := n.client.Client(); c != nil {
-		_ = m.registry.Register(c.Collector())
+		of.clients.Add(c.Stats().Ended())
+	}
+	of.since = m.s.now()
+}
+
+// forget drops the counts of Datasets that have long had no mount.
+func (m *metrics) forget(now time.Time) {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	for name, of := range m.sums {
+		if len(of.live) == 0 && now.Sub(of.since) >= sumsKept {
+			delete(m.sums, name)
+		}
 	}
 }
 
-func (m *metrics) remove(n *mounted) {
-	m.registry.Unregister(n.server)
-	if c := n.client.Client(); c != nil {
-		m.registry.Unregister(c.Collector())
+// mountStats are the sums of each Dataset's mounts.
+func (m *metrics) mountStats() map[string]mount.Stats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make(map[string]mount.Stats, len(m.sums))
+	for name, of := range m.sums {
+		all := of.mounts
+		for n := range of.live {
+			all.Add(n.server.Stats())
+		}
+		out[name] = all
 	}
+	return out
+}
+
+// clientStats are the sums of their clients.
+func (m *metrics) clientStats() map[string]client.Stats {
+	m.mu.Lock()
+	defer m.mu.Unlock()
+	out := make(map[string]client.Stats, len(m.sums))
+	for name, of := range m.sums {
+		if !of.read {
+			continue
+		}
+		all := of.clients
+		for n := range of.live {
+			if c := n.client.Client(); c != nil {
+				all.Add(c.Stats())
+			}
+		}
+		out[name] = all
+	}
+	return out
 }
 
 // addr is where serve listens.
@@ -85,6 +160,7 @@ func (m *metrics) Collect(ch chan<- prometheus.Metric) {
 		ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, labels...)
 	}
 	s := m.s
+	m.forget(s.now())
 	users, err := s.users()
 	if err != nil {
 		s.log.Warn("metrics", "error", err)

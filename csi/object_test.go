@@ -9,6 +9,7 @@ import (
 	"os"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
 	"testing"
 	"testing/synctest"
@@ -213,14 +214,13 @@ func TestHealthAndMetrics(t *testing.T) {
 	}
 	dir := n.publish("a")
 	n.publish("b")
-	// A mount that has failed a request has a metric more.
 	if _, err := os.Lstat(filepath.Join(dir, strings.Repeat("x", 300))); err == nil {
 		t.Error("a name that is too long is there")
 	}
 	_, text := get("/metrics")
 	for _, want := range []string{
 		`stepcache_node_mounts{dataset="argo/genomes"} 1`, `stepcache_node_pods{dataset="argo/genomes"} 2`, `stepcache_node_keeper_connected 1`,
-		`stepcache_node_cache_unassigned_bytes 6.7`, `stepcache_mount_lookups_total{`, `stepcache_mount_errors_total{`, `stepcache_client_`, `stepcache_node_call_seconds_count{code="OK",method="NodePublishVolume"} 2`,
+		`stepcache_node_cache_unassigned_bytes 6.7`, `stepcache_mount_lookups_total{`, `stepcache_mount_errors_total{dataset="argo/genomes",errno="EIO"} 0`, `stepcache_client_events_total{dataset="argo/genomes",event="corrupt"} 0`, `stepcache_node_call_seconds_count{code="OK",method="NodePublishVolume"} 2`,
 	} {
 		if !strings.Contains(text, want) {
 			t.Errorf("metrics lack %s", want)
@@ -231,9 +231,48 @@ func TestHealthAndMetrics(t *testing.T) {
 	if err := n.s.reap(-1); err != nil {
 		t.Fatal(err)
 	}
-	eventually(t, "the mount's metrics to go", func() bool {
+	eventually(t, "the mount to be gone", func() bool {
 		_, text := get("/metrics")
-		return !strings.Contains(text, "stepcache_mount_") && !strings.Contains(text, "stepcache_client_") && !strings.Contains(text, `dataset="`)
+		return !strings.Contains(text, "stepcache_node_mounts{")
+	})
+	// What a mount counted stays, and the next one goes on from there, under the same names.
+	counted := func() (series []string, lookups float64) {
+		_, text := get("/metrics")
+		for line := range strings.Lines(text) {
+			name, value, _ := strings.Cut(strings.TrimSpace(line), " ")
+			if !strings.HasPrefix(name, "stepcache_mount_") && !strings.HasPrefix(name, "stepcache_client_") {
+				continue
+			}
+			series = append(series, name)
+			if strings.HasPrefix(name, "stepcache_mount_lookups_total{") {
+				n, err := strconv.ParseFloat(value, 64)
+				if err != nil {
+					t.Fatal(err)
+				}
+				lookups = n
+			}
+		}
+		return series, lookups
+	}
+	series, before := counted()
+	if before == 0 {
+		t.Error("what an ended mount counted is gone")
+	}
+	if _, err := os.Stat(filepath.Join(n.publish("c"), "nobody")); err == nil {
+		t.Error("a file that is not there is found")
+	}
+	again, after := counted()
+	if !slices.Equal(again, series) || after <= before {
+		t.Errorf("the next mount has other series, or counts from %v to %v anew:\n%q\n%q", before, after, series, again)
+	}
+	n.unpublish("c")
+	if err := n.s.reap(-1); err != nil {
+		t.Fatal(err)
+	}
+	eventually(t, "the metrics of a Dataset that is gone for long to go", func() bool {
+		n.s.metrics.forget(time.Now().Add(sumsKept))
+		_, text := get("/metrics")
+		return !strings.Contains(text, `dataset="`)
 	})
 }
 

@@ -60,15 +60,46 @@ func (c *Client) Stats() Stats {
 	return s
 }
 
-// Collector exports Stats to Prometheus, labelled with the dataset's name and the snapshot's
-// digest, since a process may read several.
-func (c *Client) Collector() prometheus.Collector {
-	labels := prometheus.Labels{"dataset": c.config.Dataset, "snapshot": c.short()}
+// Add adds what another Client did and holds.
+func (s *Stats) Add(o Stats) {
+	s.BufferHits += o.BufferHits
+	s.Joins += o.Joins
+	s.NearHits += o.NearHits
+	s.StoreHits += o.StoreHits
+	s.Misses += o.Misses
+	s.Direct += o.Direct
+	s.ReadAhead += o.ReadAhead
+	s.BufferBytes += o.BufferBytes
+	s.NearBytes += o.NearBytes
+	s.StoreBytes += o.StoreBytes
+	s.DirectBytes += o.DirectBytes
+	s.WorkerBytes += o.WorkerBytes
+	s.Corrupt += o.Corrupt
+	s.Refetched += o.Refetched
+	s.Fallbacks += o.Fallbacks
+	s.Rounds += o.Rounds
+	s.Hedges += o.Hedges
+	s.HedgeWins += o.HedgeWins
+	s.Leases += o.Leases
+	s.Epoch = max(s.Epoch, o.Epoch)
+	s.Buffered += o.Buffered
+	s.Pooled += o.Pooled
+	s.Budget += o.Budget
+}
+
+// Ended is what stays of a Client that is closed: what it did.
+func (s Stats) Ended() Stats {
+	s.Epoch, s.Buffered, s.Pooled, s.Budget = 0, 0, 0, 0
+	return s
+}
+
+// NewCollector exports to Prometheus what sums tells of the Clients of each dataset, those that are closed included.
+func NewCollector(sums func() map[string]Stats) prometheus.Collector {
 	desc := func(name, help string, variable ...string) *prometheus.Desc {
-		return prometheus.NewDesc("stepcache_client_"+name, help, variable, labels)
+		return prometheus.NewDesc("stepcache_client_"+name, help, append([]string{"dataset"}, variable...), nil)
 	}
 	return &collector{
-		c:       c,
+		sums:    sums,
 		blocks:  desc("blocks_total", "Blocks that reads touched, by where they were found.", "from"),
 		bytes:   desc("bytes_total", "Bytes that readers got, by where from; near: from where this machine's worker has them; worker: bytes received from workers.", "from"),
 		events:  desc("events_total", "Checksum failures, refetches, fallbacks, rounds, hedges and leases.", "event"),
@@ -78,42 +109,45 @@ func (c *Client) Collector() prometheus.Collector {
 }
 
 type collector struct {
-	c                                     *Client
+	sums                                  func() map[string]Stats
 	blocks, bytes, events, buffers, epoch *prometheus.Desc
 }
 
+// Describe implements prometheus.Collector.
 func (k *collector) Describe(out chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{k.blocks, k.bytes, k.events, k.buffers, k.epoch} {
 		out <- d
 	}
 }
 
+// Collect implements prometheus.Collector.
 func (k *collector) Collect(out chan<- prometheus.Metric) {
-	s := k.c.Stats()
-	counter := func(d *prometheus.Desc, v int64, label string) {
-		out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), label)
+	for dataset, s := range k.sums() {
+		counter := func(d *prometheus.Desc, v int64, label string) {
+			out <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), dataset, label)
+		}
+		counter(k.blocks, s.BufferHits, "buffer")
+		counter(k.blocks, s.Joins, "join")
+		counter(k.blocks, s.NearHits, "near")
+		counter(k.blocks, s.StoreHits, "store")
+		counter(k.blocks, s.Misses, "miss")
+		counter(k.blocks, s.Direct, "direct")
+		counter(k.blocks, s.ReadAhead, "read_ahead")
+		counter(k.bytes, s.BufferBytes, "buffer")
+		counter(k.bytes, s.NearBytes, "near")
+		counter(k.bytes, s.StoreBytes, "store")
+		counter(k.bytes, s.DirectBytes, "direct")
+		counter(k.bytes, s.WorkerBytes, "worker")
+		counter(k.events, s.Corrupt, "corrupt")
+		counter(k.events, s.Refetched, "refetched")
+		counter(k.events, s.Fallbacks, "fallback")
+		counter(k.events, s.Rounds, "round")
+		counter(k.events, s.Hedges, "hedge")
+		counter(k.events, s.HedgeWins, "hedge_win")
+		counter(k.events, s.Leases, "lease")
+		for state, v := range map[string]int64{"used": s.Buffered, "pooled": s.Pooled, "budget": s.Budget} {
+			out <- prometheus.MustNewConstMetric(k.buffers, prometheus.GaugeValue, float64(v), dataset, state)
+		}
+		out <- prometheus.MustNewConstMetric(k.epoch, prometheus.GaugeValue, float64(s.Epoch), dataset)
 	}
-	counter(k.blocks, s.BufferHits, "buffer")
-	counter(k.blocks, s.Joins, "join")
-	counter(k.blocks, s.NearHits, "near")
-	counter(k.blocks, s.StoreHits, "store")
-	counter(k.blocks, s.Misses, "miss")
-	counter(k.blocks, s.Direct, "direct")
-	counter(k.blocks, s.ReadAhead, "read_ahead")
-	counter(k.bytes, s.BufferBytes, "buffer")
-	counter(k.bytes, s.NearBytes, "near")
-	counter(k.bytes, s.StoreBytes, "store")
-	counter(k.bytes, s.DirectBytes, "direct")
-	counter(k.bytes, s.WorkerBytes, "worker")
-	counter(k.events, s.Corrupt, "corrupt")
-	counter(k.events, s.Refetched, "refetched")
-	counter(k.events, s.Fallbacks, "fallback")
-	counter(k.events, s.Rounds, "round")
-	counter(k.events, s.Hedges, "hedge")
-	counter(k.events, s.HedgeWins, "hedge_win")
-	counter(k.events, s.Leases, "lease")
-	for state, v := range map[string]int64{"used": s.Buffered, "pooled": s.Pooled, "budget": s.Budget} {
-		out <- prometheus.MustNewConstMetric(k.buffers, prometheus.GaugeValue, float64(v), state)
-	}
-	out <- prometheus.MustNewConstMetric(k.epoch, prometheus.GaugeValue, float64(s.Epoch))
 }

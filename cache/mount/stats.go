@@ -1,6 +1,7 @@
 package mount
 
 import (
+	"maps"
 	"sync"
 	"sync/atomic"
 
@@ -72,17 +73,53 @@ func (m *Server) Stats() Stats {
 	return s
 }
 
-// descs are of the metrics of a mount, named stepcache_mount_*.
-type descs struct {
+// Add adds what another mount counted.
+func (s *Stats) Add(o Stats) {
+	s.Lookups += o.Lookups
+	s.Readdirs += o.Readdirs
+	s.Opens += o.Opens
+	s.OpenedBytes += o.OpenedBytes
+	s.PassthroughOpens += o.PassthroughOpens
+	s.PassthroughBytes += o.PassthroughBytes
+	s.LeaseMisses += o.LeaseMisses
+	s.Reads += o.Reads
+	s.Bytes += o.Bytes
+	s.Pushed += o.Pushed
+	s.PushedBytes += o.PushedBytes
+	s.Changed += o.Changed
+	sum := maps.Clone(s.Errors)
+	for name, n := range o.Errors {
+		if sum == nil {
+			sum = make(map[string]int64)
+		}
+		sum[name] += n
+	}
+	s.Errors = sum
+	s.Passthrough = s.Passthrough || o.Passthrough
+	s.Leased += o.Leased
+}
+
+// Ended is what stays of a mount that has ended: what it counted.
+func (s Stats) Ended() Stats {
+	s.Passthrough, s.Leased = false, 0
+	return s
+}
+
+// collector exports Stats as metrics named stepcache_mount_*.
+type collector struct {
+	sums func() map[string]Stats
+
 	lookups, readdirs, opens, opened, misses, reads, bytes, pushed, pushedBytes, changed, errors, passthrough, leased *prometheus.Desc
 }
 
-func (m *Server) descs() descs {
-	labels := prometheus.Labels{"dataset": m.fs.opt.Dataset, "dir": m.dir}
+// NewCollector exports to Prometheus what sums tells of the mounts of each dataset. Mounts come and go: a series of each
+// would begin above zero and end before somebody looks, and leave what Prometheus keeps for long.
+func NewCollector(sums func() map[string]Stats) prometheus.Collector {
 	desc := func(name, help string, variable ...string) *prometheus.Desc {
-		return prometheus.NewDesc("stepcache_mount_"+name, help, variable, labels)
+		return prometheus.NewDesc("stepcache_mount_"+name, help, append([]string{"dataset"}, variable...), nil)
 	}
-	return descs{
+	return &collector{
+		sums:        sums,
 		lookups:     desc("lookups_total", "Names looked up."),
 		readdirs:    desc("readdirs_total", "Directory reads answered."),
 		opens:       desc("opens_total", "Files opened, by how they are read.", "way"),
@@ -99,43 +136,53 @@ func (m *Server) descs() descs {
 	}
 }
 
-// Describe makes a Server a prometheus.Collector. Several mounts can be registered if their datasets or paths
-// differ. What it says is the same at any time, or the Server could not be unregistered.
-func (m *Server) Describe(ch chan<- *prometheus.Desc) {
-	d := m.descs()
+// Describe implements prometheus.Collector.
+func (c *collector) Describe(ch chan<- *prometheus.Desc) {
 	for _, d := range []*prometheus.Desc{
-		d.lookups, d.readdirs, d.opens, d.opened, d.misses, d.reads, d.bytes, d.pushed, d.pushedBytes, d.changed, d.errors, d.passthrough, d.leased,
+		c.lookups, c.readdirs, c.opens, c.opened, c.misses, c.reads, c.bytes, c.pushed, c.pushedBytes, c.changed, c.errors, c.passthrough, c.leased,
 	} {
 		ch <- d
 	}
 }
 
-// Collect is Stats as metrics.
-func (m *Server) Collect(ch chan<- prometheus.Metric) {
-	s, d := m.Stats(), m.descs()
-	count := func(d *prometheus.Desc, v int64, label ...string) {
-		ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), label...)
+// usual are the errnos of errnoOf that a reader gets: their series are there before the first failure, so that a burst
+// of it is seen.
+var usual = []unix.Errno{unix.EIO, unix.EACCES, unix.ETIMEDOUT, unix.ENOTCONN}
+
+// Collect implements prometheus.Collector.
+func (c *collector) Collect(ch chan<- prometheus.Metric) {
+	for dataset, s := range c.sums() {
+		count := func(d *prometheus.Desc, v int64, label ...string) {
+			ch <- prometheus.MustNewConstMetric(d, prometheus.CounterValue, float64(v), append([]string{dataset}, label...)...)
+		}
+		gauge := func(d *prometheus.Desc, v float64) {
+			ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v, dataset)
+		}
+		count(c.lookups, s.Lookups)
+		count(c.readdirs, s.Readdirs)
+		count(c.opens, s.PassthroughOpens, "passthrough")
+		count(c.opens, s.Opens-s.PassthroughOpens, "buffered")
+		count(c.opened, s.PassthroughBytes, "passthrough")
+		count(c.opened, s.OpenedBytes-s.PassthroughBytes, "buffered")
+		count(c.misses, s.LeaseMisses)
+		count(c.reads, s.Reads)
+		count(c.bytes, s.Bytes)
+		count(c.pushed, s.Pushed)
+		count(c.pushedBytes, s.PushedBytes)
+		count(c.changed, s.Changed)
+		failed := map[string]int64{}
+		for _, e := range usual {
+			failed[unix.ErrnoName(e)] = 0
+		}
+		maps.Copy(failed, s.Errors)
+		for name, n := range failed {
+			count(c.errors, n, name)
+		}
+		var on float64
+		if s.Passthrough {
+			on = 1
+		}
+		gauge(c.passthrough, on)
+		gauge(c.leased, float64(s.Leased))
 	}
-	gauge := func(d *prometheus.Desc, v float64) { ch <- prometheus.MustNewConstMetric(d, prometheus.GaugeValue, v) }
-	count(d.lookups, s.Lookups)
-	count(d.readdirs, s.Readdirs)
-	count(d.opens, s.PassthroughOpens, "passthrough")
-	count(d.opens, s.Opens-s.PassthroughOpens, "buffered")
-	count(d.opened, s.PassthroughBytes, "passthrough")
-	count(d.opened, s.OpenedBytes-s.PassthroughBytes, "buffered")
-	count(d.misses, s.LeaseMisses)
-	count(d.reads, s.Reads)
-	count(d.bytes, s.Bytes)
-	count(d.pushed, s.Pushed)
-	count(d.pushedBytes, s.PushedBytes)
-	count(d.changed, s.Changed)
-	for name, n := range s.Errors {
-		count(d.errors, n, name)
-	}
-	var on float64
-	if s.Passthrough {
-		on = 1
-	}
-	gauge(d.passthrough, on)
-	gauge(d.leased, float64(s.Leased))
 }

@@ -125,9 +125,9 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 			out <- prometheus.MustNewConstMetric(prometheus.NewDesc("stepcache_objects_"+m.name, m.help, nil, nil), prometheus.GaugeValue, m.value)
 		}
 	}
-	for i := range c.w.counts.statuses {
-		if n := c.w.counts.statuses[i].Load(); n > 0 {
-			out <- prometheus.MustNewConstMetric(statusDesc, prometheus.CounterValue, float64(n), wire.Status(i).String())
+	for i := range c.w.counts.statuses { // those that never were too: the first burst of one is seen then
+		if s := wire.Status(i); s != wire.OK {
+			out <- prometheus.MustNewConstMetric(statusDesc, prometheus.CounterValue, float64(c.w.counts.statuses[i].Load()), s.String())
 		}
 	}
 }

@@ -32,3 +32,18 @@ func TestMountsOfOneBucketAreCountedApart(t *testing.T) {
 		}
 	}
 }
+
+// An error that never was has a series, at zero: the first burst of it would not be seen otherwise.
+func TestErrorsAreCountedFromZero(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": nil})
+	tr.start(1)
+	_, text := tr.get(0, wire.PathMetrics)
+	for _, s := range []wire.Status{wire.Changed, wire.Overloaded, wire.Late} {
+		if want := fmt.Sprintf("stepcache_worker_errors_total{status=%q} 0\n", s); !strings.Contains(text, want) {
+			t.Errorf("not among the metrics: %s", want)
+		}
+	}
+	if strings.Contains(text, `status="ok"`) || strings.Contains(text, "unknown status") {
+		t.Errorf("what is no error is counted as one: %s", text)
+	}
+}
