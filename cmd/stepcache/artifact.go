@@ -1,6 +1,7 @@
 package main
 
 import (
+	"log/slog"
 	"os"
 	"runtime/debug"
 
@@ -48,7 +49,7 @@ The rest comes from the environment (executor.env in Argo's ConfigMap reaches it
 				CredentialsDir: os.Getenv(artifact.EnvCredentials),
 				Namespace:      os.Getenv("POD_NAMESPACE"),
 				NodeAddress:    os.Getenv("STEPCACHE_NODE_ADDRESS"),
-				Logger:         logger(),
+				Logger:         logger(slog.LevelInfo),
 			}).Serve(cmd.Context(), given[0])
 		},
 	}

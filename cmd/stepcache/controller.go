@@ -20,8 +20,9 @@ import (
 
 func controllerCommand() *cobra.Command {
 	var o controllers.Options
-	var store, level string
+	var store string
 	var env []string
+	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "controller",
 		Short: "Run the Dataset and DataLoad controllers of a cluster",
@@ -35,10 +36,6 @@ Dataset's workers to the current image, one at a time, each after it handed over
 		Example: "  stepcache controller --namespace stepcache-system --image registry.example/stepcache:v1 --store csi",
 		Args:    args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var l slog.Level
-			if err := l.UnmarshalText([]byte(level)); err != nil {
-				return usage{fmt.Errorf("controller: --log-level %q: want debug, info, warn or error", level)}
-			}
 			switch o.Dataset.Store = dataset.Store(store); {
 			case o.Dataset.Store != dataset.StoreCSI && o.Dataset.Store != dataset.StoreEmptyDir:
 				return usage{fmt.Errorf("controller: --store %q: want %s or %s", store, dataset.StoreCSI, dataset.StoreEmptyDir)}
@@ -52,7 +49,7 @@ Dataset's workers to the current image, one at a time, each after it handed over
 			if err := needImage("controller", o.Dataset.Image); err != nil {
 				return err
 			}
-			o.Logger = logr.FromSlogHandler(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
+			o.Logger = logr.FromSlogHandler(logger(level).Handler())
 			ctrl.SetLogger(o.Logger)
 			klog.SetLogger(o.Logger)
 			cluster, err := ctrl.GetConfig()
@@ -76,7 +73,7 @@ Dataset's workers to the current image, one at a time, each after it handed over
 	f.StringVar(&o.Dataset.Image, "image", "", "image of the workers of new Datasets (default: that of the container controller of the pod $POD_NAME)")
 	f.StringVar(&store, "store", string(dataset.StoreCSI), "what holds the workers' bytes: csi (huge pages, needs the node service on every node), or emptydir")
 	f.StringArrayVar(&env, "worker-env", nil, "NAME=VALUE: HTTPS_PROXY, HTTP_PROXY or NO_PROXY of workers that start from now on, for their buckets (may be repeated)")
-	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	levelFlag(cmd, &level)
 	f.BoolVar(&o.LeaderElection, "leader-elect", true, "agree with other replicas on one that acts")
 	f.StringVar(&o.Metrics, "metrics", ":8080", "address of /metrics; 0 for none")
 	f.StringVar(&o.Probes, "probes", ":8081", "address of /healthz and /readyz; 0 for none")

@@ -1,6 +1,7 @@
 package main
 
 import (
+	"log/slog"
 	"path/filepath"
 	"strings"
 	"testing"
@@ -44,5 +45,21 @@ func TestWithoutACluster(t *testing.T) {
 		if _, stderr, status := run(t, dir, args...); status != 1 || !strings.Contains(stderr, says) {
 			t.Errorf("%v: status %d, want 1 and %q: %s", args, status, says, stderr)
 		}
+	}
+}
+
+// What runs for long says more, or less, where it is told to.
+func TestLogLevel(t *testing.T) {
+	dir := t.TempDir()
+	for _, command := range [][]string{{"worker"}, {"mount", "x"}, {"node"}, {"keeper"}, {"sidecar"}, {"controller"}, {"webhook"}} {
+		if _, stderr, status := run(t, dir, append(command, "--log-level", "loud")...); status != 2 || !strings.Contains(stderr, `--log-level`) || !strings.Contains(stderr, "loud") {
+			t.Errorf("%s: status %d: %s", command[0], status, stderr)
+		}
+	}
+	if log := logger(slog.LevelDebug); !log.Enabled(t.Context(), slog.LevelDebug) {
+		t.Error("debug is not logged")
+	}
+	if log := logger(slog.LevelWarn); log.Enabled(t.Context(), slog.LevelInfo) {
+		t.Error("more than warnings is logged")
 	}
 }

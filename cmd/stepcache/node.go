@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"path/filepath"
 	"time"
@@ -28,6 +29,7 @@ func nodeCommand() *cobra.Command {
 	c := csi.Config{Version: version}
 	var memory, buffers, kubeconfig string
 	var label bool
+	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "node --node-name NAME",
 		Short: "Mount datasets in the pods of this node (the CSI driver's node service)",
@@ -51,7 +53,7 @@ at SIGTERM, unless a successor has taken over.`,
 				}
 				*size.to = int64(n)
 			}
-			c.Logger = logger()
+			c.Logger = logger(level)
 			if err := c.Validate(); err != nil {
 				return usage{fmt.Errorf("node: %w", err)}
 			}
@@ -80,6 +82,7 @@ at SIGTERM, unless a successor has taken over.`,
 		},
 	}
 	f := cmd.Flags()
+	levelFlag(cmd, &level)
 	f.StringVar(&c.NodeName, "node-name", os.Getenv("NODE_NAME"), "this node's name (default $NODE_NAME)")
 	f.StringVar(&c.KubeletDir, "kubelet-dir", defaultKubelet, "the kubelet's folder, here as on the node")
 	f.StringVar(&c.Keeper, "keeper", "", "the keeper's socket (default keeper.sock in the driver's folder)")
@@ -107,6 +110,7 @@ func kubernetesClient(kubeconfig string) (kubernetes.Interface, error) {
 
 func keeperCommand() *cobra.Command {
 	var socket string
+	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "keeper",
 		Short: "Keep a node's mounts alive while its node service is replaced",
@@ -118,9 +122,10 @@ needs no right but to make the socket, does nothing by itself, and should run on
 			if !filepath.IsAbs(socket) {
 				return usage{errors.New("keeper: --socket: want an absolute path")}
 			}
-			return keeper.Run(cmd.Context(), socket, logger())
+			return keeper.Run(cmd.Context(), socket, logger(level))
 		},
 	}
 	cmd.Flags().StringVar(&socket, "socket", filepath.Join(defaultKubelet, "plugins", v1alpha1.DriverName, "keeper.sock"), "the Unix socket")
+	levelFlag(cmd, &level)
 	return cmd
 }

@@ -22,9 +22,14 @@ import (
 	"github.com/stepcache/stepcache/tier"
 )
 
-// logger writes what long-running sub-commands log: text on standard error.
-func logger() *slog.Logger {
-	return slog.New(slog.NewTextHandler(os.Stderr, nil))
+// logger writes what long-running sub-commands log, from a level on: text on standard error.
+func logger(from slog.Level) *slog.Logger {
+	return slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: from}))
+}
+
+// levelFlag adds --log-level to a long-running sub-command.
+func levelFlag(cmd *cobra.Command, level *slog.Level) {
+	cmd.Flags().TextVar(level, "log-level", slog.LevelInfo, "debug, info, warn or error")
 }
 
 // tierFlags are what every command that reads a tier takes.

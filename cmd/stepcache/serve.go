@@ -1,9 +1,11 @@
 package main
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"io/fs"
+	"log/slog"
 	"os"
 	"syscall"
 
@@ -19,6 +21,7 @@ import (
 
 func workerCommand() *cobra.Command {
 	var config, id string
+	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "worker --config FILE",
 		Short: "Serve a dataset's blocks from memory",
@@ -38,7 +41,7 @@ func workerCommand() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			log := logger()
+			log := logger(level)
 			sources := &upstream.Opener{Logger: log}
 			defer sources.Close()
 			return worker.Run(cmd.Context(), c, worker.Deps{Logger: log, OpenSource: sources.Open})
@@ -46,12 +49,14 @@ func workerCommand() *cobra.Command {
 	}
 	cmd.Flags().StringVar(&config, "config", "", "configuration file")
 	cmd.Flags().StringVar(&id, "id", "", "this worker's member id, in place of the file's: the workers of a cluster share one file")
+	levelFlag(cmd, &level)
 	return cmd
 }
 
 func mountCommand() *cobra.Command {
 	var t tierFlags
 	var cache, mode string
+	var level slog.Level
 	var private bool
 	cmd := &cobra.Command{
 		Use:   "mount DIR",
@@ -64,7 +69,7 @@ own memory as well.`,
 		Example: `  stepcache mount --tier "$STEPCACHE_TIER" /mnt/genomes`,
 		Args:    args(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, a []string) error {
-			ctx, log := cmd.Context(), logger()
+			ctx, log := cmd.Context(), logger(level)
 			if err := mount.Supported(); err != nil {
 				return err
 			}
@@ -89,7 +94,7 @@ own memory as well.`,
 				if err != nil || n < 16<<20 || n > 1<<50 {
 					return usage{fmt.Errorf("mount: --cache-size %q: want a size such as 2GiB, 16MiB at least", cache)}
 				}
-				s, remove, err := nodeCache(cmd, int64(n))
+				s, remove, err := nodeCache(ctx, log, int64(n))
 				if err != nil {
 					return err
 				}
@@ -122,6 +127,7 @@ own memory as well.`,
 	cmd.Flags().StringVar(&cache, "cache-size", "", "memory of this process's own cache of what other machines' workers send")
 	cmd.Flags().StringVar(&mode, "mode", "auto", "how opens are served: passthrough, no-open, or auto (by the sizes of the files)")
 	cmd.Flags().BoolVar(&private, "private", os.Geteuid() != 0, "keep other users out")
+	levelFlag(cmd, &level)
 	return cmd
 }
 
@@ -148,14 +154,14 @@ func empty(dir string) error {
 }
 
 // nodeCache is a store for one mount process, gone with it.
-func nodeCache(cmd *cobra.Command, bytes int64) (*store.Store, func(), error) {
+func nodeCache(ctx context.Context, log *slog.Logger, bytes int64) (*store.Store, func(), error) {
 	dir, err := os.MkdirTemp("", "stepcache-node-")
 	if err != nil {
 		return nil, nil, err
 	}
 	note, mountErr := store.MountTmpfs(dir, bytes+bytes/16)
 	if note != "" {
-		logger().Info(note)
+		log.Info(note)
 	}
 	if mountErr != nil {
 		_ = os.Remove(dir)
@@ -169,7 +175,7 @@ func nodeCache(cmd *cobra.Command, bytes int64) (*store.Store, func(), error) {
 		}
 		_ = os.RemoveAll(dir)
 	}
-	s, err := store.Open(cmd.Context(), store.Options{Dir: dir, Quota: bytes})
+	s, err := store.Open(ctx, store.Options{Dir: dir, Quota: bytes})
 	if err != nil {
 		remove()
 		return nil, nil, err

@@ -3,6 +3,7 @@ package main
 import (
 	"errors"
 	"fmt"
+	"log/slog"
 	"os"
 	"slices"
 	"strings"
@@ -17,6 +18,7 @@ func sidecarCommand() *cobra.Command {
 	var o sidecar.Options
 	var keep, check bool
 	var buffer, socket string
+	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "sidecar (--dir DIR | --node-socket PATH) --tier DIR --dataset NAMESPACE/NAME ...",
 		Short: "Mount Datasets for the other containers of a pod",
@@ -42,7 +44,7 @@ probe.`,
 			case check:
 				return sidecar.Ready(o.Dir)
 			case keep:
-				return sidecar.Keep(cmd.Context(), o.Dir, logger())
+				return sidecar.Keep(cmd.Context(), o.Dir, logger(level))
 			}
 			n, err := humanize.ParseBytes(buffer)
 			if err != nil || n > 1<<50 {
@@ -59,7 +61,7 @@ probe.`,
 			if o.Tier == "" || len(names) == 0 {
 				return usage{errors.New("sidecar: --tier or --dataset is missing: say what to mount")}
 			}
-			o.BufferBytes, o.Logger = int64(n), logger()
+			o.BufferBytes, o.Logger = int64(n), logger(level)
 			_, o.BufferBytes, o.Buffers = keepMemory(0, o.BufferBytes, o.Logger)
 			if socket != "" {
 				return sidecar.ServeLent(cmd.Context(), sidecar.LentOptions{
@@ -71,6 +73,7 @@ probe.`,
 		},
 	}
 	f := cmd.Flags()
+	levelFlag(cmd, &level)
 	f.StringVar(&o.Dir, "dir", "", "folder of this pod's mounts")
 	f.StringVar(&socket, "node-socket", "", "socket of the node service that lends this pod its mounts")
 	f.StringVar(&o.Tier, "tier", "", "folder with the folder of a tier for each Dataset")

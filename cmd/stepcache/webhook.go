@@ -19,7 +19,8 @@ import (
 
 func webhookCommand() *cobra.Command {
 	var o webhook.Options
-	var limit, pull, level string
+	var limit, pull string
+	var level slog.Level
 	cmd := &cobra.Command{
 		Use:   "webhook",
 		Short: "Give pods of a cluster their data at admission",
@@ -31,10 +32,6 @@ Containers that it adds to pods run the image that --image names, or that its ow
 		Example: "  stepcache webhook --namespace stepcache-system --image registry.example/stepcache:v1",
 		Args:    args(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
-			var l slog.Level
-			if err := l.UnmarshalText([]byte(level)); err != nil {
-				return usage{fmt.Errorf("webhook: --log-level %q: want debug, info, warn or error", level)}
-			}
 			n, err := humanize.ParseBytes(limit)
 			if err != nil || n > 1<<50 {
 				return usage{fmt.Errorf("webhook: --stage-limit %q: want a size such as 10GiB", limit)}
@@ -57,7 +54,7 @@ Containers that it adds to pods run the image that --image names, or that its ow
 			if err := needImage("webhook", o.Image); err != nil {
 				return err
 			}
-			o.Logger = slog.New(slog.NewTextHandler(os.Stderr, &slog.HandlerOptions{Level: l}))
+			o.Logger = logger(level)
 			ctrl.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
 			klog.SetLogger(logr.FromSlogHandler(o.Logger.Handler()))
 			o.SnapshotBytes = keepSnapshots(o.Logger)
@@ -83,7 +80,7 @@ Containers that it adds to pods run the image that --image names, or that its ow
 	f.StringVar(&pull, "image-pull-policy", "", "their pull policy (default: the cluster's)")
 	f.StringSliceVar(&o.PullSecrets, "image-pull-secret", nil, "Secret with which their image is pulled, in the pods' namespaces, beside the pods' own (may be repeated)")
 	f.StringVar(&limit, "stage-limit", "10GiB", "size up to which the mode stage copies a Dataset whole")
-	f.StringVar(&level, "log-level", "info", "debug, info, warn or error")
+	levelFlag(cmd, &level)
 	f.StringVar(&o.Host, "host", "", "address to serve at (default: all)")
 	f.IntVar(&o.Port, "port", 9443, "port to serve at")
 	f.StringVar(&o.Metrics, "metrics", ":8080", "address of /metrics; 0 for none")
