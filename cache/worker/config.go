@@ -47,8 +47,6 @@ type Config struct {
 	Gateway *GatewayConfig `json:"gateway,omitempty"`
 	// Write says when a write is acknowledged.
 	Write WriteConfig `json:"write,omitzero"`
-	// Pprof serves /debug/pprof on Control.
-	Pprof bool `json:"pprof,omitempty"`
 }
 
 // Mount is one source and its place in the dataset.

@@ -9,7 +9,6 @@ import (
 	"io"
 	"net"
 	"net/http"
-	"net/http/pprof"
 	"strings"
 	"sync"
 	"sync/atomic"
@@ -38,14 +37,6 @@ func (w *Worker) handler(ctx context.Context) http.Handler {
 		io.WriteString(rw, "ready\n")
 	})
 	mux.Handle("GET "+wire.PathMetrics, promhttp.HandlerFor(w.registry, promhttp.HandlerOpts{}))
-	if w.config.Pprof {
-		// Not signed, because go tool pprof cannot: whoever turns it on keeps the port to himself.
-		mux.HandleFunc("GET /debug/pprof/", pprof.Index)
-		mux.HandleFunc("GET /debug/pprof/cmdline", pprof.Cmdline)
-		mux.HandleFunc("GET /debug/pprof/profile", pprof.Profile)
-		mux.HandleFunc("GET /debug/pprof/symbol", pprof.Symbol)
-		mux.HandleFunc("GET /debug/pprof/trace", pprof.Trace)
-	}
 	signed := func(pattern string, h func(r *http.Request) (any, error)) {
 		mux.HandleFunc(pattern, func(rw http.ResponseWriter, r *http.Request) { w.signed(rw, r, h) })
 	}

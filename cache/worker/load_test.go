@@ -544,9 +544,6 @@ func TestControlNeedsTheControlKey(t *testing.T) {
 	if code, text := tr.get(0, wire.PathMetrics); code != http.StatusOK || !strings.Contains(text, "stepcache_store_quota_bytes") || !strings.Contains(text, "stepcache_source_requests_total") {
 		t.Errorf("metrics: %d %s", code, text)
 	}
-	if code, _ := tr.get(0, "/debug/pprof/"); code != http.StatusNotFound {
-		t.Errorf("pprof without being asked for: %d", code)
-	}
 	// A request that was seen on the way is not served again.
 	req, err := http.NewRequest("POST", "http://"+tr.workers[0].ControlAddr().String()+wire.PathLoads, strings.NewReader(`{"id":"x"}`))
 	if err != nil {
@@ -569,15 +566,6 @@ func TestControlNeedsTheControlKey(t *testing.T) {
 		if resp.StatusCode != want {
 			t.Errorf("sent %d times: %d, want %d", n+1, resp.StatusCode, want)
 		}
-	}
-}
-
-func TestPprofWhenConfigured(t *testing.T) {
-	tr := newTier(t, map[string][]byte{"f": nil})
-	tr.config = func(_ int, c *Config) { c.Pprof = true }
-	tr.start(1)
-	if code, _ := tr.get(0, "/debug/pprof/goroutine?debug=1"); code != http.StatusOK {
-		t.Errorf("%d", code)
 	}
 }
 
