@@ -413,7 +413,8 @@ func TestLimitBoundsRequests(t *testing.T) {
 	synctest.Test(t, func(t *testing.T) {
 		s := &script{content: make([]byte, 10)}
 		s.get = func(context.Context, int, int64, int64) (io.Reader, error) { return bytes.NewReader(s.content), nil }
-		l := source.Limit(s, source.LimitOptions{Requests: 2})
+		m := source.NewMeter("s3://bucket")
+		l := source.Limit(source.Measure(s, m), source.LimitOptions{Requests: 2, Meter: m})
 		var bodies []source.Body
 		for range 2 {
 			b, err := l.Get(t.Context(), s.object(), 0, 10)
@@ -450,6 +451,10 @@ func TestLimitBoundsRequests(t *testing.T) {
 		wg.Wait()
 		if most.Load() != 2 {
 			t.Errorf("%d requests at once", most.Load())
+		}
+		// One second of the third request, and 0, 1, 2, 3 and 4 of two each; the store saw none of it.
+		if c := m.Counts(); c.Waited != 21 || c.Seconds["stat"] != 10 {
+			t.Errorf("waited for %v s, and for the store %v s", c.Waited, c.Seconds["stat"])
 		}
 	})
 }

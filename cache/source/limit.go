@@ -23,6 +23,8 @@ type LimitOptions struct {
 	Requests int
 	// BytesPerSecond bounds what all bodies together deliver; zero means no bound.
 	BytesPerSecond int64
+	// Meter counts how long requests waited to be sent; nil: nobody does.
+	Meter *Meter
 }
 
 // Limit bounds the requests under way at once and the bytes read a second. Waiting ends with ctx. Who
@@ -31,7 +33,7 @@ func Limit(s Source, o LimitOptions) Source {
 	if o.Requests <= 0 {
 		o.Requests = defaultRequests
 	}
-	l := &limit{Source: s, pages: pager(s), slots: semaphore.NewWeighted(int64(o.Requests))}
+	l := &limit{Source: s, pages: pager(s), slots: semaphore.NewWeighted(int64(o.Requests)), meter: o.Meter}
 	if o.BytesPerSecond > 0 {
 		// A burst of a tenth of a second, so that a pause is not made up for by a flood.
 		l.rate = rate.NewLimiter(rate.Limit(o.BytesPerSecond), int(max(o.BytesPerSecond/10, limitChunk)))
@@ -43,6 +45,7 @@ type limit struct {
 	Source
 	pages Pager
 	slots *semaphore.Weighted
+	meter *Meter        // nil: nobody counts
 	rate  *rate.Limiter // nil: no bound
 }
 
@@ -54,9 +57,21 @@ func (l *limit) pager() Pager {
 }
 
 func (l *limit) acquire(ctx context.Context, op, key string) error {
-	if err := l.slots.Acquire(ctx, 1); err != nil {
-		return &Error{Op: op, Name: l.URL() + "/" + key, Kind: ContextKind(ctx), Err: err,
-			Hint: "all of maxRequests were under way"}
+	return l.enter(ctx, op, l.URL()+"/"+key)
+}
+
+// enter takes a place among the requests under way, which whoever got it gives back.
+func (l *limit) enter(ctx context.Context, op, name string) error {
+	if l.slots.TryAcquire(1) {
+		return nil
+	}
+	start := time.Now()
+	err := l.slots.Acquire(ctx, 1)
+	if l.meter != nil {
+		l.meter.waited.Add(int64(time.Since(start)))
+	}
+	if err != nil {
+		return &Error{Op: op, Name: name, Kind: ContextKind(ctx), Err: err, Hint: "all of maxRequests were under way"}
 	}
 	return nil
 }

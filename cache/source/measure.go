@@ -38,8 +38,9 @@ type Meter struct {
 	errors  [len(meterKinds)]atomic.Int64
 	read    atomic.Int64
 	written atomic.Int64
+	waited  atomic.Int64 // nanoseconds, which Limit counts
 
-	descRequests, descSeconds, descErrors, descRead, descWritten *prometheus.Desc
+	descRequests, descSeconds, descErrors, descRead, descWritten, descWaited *prometheus.Desc
 }
 
 // NewMeter returns a Meter whose metrics carry the source's URL.
@@ -53,6 +54,7 @@ func NewMeter(url string) *Meter {
 		descSeconds:  desc("seconds_total", "Time spent in requests to the object store and in reading their bodies.", "op"),
 		descErrors:   desc("errors_total", "Requests or bodies of the object store that failed.", "kind"),
 		descRead:     desc("read_bytes_total", "Bytes of objects that the object store sent."),
+		descWaited:   desc("waited_seconds_total", "Time that requests waited before they were sent, since all of maxRequests were under way."),
 		descWritten:  desc("written_bytes_total", "Bytes of objects that the object store was sent."),
 	}
 }
@@ -66,6 +68,8 @@ type Counts struct {
 	Errors map[string]int64
 	// Read and Written are bytes of objects' contents.
 	Read, Written int64
+	// Waited is how many seconds requests waited for a Limit with this Meter.
+	Waited float64
 }
 
 // Total is the number of requests of all operations.
@@ -80,7 +84,7 @@ func (c Counts) Total() int64 {
 // Counts returns the state as it is now.
 func (m *Meter) Counts() Counts {
 	c := Counts{Requests: map[string]int64{}, Seconds: map[string]float64{}, Errors: map[string]int64{},
-		Read: m.read.Load(), Written: m.written.Load()}
+		Read: m.read.Load(), Written: m.written.Load(), Waited: time.Duration(m.waited.Load()).Seconds()}
 	for i, op := range meterOps {
 		c.Requests[op] = m.ops[i].requests.Load()
 		c.Seconds[op] = time.Duration(m.ops[i].nanos.Load()).Seconds()
@@ -110,6 +114,7 @@ func (m *Meter) Collect(ch chan<- prometheus.Metric) {
 	}
 	counter(m.descRead, float64(m.read.Load()))
 	counter(m.descWritten, float64(m.written.Load()))
+	counter(m.descWaited, time.Duration(m.waited.Load()).Seconds())
 }
 
 // done counts a request's end.

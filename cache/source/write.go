@@ -291,8 +291,8 @@ func (l *limit) inner() Source { return l.Source }
 func (l *limit) content(in io.Reader) io.Reader { return in }
 
 func (l *limit) around(ctx context.Context, c call, f func(context.Context) error) error {
-	if err := l.slots.Acquire(ctx, 1); err != nil {
-		return &Error{Op: meterOps[c.op], Name: c.name, Kind: ContextKind(ctx), Err: err, Hint: "all of maxRequests were under way"}
+	if err := l.enter(ctx, meterOps[c.op], c.name); err != nil {
+		return err
 	}
 	defer l.slots.Release(1)
 	return f(ctx)

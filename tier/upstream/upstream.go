@@ -71,7 +71,7 @@ func (o *Opener) Open(ctx context.Context, c source.Config) (*scheme.Source, err
 		return nil, err
 	}
 	meter := source.NewMeter(d.URL())
-	limited := source.Limit(source.Measure(d, meter), source.LimitOptions{Requests: c.MaxRequests, BytesPerSecond: c.BytesPerSecond})
+	limited := source.Limit(source.Measure(d, meter), source.LimitOptions{Requests: c.MaxRequests, BytesPerSecond: c.BytesPerSecond, Meter: meter})
 	return &scheme.Source{Source: source.Retry(limited, source.RetryOptions{Elapsed: wire.SourceTimeout, Logger: o.Logger}), Meter: meter}, nil
 }
 

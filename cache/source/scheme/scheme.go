@@ -55,7 +55,7 @@ func Open(ctx context.Context, c source.Config, options ...Option) (*Source, err
 	}
 	meter := source.NewMeter(s.URL())
 	s = source.Measure(source.Stall(s, stallAfter, slowAfter), meter)
-	s = source.Limit(s, source.LimitOptions{Requests: c.MaxRequests, BytesPerSecond: c.BytesPerSecond})
+	s = source.Limit(s, source.LimitOptions{Requests: c.MaxRequests, BytesPerSecond: c.BytesPerSecond, Meter: meter})
 	return &Source{Source: source.Retry(s, retry), Meter: meter}, nil
 }
 
