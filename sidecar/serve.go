@@ -61,7 +61,7 @@ func Serve(ctx context.Context, o Options) (err error) {
 		return errors.New("no Dataset to mount is named")
 	}
 	if apart() {
-		return errors.New("this pod has a user namespace of its own (hostUsers: false), and what is mounted in one is of no use to other containers: install the node service, use the mode stage, or give the pod hostUsers: true")
+		return errors.New("this is not the user namespace that all ids are in (the pod has hostUsers: false, or its whole node is in another), and what is mounted in another may be of no use to other containers: install the node service, use the mode stage, or give the pod hostUsers: true")
 	}
 	if err := mount.Supported(); err != nil {
 		return err

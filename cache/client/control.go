@@ -44,8 +44,6 @@ type ControlConfig struct {
 const (
 	// maxAnswer bounds one worker's answer; a load's has as many failed files as fit.
 	maxAnswer = wire.MaxControl
-	// maxResidency bounds that to PathResidency, which the controller does not ask for.
-	maxResidency = 64 << 20
 	// maxHeader bounds the header of each.
 	maxHeader = 16 << 10
 	// maxSaid bounds what is kept of a refusal.
@@ -199,16 +197,12 @@ func (k *Control) once(ctx context.Context, m ring.Member, key wire.Key, method,
 	case <-ctx.Done():
 		return fmt.Errorf("%s %s: %w", method, path, ctx.Err())
 	}
-	most := maxAnswer
-	if path == wire.PathResidency {
-		most = maxResidency
-	}
-	b, err := io.ReadAll(io.LimitReader(resp.Body, int64(most)+1))
+	b, err := io.ReadAll(io.LimitReader(resp.Body, maxAnswer+1))
 	switch {
 	case err != nil:
 		return fmt.Errorf("%s %s: %w", method, path, err)
-	case len(b) > most:
-		return fmt.Errorf("%s %s: the answer is longer than %d bytes", method, path, most)
+	case len(b) > maxAnswer:
+		return fmt.Errorf("%s %s: the answer is longer than %d bytes", method, path, maxAnswer)
 	case resp.StatusCode/100 != 2:
 		return statusError(method, path, resp.StatusCode, b)
 	case out != nil:
@@ -510,7 +504,7 @@ func (k *Control) Refresh(ctx context.Context) (string, error) {
 		err := long.do(ctx, m, http.MethodPost, wire.PathRefresh, nil, nil, &answer)
 		switch {
 		case err == nil:
-			return answer.Snapshot, k.followed(ctx, m.ID, answer.Snapshot)
+			return answer.Snapshot, k.followed(ctx, answer.Snapshot)
 		// The workers are settling who lists, most likely as they have just started.
 		case errors.Is(err, wire.ErrOverloaded) && tries < refreshTries && sleep(ctx, pause.NextBackOff()):
 		default:
@@ -525,24 +519,31 @@ const (
 	followTimeout = 10 * time.Minute
 )
 
-// followed waits until the workers have a snapshot, or the one that lists has a newer one.
-func (k *Control) followed(ctx context.Context, lister, digest string) error {
-	ctx, cancel := context.WithTimeout(ctx, followTimeout)
+// followed waits until the workers have a snapshot, or one that had it has a newer one.
+func (k *Control) followed(ctx context.Context, digest string) error {
+	bounded, cancel := context.WithTimeout(ctx, followTimeout)
 	defer cancel()
+	had := make(map[string]bool)
 	for {
-		all, err := k.Status(ctx)
+		all, err := k.Status(bounded)
 		var behind []string
 		newer := false
 		for _, s := range all {
-			if s.Snapshot != digest {
+			switch {
+			case s.Snapshot == digest:
+				had[s.ID] = true
+			case had[s.ID]:
+				newer = true
+			default:
 				behind = append(behind, s.ID)
-				newer = newer || s.ID == lister
 			}
 		}
 		switch {
 		case len(all) > 0 && (newer || len(behind) == 0):
 			return nil
-		case sleep(ctx, followEvery):
+		case sleep(bounded, followEvery):
+		case ctx.Err() != nil:
+			return fmt.Errorf("dataset %s: the bucket was listed; waiting for all workers to have the listing: %w", k.config.Dataset, context.Cause(ctx))
 		case len(all) == 0:
 			return fmt.Errorf("dataset %s: the bucket was listed, and then no worker answered: %w", k.config.Dataset, err)
 		default:

@@ -27,10 +27,12 @@ const (
 	maxWrite = 1 << 20
 	// maxBackground bounds the requests of read-ahead that are under way, in the kernel.
 	maxBackground = 64
-	// maxDirect bounds the direct reads that are under way, here: the kernel sends as many as there are readers, and for each
-	// go-fuse has a buffer of its size before anything could make it wait. Bounded in the kernel, as CAP_ASYNC_DIO has it,
-	// readers could not be killed while they wait.
-	maxDirect = 128
+	// directFiles times maxDirect bounds the direct reads that are under way, here: the kernel sends as many as there are
+	// readers, and for each go-fuse has a buffer of its size before anything could make it wait. Bounded in the kernel, as
+	// CAP_ASYNC_DIO has it, readers could not be killed while they wait. Files take turns in groups of their own, so
+	// that one whose bytes do not come holds up few others.
+	directFiles = 8
+	maxDirect   = 32
 	// readAhead is how far the kernel reads ahead of a sequential reader.
 	readAhead = 1 << 20
 )

@@ -49,7 +49,7 @@ type fileSystem struct {
 	table   *table
 	pass    passthrough
 	push    *pusher
-	direct  chan struct{} // has one for each direct read that is under way
+	direct  [directFiles]chan struct{} // have one for each direct read that is under way
 }
 
 // tree is what a mount shows: nodes that never change. catalog.Snapshot says what its methods are.
@@ -70,7 +70,10 @@ func newFileSystem(ctx context.Context, snap tree, r Reader, t *table, o Options
 	f := &fileSystem{
 		RawFileSystem: fuse.NewDefaultRawFileSystem(), ctx: ctx, snap: snap, reader: r, opt: o, table: t,
 		log: o.Logger.With("dataset", o.Dataset), limit: rate.NewLimiter(rate.Every(time.Second), 10),
-		created: snap.Created(), direct: make(chan struct{}, maxDirect),
+		created: snap.Created(),
+	}
+	for i := range f.direct {
+		f.direct[i] = make(chan struct{}, maxDirect)
 	}
 	f.live, _ = snap.(*live)
 	f.peeker, _ = r.(Peeker)

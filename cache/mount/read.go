@@ -49,17 +49,18 @@ func (f *fileSystem) Read(cancel <-chan struct{}, in *fuse.ReadIn, buf []byte) (
 	ctx, stop := f.requestContext(cancel, in.Pid)
 	defer stop()
 	if in.Flags&unix.O_DIRECT != 0 {
+		turns := f.direct[i%directFiles]
 		select {
-		case f.direct <- struct{}{}:
+		case turns <- struct{}{}:
 		default:
 			dropPages(buf)
 			select {
-			case f.direct <- struct{}{}:
+			case turns <- struct{}{}:
 			case <-ctx.Done():
 				return nil, f.failed(ctx, "read", i, ctx.Err())
 			}
 		}
-		defer func() { <-f.direct }()
+		defer func() { <-turns }()
 	}
 	k, err := f.reader.ReadAt(ctx, i, buf, off)
 	if k < len(buf) {

@@ -172,7 +172,7 @@ func kill(t *testing.T, m *Server, c *exec.Cmd, what string) {
 
 // Each direct read has a buffer of its own here, and the kernel sends as many as there are readers.
 func TestDirectReadsWaitForTheirTurn(t *testing.T) {
-	all := files{"f": content("f", 10), "g": content("g", 10)}
+	all := files{"f": content("f", 10), "g": content("g", 10), "h": content("h", 10)}
 	s := snapshotOf(t, all)
 	r := newMemory(s, all)
 	goon := make(chan struct{})
@@ -212,7 +212,7 @@ func TestDirectReadsWaitForTheirTurn(t *testing.T) {
 		defer mu.Unlock()
 		return m.Stats().Reads == readers && under >= maxDirect
 	})
-	// One whose turn has not come can be killed, and who does not read directly waits for none of them.
+	// One whose turn has not come can be killed, and neither who does not read directly waits, nor who reads another file.
 	c := command(t, "read", order{Path: path, Flags: unix.O_DIRECT})
 	if err := c.Start(); err != nil {
 		t.Fatal(err)
@@ -221,6 +221,9 @@ func TestDirectReadsWaitForTheirTurn(t *testing.T) {
 	kill(t, m, c, "its turn")
 	if b, err := os.ReadFile(filepath.Join(m.Dir(), "g")); err != nil || !bytes.Equal(b, all["g"]) {
 		t.Errorf("g: %x, %v", b, err)
+	}
+	if b, err := readDirect(filepath.Join(m.Dir(), "h"), len(all["h"])); err != nil || !bytes.Equal(b, all["h"]) {
+		t.Errorf("h, of another group: %x, %v", b, err)
 	}
 	close(goon)
 	for range readers {

@@ -28,7 +28,7 @@ const (
 	PathMembers = "/v1/members" // POST ring.Membership: follow this list if its epoch is greater
 )
 
-// MaxControl bounds each answer but PathResidency's, in bytes.
+// MaxControl bounds each answer, in bytes.
 const MaxControl = 256 << 10
 
 // WorkerStatus is what one worker says of itself.

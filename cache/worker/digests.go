@@ -229,9 +229,7 @@ func (w *Worker) check(ctx context.Context, f file, want source.Digest, limit *r
 		"object", f.String(), "algorithm", algorithmName(want.Algorithm), "published", hex.EncodeToString(want.Sum), "is", hex.EncodeToString(h.Sum(nil)), "fetchedAgain", again)
 	w.store.Drop(f.ring)
 	if again {
-		for block := range ring.Blocks(f.ring.Size) {
-			w.mends.push(f.ring, block)
-		}
+		w.mends.pushAll(f.ring)
 	}
 	return nil
 }

@@ -26,13 +26,29 @@ type mends chan mend
 type mend struct {
 	object ring.Object
 	block  int64
+	whole  bool // the object is wrong, whichever of its blocks is
 }
 
-// push queues a block. What is too much waits for somebody to ask for it: that much memory does not go bad by itself.
+// push queues a block that the scrub found. What is too much waits for somebody to ask for it: that much memory does not
+// go bad by itself.
 func (m mends) push(o ring.Object, block int64) {
 	select {
-	case m <- mend{o, block}:
+	case m <- mend{object: o, block: block}:
 	default:
+	}
+}
+
+// pushAll queues the blocks of an object whose digest is another, as long as they leave room for what the scrub finds.
+func (m mends) pushAll(o ring.Object) {
+	for block := range ring.Blocks(o.Size) {
+		if len(m) > cap(m)/2 {
+			return // the next reader fetches it
+		}
+		select {
+		case m <- mend{object: o, block: block, whole: true}:
+		default:
+			return
+		}
 	}
 }
 
@@ -53,6 +69,8 @@ func (w *Worker) keepMending(ctx context.Context) error {
 		pause := mendAgain
 		if err := w.mend(ctx, m); err == nil {
 			pause = 0 // the others, too
+		} else if m.whole && errors.Is(err, wire.ErrNotOwner) {
+			pause = 0 // another worker's by now, whose readers have it fetched
 		} else if ctx.Err() == nil {
 			final := errors.Is(err, source.ErrChanged) || errors.Is(err, source.ErrNotFound) || errors.Is(err, source.ErrInvalid) || len(failed) >= maxMends
 			w.log.Warn("a block that was found corrupt was not fetched again", "error", err, "triedAgain", !final)
@@ -79,7 +97,7 @@ func (w *Worker) mend(ctx context.Context, m mend) error {
 	ctx, cancel := context.WithTimeout(ctx, wire.WorkerTimeout)
 	defer cancel()
 	b, done, err := w.acquire(ctx, f, m.block, 0, budget{})
-	if errors.Is(err, wire.ErrNotOwner) {
+	if errors.Is(err, wire.ErrNotOwner) && !m.whole {
 		// Who has the file open here reads on here, whoever owns it now.
 		b, done, err = w.acquire(ctx, f, m.block, wire.FlagReadThrough, budget{})
 	}
@@ -88,6 +106,8 @@ func (w *Worker) mend(ctx context.Context, m mend) error {
 	}
 	b.Release()
 	done()
-	w.log.Info("a block that was found corrupt was fetched again", "object", f.String(), "block", m.block)
+	if !m.whole { // which is told for the object
+		w.log.Info("a block that was found corrupt was fetched again", "object", f.String(), "block", m.block)
+	}
 	return nil
 }

@@ -136,7 +136,7 @@ func TestWhatIsInNoSnapshotOfAWritableDatasetIsLeft(t *testing.T) {
 		c.Gateway = &GatewayConfig{Listen: "127.0.0.1:0", Bucket: "data", Credentials: t.TempDir()}
 	}
 	tr.start(1)
-	if err := tr.workers[0].mend(t.Context(), mend{ring.Object{ID: source.ID{1}, Size: 2000}, 0}); !errors.Is(err, source.ErrNotFound) {
+	if err := tr.workers[0].mend(t.Context(), mend{ring.Object{ID: source.ID{1}, Size: 2000}, 0, false}); !errors.Is(err, source.ErrNotFound) {
 		t.Error(err)
 	}
 }
