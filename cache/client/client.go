@@ -101,7 +101,9 @@ const restMin = 4 * ring.BlockSize
 
 // timing is what tests make shorter. The defaults come from package wire where it states them.
 type timing struct {
-	ping, pong     time.Duration
+	ping, pong time.Duration
+	// idle is how long a connection stays over which nothing is asked.
+	idle           time.Duration
 	near, nearIdle time.Duration
 	// crowd is crowdPatience, of files larger than large.
 	crowd          time.Duration
@@ -122,7 +124,7 @@ type timing struct {
 
 func defaultTiming() timing {
 	return timing{
-		ping: wire.PingInterval, pong: wire.PongTimeout, near: nearPatience, nearIdle: nearIdle, client: wire.ClientTimeout,
+		ping: wire.PingInterval, pong: wire.PongTimeout, idle: time.Minute, near: nearPatience, nearIdle: nearIdle, client: wire.ClientTimeout,
 		crowd: crowdPatience, large: maxLeaseFill,
 		// The worker gives up first and says why.
 		worker: wire.WorkerTimeout + 2*time.Second,

@@ -21,6 +21,8 @@ var (
 	errHung   = errors.New("worker does not answer")
 	errWrong  = errors.New("worker answered another question")
 	errClosed = errors.New("client is closed")
+	// errIdle: nothing was asked over it for long. Only start says it, of a request that was not sent.
+	errIdle = fmt.Errorf("%w: it was idle", errLost)
 )
 
 // call is one request under way on one connection. Its fields belong to the connection until done is
@@ -63,9 +65,10 @@ func (k *call) wait(ctx context.Context, c *conn) error {
 }
 
 // conn is one authenticated connection, multiplexed: many calls under way, answered in any order. It has
-// two goroutines, which end when it fails; fail is the one way to end it.
+// two goroutines, which end when it fails; fail and rest are the ways to end it.
 //
-// The writer also watches liveness. Silence is counted in ticks during which the process ran, not in
+// The writer also watches liveness, and ends a connection over which nothing is asked any more: a worker has thousands of
+// readers, and keeps nothing for one that its connection would have to be there for. Silence is counted in ticks during which the process ran, not in
 // wall-clock time, so that a process that was stopped for a while does not take its own pause for the
 // worker's.
 type conn struct {
@@ -84,6 +87,7 @@ type conn struct {
 	current *call // whose payload is being received
 	bytes   int64 // asked for and not answered
 	nextID  uint32
+	idle    int // ticks since the last call
 	err     error
 }
 
@@ -115,6 +119,7 @@ func (c *conn) start(req wire.Request, dst []byte, to io.WriterAt) (*call, error
 	}
 	k.req.ID = c.nextID
 	c.pending[k.req.ID] = k
+	c.idle = 0
 	n, _ := k.length()
 	c.bytes += int64(n)
 	c.mu.Unlock()
@@ -162,20 +167,37 @@ func (c *conn) forget(k *call) {
 	c.bytes -= int64(n)
 }
 
-// load is how much the connection has under way.
-func (c *conn) load() (calls int, bytes int64) {
+// load is how many bytes the connection has under way.
+func (c *conn) load() int64 {
 	c.mu.Lock()
 	defer c.mu.Unlock()
-	calls = len(c.pending)
-	if c.current != nil {
-		calls++
+	return c.bytes
+}
+
+// rest counts a tick at which nothing is under way, and ends the connection at the most-th since the last call. False:
+// something is under way. That is seen under the lock that calls enter under, so none is cut off.
+func (c *conn) rest(most int) bool {
+	c.mu.Lock()
+	if len(c.pending) > 0 || c.current != nil {
+		c.mu.Unlock()
+		return false
 	}
-	return calls, c.bytes
+	if c.idle++; c.idle >= most {
+		c.end(errIdle)
+		return true
+	}
+	c.mu.Unlock()
+	return true
 }
 
 // fail ends the connection and every call on it. Only the first reason counts.
 func (c *conn) fail(err error) {
 	c.mu.Lock()
+	c.end(err)
+}
+
+// end is fail for who holds c.mu, which it unlocks.
+func (c *conn) end(err error) {
 	if c.err != nil {
 		c.mu.Unlock()
 		return
@@ -213,7 +235,7 @@ func (c *conn) write(t timing) {
 		seen   uint64 // c.rx when it went out
 		silent int    // ticks since, without a byte received
 	)
-	limit := int(max(1, t.pong/t.ping))
+	limit, most := int(max(1, t.pong/t.ping)), int(max(1, t.idle/t.ping))
 	send := func() bool {
 		// A worker that reads nothing for this long is as hung as one that writes nothing.
 		c.nc.SetWriteDeadline(time.Now().Add(t.pong))
@@ -242,7 +264,7 @@ func (c *conn) write(t timing) {
 				}
 			}
 		case <-tick.C:
-			if n, _ := c.load(); n == 0 {
+			if c.rest(most) {
 				pinged, silent = false, 0
 				continue
 			}

@@ -377,10 +377,6 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 		return err
 	}
 	defer slot.release()
-	conn, err := s.peer.get(ctx)
-	if err != nil {
-		return err
-	}
 	req := wire.Request{
 		Op: wire.OpRead, Flags: flags, Epoch: c.members.view().Epoch, Snapshot: c.digest,
 		Index: w.index, Off: w.off, Length: int32(w.n),
@@ -388,11 +384,11 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 	if end, ok := ctx.Deadline(); ok { // so that the worker stops when nobody waits any more
 		req.WaitMillis = uint32(max(1, min(time.Until(end), wire.WorkerTimeout).Milliseconds()))
 	}
-	begun, received := time.Now(), conn.rx.Load()
-	first, err := conn.start(req, dst, w.to)
+	conn, first, err := s.peer.start(ctx, req, dst, w.to)
 	if err != nil {
 		return err
 	}
+	begun, received := time.Now(), conn.rx.Load()
 	timer := time.NewTimer(c.timing.worker)
 	defer timer.Stop()
 	slow := time.NewTimer(c.timing.slow)
@@ -525,7 +521,11 @@ type hedged struct {
 // hedge asks a second copy, if that costs nothing: a connection, a slot and a buffer are free.
 func (c *Client) hedge(p *peer, req wire.Request) *hedged {
 	conn := p.live()
-	if conn == nil || !c.latency.pay() {
+	if conn == nil {
+		p.wake() // what is not first for anything has none after a while
+		return nil
+	}
+	if !c.latency.pay() {
 		return nil
 	}
 	slot, ok := p.slots.try(int64(req.Length))

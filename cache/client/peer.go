@@ -4,7 +4,9 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -24,9 +26,9 @@ const connsPerPeer = 2
 
 // peer is one worker at one address: its connections, its slots and whether it is believed alive.
 //
-// It dials on first use. When a dial fails or a connection hangs the peer is down: requests fail at once
-// and a goroutine of its own redials with jittered backoff until it succeeds or the peer is closed, so
-// that no request pays for finding out.
+// It dials on first use, and anew once its connections were closed since nothing was asked. When a dial fails or a
+// connection hangs the peer is down: requests fail at once and a goroutine of its own redials with jittered backoff until
+// it succeeds or the peer is closed, so that no request pays for finding out.
 type peer struct {
 	c      *Client
 	member ring.Member
@@ -49,6 +51,7 @@ type peer struct {
 // dialing is one attempt that requests may wait for.
 type dialing struct {
 	done chan struct{}
+	conn *conn
 	err  error
 }
 
@@ -77,7 +80,7 @@ func (p *peer) pick() *conn {
 	var best *conn
 	var least int64
 	for _, c := range alive {
-		if _, n := c.load(); best == nil || n < least {
+		if n := c.load(); best == nil || n < least {
 			best, least = c, n
 		}
 	}
@@ -136,10 +139,40 @@ func (p *peer) get(ctx context.Context) (*conn, error) {
 	if d.err != nil {
 		return nil, d.err
 	}
-	if c := p.live(); c != nil {
-		return c, nil
+	return d.conn, nil
+}
+
+// wake has a connection made, for those that ask later, where there is none.
+func (p *peer) wake() {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	if p.pick() == nil && p.down == nil && p.dialing == nil && !p.closed {
+		p.redial(0)
 	}
-	return nil, errLost
+}
+
+// start sends a request over a connection that get gives. One that has been idle for too long just then is not it.
+func (p *peer) start(ctx context.Context, req wire.Request, dst []byte, to io.WriterAt) (*conn, *call, error) {
+	for {
+		conn, err := p.get(ctx)
+		if err != nil {
+			return nil, nil, err
+		}
+		k, err := conn.start(req, dst, to)
+		if !errors.Is(err, errIdle) {
+			return conn, k, err
+		}
+	}
+}
+
+// rest ends the connections that have nothing under way.
+func (p *peer) rest() {
+	p.mu.Lock()
+	conns := slices.Clone(p.conns)
+	p.mu.Unlock()
+	for _, c := range conns {
+		c.rest(1)
+	}
 }
 
 // suspect is told that a connection hung: the worker's others are as good as dead, and the peer is down
@@ -205,7 +238,7 @@ func (p *peer) settle(d *dialing, c *conn, err error) bool {
 		p.dialing = nil
 	}
 	if !isClosed(d.done) {
-		d.err = p.down
+		d.conn, d.err = c, p.down
 		close(d.done)
 	}
 	p.mu.Unlock()
@@ -270,11 +303,7 @@ func (c *Client) prove(ctx context.Context, network, addr string, then func(cont
 // small makes a request whose reply is not a block. The error of a reply that is not OK is its status's.
 func (p *peer) small(ctx context.Context, req wire.Request) (wire.Reply, []byte, error) {
 	req.Epoch = p.c.members.view().Epoch
-	conn, err := p.get(ctx)
-	if err != nil {
-		return wire.Reply{}, nil, err
-	}
-	k, err := conn.start(req, nil, nil)
+	conn, k, err := p.start(ctx, req, nil, nil)
 	if err != nil {
 		return wire.Reply{}, nil, err
 	}

@@ -46,9 +46,13 @@ func (c *Client) keepSnapshot(ctx context.Context) (refused bool, err error) {
 	held, err := false, errors.New("no worker is ready")
 	peers := c.sources()
 	for _, p := range peers {
+		used := p.live() != nil
 		ask, cancel := context.WithTimeoutCause(ctx, c.timing.worker, wire.ErrLate)
 		_, _, aerr := p.small(ask, wire.Request{Op: wire.OpSnapshot, Snapshot: c.digest, Length: 1})
 		cancel()
+		if !used {
+			p.rest() // thousands of readers remind all workers: those that read nothing there keep no connection for it
+		}
 		switch {
 		case aerr == nil:
 			held = true
