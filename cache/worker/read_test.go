@@ -18,6 +18,8 @@ import (
 	"testing"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
@@ -706,5 +708,22 @@ func TestAFileCutShortInTheStoresFolderCostsOneConnection(t *testing.T) {
 	}
 	if p, err := tr.dial(0).read(i, 0, size, 0); err != nil || !bytes.Equal(p, want) {
 		t.Fatalf("it was not fetched again: %v", err)
+	}
+}
+
+func TestConnectionsAreAsManyAsMemoryAndDescriptorsAllow(t *testing.T) {
+	for _, c := range []struct {
+		memory      int64
+		descriptors uint64
+		want        int
+	}{
+		{64 << 20, 1 << 20, minConns},
+		{24 << 30, 1 << 20, 12 << 10},
+		{1 << 40, unix.RLIM_INFINITY, maxConns},
+		{1 << 40, 1024, 512},
+	} {
+		if n := connLimit(c.memory, c.descriptors); n != c.want {
+			t.Errorf("%d with a cache of %d bytes and %d descriptors, want %d", n, c.memory, c.descriptors, c.want)
+		}
 	}
 }

@@ -12,6 +12,7 @@ import (
 	"time"
 
 	"golang.org/x/sync/semaphore"
+	"golang.org/x/sys/unix"
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/checksum"
@@ -25,7 +26,6 @@ import (
 // Bounds of what readers may ask for at once. Beyond them the answer is Overloaded, so that a connection
 // is always read and pings are always answered.
 const (
-	maxConns        = 4096
 	maxHandshakes   = 256 // connections that have not authenticated yet
 	maxConnRequests = 256
 	maxRequests     = 8192
@@ -44,7 +44,18 @@ const (
 	// nothing.
 	maxChunks  = 32
 	smallChunk = 32 << 10
+	// connMemory is what an idle connection takes, in heap, in its goroutine's stack and in the kernel.
+	connMemory = 16 << 10
+	// minConns and maxConns bound how many are open at once. The first is for a thousand nodes with some readers each.
+	minConns = 8 << 10
+	maxConns = 32 << 10
 )
+
+// connLimit is how many connections are open at once: half of what a pod has more of memory with a larger cache (1/64 of
+// it) is for them, and half of the descriptors; files need some too.
+func connLimit(memory int64, descriptors uint64) int {
+	return int(min(uint64(min(max(memory/128/connMemory, minConns), maxConns)), max(descriptors/2, 1)))
+}
 
 // budget bounds the bytes that a reader may hold.
 type budget struct{ s *semaphore.Weighted }
@@ -157,7 +168,11 @@ func (p *permit) valid() bool {
 func (w *Worker) accept(ctx context.Context, l net.Listener, serve func(context.Context, net.Conn)) error {
 	var wg sync.WaitGroup
 	defer wg.Wait()
-	slots := make(chan struct{}, maxConns)
+	var files unix.Rlimit
+	if err := unix.Getrlimit(unix.RLIMIT_NOFILE, &files); err != nil {
+		return fmt.Errorf("limit of descriptors: %w", err)
+	}
+	slots := make(chan struct{}, connLimit(w.config.Memory, files.Cur))
 	for {
 		nc, err := l.Accept()
 		if err != nil {
@@ -208,7 +223,7 @@ func (w *Worker) serveConn(ctx context.Context, nc net.Conn, permit *permit) {
 		cancel()
 		stopAll()
 	}()
-	r := bufio.NewReaderSize(nc, 16<<10)
+	r := bufio.NewReaderSize(nc, 2<<10) // thousands of connections have one
 	for {
 		req, err := wire.ReadRequest(r)
 		if err != nil {
