@@ -223,6 +223,33 @@ func (w *world) gone(o client.Object) {
 	})
 }
 
+func TestWorkersThatAreCutOffLeaveTurnsToOtherDatasets(t *testing.T) {
+	w := newWorld(t)
+	w.must(w.Create(t.Context(), w.secret("access-key")))
+	w.set(func(w *world) { w.pending = true })
+	const datasets = 12
+	for i := range datasets {
+		d := w.dataset(fmt.Sprintf("cut-%d", i), 1)
+		w.must(w.Create(t.Context(), d))
+		pod := &corev1.Pod{ObjectMeta: metav1.ObjectMeta{Namespace: w.ns, Name: d.Name + "-worker-0"}}
+		ip := fmt.Sprint(cutOff, i+1)
+		w.eventually("pod status", func() error {
+			if err := w.Get(t.Context(), client.ObjectKeyFromObject(pod), pod); err != nil {
+				return err
+			}
+			pod.Status = corev1.PodStatus{Phase: corev1.PodRunning, PodIP: ip, PodIPs: []corev1.PodIP{{IP: ip}},
+				Conditions: []corev1.PodCondition{{Type: corev1.PodReady, Status: corev1.ConditionTrue}}}
+			return w.Status().Update(t.Context(), pod)
+		})
+	}
+	w.eventually("all are asked at the same time", func() error {
+		if n := w.dialling.Load(); n < datasets {
+			return fmt.Errorf("%d of %d", n, datasets)
+		}
+		return nil
+	})
+}
+
 func TestDatasetSaysWhyItsWorkersDoNotRun(t *testing.T) {
 	w := newWorld(t)
 	w.bucket.PutT(t, "data", "file", []byte("content"))

@@ -95,6 +95,7 @@ type world struct {
 
 	stopManager func()
 	requests    requests
+	dialling    atomic.Int32 // workers that are cut off
 
 	mu      sync.Mutex
 	workers map[string]*running // by pod name

@@ -218,10 +218,14 @@ func (r *Reconciler) SetupWithManager(m ctrl.Manager) error {
 // API server. The default is 1,000 seconds.
 const retryAtMost = 30 * time.Second
 
+// maxPasses is how many objects are looked at at a time. A pass mostly waits, for wire.DialTimeout and more where a worker
+// is cut off, and with a zone many are; what it holds in memory are the answers of one Dataset's workers.
+const maxPasses = 64
+
 // Queue is how the passes of a controller's objects follow each other.
 func Queue() controller.Options {
 	return controller.Options{
-		MaxConcurrentReconciles: 8,
+		MaxConcurrentReconciles: maxPasses,
 		RateLimiter:             workqueue.NewTypedItemExponentialFailureRateLimiter[reconcile.Request](5*time.Millisecond, retryAtMost),
 	}
 }
