@@ -17,6 +17,7 @@ import (
 
 	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/ring"
+	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/wire"
 )
 
@@ -39,8 +40,9 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 	}
 	var s *catalog.Snapshot
 	var tooLarge error
+	var at Progress
 	err := c.fromAny(ctx, func(p *peer) (err error) {
-		s, err = c.pullFrom(ctx, p, &want)
+		s, err = c.pullFrom(ctx, p, &want, &at)
 		if errors.Is(err, errTooLarge) {
 			tooLarge = err
 			return nil // it is as large at the others
@@ -52,6 +54,9 @@ func (c *Client) pull(ctx context.Context, want catalog.Digest) (*catalog.Snapsh
 	})
 	if err == nil && tooLarge != nil {
 		err = fmt.Errorf("dataset %s: %w", c.config.Dataset, tooLarge)
+	}
+	if err != nil && at.Received > 0 {
+		err = fmt.Errorf("%w; %d of %d MiB of the snapshot were received", err, at.Received>>20, at.Size>>20)
 	}
 	return s, err
 }
@@ -112,20 +117,22 @@ func (c *Client) sources() []*peer {
 	return slices.Concat(here, there, c.members.seeds)
 }
 
-// pullFrom receives the snapshot from one worker. Once it knows the digest of the current one, want is
-// that: the tier may move on meanwhile, but what is pulled is one snapshot.
-func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s *catalog.Snapshot, err error) {
+// pullFrom receives the snapshot from one worker, and goes on with what another worker, or an earlier pull, did not end.
+// Once it knows the digest of the current one, want is that: the tier may move on meanwhile, but what is pulled is one
+// snapshot. at is how far it came.
+func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest, at *Progress) (s *catalog.Snapshot, err error) {
 	digest := *want
 	var (
 		file     *os.File
 		inMemory = c.config.SnapshotDir == ""
 		have     int64
 		size     int64 // zero until the first chunk tells
+		resumed  bool
 		corrupt  int
 	)
 	drop := func() {
 		if file != nil && !inMemory {
-			os.Remove(file.Name()) // a no-op once it is renamed
+			os.Remove(file.Name())
 		}
 		if file != nil {
 			file.Close()
@@ -133,11 +140,23 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s
 		file = nil
 	}
 	defer func() {
-		drop()
 		if err != nil {
 			c.release()
 		}
+		if err != nil && file != nil && file.Name() != c.unfinishedPath(digest) {
+			drop()
+		}
+		if file != nil {
+			file.Close()
+		}
 	}()
+	resume := func() {
+		if digest != (catalog.Digest{}) && !inMemory {
+			file, have = c.resume(digest)
+			resumed = have > 0
+		}
+	}
+	resume()
 	// Where the folder takes no file memory serves, from the beginning on.
 	elsewhere := func(err error) error {
 		if inMemory {
@@ -145,7 +164,7 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s
 		}
 		c.log.Warn("snapshot is not kept on this node", "folder", c.config.SnapshotDir, "error", err)
 		drop()
-		inMemory, have = true, 0
+		inMemory, have, resumed = true, 0, false
 		return nil
 	}
 	for {
@@ -164,6 +183,9 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s
 			corrupt++
 			c.count.refetched.Add(1)
 			continue
+		case resumed && (errors.Is(err, source.ErrInvalid) || err == nil && reply.Size <= have):
+			drop() // the next try begins anew
+			return nil, fmt.Errorf("%w: more was received of it before than it has", wire.ErrCorrupt)
 		case err != nil:
 			return nil, err
 		case reply.Off != have, len(body) == 0, reply.Size > maxSnapshot, size > 0 && reply.Size != size,
@@ -174,13 +196,16 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s
 			if digest = reply.Body; digest == (catalog.Digest{}) {
 				return nil, fmt.Errorf("%w: a snapshot without a digest", errWrong)
 			}
+			if resume(); resumed {
+				continue
+			}
 		}
 		size = reply.Size
 		if file == nil {
-			file, err = c.newFile(size, inMemory)
+			file, err = c.newFile(digest, size, inMemory)
 		}
 		if err == nil {
-			_, err = file.Write(body)
+			_, err = file.WriteAt(body, have)
 		}
 		if err != nil {
 			if err = elsewhere(err); err != nil {
@@ -189,26 +214,30 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest) (s
 			continue
 		}
 		have += int64(len(body))
+		*at = Progress{Received: have, Size: size}
 		if c.config.Progress != nil {
-			c.config.Progress(Progress{Received: have, Size: size})
+			c.config.Progress(*at)
 		}
-		if have == size {
-			break
+		if have < size {
+			continue
 		}
-	}
-	s, err = catalog.OpenFile(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
-	if err == nil && s.Digest() != digest {
-		s.Close()
-		err = fmt.Errorf("%w: it is not the snapshot %x", wire.ErrCorrupt, digest[:6])
-	}
-	if err != nil {
-		c.count.corrupt.Add(1)
-		return nil, err
+		s, err = catalog.OpenFile(fmt.Sprintf("/proc/self/fd/%d", file.Fd()))
+		if err == nil && s.Digest() != digest {
+			s.Close()
+			err = fmt.Errorf("%w: it is not the snapshot %x", wire.ErrCorrupt, digest[:6])
+		}
+		if err != nil {
+			c.count.corrupt.Add(1)
+			drop() // the next try begins anew
+			return nil, err
+		}
+		break
 	}
 	*want = digest
 	if !inMemory {
 		if err := os.Rename(file.Name(), c.snapshotPath(digest)); err != nil {
 			c.log.Warn("snapshot is not kept on this node", "folder", c.config.SnapshotDir, "error", err)
+			drop()
 		} else {
 			c.prune()
 		}
@@ -240,12 +269,12 @@ func (c *Client) cached(want catalog.Digest) *catalog.Snapshot {
 // newFile is what a snapshot of so many bytes is received into: a file of the node's folder, whose memory the kernel can
 // have back and the processes of the node share, or memory that this process alone has. A file rather than a growing
 // slice: outgrown slices would stay with the process, several times the snapshot's size.
-func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
+func (c *Client) newFile(d catalog.Digest, size int64, inMemory bool) (*os.File, error) {
 	if !inMemory {
 		if err := os.MkdirAll(c.config.SnapshotDir, 0o700); err != nil {
 			return nil, err
 		}
-		return c.onDisk(size)
+		return c.onDisk(d, size)
 	}
 	if err := c.reserve(size); err != nil {
 		return nil, err
@@ -258,15 +287,22 @@ func (c *Client) newFile(size int64, inMemory bool) (*os.File, error) {
 }
 
 // onDisk makes a file of the node's folder, with all of its room, so that whoever looks next finds that taken.
-func (c *Client) onDisk(size int64) (*os.File, error) {
+func (c *Client) onDisk(d catalog.Digest, size int64) (*os.File, error) {
 	looking <- struct{}{}
 	defer func() { <-looking }()
 	if err := c.disk(c.config.SnapshotDir, size); err != nil {
 		return nil, err
 	}
-	f, err := os.CreateTemp(c.config.SnapshotDir, "new-*")
-	if err != nil {
-		return nil, err
+	f, err := os.OpenFile(c.unfinishedPath(d), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err == nil {
+		if _, err = claim(f); err != nil {
+			f.Close()
+		}
+	}
+	if err != nil { // another pull has it: it may be slower than this one
+		if f, err = os.CreateTemp(c.config.SnapshotDir, "new-*"); err != nil {
+			return nil, err
+		}
 	}
 	err = unix.EINTR
 	for errors.Is(err, unix.EINTR) {
@@ -278,6 +314,35 @@ func (c *Client) onDisk(size int64) (*os.File, error) {
 		return nil, &fs.PathError{Op: "allocate", Path: f.Name(), Err: err}
 	}
 	return f, nil
+}
+
+// resume opens what there is of a snapshot whose pull did not come to its end, as where a pod waited for it for as long as it
+// may, and says where to go on. Nil: there is nothing, or another pull has it.
+func (c *Client) resume(d catalog.Digest) (f *os.File, have int64) {
+	f, err := os.OpenFile(c.unfinishedPath(d), os.O_RDWR, 0)
+	if err != nil {
+		return nil, 0
+	}
+	if have, err = claim(f); err != nil {
+		f.Close()
+		return nil, 0
+	}
+	return f, max(have-1, 0) // so that there is something to ask for, and its length is told
+}
+
+// claim takes an unfinished file for one pull, until it is closed, and returns its length.
+func claim(f *os.File) (length int64, err error) {
+	if err := unix.Flock(int(f.Fd()), unix.LOCK_EX|unix.LOCK_NB); err != nil {
+		return 0, err
+	}
+	mine, err := f.Stat()
+	if err != nil {
+		return 0, err
+	}
+	if now, err := os.Lstat(f.Name()); err != nil || !os.SameFile(mine, now) {
+		return 0, errors.Join(err, fs.ErrNotExist) // whoever had it has finished it, or removed it
+	}
+	return mine.Size(), nil
 }
 
 // looking is held from a look at the room of a disk until what goes there has it.
@@ -304,7 +369,7 @@ func roomOnDisk(dir string, size int64) error {
 	return nil
 }
 
-// unfinished is how old a file must be to be what a process that died left of a snapshot.
+// unfinished is how old a file must be for nobody to go on with what it has of a snapshot.
 const unfinished = time.Hour
 
 // prune removes the oldest snapshots of the folder, as Config.SnapshotsKept says. Who has one open keeps it.
@@ -344,6 +409,11 @@ const snapshotSuffix = ".snapshot"
 
 func (c *Client) snapshotPath(d catalog.Digest) string {
 	return filepath.Join(c.config.SnapshotDir, hex.EncodeToString(d[:])+snapshotSuffix)
+}
+
+// unfinishedPath is where a snapshot is received.
+func (c *Client) unfinishedPath(d catalog.Digest) string {
+	return filepath.Join(c.config.SnapshotDir, "new-"+hex.EncodeToString(d[:]))
 }
 
 // short is the snapshot's digest for people.

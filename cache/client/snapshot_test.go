@@ -1,6 +1,7 @@
 package client
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"errors"
@@ -12,6 +13,7 @@ import (
 	"path/filepath"
 	"runtime/debug"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -247,6 +249,121 @@ func TestASnapshotIsReceivedIntoTheFolder(t *testing.T) {
 			t.Errorf("%s: %v is left", what, left)
 		}
 	}
+}
+
+// A pull that was ended, as by a pod that may wait no longer, leaves what it has received to the next.
+func TestAPullGoesOnWhereOneBeforeWasEnded(t *testing.T) {
+	files := map[string][]byte{}
+	for _, n := range names(1000) {
+		files[n] = nil
+	}
+	k := newTier(t, files)
+	k.start("a")
+	whole := k.snap.Encoded()
+	piece := len(whole)/20 + 1
+	var mu sync.Mutex
+	var asked []int64
+	inPieces := func(r wire.Request) *answer {
+		if r.Op != wire.OpSnapshot || r.Off >= int64(len(whole)) {
+			return nil
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		asked = append(asked, r.Off)
+		return &answer{body: whole[r.Off:min(int(r.Off)+piece, len(whole))], change: func(r *wire.Reply) {
+			r.Size, r.Body = int64(len(whole)), k.snap.Digest()
+		}}
+	}
+	k.worker("a").other.Store(&inPieces)
+	pull := func(change func(*Config)) (from []int64, err error) {
+		asked = nil
+		config := k.config()
+		change(&config)
+		ctx, cancel := context.WithCancel(testContext(t))
+		defer cancel()
+		if progress := config.Progress; progress != nil {
+			config.Progress = func(p Progress) { progress(p); cancel() }
+		}
+		c, err := dial(ctx, config, k.timing)
+		if err == nil {
+			defer c.Close()
+			if c.Snapshot().Digest() != k.snap.Digest() {
+				t.Error("another snapshot")
+			}
+		}
+		mu.Lock()
+		defer mu.Unlock()
+		return asked, err
+	}
+	unfinishedIn := func(dir string) string {
+		return (&Client{config: Config{SnapshotDir: dir}}).unfinishedPath(k.snap.Digest())
+	}
+	for _, want := range []catalog.Digest{k.snap.Digest(), {}} {
+		dir := t.TempDir()
+		in := func(c *Config) { c.SnapshotDir, c.Snapshot = dir, want }
+		var had []byte
+		for n := range 2 { // each gets a piece, or some, and ends
+			_, err := pull(func(c *Config) { in(c); c.Progress = func(Progress) {} })
+			if err == nil || !strings.Contains(err.Error(), "of the snapshot were received") {
+				t.Fatalf("pull %d: %v", n, err)
+			}
+			before := len(had)
+			if had, err = os.ReadFile(unfinishedIn(dir)); err != nil || len(had) <= before {
+				t.Fatalf("pull %d left %d bytes after %d: %v", n, len(had), before, err)
+			}
+		}
+		from, err := pull(in)
+		if want == (catalog.Digest{}) { // what the current one is has to be asked
+			from = from[1:]
+		}
+		if err != nil || len(from) == 0 || from[0] != int64(len(had)-1) {
+			t.Errorf("asked from %d after %d bytes: %v", from, len(had), err)
+		}
+		onlySnapshot(t, dir, k.snap.Digest())
+	}
+	for what, there := range map[string][]byte{
+		"complete": whole, "empty": {}, "damaged": append([]byte("damaged"), whole[7:2*piece]...), "too long": append(bytes.Clone(whole), "more"...),
+	} {
+		dir := t.TempDir()
+		in := func(c *Config) { c.SnapshotDir, c.Snapshot = dir, k.snap.Digest() }
+		if err := os.WriteFile(unfinishedIn(dir), there, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := pull(in); err != nil {
+			t.Errorf("%s: %v", what, err)
+		}
+		onlySnapshot(t, dir, k.snap.Digest())
+	}
+	// What another pull has is left alone.
+	dir := t.TempDir()
+	if err := os.WriteFile(unfinishedIn(dir), whole[:piece], 0o600); err != nil {
+		t.Fatal(err)
+	}
+	f, have := (&Client{config: Config{SnapshotDir: dir}}).resume(k.snap.Digest())
+	if f == nil || have != int64(piece-1) {
+		t.Fatal(f, have)
+	}
+	defer f.Close()
+	if from, err := pull(func(c *Config) { c.SnapshotDir = dir }); err != nil || from[len(from)-1] != int64(19*piece) {
+		t.Errorf("asked from %d: %v", from, err)
+	}
+	if now, err := os.ReadFile(f.Name()); err != nil || len(now) != piece {
+		t.Errorf("another pull's file has %d bytes, %v", len(now), err)
+	}
+}
+
+// onlySnapshot checks that there is nothing in the folder but one.
+func onlySnapshot(t *testing.T, dir string, want catalog.Digest) {
+	t.Helper()
+	files, err := os.ReadDir(dir)
+	if err != nil || len(files) != 1 {
+		t.Fatal(files, err)
+	}
+	s, err := catalog.OpenFile(filepath.Join(dir, files[0].Name()))
+	if err != nil || s.Digest() != want || !strings.HasSuffix(files[0].Name(), snapshotSuffix) {
+		t.Fatal(files, err)
+	}
+	s.Close()
 }
 
 // A snapshot for which the container's memory has no room is an error that says so, and the heap of who has one in
