@@ -32,8 +32,10 @@ import (
 )
 
 const (
-	// pullTimeout bounds getting one snapshot, and pullStall how long nothing of it may come.
+	// pullTimeout bounds getting one snapshot, with a second more for each pullRate bytes of it, and pullStall how long
+	// nothing of it may come: over a slow line a large one takes its time, and others wait for its turn.
 	pullTimeout = time.Minute
+	pullRate    = 500 << 10
 	pullStall   = 10 * time.Second
 	// maxPlacements bounds the arithmetic of one call: files times workers.
 	maxPlacements = 200_000
@@ -167,10 +169,10 @@ func (h *Holdings) pull(ctx context.Context, d *v1alpha1.Dataset, m ring.Members
 	if err != nil {
 		return nil, fmt.Errorf("secret %s/%s, key %s: %w", secret.Namespace, secret.Name, v1alpha1.KeyRead, err)
 	}
-	ctx, cancel := context.WithTimeoutCause(ctx, pullTimeout, errors.New("the workers did not send the snapshot in time"))
-	defer cancel()
 	ctx, refuse := context.WithCancelCause(ctx)
 	defer refuse(nil)
+	late := time.AfterFunc(pullTimeout, func() { refuse(errors.New("the workers did not send the snapshot in time")) })
+	defer late.Stop()
 	stalled := time.AfterFunc(h.stall(), func() { refuse(fmt.Errorf("nothing of the snapshot came for %v", h.stall())) })
 	defer stalled.Stop()
 	received, admitted := int64(0), false
@@ -187,7 +189,9 @@ func (h *Holdings) pull(ctx context.Context, d *v1alpha1.Dataset, m ring.Members
 			}
 			if admitted = h.admit(types.NamespacedName{Namespace: d.Namespace, Name: d.Name}, d.Status.Snapshot, p.Size); !admitted {
 				refuse(fmt.Errorf("it is %s: %w", size(p.Size), errNoRoom))
+				return
 			}
+			late.Reset(pullTimeout + time.Duration(p.Size/pullRate)*time.Second)
 		},
 	})
 	if err == nil {
