@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"strings"
@@ -381,6 +382,9 @@ func (k *snapshotKeeper) pull(ctx context.Context, m ring.Member, wanted func(*c
 // fetchAgain is how long a snapshot that no peer had is not asked for again.
 const fetchAgain = 5 * time.Second
 
+// maxTried is how many are asked for in that time: digests are the readers' to choose.
+const maxTried = 64
+
 // wantSnapshot asks keepSnapshot to get a snapshot from a peer: readers of an old one come to a worker
 // that was added or lost its memory since.
 func (w *Worker) wantSnapshot(d wire.Digest) {
@@ -400,8 +404,11 @@ func (k *snapshotKeeper) fetch(ctx context.Context, d wire.Digest) {
 	if last, ok := k.tried[d]; ok && now.Sub(last) < fetchAgain {
 		return
 	}
-	if len(k.tried) >= 64 { // digests are the readers' to choose
-		clear(k.tried)
+	if len(k.tried) >= maxTried {
+		maps.DeleteFunc(k.tried, func(_ wire.Digest, last time.Time) bool { return now.Sub(last) >= fetchAgain })
+		if len(k.tried) >= maxTried {
+			return
+		}
 	}
 	k.tried[d] = now
 	if n, ok := w.snapshots.get(d); ok {

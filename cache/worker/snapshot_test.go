@@ -725,3 +725,24 @@ func TestWhyAnOldSnapshotIsNotHadIsTold(t *testing.T) {
 		t.Errorf("it is said of one that nobody has: %v", err)
 	}
 }
+
+func TestManyUnknownSnapshotsAreAskedForNoMoreOften(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"f": content(1000, 1)})
+	tr.start(1)
+	k := &snapshotKeeper{w: tr.workers[0], tried: make(map[wire.Digest]time.Time)}
+	just := time.Now().Add(time.Hour) // however long this test takes
+	k.tried[wire.Digest{1}] = just
+	for n := range 2 * maxTried {
+		k.fetch(t.Context(), wire.Digest{2, byte(n)})
+	}
+	if k.tried[wire.Digest{1}] != just || len(k.tried) > maxTried {
+		t.Errorf("%d are remembered, the first from %v", len(k.tried), k.tried[wire.Digest{1}])
+	}
+	for d := range k.tried { // a while later
+		k.tried[d] = time.Now().Add(-fetchAgain)
+	}
+	k.fetch(t.Context(), wire.Digest{3})
+	if _, ok := k.tried[wire.Digest{3}]; !ok || len(k.tried) != 1 {
+		t.Errorf("%d are remembered", len(k.tried))
+	}
+}
