@@ -24,7 +24,7 @@ import (
 
 const (
 	// dialTimeout is how long a pod, or a mount that is resumed, waits for the workers' snapshot. It is less than the kubelet's two
-	// minutes, so that the pod's events say what is waited for.
+	// minutes, so that the pod's events say what is waited for. What comes of it by then is kept for the next call.
 	dialTimeout = 90 * time.Second
 	// patience is how long a pod waits to be told the current snapshot when this node has one already.
 	patience = 5 * time.Second
@@ -296,6 +296,7 @@ func (s *service) mount(ctx context.Context, set *dataset, digest catalog.Digest
 	}
 	c, err := s.dial(ctx, set, digest)
 	if err != nil {
+		s.trim() // the next call goes on with what came of the snapshot, if that is still the current one
 		s.shrink(set)
 		return nil, err
 	}

@@ -1,6 +1,7 @@
 package csi
 
 import (
+	"context"
 	"errors"
 	"io/fs"
 	"os"
@@ -17,6 +18,7 @@ import (
 	"google.golang.org/grpc/status"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/catalog"
 	"github.com/stepcache/stepcache/cache/mount/mountinfo"
 	"github.com/stepcache/stepcache/cache/wire"
 )
@@ -371,5 +373,31 @@ func TestRequestsThatNoKubeletMakes(t *testing.T) {
 	p, err := n.identity.Probe(ctx, &csi.ProbeRequest{})
 	if err != nil || !p.GetReady().GetValue() {
 		t.Error(p, err)
+	}
+}
+
+// A mount that does not come about leaves what came of its snapshot, and takes away what came of those before.
+func TestUnfinishedSnapshotsThatNobodyGoesOnWithGo(t *testing.T) {
+	s := newService(Config{
+		Dir: t.TempDir(), Logger: quiet(), Seeds: func(string, string) []string { return []string{"127.0.0.1:1"} },
+	}.withDefaults())
+	if err := os.Mkdir(s.snapshotDir(), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	old, young := filepath.Join(s.snapshotDir(), "new-1"), filepath.Join(s.snapshotDir(), "new-2")
+	past := time.Now().Add(-youth - time.Minute)
+	if err := errors.Join(os.WriteFile(old, nil, 0o600), os.WriteFile(young, nil, 0o600), os.Chtimes(old, past, past)); err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(t.Context())
+	cancel()
+	set := &dataset{namespace: "argo", name: "genomes", keys: wire.GenerateKeys().Read, turn: make(chan struct{}, 1)}
+	if _, err := s.mount(ctx, set, catalog.Digest{1}); err == nil {
+		t.Fatal("mounted")
+	}
+	for path, want := range map[string]bool{old: false, young: true} {
+		if _, err := os.Stat(path); (err == nil) != want {
+			t.Errorf("%s: kept %v, want %v", filepath.Base(path), err == nil, want)
+		}
 	}
 }
