@@ -12,8 +12,9 @@
 //
 // The bucket is the truth. A version is what the bucket says (size, ETag, time, attributes); its bytes are
 // blocks of the store under the ID of that version, never of the name, so that two versions cannot mix.
-// The owner remembers the version of a name that it has seen for Fresh (1 s), or for FreshExclusive (30 s)
-// where nobody else writes to the bucket, and asks the bucket again after that. A put goes to the bucket
+// The owner remembers the version of a name that it has seen, or that there is none (which is a version like any
+// other in what follows), for Fresh (1 s), or for FreshExclusive (30 s) where nobody else writes to the bucket, and
+// asks the bucket again after that. A put goes to the bucket
 // and, from the same stream, into the store under an ID of its own; once the bucket has told the version
 // the blocks get its ID (store.Rename). Memory is bounded: a put holds its parts under way, a read a block.
 // An upload in parts is the bucket's own, with the bucket's ETags: it outlives every worker. Workers keep the

@@ -127,8 +127,16 @@ func (l *lister) list(ctx context.Context, m *mount) error {
 	// A group at or above the mount has all its keys: one stands for them.
 	rest, above := strings.CutPrefix(m.path, l.prefix)
 	grouped := above && l.delimiter != "" && strings.Contains(rest, l.delimiter)
-	for {
-		page, err := m.pager.Page(ctx, source.PageRequest{Prefix: prefix, After: after, Delimited: delimited})
+	// No more is asked for than fills the page; where what comes is to be grouped or left out, the rest in whole pages.
+	most := 0
+	if delimited || l.delimiter == "" {
+		most = max(1, l.max-l.len())
+	}
+	if delimited && after != "" {
+		most++ // the group that the page begins after or within comes once more
+	}
+	for ; ; most = 0 {
+		page, err := m.pager.Page(ctx, source.PageRequest{Prefix: prefix, After: after, Delimited: delimited, Max: most})
 		if err != nil {
 			return err
 		}
@@ -186,7 +194,9 @@ func merge(m *mount, page source.Page) []entry {
 	return out
 }
 
-func (l *lister) full() bool { return len(l.page.Objects)+len(l.page.Prefixes) == l.max }
+func (l *lister) len() int { return len(l.page.Objects) + len(l.page.Prefixes) }
+
+func (l *lister) full() bool { return l.len() == l.max }
 
 // add adds an entry, or the common prefix that it is below.
 func (l *lister) add(e entry) error {

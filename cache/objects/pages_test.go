@@ -16,6 +16,7 @@ type pages struct {
 	source.Source
 	keys  []string // in order
 	asked int
+	told  int // names, in all
 }
 
 func (p *pages) Page(_ context.Context, q source.PageRequest) (page source.Page, err error) {
@@ -33,11 +34,12 @@ func (p *pages) Page(_ context.Context, q source.PageRequest) (page source.Page,
 		} else {
 			page.Objects = append(page.Objects, source.Object{Key: k, Version: "v"})
 		}
-		if len(page.Objects)+len(page.Prefixes) == 1000 {
+		if len(page.Objects)+len(page.Prefixes) == q.Keys() {
 			page.More = true
 			break
 		}
 	}
+	p.told += len(page.Objects) + len(page.Prefixes)
 	return page, nil
 }
 
@@ -53,7 +55,8 @@ func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
 		{keys: 2000, max: 1000, asked: 3}, // the bucket does not tell that there is no third page
 		{keys: 1000, max: 1000, asked: 2},
 		{keys: 999, max: 1000, asked: 1},
-		{keys: 30, max: 10, asked: 3},
+		{keys: 25, max: 10, asked: 3},
+		{keys: 25, folders: 25, max: 10, delimiter: "/", asked: 3},
 		{keys: 2500, folders: 2500, max: 1000, delimiter: "/", asked: 3},
 		{keys: 2500, folders: 1500, max: 1000, delimiter: "/", asked: 3},
 	} {
@@ -85,8 +88,8 @@ func TestAPageOfAListingAsksTheBucketOnce(t *testing.T) {
 		if len(got) != c.keys || !slices.IsSorted(got) || len(slices.Compact(slices.Clone(got))) != c.keys {
 			t.Errorf("%+v: %d names, %d different", c, len(got), len(slices.Compact(slices.Sorted(slices.Values(got)))))
 		}
-		if p.asked != c.asked {
-			t.Errorf("%+v: the bucket was asked %d times", c, p.asked)
+		if p.asked != c.asked || p.told > c.keys+c.asked {
+			t.Errorf("%+v: the bucket was asked %d times, and told %d names", c, p.asked, p.told)
 		}
 	}
 }

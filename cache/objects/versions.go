@@ -2,6 +2,7 @@ package objects
 
 import (
 	"context"
+	"errors"
 	"sync"
 	"time"
 
@@ -28,7 +29,7 @@ func (p place) blocks(o source.Object) ring.Object {
 	return ring.Object{ID: source.Identify(p.URL(), o), Size: o.Size}
 }
 
-// versions remembers the versions of names that this worker owns. What is remembered is used only as the
+// versions remembers the versions of names that this worker owns, and that a name has none. What is remembered is used only as the
 // package comment says.
 type versions struct {
 	mu    sync.Mutex
@@ -45,7 +46,7 @@ type name struct {
 	// before is not remembered.
 	gen     uint64
 	writers int
-	known   *version // nil: not known
+	known   *outcome // nil: not known
 	at      time.Time
 	turn    uint64 // of the membership when it was remembered: another owner may have written in between
 	asking  *asking
@@ -53,14 +54,20 @@ type name struct {
 	holds ring.Object
 }
 
-// asking is a request to the bucket under way.
-type asking struct {
-	gen   uint64
-	at    time.Time // when it was begun
-	turn  uint64
-	done  chan struct{}
+// outcome is what the bucket told of a name: its version, or why there is none. What is remembered of those errors is
+// source.ErrNotFound.
+type outcome struct {
 	found version
 	err   error
+}
+
+// asking is a request to the bucket under way.
+type asking struct {
+	gen  uint64
+	at   time.Time // when it was begun
+	turn uint64
+	done chan struct{}
+	outcome
 }
 
 func (v *versions) name(key string) *name {
@@ -107,9 +114,9 @@ func (n *Names) resolve(ctx context.Context, key string, p place, s state, owned
 		e := v.name(key)
 		now := n.c.Clock.Now()
 		if e.known != nil && e.writers == 0 && now.Sub(e.at) < n.fresh && e.turn == s.turn && n.epochs.same(s) {
-			found := *e.known
+			known := *e.known
 			v.mu.Unlock()
-			return found, nil
+			return known.found, known.err
 		}
 		a := e.asking
 		// One may be joined that is no older than what might be remembered.
@@ -144,9 +151,9 @@ func (n *Names) lead(ctx context.Context, key string, p place, s state, a *askin
 	var before, since ring.Object
 	if e.gen == a.gen && e.writers == 0 && n.epochs.same(s) {
 		e.known = nil
-		if a.err == nil {
-			found := a.found
-			e.known, e.at, e.turn = &found, a.at, s.turn
+		if a.err == nil || errors.Is(a.err, source.ErrNotFound) {
+			known := a.outcome
+			e.known, e.at, e.turn = &known, a.at, s.turn
 		}
 		before, since = e.now(p, a.found, a.err)
 	}
@@ -222,7 +229,7 @@ func (w *write) finish(became *version, at time.Time) {
 	v.renew(w.e)
 	w.e.known = nil
 	if became != nil && alone && w.owned && w.n.epochs.same(w.s) {
-		w.e.known, w.e.at, w.e.turn = became, at, w.s.turn
+		w.e.known, w.e.at, w.e.turn = &outcome{found: *became}, at, w.s.turn
 	}
 }
 

@@ -2,6 +2,7 @@ package objects
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"testing"
 	"time"
@@ -71,3 +72,51 @@ func TestAnAnswerFromBeforeAWriteOfAForgottenNameIsNotRemembered(t *testing.T) {
 		t.Errorf("a read after the write, once the name was forgotten: %q", got)
 	}
 }
+
+// missing is a bucket without objects.
+type missing struct {
+	described
+	asked *int
+}
+
+func (m missing) Describe(context.Context, string) (source.Object, source.Attributes, error) {
+	*m.asked++
+	return source.Object{}, source.Attributes{}, fmt.Errorf("k: %w", source.ErrNotFound)
+}
+
+// That there is nothing of a name is remembered like a version of it: for as long, and until it is written.
+func TestThatThereIsNothingIsRemembered(t *testing.T) {
+	clock := &later{at: time.Now()}
+	n := &Names{c: Config{Clock: clock}, fresh: time.Second}
+	n.versions.names = make(map[string]*name)
+	n.replaced.reading, n.replaced.dead = make(map[ring.Object]int), make(map[ring.Object]bool)
+	n.epochs.settled = true
+	asked := 0
+	bucket := missing{asked: &asked}
+	n.opened.Store(&[]*mount{{Source: bucket, writer: bucket}})
+	p := place{&mount{Source: bucket, writer: bucket}, "k"}
+	for _, c := range []struct {
+		when  string
+		s     state
+		owned bool
+		asked int
+		do    func()
+	}{
+		{"at first", state{settled: true}, true, 1, func() {}},
+		{"soon", state{settled: true}, true, 1, func() { clock.at = clock.at.Add(time.Second - 1) }},
+		{"later", state{settled: true}, true, 2, func() { clock.at = clock.at.Add(1) }},
+		{"after a write", state{settled: true}, true, 3, func() { n.begin("k", state{settled: true}, true).end() }},
+		{"at another worker", state{settled: true}, false, 4, func() {}},
+		{"while others may own it", state{}, true, 5, func() {}},
+	} {
+		c.do()
+		if _, err := n.resolve(t.Context(), "k", p, c.s, c.owned); !errors.Is(err, source.ErrNotFound) || asked != c.asked {
+			t.Errorf("%s: %v; the bucket was asked %d times, not %d", c.when, err, asked, c.asked)
+		}
+	}
+}
+
+type later struct{ at time.Time }
+
+func (l *later) Now() time.Time                     { return l.at }
+func (*later) After(time.Duration) <-chan time.Time { return nil }

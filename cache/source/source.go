@@ -118,7 +118,20 @@ type PageRequest struct {
 	// Delimited asks for the level below Prefix only: objects without a further slash, and the common
 	// prefixes (ending in a slash) of the others.
 	Delimited bool
+	// Max is how many objects and prefixes are enough, where that is less than a page; 0 is a whole one.
+	Max int
 }
+
+// Keys is how many objects and prefixes to ask the store for.
+func (r PageRequest) Keys() int {
+	if r.Max > 0 && r.Max < maxKeys {
+		return r.Max
+	}
+	return maxKeys
+}
+
+// maxKeys is what stores list at once.
+const maxKeys = 1000
 
 // Page is a page of a listing, of at most 1,000 objects and prefixes together.
 type Page struct {

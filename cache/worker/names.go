@@ -14,6 +14,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"sync"
 	"time"
 
 	"golang.org/x/sync/semaphore"
@@ -31,6 +32,10 @@ type nameReader struct {
 	objects gateway.Objects
 	mounts  []string            // their paths, without a leading slash and with one behind; "/" for the dataset's folder
 	memory  *semaphore.Weighted // of bytes on their way to readers
+
+	mu sync.Mutex
+	// within is of folders an object that each had: as long as there is that, there is the folder.
+	within map[string]string
 }
 
 const (
@@ -38,13 +43,15 @@ const (
 	nameBuffers = 64 << 20
 	// folderPage is how many names are told at once.
 	folderPage = 1000
+	// maxWithin bounds what is remembered of folders, some hundred bytes each.
+	maxWithin = 16 << 10
 	// longName is the longest name that a file system can show.
 	longName = 255
 )
 
 // namesHandler answers the requests of wire.PathName and so on.
 func (w *Worker) namesHandler(o gateway.Objects, mounts []Mount) http.Handler {
-	n := &nameReader{w: w, objects: o, memory: semaphore.NewWeighted(nameBuffers)}
+	n := &nameReader{w: w, objects: o, memory: semaphore.NewWeighted(nameBuffers), within: make(map[string]string)}
 	for _, m := range mounts {
 		n.mounts = append(n.mounts, strings.Trim(m.Path, "/")+"/")
 	}
@@ -117,14 +124,45 @@ func (n *nameReader) name(ctx context.Context, rw http.ResponseWriter, q url.Val
 			return answerJSON(rw, wire.Name{Name: path.Base(key), Dir: true})
 		}
 	}
-	page, lerr := n.objects.List(ctx, key+"/", "", "", 1)
+	folder, lerr := n.folder(ctx, key)
 	switch {
 	case lerr != nil:
 		return lerr
-	case len(page.Objects) == 0:
+	case !folder:
 		return err
 	}
 	return answerJSON(rw, wire.Name{Name: path.Base(key), Dir: true})
+}
+
+// folder says whether something lies below key. That of which it was known last is asked for first: what a name is, its
+// owner remembers for all who ask, and forgets with each write. A listing would be one more for the bucket each time.
+func (n *nameReader) folder(ctx context.Context, key string) (bool, error) {
+	n.mu.Lock()
+	object, ok := n.within[key]
+	n.mu.Unlock()
+	if ok {
+		if _, err := n.objects.Stat(ctx, object); err == nil {
+			return true, nil
+		}
+	}
+	page, err := n.objects.List(ctx, key+"/", "", "", 1)
+	if err != nil {
+		return false, err
+	}
+	n.mu.Lock()
+	defer n.mu.Unlock()
+	delete(n.within, key)
+	if len(page.Objects) == 0 {
+		return false, nil
+	}
+	for k := range n.within {
+		if len(n.within) < maxWithin {
+			break
+		}
+		delete(n.within, k)
+	}
+	n.within[key] = page.Objects[0].Key
+	return true, nil
 }
 
 func (n *nameReader) names(ctx context.Context, rw http.ResponseWriter, q url.Values) error {

@@ -208,6 +208,47 @@ func TestNamesAreToldToReaders(t *testing.T) {
 	}
 }
 
+// asked counts the listings of a shelf.
+type asked struct {
+	shelf
+	lists *int
+}
+
+func (a asked) List(ctx context.Context, prefix, delimiter, after string, max int) (gateway.Page, error) {
+	*a.lists++
+	return a.shelf.List(ctx, prefix, delimiter, after, max)
+}
+
+// A folder is listed again once what it was known by is gone, not each time that somebody asks for it.
+func TestAFolderIsKnownByWhatIsInIt(t *testing.T) {
+	tr := newTier(t, map[string][]byte{"x": nil})
+	tr.start(1)
+	all, lists := shelf{"a/b/c": "first", "a/b/d": "second"}, 0
+	h := tr.workers[0].namesHandler(asked{all, &lists}, nil)
+	for _, c := range []struct {
+		when  string
+		do    func()
+		want  wire.Status
+		lists int
+	}{
+		{"at first", func() {}, wire.OK, 1},
+		{"again", func() {}, wire.OK, 1},
+		{"without an object", func() { delete(all, "a/b/c") }, wire.OK, 2},
+		{"once more", func() {}, wire.OK, 2},
+		{"empty", func() { delete(all, "a/b/d") }, wire.NotFound, 3},
+		{"not empty any more", func() { all["a/b/z/z"] = "third" }, wire.OK, 4},
+		{"as a file", func() { all["a/b"] = "fourth" }, wire.OK, 4},
+	} {
+		c.do()
+		r := httptest.NewRecorder()
+		h.ServeHTTP(r, httptest.NewRequest(http.MethodGet, wire.PathName+"?path=a/b", nil))
+		n, _ := strconv.Atoi(r.Header().Get(wire.HeaderStatus))
+		if dir := strings.Contains(r.Body.String(), `"dir":true`); wire.Status(n) != c.want || lists != c.lists || c.want == wire.OK && dir != (c.when != "as a file") {
+			t.Errorf("%s: %d %s, after %d listings", c.when, n, r.Body, lists)
+		}
+	}
+}
+
 // halting is a listing that breaks off: it says that there is more, and not after what.
 type halting struct{ shelf }
 

@@ -293,7 +293,7 @@ func (s *sources) namesDoubt(i int) doubt {
 		if !ok {
 			return nil // names are not served of such
 		}
-		_, err := pages.Page(ctx, source.PageRequest{Prefix: s.mounts[i].Prefix})
+		_, err := pages.Page(ctx, source.PageRequest{Prefix: s.mounts[i].Prefix, Max: 1})
 		return err
 	}
 	return doubt{source: s.sources[i], names: true, ask: ask}

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"net/url"
+	"strconv"
 	"sync/atomic"
 	"time"
 
@@ -39,7 +40,7 @@ type listing struct {
 // Page implements source.Pager.
 func (b *Bucket) Page(ctx context.Context, p source.PageRequest) (source.Page, error) {
 	r := request{op: "list", method: "GET", params: map[string]string{
-		"list-type": "2", "max-keys": "1000", "encoding-type": "url", "prefix": p.Prefix}}
+		"list-type": "2", "max-keys": strconv.Itoa(p.Keys()), "encoding-type": "url", "prefix": p.Prefix}}
 	if p.After != "" {
 		r.params["start-after"] = p.After
 	}

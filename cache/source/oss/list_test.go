@@ -220,3 +220,17 @@ func TestStrangeListings(t *testing.T) {
 		}
 	}
 }
+
+// Who wants few names is sent few.
+func TestAPageHasNoMoreThanIsAskedFor(t *testing.T) {
+	s, b := start(t, osstest.Options{}, deps{})
+	for _, key := range []string{"a/1", "a/2", "b", "c"} {
+		if _, err := s.Put(testBucket, key, []byte(key)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	page, err := b.Page(t.Context(), source.PageRequest{Delimited: true, Max: 2})
+	if err != nil || len(page.Objects) != 1 || len(page.Prefixes) != 1 || !page.More {
+		t.Errorf("%+v, %v", page, err)
+	}
+}

@@ -7,6 +7,7 @@ import (
 	"net/http"
 	"net/url"
 	"slices"
+	"strconv"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -16,8 +17,8 @@ import (
 	"github.com/stepcache/stepcache/cache/source"
 )
 
-// shortPages lists its sorted keys as S3 does, but in pages of most names, whatever is asked for, as S3 allows and
-// Ceph's gateway does.
+// shortPages lists its sorted keys as S3 does, but in pages of most names, however many more are asked for, as S3
+// allows and Ceph's gateway does.
 type shortPages struct {
 	keys []string
 	most int
@@ -34,7 +35,8 @@ func (s *shortPages) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 	prefix, start := q.Get("prefix"), q.Get("start-after")
 	token, goesOn := strings.CutPrefix(q.Get("continuation-token"), "token-")
 	last, err := hex.DecodeString(token)
-	if err != nil || q.Get("list-type") != "2" || q.Get("encoding-type") != "url" {
+	asked, _ := strconv.Atoi(q.Get("max-keys"))
+	if err != nil || asked < 1 || q.Get("list-type") != "2" || q.Get("encoding-type") != "url" {
 		http.Error(w, r.URL.RawQuery, http.StatusNotImplemented)
 		return
 	}
@@ -52,7 +54,7 @@ func (s *shortPages) ServeHTTP(w http.ResponseWriter, r *http.Request) {
 		if name <= before {
 			continue
 		}
-		if names == s.most {
+		if names == min(s.most, asked) {
 			more = true
 			continue
 		}
@@ -126,5 +128,18 @@ func TestShortPagesHideNothing(t *testing.T) {
 		if slices.Sort(got); err != nil || !slices.Equal(got, s.keys) {
 			t.Errorf("%s: %d objects are listed, want %d, %v", name, len(got), len(s.keys), err)
 		}
+	}
+}
+
+// Who wants few names is sent few.
+func TestAPageHasNoMoreThanIsAskedFor(t *testing.T) {
+	s := &shortPages{keys: []string{"a/1", "a/2", "b", "c"}, most: 1000, repeats: true}
+	b := answering(t, source.Config{}, s.ServeHTTP)
+	page, err := b.Page(t.Context(), source.PageRequest{Delimited: true, Max: 2})
+	if err != nil || len(page.Objects) != 1 || len(page.Prefixes) != 1 || !page.More {
+		t.Errorf("%+v, %v", page, err)
+	}
+	if page, err = b.Page(t.Context(), source.PageRequest{After: "b", Max: 1}); err != nil || len(page.Objects) != 1 || page.Objects[0].Key != "c" || page.More {
+		t.Errorf("after b: %+v, %v", page, err)
 	}
 }

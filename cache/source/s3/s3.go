@@ -136,7 +136,7 @@ func (b *Bucket) Page(ctx context.Context, q source.PageRequest) (source.Page, e
 	no := false
 	var page source.Page
 	for o := range b.core.ListObjectsIter(ours, b.name, minio.ListObjectsOptions{
-		Prefix: q.Prefix, StartAfter: q.After, Recursive: !q.Delimited, MaxKeys: 1000, FetchOwner: &no,
+		Prefix: q.Prefix, StartAfter: q.After, Recursive: !q.Delimited, MaxKeys: q.Keys(), FetchOwner: &no,
 	}) {
 		if o.Err != nil && seen.end != nil {
 			page.More = true // the next page was about to be asked for
