@@ -4,7 +4,10 @@ import (
 	"errors"
 	"fmt"
 	"net/http"
+	"path"
+	"slices"
 	"strings"
+	"sync"
 	"sync/atomic"
 	"testing"
 	"time"
@@ -19,6 +22,7 @@ import (
 	"sigs.k8s.io/controller-runtime/pkg/reconcile"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/wire"
 	"github.com/stepcache/stepcache/controllers/dataload"
 	"github.com/stepcache/stepcache/controllers/dataset"
 )
@@ -68,6 +72,43 @@ func TestLoadTakesPathsAndCopies(t *testing.T) {
 	})
 	if g := l.Status.Progress; g.TotalBytes != 60_000 || g.Bytes != 60_000 {
 		t.Errorf("progress %s", asJSON(g))
+	}
+}
+
+// A run that is over is not the workers' any more, unless they are to keep what it pinned: they went over it again with
+// each change of their list. What is said of it stays.
+func TestWorkersForgetARunThatIsOver(t *testing.T) {
+	w := newWorld(t)
+	var mu sync.Mutex
+	var told []string // which loads were begun and forgotten
+	w.between(func(r *http.Response) error {
+		mu.Lock()
+		defer mu.Unlock()
+		if q := r.Request; q.Method != http.MethodGet && strings.HasPrefix(q.URL.Path, wire.PathLoads) {
+			name, _, _ := strings.Cut(strings.TrimPrefix(path.Base(q.URL.Path), w.ns+"."), ".")
+			told = append(told, q.Method+" "+name)
+		}
+		return nil
+	})
+	d := w.ready("genomes", 1, 2, 1000)
+	w.load(d, "pin", func(l *v1alpha1.DataLoad) { l.Spec.Pin = true })
+	none := w.dataload("none", "genomes")
+	none.Spec.Paths = []v1alpha1.PathPattern{"/nothing"}
+	w.must(w.Create(t.Context(), none))
+	w.condition(none, v1alpha1.ConditionFailed, metav1.ConditionTrue, "NotLoaded")
+	l := w.load(d, "warm", func(*v1alpha1.DataLoad) {})
+	want := []string{"DELETE none", "DELETE warm", "POST loads", "POST loads", "POST loads"}
+	w.eventually("the runs are forgotten", func() error {
+		mu.Lock()
+		defer mu.Unlock()
+		if slices.Sort(told); !slices.Equal(told, want) {
+			return fmt.Errorf("the worker was told %q, want %q", told, want)
+		}
+		return nil
+	})
+	w.must(w.Get(t.Context(), client.ObjectKeyFromObject(l), l))
+	if g := l.Status.Progress; l.Status.Phase != v1alpha1.DataLoadComplete || g.Bytes != 2000 || g.Percent != 100 {
+		t.Errorf("status %s", asJSON(l.Status))
 	}
 }
 

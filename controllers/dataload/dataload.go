@@ -136,6 +136,7 @@ type pass struct {
 	dataset *v1alpha1.Dataset  // nil where there is none
 	now     time.Time
 	again   time.Duration
+	over    bool // the run ended, and leaves nothing at the workers
 	events  []event
 }
 
@@ -203,6 +204,11 @@ func (r *Reconciler) Reconcile(ctx context.Context, req reconcile.Request) (reco
 	}
 	for _, e := range p.events {
 		r.events.Eventf(p.load, nil, e.kind, e.reason, e.action, "%s", dataset.Cut(e.note, dataset.MaxNote))
+	}
+	if p.over {
+		// Not before its end is written down: the next pass would have it begun again. The workers would go over it with
+		// each change of their list. One that does not answer has mostly restarted, and does not know it either.
+		_ = r.forgetRun(ctx, p)
 	}
 	if p.again == 0 {
 		return reconcile.Result{}, nil

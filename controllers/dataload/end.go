@@ -37,6 +37,7 @@ func (r *Reconciler) finish(p *pass) {
 	delete(r.rates, p.load.UID)
 	r.mu.Unlock()
 	p.again = 0
+	p.over = !p.pins()
 	switch {
 	case p.load.Spec.Schedule != "" && p.load.Status.NextScheduleTime != nil:
 		p.soon(p.load.Status.NextScheduleTime.Sub(p.now))
