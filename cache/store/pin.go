@@ -23,8 +23,15 @@ func (s *Store) Pin(o ring.Object, n int64, owner string) error {
 	if err != nil {
 		return err
 	}
-	for ob.closing != nil && !ob.gone { // what is dropped leaves its pins behind
-		s.wait(ob.closing)
+	for {
+		ends := s.unpinning[owner]
+		if ob.closing != nil && !ob.gone { // what is dropped leaves its pins behind
+			ends = ob.closing
+		}
+		if ends == nil {
+			break
+		}
+		s.wait(ends)
 		if ob, err = s.object(o); err != nil {
 			return err
 		}
@@ -56,12 +63,38 @@ func (s *Store) Pin(o ring.Object, n int64, owner string) error {
 	return nil
 }
 
-// Unpin ends all pins of an owner. What is resident then stays until something else needs the room.
+// unpinAtOnce is how many pins are ended before others have their turn: about a millisecond's.
+const unpinAtOnce = 256
+
+// Unpin ends all pins of an owner. What is resident then stays until something else needs the room. A pin that the
+// owner sets meanwhile comes after it.
 func (s *Store) Unpin(owner string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	for s.unpinning[owner] != nil {
+		s.wait(s.unpinning[owner])
+	}
+	done := make(chan struct{})
+	s.unpinning[owner] = done
+	for len(s.owners[owner]) > 0 {
+		s.unpinSome(owner)
+		s.mu.Unlock()
+		s.mu.Lock()
+	}
+	delete(s.owners, owner)
+	delete(s.unpinning, owner)
+	close(done)
+}
+
+func (s *Store) unpinSome(owner string) {
+	pins := s.owners[owner]
+	some := make([]key, 0, min(len(pins), unpinAtOnce))
 	var back int64
-	for k := range s.owners[owner] {
+	for k := range pins {
+		if len(some) == cap(some) {
+			break
+		}
+		some = append(some, k)
 		if o := s.objects[k.id]; o != nil && o.fresh == nil && len(o.pins[k.n]) == 1 {
 			if b := o.blocks[k.n]; b != nil && b.reserved && !b.inPolicy {
 				back += s.weight(int(b.size))
@@ -69,7 +102,8 @@ func (s *Store) Unpin(owner string) {
 		}
 	}
 	s.giveBack(back)
-	for k := range s.owners[owner] {
+	for _, k := range some {
+		delete(pins, k)
 		o := s.objects[k.id]
 		if o == nil {
 			continue
@@ -87,7 +121,6 @@ func (s *Store) Unpin(owner string) {
 		s.settle(o)
 		s.tidy(o)
 	}
-	delete(s.owners, owner)
 }
 
 // Room says whether a block can be kept without evicting another: it is held already or on its way, pinned, or there

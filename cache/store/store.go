@@ -140,6 +140,7 @@ type Store struct {
 	closed    bool
 	objects   map[source.ID]*object
 	owners    map[string]map[key]struct{} // pins by owner
+	unpinning map[string]chan struct{}    // owners whose pins are being ended; closed once they are
 
 	policy   *otter.Cache[key, *block]
 	max      int64    // the policy's maximum in bytes
@@ -211,7 +212,7 @@ func Open(ctx context.Context, opts Options) (*Store, error) {
 		dir: opts.Dir, log: opts.Logger, quota: opts.Quota, limit: opts.Quota, max: opts.Quota - baseCost,
 		buffers: newBuffers(opts.BufferBytes), lingers: lingers,
 		objects: make(map[source.ID]*object),
-		owners:  make(map[string]map[key]struct{}),
+		owners:  make(map[string]map[key]struct{}), unpinning: make(map[string]chan struct{}),
 		zombies: make(map[*object]struct{}),
 		held:    make(map[*object]struct{}),
 		used:    baseCost,

@@ -8,6 +8,7 @@ import (
 	"os"
 	"slices"
 	"testing"
+	"time"
 
 	"github.com/stepcache/stepcache/cache/checksum"
 	"github.com/stepcache/stepcache/cache/ring"
@@ -309,6 +310,55 @@ func TestPinsOutliveADrop(t *testing.T) {
 		t.Error("an object of which nothing is held or pinned is remembered")
 	}
 	s.mu.Unlock()
+}
+
+// While many pins are ended others have their turn, and what the owner pins meanwhile is pinned after it.
+func TestUnpinOfManyBlocksHoldsUpNobody(t *testing.T) {
+	const many = 20 * unpinAtOnce
+	s := open(t, Options{Dir: memDir(t), Quota: 64 * mib})
+	for i := range many {
+		acquire(t, s, anObject(i, 500), 0).Release()
+	}
+	one := s.weight(500)
+	for deadline := time.Now().Add(time.Minute); ; {
+		for i := range many {
+			if err := s.Pin(anObject(i, 500), 0, "load"); err != nil {
+				t.Fatal(err)
+			}
+		}
+		begun, ended := make(chan struct{}), make(chan struct{})
+		go func() {
+			defer close(ended)
+			close(begun)
+			s.Unpin("load")
+		}()
+		<-begun
+		left := s.Stats().Pinned
+		for left == many*one {
+			left = s.Stats().Pinned
+		}
+		if left > 0 {
+			for i := range many { // those that still are, too
+				if err := s.Pin(anObject(i, 500), 0, "load"); err != nil {
+					t.Error(err)
+				}
+			}
+			<-ended
+			if p := s.Stats().Pinned; p != many*one {
+				t.Errorf("%d bytes are pinned, want %d", p, many*one)
+			}
+			break
+		}
+		<-ended
+		if time.Now().After(deadline) {
+			t.Fatal("nobody saw a part of the pins ended")
+		}
+	}
+	s.Unpin("load")
+	checkBooks(t, s)
+	if p := s.Stats().Pinned; p != 0 || len(s.owners) != 0 || len(s.unpinning) != 0 {
+		t.Errorf("%d bytes are pinned by nobody", p)
+	}
 }
 
 // What a load brought in under pins is not weighed against what was read often as soon as they end.
