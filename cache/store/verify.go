@@ -35,6 +35,9 @@ func (s *Store) Verify(b *Block) bool {
 	return false
 }
 
+// leastScrubbed is what a block counts for in the rate of Scrub at least: a file is opened for each.
+const leastScrubbed = 64 << 10
+
 // Scrub verifies resident blocks at the given rate, round and round, until ctx ends; it returns ctx's error. It tells
 // found of each whose sums differ, once: whoever reads the file through a lease asks for no block, so that nothing
 // would fill it again. found is called under no lock of the store, and the scrub goes on when it returns.
@@ -69,7 +72,7 @@ func (s *Store) scrubOnce(ctx context.Context, limit *rate.Limiter, found func(r
 	s.mu.Unlock()
 	for _, o := range objects {
 		for _, n := range s.residentBlocks(o) {
-			if err := limit.WaitN(ctx, blockLen(o.Size, n)); err != nil {
+			if err := limit.WaitN(ctx, max(blockLen(o.Size, n), leastScrubbed)); err != nil {
 				return checked, err
 			}
 			if s.scrubBlock(o, n, found) {

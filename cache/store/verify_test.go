@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strings"
 	"testing"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -53,6 +54,23 @@ func TestFlippedBitsAreCaughtDroppedAndMended(t *testing.T) {
 	s = reopen(t, s, 32*mib)
 	if !s.Residency(o).Whole {
 		t.Error("not recovered whole")
+	}
+}
+
+// Small blocks cost more to look at than their bytes say.
+func TestASmallBlockCountsForMoreOfTheScrub(t *testing.T) {
+	s := open(t, Options{Dir: memDir(t), Quota: 32 * mib})
+	for i := range 200 {
+		acquire(t, s, anObject(i, 500), 0).Release()
+	}
+	// What the rate does not give at once takes hours, for which the deadline leaves no time.
+	ctx, cancel := context.WithTimeout(t.Context(), time.Minute)
+	defer cancel()
+	if err := s.Scrub(ctx, 1, func(ring.Object, int64) {}); err == nil || ctx.Err() != nil {
+		t.Fatal(err)
+	}
+	if n := s.Stats().Scrubbed; n != ring.BlockSize/leastScrubbed {
+		t.Errorf("%d blocks were looked at for %d bytes", n, ring.BlockSize)
 	}
 }
 
