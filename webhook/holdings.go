@@ -8,13 +8,10 @@ import (
 	"fmt"
 	"log/slog"
 	"net"
-	"path"
 	"slices"
-	"strings"
 	"sync"
 	"time"
 
-	"github.com/bmatcuk/doublestar/v4"
 	corev1 "k8s.io/api/core/v1"
 	apierrors "k8s.io/apimachinery/pkg/api/errors"
 	"k8s.io/apimachinery/pkg/types"
@@ -417,31 +414,17 @@ func filesOf(ctx context.Context, s *catalog.Snapshot, patterns []string, most i
 		files = append(files, i)
 		enough = enough || len(files) > most
 	}
-	for _, p := range patterns {
-		folder, wild := p, hasWildcard(p)
-		if wild {
-			folder, _ = doublestar.SplitPattern(p)
-		} else {
-			folder = unescape(p)
-		}
-		from, ok := s.Lookup(path.Clean(folder))
-		if !ok || !wild && from == 0 {
+	for _, p := range catalog.NewPatterns(patterns) {
+		if p.Glob == "" && p.Folder == "/" {
 			continue // all of it is no hint
 		}
-		pattern := strings.TrimSuffix(p, "/")
-		if !strings.HasSuffix(pattern, "/**") {
-			pattern += "/**"
-		}
-		alternatives := catalog.Alternatives(pattern)
-		s.Walk(from, func(i catalog.Index) bool {
-			at := s.Path(i)
+		alternatives := catalog.Alternatives(p.Glob)
+		s.WalkMatching([]catalog.Pattern{p}, func(i catalog.Index, at string, matches bool) bool {
 			// The steps of a match, of which an ordinary one takes less than the first thousands.
-			looked += 1 + alternatives*len(pattern)*len(at)>>12
+			looked += 1 + alternatives*len(p.Glob)*len(at)>>12
 			if looked > maxPlacements || ctx.Err() != nil {
 				enough = true
-			} else if !wild {
-				add(i)
-			} else if ok, _ := doublestar.Match(pattern, at); ok {
+			} else if matches {
 				add(i)
 			}
 			return !enough
@@ -451,29 +434,4 @@ func filesOf(ctx context.Context, s *catalog.Snapshot, patterns []string, most i
 		}
 	}
 	return files
-}
-
-// hasWildcard says whether a pattern can match more than one path and what is below it.
-func hasWildcard(p string) bool {
-	for i := 0; i < len(p); i++ {
-		switch p[i] {
-		case '\\':
-			i++
-		case '*', '?', '[', '{':
-			return true
-		}
-	}
-	return false
-}
-
-// unescape undoes escapePattern, for a pattern without wildcards.
-func unescape(p string) string {
-	var b strings.Builder
-	for i := 0; i < len(p); i++ {
-		if p[i] == '\\' && i+1 < len(p) {
-			i++
-		}
-		b.WriteByte(p[i])
-	}
-	return b.String()
 }

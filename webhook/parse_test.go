@@ -12,6 +12,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/catalog"
 )
 
 func TestParseMounts(t *testing.T) {
@@ -108,7 +109,7 @@ func FuzzParseStep(f *testing.F) {
 				if !path.IsAbs(p) {
 					t.Errorf("%q: path %q", s, p)
 				}
-				if got := unescape(escapePattern(p)); got != p {
+				if got := catalog.NewPattern(escapePattern(p)).Folder; got != p {
 					t.Errorf("%q is escaped to %q", p, got)
 				}
 			}

@@ -7,12 +7,10 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"strings"
 	"sync"
 	"sync/atomic"
 	"time"
 
-	"github.com/bmatcuk/doublestar/v4"
 	"golang.org/x/sync/errgroup"
 
 	"github.com/stepcache/stepcache/cache/catalog"
@@ -308,8 +306,12 @@ func (l *load) snapshot(ctx context.Context) (*snapshot, error) {
 func (l *load) plan(ctx context.Context, snap *snapshot, v *view) ([]item, error) {
 	var items []item
 	var files, total, matched int64
-	snap.Walk(0, func(i catalog.Index) bool {
-		if !l.matches(snap.Path(i)) {
+	patterns := catalog.NewPatterns(l.req.Paths)
+	if len(patterns) == 0 {
+		patterns = []catalog.Pattern{catalog.NewPattern("/")}
+	}
+	snap.WalkMatching(patterns, func(i catalog.Index, _ string, matches bool) bool {
+		if !matches {
 			return ctx.Err() == nil
 		}
 		matched++
@@ -353,22 +355,6 @@ func withFailure(listed []wire.LoadFailure, f wire.LoadFailure) []wire.LoadFailu
 		return listed
 	}
 	return more
-}
-
-// matches says whether a file is one of the load's: a pattern that matches a folder stands for all in it.
-func (l *load) matches(path string) bool {
-	if len(l.req.Paths) == 0 {
-		return true
-	}
-	for _, p := range l.req.Paths {
-		if p = strings.TrimSuffix(p, "/"); !strings.HasSuffix(p, "/**") {
-			p += "/**" // which matches zero folders too, and so the file itself
-		}
-		if ok, _ := doublestar.Match(p, path); ok { // patterns were validated
-			return true
-		}
-	}
-	return false
 }
 
 // pass fetches what is not resident and notes the files that fail; again says whether another pass may

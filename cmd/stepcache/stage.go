@@ -187,15 +187,12 @@ func (o *stageFlags) stage(ctx context.Context, s *staged) error {
 
 // choose finds what to copy, folders too, in the order of the snapshot, and how many files and bytes it has.
 func (s *staged) choose(snap *catalog.Snapshot, limit int64) (chosen []catalog.Index, files int, bytes int64, err error) {
-	patterns := slices.Concat(s.paths, s.present)
+	patterns := catalog.NewPatterns(slices.Concat(s.paths, s.present))
 	matched := make([]bool, len(patterns))
 	snap.WalkAll(0, func(i catalog.Index) bool {
 		path, hit := snap.Path(i), len(patterns) == 0
 		for k, p := range patterns {
-			if p = strings.TrimSuffix(p, "/"); !strings.HasSuffix(p, "/**") {
-				p += "/**" // which matches zero folders too, and so the file or folder itself
-			}
-			if ok, _ := doublestar.Match(p, path); ok {
+			if p.Match(path) {
 				hit, matched[k] = true, true
 			}
 		}
