@@ -8,6 +8,7 @@ import (
 	"slices"
 	"strconv"
 	"strings"
+	"unsafe"
 
 	"github.com/stepcache/stepcache/cache/source"
 )
@@ -312,6 +313,19 @@ func (b *Builder) dir(parent uint32, name string, mount uint16) uint32 {
 	}
 	return d
 }
+
+// Need is about how many bytes of the heap it takes to encode what was added, with the builder and what comes of it.
+func (b *Builder) Need() int64 {
+	const order = 16 // what Encode sorts by, of each entry
+	text := int64(len(b.names.chunks)+len(b.extras.chunks)) << arenaBits
+	return int64(len(b.entries.chunks))<<chunkBits*(entrySize+order+recordSize) + 2*text + int64(len(b.dirs))*dirSize
+}
+
+const (
+	entrySize = int64(unsafe.Sizeof(entry{}))
+	// dirSize is what a directory takes of the map of them at most, while that grows.
+	dirSize = 128
+)
 
 // single makes the mount, below whose prefix nothing was found, one of the single object o.
 func (b *Builder) single(mount int, o source.Object) error {

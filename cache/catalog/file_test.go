@@ -33,7 +33,7 @@ func TestListOfAFolder(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	s, err := catalog.List(t.Context(), []catalog.Mount{{Path: "/data"}}, []source.Source{src}, nil)
+	s, err := catalog.List(t.Context(), []catalog.Mount{{Path: "/data"}}, []source.Source{src}, 0, nil)
 	if err != nil {
 		t.Fatal(err)
 	}

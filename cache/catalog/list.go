@@ -15,6 +15,16 @@ import (
 // and once at the end. It is never called concurrently.
 type Progress func(files, bytes int64)
 
+// LargeError says that a snapshot would take more of the heap than it may.
+type LargeError struct {
+	Files int64 // objects that were listed
+	Need  int64 // bytes that they would take
+}
+
+func (e *LargeError) Error() string {
+	return fmt.Sprintf("a listing of %d objects takes %d bytes of memory, more than there are for it", e.Files, e.Need)
+}
+
 // batchSize is how many objects go from a listing to the builder at once.
 const batchSize = 512
 
@@ -27,8 +37,9 @@ type batch struct {
 // List lists the mounts, all at once, each from the source at the same position, into a new snapshot. A
 // mount's URL may be left empty: it is its source's. An object without a version is refused by name
 // (source.ErrUnversioned) unless the mount allows it, and so is a listing that fails in part: a snapshot
-// is whole or there is none. A mount below whose prefix there is nothing is an empty directory and a note.
-func List(ctx context.Context, mounts []Mount, sources []source.Source, p Progress) (*Snapshot, error) {
+// is whole or there is none. A mount below whose prefix there is nothing is an empty directory and a note. Where most is
+// not zero and it takes more bytes of the heap to make the snapshot, the rest is listed to say how many (LargeError).
+func List(ctx context.Context, mounts []Mount, sources []source.Source, most int64, p Progress) (*Snapshot, error) {
 	if len(mounts) != len(sources) {
 		return nil, fmt.Errorf("catalog: %d mounts but %d sources", len(mounts), len(sources))
 	}
@@ -63,9 +74,14 @@ func List(ctx context.Context, mounts []Mount, sources []source.Source, p Progre
 
 	var files, bytes int64
 	var failed error
+	var large float64 // where they are too many, what each takes
 	for part := range batches {
 		if failed != nil {
 			continue // until the listings notice
+		}
+		if large > 0 {
+			files += int64(len(part.objects))
+			continue
 		}
 		for _, o := range part.objects {
 			add := b.Add
@@ -82,12 +98,18 @@ func List(ctx context.Context, mounts []Mount, sources []source.Source, p Progre
 		if p != nil && failed == nil {
 			p(files, bytes)
 		}
+		if need := b.Need(); most > 0 && need > most && failed == nil {
+			large, b = float64(need)/float64(files), nil
+		}
 	}
 	if err := <-listed; failed == nil {
 		failed = err
 	}
 	if failed != nil {
 		return nil, failed
+	}
+	if large > 0 {
+		return nil, &LargeError{Files: files, Need: int64(large * float64(files))}
 	}
 	if p != nil {
 		p(files, bytes)

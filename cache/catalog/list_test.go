@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"math/rand/v2"
+	"runtime"
 	"slices"
 	"strings"
 	"sync/atomic"
@@ -68,7 +69,7 @@ func (b *bucket) Stat(ctx context.Context, key string) (source.Object, error) {
 
 func list(t *testing.T, mounts []Mount, sources ...source.Source) *Snapshot {
 	t.Helper()
-	s, err := List(t.Context(), mounts, sources, nil)
+	s, err := List(t.Context(), mounts, sources, 0, nil)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -85,7 +86,7 @@ func TestListManyMounts(t *testing.T) {
 	}
 	two.objects = objects("a", "b/c")
 	var calls, files, bytes int64
-	s, err := List(t.Context(), []Mount{{Prefix: "p/", Path: "/one"}, {Path: "/two"}}, []source.Source{one, two}, func(f, b int64) {
+	s, err := List(t.Context(), []Mount{{Prefix: "p/", Path: "/one"}, {Path: "/two"}}, []source.Source{one, two}, 0, func(f, b int64) {
 		if f < files || b < bytes {
 			t.Errorf("progress went back from %d to %d", files, f)
 		}
@@ -198,7 +199,7 @@ func TestListFailsWhole(t *testing.T) {
 			c.b.url = "s3://bad"
 			// The other mount would list for ever: the failure must end it.
 			other := &bucket{url: "s3://good", hold: make(chan struct{})}
-			s, err := List(t.Context(), []Mount{{Path: "/bad"}, {Path: "/good"}}, []source.Source{c.b, other}, nil)
+			s, err := List(t.Context(), []Mount{{Path: "/bad"}, {Path: "/good"}}, []source.Source{c.b, other}, 0, nil)
 			if s != nil || !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.says) {
 				t.Errorf("%v", err)
 			}
@@ -207,13 +208,13 @@ func TestListFailsWhole(t *testing.T) {
 
 	// A refused Stat of what may be a single object is not "nothing there".
 	b := &bucket{url: "s3://bad", statErr: source.ErrDenied}
-	if _, err := List(t.Context(), []Mount{{Prefix: "x", Path: "/"}}, []source.Source{b}, nil); !errors.Is(err, source.ErrDenied) {
+	if _, err := List(t.Context(), []Mount{{Prefix: "x", Path: "/"}}, []source.Source{b}, 0, nil); !errors.Is(err, source.ErrDenied) {
 		t.Errorf("stat refused: %v", err)
 	}
-	if _, err := List(t.Context(), []Mount{{Path: "/"}, {Path: "/a"}}, []source.Source{b, b}, nil); err == nil || !strings.Contains(err.Error(), "overlap") {
+	if _, err := List(t.Context(), []Mount{{Path: "/"}, {Path: "/a"}}, []source.Source{b, b}, 0, nil); err == nil || !strings.Contains(err.Error(), "overlap") {
 		t.Errorf("overlapping mounts: %v", err)
 	}
-	if _, err := List(t.Context(), []Mount{{Path: "/"}}, nil, nil); err == nil {
+	if _, err := List(t.Context(), []Mount{{Path: "/"}}, nil, 0, nil); err == nil {
 		t.Error("a mount without a source was accepted")
 	}
 }
@@ -223,7 +224,46 @@ func TestListEndsWithItsContext(t *testing.T) {
 	began := make(chan struct{}, 1)
 	b := &bucket{url: "s3://slow", hold: make(chan struct{}), began: began}
 	go func() { <-began; cancel() }()
-	if _, err := List(ctx, []Mount{{Path: "/"}}, []source.Source{b}, nil); !errors.Is(err, context.Canceled) {
+	if _, err := List(ctx, []Mount{{Path: "/"}}, []source.Source{b}, 0, nil); !errors.Is(err, context.Canceled) {
 		t.Errorf("%v", err)
 	}
+}
+
+// A snapshot that would take more of the heap than it may is not made, and all that there is counts for how much it takes.
+func TestAListingTooLargeForTheHeapSaysHowMuchItTakes(t *testing.T) {
+	b := &bucket{url: "s3://b"}
+	const files = 40 * batchSize
+	dataset(files, func(o source.Object) { b.objects = append(b.objects, o) })
+	mounts, sources := []Mount{{Path: "/"}}, []source.Source{b}
+	s, err := List(t.Context(), mounts, sources, 64<<20, nil)
+	if err != nil || s.Files() != files {
+		t.Fatal(s, err)
+	}
+	_, err = List(t.Context(), mounts, sources, 1<<20, nil)
+	var large *LargeError
+	if !errors.As(err, &large) || large.Files != files || large.Need < files*100 || large.Need > files*400 {
+		t.Errorf("%v: %+v", err, large)
+	}
+}
+
+// What the builder says that it takes is what it takes, with what it encodes.
+func TestTheBuilderKnowsWhatItTakes(t *testing.T) {
+	before := heap()
+	b := NewBuilder([]Mount{{URL: "s3://bucket", Prefix: "imagenet/", Path: "/"}})
+	dataset(200_000, func(o source.Object) {
+		if err := b.Add(0, o); err != nil {
+			t.Fatal(err)
+		}
+	})
+	skipped := b.skips.clone()
+	order, firsts := b.order(skipped)
+	encoded, err := b.Encode(day0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	took := heap() - before + int64(len(order))*12 // what order itself has while it runs
+	if need := b.Need(); need < took || need > took*3/2 {
+		t.Errorf("%d bytes, and it took %d", need, took)
+	}
+	runtime.KeepAlive([]any{b, order, firsts, encoded})
 }

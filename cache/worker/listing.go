@@ -173,9 +173,13 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 			w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: list: %w", w.config.Dataset, err))
 		})
 	}
-	snap, err := catalog.List(ctx, k.src.mounts, k.src.plain(), func(files, bytes int64) {
+	most := w.buildRoom()
+	snap, err := catalog.List(ctx, k.src.mounts, k.src.plain(), most, func(files, bytes int64) {
 		w.listed.Store(files)
 	})
+	if large := (*catalog.LargeError)(nil); errors.As(err, &large) {
+		err = fmt.Errorf("%w: set workers.memory to %dGi, or make several datasets of its prefixes", err, memoryFor(w.config.Memory, large.Need-most))
+	}
 	if err != nil {
 		err = fmt.Errorf("dataset %s: list: %w", w.config.Dataset, err)
 		if ctx.Err() == nil {

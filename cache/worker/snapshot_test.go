@@ -13,6 +13,7 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"slices"
 	"strings"
 	"sync"
@@ -744,5 +745,36 @@ func TestManyUnknownSnapshotsAreAskedForNoMoreOften(t *testing.T) {
 	k.fetch(t.Context(), wire.Digest{3})
 	if _, ok := k.tried[wire.Digest{3}]; !ok || len(k.tried) != 1 {
 		t.Errorf("%d are remembered", len(k.tried))
+	}
+}
+
+// A listing that would take more of the heap than there is does not end in a kill, but in a problem that says how much
+// memory it wants.
+func TestAListingThatTheHeapHasNoRoomForIsNotMade(t *testing.T) {
+	limit := debug.SetMemoryLimit(1 << 20) // which all that the process has takes already
+	restore := sync.OnceFunc(func() { debug.SetMemoryLimit(limit) })
+	defer restore()
+	tr := newTier(t, map[string][]byte{"a": nil})
+	tr.start(1)
+	w := tr.workers[0]
+	eventually(t, "the worker says why it does not list", func() error {
+		err := w.problems.of(problemSnapshot)
+		if err == nil || !strings.Contains(err.Error(), "a listing of 1 objects takes ") || !strings.Contains(err.Error(), "set workers.memory to 1Gi") {
+			return fmt.Errorf("it says %v", err)
+		}
+		return nil
+	})
+	restore()
+	tr.snapshot()
+}
+
+func TestMemoryForASnapshot(t *testing.T) {
+	const mib = 1 << 20
+	for _, c := range []struct{ memory, more, want int64 }{
+		{64 * mib, 1, 1}, {2 << 30, 100 * mib, 4}, {2 << 30, 500 * mib, 7}, {8 << 30, 256 * mib, 26},
+	} {
+		if got := memoryFor(c.memory, c.more); got != c.want {
+			t.Errorf("%d MiB more beside %d: %d GiB, want %d", c.more/mib, c.memory/mib, got, c.want)
+		}
 	}
 }

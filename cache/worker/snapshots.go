@@ -4,11 +4,14 @@ import (
 	"errors"
 	"fmt"
 	"maps"
+	"math"
+	"runtime"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/scheme"
@@ -28,6 +31,37 @@ const (
 // are kept and may take a quarter of that memory as well, and once in heap, where one is built, or is kept that the folder
 // does not take.
 func SnapshotRoom(memory int64) int64 { return min(max(memory/8, 64<<20), 1<<30) }
+
+// HeapRoom is what of the heap of a worker depends on its memory: the room of a snapshot, and what the collector has not
+// collected yet.
+func HeapRoom(memory int64) int64 { return memory/64 + SnapshotRoom(memory) }
+
+// buildRoom is how many bytes of the heap a snapshot may take while it is made; 0: there is no bound. GOMEMLIMIT is three
+// quarters of what the heap has (footprint, in controllers/dataset), and a sixteenth of that stays for what the
+// collector does not see: it holds a snapshot that is made to 5% more than it takes, also beyond its limit.
+func (w *Worker) buildRoom() int64 {
+	limit := meminfo.MoveHeap(0)
+	if limit == math.MaxInt64 {
+		return 0
+	}
+	runtime.GC() // what is left is in use
+	var m runtime.MemStats
+	runtime.ReadMemStats(&m)
+	return max(1, builds(limit)-int64(m.HeapAlloc)-w.store.BuffersLeft())
+}
+
+// builds is the part of what the heap has, of which limit is three quarters, up to which snapshots are made.
+func builds(limit int64) int64 { return limit / 4 * 5 }
+
+// memoryFor is the memory in GiB with which a worker has so many bytes more for the snapshot that it makes.
+func memoryFor(memory, more int64) int64 {
+	gib := memory >> 30
+	for gained := int64(0); gained < more; {
+		gib++
+		gained = builds((HeapRoom(gib<<30)-HeapRoom(memory))/4*3) - (buffersFor(gib<<30) - buffersFor(memory))
+	}
+	return gib
+}
 
 // medium is where the bytes of a snapshot are.
 type medium int

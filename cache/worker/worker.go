@@ -33,6 +33,8 @@ const (
 	maxBuffers = 64 * ring.BlockSize
 )
 
+func buffersFor(memory int64) int64 { return min(max(memory/16, minBuffers), maxBuffers) }
+
 // Clock is the time as the worker sees it, apart from the deadlines of connections, which the kernel
 // keeps. Tests drive it by hand.
 type Clock interface {
@@ -146,7 +148,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 			return scheme.Open(ctx, s, scheme.Elapsed(wire.SourceTimeout), scheme.Logger(d.Logger))
 		}
 	}
-	buffers := min(max(c.Memory/16, minBuffers), maxBuffers)
+	buffers := buffersFor(c.Memory)
 	w := &Worker{
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16), offers: make(chan struct{}, 1),
