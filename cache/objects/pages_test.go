@@ -185,8 +185,31 @@ type begun struct {
 	uploads []source.Upload
 }
 
-func (b begun) Uploads(_ context.Context, _ string, max int) ([]source.Upload, error) {
-	return b.uploads[:min(max, len(b.uploads))], nil
+func (b begun) Uploads(_ context.Context, _, after string, max int) ([]source.Upload, error) {
+	i := 0
+	for i < len(b.uploads) && b.uploads[i].Key <= after {
+		i++
+	}
+	return b.uploads[i:min(i+max, len(b.uploads))], nil
+}
+
+// Every upload is come to, however many there are, also where the list is cut within those of a key.
+func TestEachUploadIsComeTo(t *testing.T) {
+	var b begun
+	for i := range 2*maxUploads + 5 {
+		b.uploads = append(b.uploads, source.Upload{Key: fmt.Sprintf("p/%05d", i/7), ID: fmt.Sprint(i)})
+	}
+	came := make(map[string]bool)
+	err := eachUpload(t.Context(), &mount{writer: b, prefix: "p/"}, func(u source.Upload) error { came[u.ID] = true; return nil })
+	if err != nil || len(came) != len(b.uploads) {
+		t.Errorf("%d of %d, %v", len(came), len(b.uploads), err)
+	}
+	for i := range b.uploads { // more of one key than are held
+		b.uploads[i].Key = "p/k"
+	}
+	if err := eachUpload(t.Context(), &mount{writer: b, prefix: "p/"}, func(source.Upload) error { return nil }); err != nil {
+		t.Error(err)
+	}
 }
 
 // A list of uploads that is cut says so, over several buckets too, and not where it is just not.

@@ -103,7 +103,7 @@ func (n *Names) Uploads(ctx context.Context, prefix string) (out []gateway.Uploa
 		if !ok {
 			continue
 		}
-		found, err := m.writer.Uploads(ctx, below, room+1)
+		found, err := m.writer.Uploads(ctx, below, "", room+1)
 		if err != nil {
 			return nil, false, fmt.Errorf("uploads below %q: %w", prefix, told(err))
 		}

@@ -246,24 +246,53 @@ func (n *Names) sweep(ctx context.Context, now time.Time) error {
 	}
 	var refused error
 	for _, m := range mounts {
-		found, err := m.writer.Uploads(ctx, m.prefix, maxUploads)
-		if err != nil {
-			return err
-		}
-		for _, u := range found {
+		err := eachUpload(ctx, m, func(u source.Upload) error {
 			if now.Sub(u.Started) < UploadAge || !strings.HasPrefix(u.Key, m.prefix) { // some stores tell all
-				continue
+				return nil
 			}
 			err := m.writer.AbortUpload(ctx, u.Key, u.ID)
 			if refusal := (*source.Refusal)(nil); errors.As(err, &refusal) {
 				refused = err // which keeps no other from being given up
-				continue
+				return nil
 			}
 			if err != nil && !errors.Is(err, source.ErrNoUpload) {
 				return err
 			}
 			n.log.Info("gave up an upload in parts that nobody completed", "key", u.Key, "begun", u.Started)
+			return nil
+		})
+		if err != nil {
+			return err
 		}
 	}
 	return refused
+}
+
+// eachUpload calls f for the uploads of a mount, of which it holds maxUploads at a time. Of one key there may be that
+// many; those behind them are left to the next time.
+func eachUpload(ctx context.Context, m *mount, f func(source.Upload) error) error {
+	for after := ""; ; {
+		found, err := m.writer.Uploads(ctx, m.prefix, after, maxUploads)
+		if err != nil {
+			return err
+		}
+		for _, u := range found {
+			if err := f(u); err != nil {
+				return err
+			}
+		}
+		if len(found) < maxUploads {
+			return nil
+		}
+		// The list may be cut within the last key, of whose uploads stores differ in the order: they are told once more.
+		last := found[len(found)-1].Key
+		next := last
+		for i := len(found) - 1; i >= 0 && next == last; i-- {
+			next = found[i].Key
+		}
+		if next <= after {
+			return nil // the store does not go on by key
+		}
+		after = next
+	}
 }

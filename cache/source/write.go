@@ -91,8 +91,8 @@ type Writer interface {
 	CompleteUpload(ctx context.Context, key, upload string, parts []Part, o WriteOptions) (Object, error)
 	// AbortUpload removes an upload and its parts: ErrNoUpload when there is none.
 	AbortUpload(ctx context.Context, key, upload string) error
-	// Uploads lists up to max uploads under way whose key starts with prefix.
-	Uploads(ctx context.Context, prefix string, max int) ([]Upload, error)
+	// Uploads lists up to max uploads under way whose key starts with prefix and is greater than after, by key.
+	Uploads(ctx context.Context, prefix, after string, max int) ([]Upload, error)
 }
 
 // BulkDeleter is implemented by Writers whose store deletes many objects with one request.
@@ -262,9 +262,9 @@ func (d *decorated) DeleteAll(ctx context.Context, keys []string) (gone map[stri
 	return gone, err
 }
 
-func (d *decorated) Uploads(ctx context.Context, prefix string, max int) (u []Upload, err error) {
+func (d *decorated) Uploads(ctx context.Context, prefix, after string, max int) (u []Upload, err error) {
 	err = d.do(ctx, opList, prefix, slow, func(ctx context.Context) error {
-		u, err = d.w.Uploads(ctx, prefix, max)
+		u, err = d.w.Uploads(ctx, prefix, after, max)
 		return err
 	})
 	return u, err

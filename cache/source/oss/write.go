@@ -250,8 +250,8 @@ func (b *Bucket) AbortUpload(ctx context.Context, key, upload string) error {
 }
 
 // Uploads implements source.Writer.
-func (b *Bucket) Uploads(ctx context.Context, prefix string, max int) (found []source.Upload, err error) {
-	var key, id string
+func (b *Bucket) Uploads(ctx context.Context, prefix, after string, max int) (found []source.Upload, err error) {
+	key, id := after, ""
 	for len(found) < max {
 		var out struct {
 			IsTruncated        bool
@@ -266,7 +266,10 @@ func (b *Bucket) Uploads(ctx context.Context, prefix string, max int) (found []s
 		}
 		params := map[string]string{"uploads": "", "prefix": prefix, "max-uploads": strconv.Itoa(min(1000, max-len(found))), "encoding-type": "url"}
 		if key != "" {
-			params["key-marker"], params["upload-id-marker"] = key, id
+			params["key-marker"] = key
+		}
+		if id != "" {
+			params["upload-id-marker"] = id
 		}
 		if _, err := b.exchange(ctx, request{op: "list", method: "GET", params: params}, maxList, &out); err != nil {
 			return nil, err

@@ -365,8 +365,8 @@ func (b *Bucket) AbortUpload(ctx context.Context, key, upload string) error {
 }
 
 // Uploads implements source.Writer.
-func (b *Bucket) Uploads(ctx context.Context, prefix string, max int) (out []source.Upload, err error) {
-	var key, id string
+func (b *Bucket) Uploads(ctx context.Context, prefix, after string, max int) (out []source.Upload, err error) {
+	key, id := after, ""
 	for len(out) < max {
 		ctx, seen := watch(ctx)
 		r, err := b.core.ListMultipartUploads(ctx, b.name, prefix, key, id, "", min(1000, max-len(out)))

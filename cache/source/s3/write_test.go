@@ -99,7 +99,7 @@ func TestOfTwoConditionalPutsOfTheSameBytesOneIsTold(t *testing.T) {
 			if derr != nil || err == nil && at.Version != o.Version || at.Size != int64(c.size) || !maps.Equal(attributes.Metadata, c.metadata) {
 				t.Errorf("%s: described as %+v with %d metadata, %v; put as %+v", key, at, len(attributes.Metadata), derr, o)
 			}
-			if left, err := other.Uploads(t.Context(), "", 10); err != nil || len(left) > 0 {
+			if left, err := other.Uploads(t.Context(), "", "", 10); err != nil || len(left) > 0 {
 				t.Errorf("%s: uploads are left: %v, %v", key, left, err)
 			}
 		}

@@ -233,7 +233,7 @@ func writeUploads(t *testing.T, _ source.Source, w source.Writer, _ bool) {
 		}
 		want[key] = id
 	}
-	found, err := w.Uploads(ctx, "uploads/", 100)
+	found, err := w.Uploads(ctx, "uploads/", "", 100)
 	if err != nil || len(found) != 2 {
 		t.Fatalf("%+v, %v", found, err)
 	}
@@ -241,6 +241,9 @@ func writeUploads(t *testing.T, _ source.Source, w source.Writer, _ bool) {
 		if want[u.Key] != u.ID || u.Started.IsZero() {
 			t.Errorf("%+v, want %q", u, want)
 		}
+	}
+	if found, err := w.Uploads(ctx, "uploads/", "uploads/a b", 100); err != nil || len(found) != 1 || found[0].Key != "uploads/ü" {
+		t.Errorf("after the first key: %+v, %v", found, err)
 	}
 	for key, id := range want {
 		if err := w.AbortUpload(ctx, key, id); err != nil {
@@ -250,7 +253,7 @@ func writeUploads(t *testing.T, _ source.Source, w source.Writer, _ bool) {
 			t.Errorf("aborted twice: %v", err)
 		}
 	}
-	if found, err := w.Uploads(ctx, "", 100); err != nil || len(found) > 0 {
+	if found, err := w.Uploads(ctx, "", "", 100); err != nil || len(found) > 0 {
 		t.Errorf("left: %+v, %v", found, err)
 	}
 }

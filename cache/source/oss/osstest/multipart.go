@@ -242,7 +242,7 @@ func (s *Server) listUploads(c *call, b *bucket) error {
 	b.mu.Lock()
 	defer b.mu.Unlock()
 	for id, u := range b.uploads {
-		if strings.HasPrefix(u.key, c.query.Get("prefix")) {
+		if strings.HasPrefix(u.key, c.query.Get("prefix")) && u.key > c.query.Get("key-marker") {
 			key := u.key
 			if out.EncodingType == "url" {
 				key = url.QueryEscape(key)
