@@ -1024,7 +1024,7 @@ func TestKeysRotateWithoutShuttingAnyoneOut(t *testing.T) {
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "today")
 	})
-	w.event("KeysRotated", "new keys are in use")
+	w.event("KeysRotated", "new keys are in use for \"today\"")
 	now := keys("genomes-keys")
 	for _, role := range []string{"read", "write", "control"} {
 		k, err := wire.ParseKeys(now[role])

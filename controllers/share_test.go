@@ -134,7 +134,11 @@ func TestAKeyThatANamespaceKeptIsRevoked(t *testing.T) {
 	there := w.ns + "-there"
 	w.namespace(there)
 	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there)} })
-	kept, err := wire.ParseKeys(w.copyOf(d, there).Data["read"])
+	update(w, d, func(d *v1alpha1.Dataset) {
+		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "before")
+	})
+	w.event("KeysRotated", `for "before"`)
+	kept, err := wire.ParseKeys(w.reader(d))
 	w.must(err)
 	taken := func(want int) { // by so many of the workers
 		t.Helper()
@@ -162,7 +166,7 @@ func TestAKeyThatANamespaceKeptIsRevoked(t *testing.T) {
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "revoke")
 	})
-	w.event("KeysRotated")
+	w.event("KeysRotated", `for "revoke"`)
 	taken(2)
 	update(w, d, func(d *v1alpha1.Dataset) { delete(d.Annotations, v1alpha1.AnnotationRotateKeys) })
 	taken(0)

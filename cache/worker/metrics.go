@@ -68,7 +68,7 @@ func (c *collector) Collect(out chan<- prometheus.Metric) {
 		{"store_uncached_total", "Blocks served without being kept.", prometheus.CounterValue, float64(st.Uncached)},
 		{"store_evicted_total", "Blocks evicted.", prometheus.CounterValue, float64(st.Evicted)},
 		{"store_corrupt_total", "Blocks whose bytes no longer matched their checksums.", prometheus.CounterValue, float64(st.Corrupt)},
-		{"worker_served_bytes_total", "Bytes sent to readers: mounts and other clients, and those of the S3 endpoint.", prometheus.CounterValue, float64(s.ServedBytes)},
+		{"worker_served_bytes_total", "Bytes sent to readers: mounts and other clients, those of the S3 endpoint, and copies that it makes itself.", prometheus.CounterValue, float64(s.ServedBytes)},
 		{"worker_opened_bytes_total", "Bytes of files handed out as descriptors.", prometheus.CounterValue, float64(s.OpenedBytes)},
 		{"worker_peer_bytes_total", "Bytes fetched from other workers.", prometheus.CounterValue, float64(c.w.counts.peerBytes.Load())},
 		{"worker_verified_objects_total", "Whole objects that match the bucket's digest.", prometheus.CounterValue, float64(s.Verified)},

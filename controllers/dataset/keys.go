@@ -82,7 +82,8 @@ func (r *Reconciler) rotate(ctx context.Context, p *pass) error {
 	if err := r.putKeys(ctx, p, want, ""); err != nil {
 		return err
 	}
-	p.note("KeysRotated", "RotateKeys", "new keys are in use; the old ones are accepted until the next rotation or until annotation %s is removed", v1alpha1.AnnotationRotateKeys)
+	p.unsay("KeysRotated") // who waits for it waits for that of this rotation
+	p.note("KeysRotated", "RotateKeys", "new keys are in use for %q; the old ones are accepted until the next rotation or until annotation %s is removed", want, v1alpha1.AnnotationRotateKeys)
 	return nil
 }
 

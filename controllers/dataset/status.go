@@ -455,8 +455,9 @@ func (p *pass) summarize() {
 		}
 		invalid = invalid || c.Reason == ReasonInvalidSpec
 		former = former || c.ObservedGeneration != p.dataset.Generation
-		// Where a pass ended early the one that says why stands behind those that it did not come to.
-		if c.Status != metav1.ConditionTrue && (first == nil || first.Reason == notChecked && c.Reason != notChecked) {
+		// Where a pass ended early the one that says why stands behind those that it did not come to; and that workers are
+		// replaced is nothing beside a volume that cannot be mounted.
+		if c.Status != metav1.ConditionTrue && (first == nil || (first.Reason == notChecked || first.Reason == ReasonUpdating) && c.Reason != notChecked) {
 			copied := *c
 			first = &copied
 		}

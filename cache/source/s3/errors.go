@@ -135,7 +135,7 @@ func (b *Bucket) fail(ctx context.Context, op, key string, seen *answer, err err
 		e.Refusal = source.Refused(r.StatusCode, r.Code, r.Message, endpoint.Host, endpoint.Hostname(), v.AccessKeyID, v.AccessKeySecret, v.SessionToken)
 	}
 	e.Err = fmt.Errorf("%s: %w", r.Code, err)
-	if r.StatusCode == http.StatusNotImplemented {
+	if r.StatusCode == http.StatusNotImplemented && r.Code == "NotImplemented" { // and not minio-go's "501 …" for what is not S3's
 		e.Err = fmt.Errorf("%w: %w", e.Err, errors.ErrUnsupported)
 	}
 	return e
