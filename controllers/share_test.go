@@ -134,11 +134,14 @@ func TestAKeyThatANamespaceKeptIsRevoked(t *testing.T) {
 	there := w.ns + "-there"
 	w.namespace(there)
 	update(w, d, func(d *v1alpha1.Dataset) { d.Spec.ShareWith = []v1alpha1.Namespace{v1alpha1.Namespace(there)} })
+	w.copyOf(d, there)
 	update(w, d, func(d *v1alpha1.Dataset) {
 		metav1.SetMetaDataAnnotation(&d.ObjectMeta, v1alpha1.AnnotationRotateKeys, "before")
 	})
 	w.event("KeysRotated", `for "before"`)
-	kept, err := wire.ParseKeys(w.reader(d))
+	s := &corev1.Secret{}
+	w.must(w.Get(t.Context(), client.ObjectKey{Namespace: w.ns, Name: d.Name + "-reader"}, s))
+	kept, err := wire.ParseKeys(s.Data["read"]) // which its copy has, too
 	w.must(err)
 	taken := func(want int) { // by so many of the workers
 		t.Helper()

@@ -30,10 +30,11 @@ import (
 
 const (
 	// pullTimeout bounds getting one snapshot, with a second more for each pullRate bytes of it, and pullStall how long
-	// nothing of it may come: over a slow line a large one takes its time, and others wait for its turn.
+	// nothing of it may come, which is longer than a worker may take for a piece: over a slow line a large one takes its
+	// time, and others wait for its turn.
 	pullTimeout = time.Minute
-	pullRate    = 500 << 10
-	pullStall   = 10 * time.Second
+	pullRate    = 200 << 10
+	pullStall   = wire.WorkerTimeout + 5*time.Second
 	// maxPlacements bounds the arithmetic of one call: files times workers.
 	maxPlacements = 200_000
 	// holdingsRetry is when a snapshot is asked for again that could not be had.

@@ -80,7 +80,7 @@ type livePage struct {
 }
 
 const (
-	// liveSlots is the room for the log, 256 MiB, which takes memory only as it is used: some three million names.
+	// liveSlots is the room for the log, 256 MiB, which takes memory only as it is used.
 	liveSlots = 1 << 25
 	// maxVersion is the length of the longest version that a listing has.
 	maxVersion = 1 << 10
@@ -93,8 +93,8 @@ const (
 	settleIndex = 1
 )
 
-// nameMemory is the memory of the nodes of all live mounts of a process: logs, which outlive the process with what is parked, and
-// what is beside them.
+// nameMemory is the memory of the nodes of all live mounts of a process: logs, which outlive the process with what is
+// parked, and what is beside them.
 type nameMemory struct {
 	mu         sync.Mutex
 	most, used int64
@@ -322,7 +322,7 @@ func (l *live) fetch(ctx context.Context, dir catalog.Index, after string) (*liv
 }
 
 // errFull: so many names were looked at through this mount that there is no room for more.
-var errFull = errors.New("the mount has no room for more names: mount the dataset anew")
+var errFull = errors.New("the mount has no room for more names: let pods that mount writable Datasets on this node end, or raise the memory limit of what serves the mount")
 
 // worn says whether so much of the room is taken that whoever comes now had better get another mount.
 func (l *live) worn() bool {

@@ -139,3 +139,31 @@ func TestAnEditAppliesFromTheNextRun(t *testing.T) {
 		t.Errorf("the next run is told %+v", got)
 	}
 }
+
+// Loads of before the bound of patterns are not refused by the admission; workers refuse them.
+func TestPathsThatWorkersRefuseFailTheLoad(t *testing.T) {
+	bad := v1alpha1.PathPattern("/" + strings.Repeat("{a,b}", 9))
+	for name, change := range map[string]func(p *pass){
+		"runs": func(p *pass) { p.load.Status.Run.Paths = []string{"/x", string(bad)} },
+		"due": func(p *pass) {
+			p.load.Spec.Paths = []v1alpha1.PathPattern{bad}
+			p.load.Status.Phase = v1alpha1.DataLoadPending
+			p.load.Status.NextScheduleTime = &metav1.Time{Time: p.now}
+		},
+		"complete and pinned": func(p *pass) {
+			p.load.Status.Run.Paths, p.load.Status.Run.Pin = []string{string(bad)}, true
+			p.load.Status.Phase = v1alpha1.DataLoadComplete
+			p.load.Status.NextScheduleTime = &metav1.Time{Time: p.now.Add(time.Hour)}
+		},
+	} {
+		r, p := begun(t)
+		change(p)
+		if err := r.advance(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		c := meta.FindStatusCondition(p.load.Status.Conditions, v1alpha1.ConditionFailed)
+		if p.load.Status.Phase != v1alpha1.DataLoadFailed || c == nil || c.Reason != ReasonNotLoaded || !strings.Contains(c.Message, "{a,b}") {
+			t.Errorf("%s: status %+v", name, p.load.Status)
+		}
+	}
+}

@@ -10,6 +10,7 @@ import (
 	"k8s.io/apimachinery/pkg/types"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
+	"github.com/stepcache/stepcache/cache/catalog"
 )
 
 // waitPoll is how often a load that waits looks again at what is not watched.
@@ -32,7 +33,14 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 		st.Phase, st.CompletionTime = v1alpha1.DataLoadPending, nil
 		p.condition(v1alpha1.ConditionFailed, metav1.ConditionFalse, conditionNotApplicable, "the schedule was corrected")
 	}
-	switch running := st.Phase == v1alpha1.DataLoadRunning; {
+	running := st.Phase == v1alpha1.DataLoadRunning
+	paths := p.load.Patterns()
+	if run := st.Run; run != nil && !due {
+		paths = run.Paths
+	}
+	switch bad := checkPaths(paths); {
+	case bad != nil && (running || due || st.Phase == v1alpha1.DataLoadComplete && p.pins()):
+		r.fail(p, ReasonNotLoaded, "%v; create a DataLoad with other paths", bad)
 	case (running || due) && p.dataset != nil && p.dataset.Spec.Access == v1alpha1.ReadWrite:
 		r.fail(p, ReasonNotLoaded, "dataset %q has access: ReadWrite, and so no listing to load from: its workers hold what is put and read; delete this DataLoad", p.dataset.Name)
 	case running:
@@ -46,6 +54,17 @@ func (r *Reconciler) advance(ctx context.Context, p *pass) error {
 		return r.keep(ctx, p)
 	case p.load.Spec.Schedule != "" && (st.Phase == "" || st.Phase == v1alpha1.DataLoadPending):
 		r.wait(p, ReasonWaiting, "its next run is at %s", st.NextScheduleTime.UTC().Format(time.RFC3339))
+	}
+	return nil
+}
+
+// checkPaths says what workers would refuse of a load's paths. Admission refuses that too, but not of a load that was
+// there before its bounds were.
+func checkPaths(paths []string) error {
+	for _, p := range paths {
+		if err := catalog.CheckPattern(p); err != nil {
+			return err
+		}
 	}
 	return nil
 }
