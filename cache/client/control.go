@@ -539,7 +539,7 @@ func (k *Control) followed(ctx context.Context, digest string) error {
 			}
 		}
 		switch {
-		case len(all) > 0 && (newer || len(behind) == 0):
+		case bounded.Err() == nil && len(all) > 0 && (newer || len(behind) == 0): // with its end none answers any more
 			return nil
 		case sleep(bounded, followEvery):
 		case ctx.Err() != nil:

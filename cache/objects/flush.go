@@ -168,6 +168,7 @@ func (b *back) flushOnce(ctx context.Context, p *pending) error {
 			return err
 		}
 		b.trouble(nil)
+		b.n.forget(p.key) // who asked the bucket before this may be told only now that it has nothing
 		b.mu.Lock()
 		if p.gen != gen {
 			b.mu.Unlock()

@@ -28,6 +28,9 @@ import (
 // maxSnapshotBytes bounds what is pulled from a peer: some fifty million files.
 const maxSnapshotBytes = 8 << 30
 
+// largeAgain is the least pause after a listing for which there is no room: to count it takes as many requests.
+const largeAgain = 10 * time.Minute
+
 // refreshRequest asks keepSnapshot to list the bucket now. The answer comes once, on reply.
 type refreshRequest struct {
 	reply chan refreshResult // buffered
@@ -164,7 +167,8 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 	w := k.w
 	w.log.Info("listing the bucket")
 	start := w.clock.Now()
-	if cur, ok := w.snapshots.get(wire.Digest{}); ok {
+	cur, current := w.snapshots.get(wire.Digest{})
+	if current {
 		k.move(cur)
 		cur.release()
 	} else {
@@ -173,22 +177,26 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 			w.problems.set(problemSnapshot, fmt.Errorf("dataset %s: list: %w", w.config.Dataset, err))
 		})
 	}
-	most := w.buildRoom()
+	least := time.Duration(0)
+	room, limited := w.buildRoom(current)
+	most := int64(0)
+	if limited {
+		most = max(1, room)
+	}
 	snap, err := catalog.List(ctx, k.src.mounts, k.src.plain(), most, func(files, bytes int64) {
 		w.listed.Store(files)
 	})
 	if large := (*catalog.LargeError)(nil); errors.As(err, &large) {
-		err = fmt.Errorf("%w: set workers.memory to %dGi, or make several datasets of its prefixes", err, memoryFor(w.config.Memory, large.Need-most))
+		err = fmt.Errorf("%w: set workers.memory to %dGi, or make several datasets of its prefixes", err, memoryFor(w.config.Memory, large.Need-room, current))
+		least = largeAgain
 	}
 	if err != nil {
 		err = fmt.Errorf("dataset %s: list: %w", w.config.Dataset, err)
 		if ctx.Err() == nil {
-			kind, least := problemRefresh, w.clock.Now().Sub(start)
-			if cur, ok := w.snapshots.get(wire.Digest{}); ok {
-				cur.release() // the old one serves on
+			kind := problemSnapshot
+			if current { // it serves on
+				kind, least = problemRefresh, max(least, w.clock.Now().Sub(start))
 				k.wait.MaxInterval = max(k.wait.MaxInterval, time.Duration(w.config.Refresh))
-			} else {
-				kind, least = problemSnapshot, 0
 			}
 			w.problems.set(kind, err)
 			k.pause(least)

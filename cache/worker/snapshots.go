@@ -4,14 +4,13 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"math"
 	"runtime"
+	"runtime/debug"
 	"slices"
 	"sync"
 	"time"
 
 	"github.com/stepcache/stepcache/cache/catalog"
-	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/scheme"
@@ -36,29 +35,40 @@ func SnapshotRoom(memory int64) int64 { return min(max(memory/8, 64<<20), 1<<30)
 // collected yet.
 func HeapRoom(memory int64) int64 { return memory/64 + SnapshotRoom(memory) }
 
-// buildRoom is how many bytes of the heap a snapshot may take while it is made; 0: there is no bound. GOMEMLIMIT is three
-// quarters of what the heap has (footprint, in controllers/dataset), and a sixteenth of that stays for what the
-// collector does not see: it holds a snapshot that is made to 5% more than it takes, also beyond its limit.
-func (w *Worker) buildRoom() int64 {
-	limit := meminfo.MoveHeap(0)
-	if limit == math.MaxInt64 {
-		return 0
+// buildRoom is how many bytes a snapshot may take while it is made: what the control group has left, but for a sixteenth and
+// what the buffers may still take of that. Where another is current, the store may fill meanwhile, and has its whole quota.
+// It may be negative; limited is false where there is no limit to be seen.
+func (w *Worker) buildRoom(current bool) (room int64, limited bool) {
+	debug.FreeOSMemory() // what is left is in use
+	left, limit, limited := w.deps.Memory()
+	if !limited {
+		return 0, false
 	}
-	runtime.GC() // what is left is in use
 	var m runtime.MemStats
 	runtime.ReadMemStats(&m)
-	return max(1, builds(limit)-int64(m.HeapAlloc)-w.store.BuffersLeft())
+	st := w.store.Stats()
+	w.snapshots.mu.Lock()
+	folder := w.snapshots.bytes(inFolder)
+	w.snapshots.mu.Unlock()
+	// What a container that ended left in memory counts for the pod alone, which is not to be seen from within.
+	left = min(left, limit-st.Used-folder-int64(m.Sys-m.HeapReleased))
+	if current {
+		left -= st.Quota - st.Used
+	}
+	return left/16*15 - w.store.BuffersLeft(), true
 }
 
-// builds is the part of what the heap has, of which limit is three quarters, up to which snapshots are made.
-func builds(limit int64) int64 { return limit / 4 * 5 }
-
-// memoryFor is the memory in GiB with which a worker has so many bytes more for the snapshot that it makes.
-func memoryFor(memory, more int64) int64 {
+// memoryFor is the memory in GiB with which a worker has so many bytes more for the snapshot that it makes: all that is
+// more, or, where another is current, what of that the store does not take.
+func memoryFor(memory, more int64, current bool) int64 {
 	gib := memory >> 30
 	for gained := int64(0); gained < more; {
 		gib++
-		gained = builds((HeapRoom(gib<<30)-HeapRoom(memory))/4*3) - (buffersFor(gib<<30) - buffersFor(memory))
+		gained = HeapRoom(gib<<30) - HeapRoom(memory) - (buffersFor(gib<<30) - buffersFor(memory))
+		if !current {
+			gained += gib<<30 - memory
+		}
+		gained = gained / 16 * 15
 	}
 	return gib
 }

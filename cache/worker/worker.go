@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sync/errgroup"
 	"golang.org/x/sync/semaphore"
 
+	"github.com/stepcache/stepcache/cache/meminfo"
 	"github.com/stepcache/stepcache/cache/ring"
 	"github.com/stepcache/stepcache/cache/source"
 	"github.com/stepcache/stepcache/cache/source/scheme"
@@ -56,6 +57,8 @@ type Deps struct {
 	OpenSource func(context.Context, source.Config) (*scheme.Source, error)
 	// Dial connects to other workers; nil means a net.Dialer.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
+	// Memory is what the control groups of this process have left of their limit, and that; nil means meminfo's.
+	Memory func() (left, limit int64, limited bool)
 }
 
 // Worker serves one dataset's blocks.
@@ -139,6 +142,13 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 	d.Logger = d.Logger.With("dataset", c.Dataset, "worker", c.ID)
 	if d.Clock == nil {
 		d.Clock = systemClock{}
+	}
+	if d.Memory == nil {
+		d.Memory = func() (left, limit int64, limited bool) {
+			left, limited = meminfo.Room()
+			limit, _ = meminfo.Limit()
+			return left, limit, limited
+		}
 	}
 	if d.Dial == nil {
 		d.Dial = (&net.Dialer{}).DialContext

@@ -9,9 +9,9 @@ import (
 	"strings"
 	"time"
 
-	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
-
 	"github.com/dustin/go-humanize"
+	metav1 "k8s.io/apimachinery/pkg/apis/meta/v1"
+	"sigs.k8s.io/controller-runtime/pkg/client"
 
 	"github.com/stepcache/stepcache/api/v1alpha1"
 	tierclient "github.com/stepcache/stepcache/cache/client"
@@ -65,12 +65,21 @@ func (r *Reconciler) sum(ctx context.Context, p *pass) (tierclient.LoadSum, erro
 	if !unknown {
 		return sum, ignoreMissing(err)
 	}
+	// The workers forget a run whose end is written down, and what this pass goes by may be from before that.
+	now := &v1alpha1.DataLoad{}
+	if err := r.live.Get(ctx, client.ObjectKeyFromObject(p.load), now); err != nil || now.UID != p.load.UID ||
+		now.Status.Phase != p.load.Status.Phase || !now.Status.StartTime.Equal(p.load.Status.StartTime) {
+		return tierclient.LoadSum{}, errors.Join(errStale, client.IgnoreNotFound(err))
+	}
 	if err := k.Load(ctx, request(p)); ignoreMissing(err) != nil {
 		return sum, err
 	}
 	sum, err = k.LoadStatus(ctx, id(p.load))
 	return sum, ignoreMissing(err)
 }
+
+// errStale: the load is not what the pass went by any more.
+var errStale = errors.New("the load has changed meanwhile")
 
 // ignoreMissing leaves workers that do not answer to the sum, which names them.
 func ignoreMissing(err error) error {
@@ -89,6 +98,10 @@ func (r *Reconciler) follow(ctx context.Context, p *pass) error {
 	}
 	p.soon(r.Poll)
 	sum, err := r.sum(ctx, p)
+	if errors.Is(err, errStale) {
+		p.soon(time.Second / 4)
+		return nil
+	}
 	if err != nil {
 		p.condition(v1alpha1.ConditionComplete, metav1.ConditionFalse, ReasonWorkersMissing, "%v", err)
 		return nil

@@ -53,7 +53,7 @@ const mi = 1 << 20
 //   - heap, without those entries: buffers for fills and uncached reads (64 MiB to 256, a sixteenth of the quota), for
 //     connections, the runtime and what the collector has not collected yet, for which there is 1/64 of the quota
 //     more, and once more the room of a snapshot, which is built in heap when the bucket is listed: one that takes more
-//     than the heap has is not made, and a problem of the worker tells how much memory it wants. GOMEMLIMIT is set
+//     than there is memory for is not made, and a problem of the worker tells how much memory it wants. GOMEMLIMIT is set
 //     below it, and moved by the store as its entries grow, so that the collector works harder before the kernel kills.
 //
 // TestAFullCacheIsNeverAnOOMKill holds a real worker to it in a control group: of 449 MiB at a quota of 64 MiB
