@@ -145,7 +145,7 @@ type Client struct {
 	dialer   func(ctx context.Context, network, addr string) (net.Conn, error)
 	now      func() time.Time
 	limit    func() (bytes int64, ok bool) // of the container's memory
-	disk     func(dir string, size int64) error
+	disk     func(dir string, size, has int64) error
 	reserved int64 // of it, for a snapshot (reserve)
 	snapshot *catalog.Snapshot
 	digest   catalog.Digest

@@ -200,9 +200,13 @@ func (c *Client) pullFrom(ctx context.Context, p *peer, want *catalog.Digest, at
 				continue
 			}
 		}
+		first := size == 0
 		size = reply.Size
 		if file == nil {
 			file, err = c.newFile(digest, size, inMemory)
+		}
+		if err == nil && first && !inMemory { // also what is gone on with: whoever told its size then may have told less
+			err = c.allocate(file, size)
 		}
 		if err == nil {
 			_, err = file.WriteAt(body, have)
@@ -274,7 +278,7 @@ func (c *Client) newFile(d catalog.Digest, size int64, inMemory bool) (*os.File,
 		if err := os.MkdirAll(c.config.SnapshotDir, 0o700); err != nil {
 			return nil, err
 		}
-		return c.onDisk(d, size)
+		return c.onDisk(d)
 	}
 	if err := c.reserve(size); err != nil {
 		return nil, err
@@ -286,13 +290,8 @@ func (c *Client) newFile(d catalog.Digest, size int64, inMemory bool) (*os.File,
 	return os.NewFile(uintptr(fd), "snapshot"), nil
 }
 
-// onDisk makes a file of the node's folder, with all of its room, so that whoever looks next finds that taken.
-func (c *Client) onDisk(d catalog.Digest, size int64) (*os.File, error) {
-	looking <- struct{}{}
-	defer func() { <-looking }()
-	if err := c.disk(c.config.SnapshotDir, size); err != nil {
-		return nil, err
-	}
+// onDisk makes a file of the node's folder.
+func (c *Client) onDisk(d catalog.Digest) (*os.File, error) {
 	f, err := os.OpenFile(c.unfinishedPath(d), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err == nil {
 		if _, err = claim(f); err != nil {
@@ -300,20 +299,30 @@ func (c *Client) onDisk(d catalog.Digest, size int64) (*os.File, error) {
 		}
 	}
 	if err != nil { // another pull has it: it may be slower than this one
-		if f, err = os.CreateTemp(c.config.SnapshotDir, "new-*"); err != nil {
-			return nil, err
-		}
+		return os.CreateTemp(c.config.SnapshotDir, "new-*")
 	}
-	err = unix.EINTR
+	return f, nil
+}
+
+// allocate gives a file of the node's folder all of the room for a snapshot, so that whoever looks next finds that taken.
+func (c *Client) allocate(f *os.File, size int64) error {
+	looking <- struct{}{}
+	defer func() { <-looking }()
+	var has unix.Stat_t
+	if err := unix.Fstat(int(f.Fd()), &has); err != nil {
+		return &fs.PathError{Op: "stat", Path: f.Name(), Err: err}
+	}
+	if err := c.disk(c.config.SnapshotDir, size, has.Blocks*512); err != nil {
+		return err
+	}
+	err := error(unix.EINTR)
 	for errors.Is(err, unix.EINTR) {
 		err = unix.Fallocate(int(f.Fd()), unix.FALLOC_FL_KEEP_SIZE, 0, size)
 	}
 	if err != nil && !errors.Is(err, unix.EOPNOTSUPP) {
-		f.Close()
-		os.Remove(f.Name())
-		return nil, &fs.PathError{Op: "allocate", Path: f.Name(), Err: err}
+		return &fs.PathError{Op: "allocate", Path: f.Name(), Err: err}
 	}
-	return f, nil
+	return nil
 }
 
 // resume opens what there is of a snapshot whose pull did not come to its end, as where a pod waited for it for as long as it
@@ -351,10 +360,10 @@ var looking = make(chan struct{}, 1)
 // smallSnapshot is the size up to which a node's folder takes a snapshot however full its disk is.
 const smallSnapshot = 16 << 20
 
-// roomOnDisk is an error where a snapshot of so many bytes would leave less than 15 % of the folder's disk free. From there
-// on the kubelet removes images, and from 10 % on it evicts pods (its defaults); and what a worker sends, which may be
-// anybody's program, is charged to no pod.
-func roomOnDisk(dir string, size int64) error {
+// roomOnDisk is an error where a snapshot of so many bytes, of which the disk has some already, would leave less than 15 %
+// of the folder's disk free. From there on the kubelet removes images, and from 10 % on it evicts pods (its defaults); and
+// what a worker sends, which may be anybody's program, is charged to no pod.
+func roomOnDisk(dir string, size, has int64) error {
 	if size <= smallSnapshot {
 		return nil
 	}
@@ -363,8 +372,8 @@ func roomOnDisk(dir string, size int64) error {
 		return &fs.PathError{Op: "statfs", Path: dir, Err: err}
 	}
 	free, all := int64(disk.Bavail)*disk.Bsize, int64(disk.Blocks)*disk.Bsize
-	if free-size < all/20*3 {
-		return fmt.Errorf("%d MiB would leave less than 15 %% of its disk free, of which %d of %d MiB are", size>>20, free>>20, all>>20)
+	if more := size - has; more > 0 && free-more < all/20*3 {
+		return fmt.Errorf("%d MiB more would leave less than 15 %% of its disk free, of which %d of %d MiB are", more>>20, free>>20, all>>20)
 	}
 	return nil
 }

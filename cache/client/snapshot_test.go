@@ -383,7 +383,7 @@ func TestASnapshotInMemoryFitsTheContainer(t *testing.T) {
 		}
 		t.Cleanup(func() { c.Close() })
 		c.limit = func() (int64, bool) { return limit, true }
-		c.disk = func(string, int64) error { return full }
+		c.disk = func(string, int64, int64) error { return full }
 		c.snapshot, err = c.pull(testContext(t), k.snap.Digest())
 		return c, err
 	}
@@ -423,14 +423,47 @@ func TestASnapshotLeavesRoomOnTheDisk(t *testing.T) {
 		t.Fatal(err)
 	}
 	all := int64(disk.Blocks) * disk.Bsize
-	if err := roomOnDisk(dir, all-all/10); err == nil {
+	if err := roomOnDisk(dir, all-all/10, smallSnapshot); err == nil {
 		t.Error("nine tenths of the disk are taken")
 	}
-	if err := roomOnDisk(dir, smallSnapshot); err != nil {
+	if err := roomOnDisk(dir, smallSnapshot, 0); err != nil {
 		t.Errorf("a small one: %v", err)
 	}
-	if err := roomOnDisk(filepath.Join(dir, "none"), smallSnapshot+1); !errors.Is(err, fs.ErrNotExist) {
+	if err := roomOnDisk(dir, all, all); err != nil {
+		t.Errorf("one that is there: %v", err)
+	}
+	if err := roomOnDisk(filepath.Join(dir, "none"), smallSnapshot+1, 0); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("no folder: %v", err)
+	}
+}
+
+// Nor does one that is gone on with, whose size another worker told.
+func TestAPullThatGoesOnLeavesRoomOnTheDisk(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": content(1, 1000)})
+	k.start("a")
+	whole := k.snap.Encoded()
+	for _, want := range []catalog.Digest{k.snap.Digest(), {}} {
+		config := k.config()
+		config.SnapshotDir = t.TempDir()
+		c, err := newClient(config, quick())
+		if err != nil {
+			t.Fatal(err)
+		}
+		t.Cleanup(func() { c.Close() })
+		var size, has int64
+		c.disk = func(_ string, s, h int64) error { size, has = s, h; return errors.New("the disk is full") }
+		if err := os.WriteFile(c.unfinishedPath(k.snap.Digest()), whole[:len(whole)/2], 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if c.snapshot, err = c.pull(testContext(t), want); err != nil || c.snapshot.Digest() != k.snap.Digest() {
+			t.Fatal(err)
+		}
+		if size != int64(len(whole)) || has <= 0 {
+			t.Errorf("of a snapshot of %d bytes, not %d, the disk has %d", size, len(whole), has)
+		}
+		if files, err := os.ReadDir(config.SnapshotDir); err != nil || len(files) > 0 {
+			t.Errorf("the folder of a full disk has %v, %v", files, err)
+		}
 	}
 }
 
