@@ -276,7 +276,10 @@ func TestAPullGoesOnWhereOneBeforeWasEnded(t *testing.T) {
 	}
 	k.worker("a").other.Store(&inPieces)
 	pull := func(change func(*Config)) (from []int64, err error) {
+		eventually(t, "the end of the pull before", func() bool { return k.worker("a").open() == 0 })
+		mu.Lock()
 		asked = nil
+		mu.Unlock()
 		config := k.config()
 		change(&config)
 		ctx, cancel := context.WithCancel(testContext(t))
