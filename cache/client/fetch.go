@@ -60,7 +60,12 @@ const (
 	// busyTries is how often a worker that is overloaded, or throttled by the bucket, is asked again
 	// before another one is.
 	busyTries = 6
+	// dialPatience is how long a request waits at least for a connection to a worker before another copy is asked.
+	dialPatience = 50 * time.Millisecond
 )
+
+// errDialing: another copy is asked meanwhile.
+var errDialing = fmt.Errorf("%w yet", errDown)
 
 // fetch receives the bytes of w into dst, whose length is w.n, or into w.to, from whichever worker has them. It returns
 // with an error only when the object is gone or changed, when every worker that answers refuses, or when
@@ -294,9 +299,11 @@ func (c *Client) round(ctx context.Context, v *view, w piece, dst []byte, n int)
 			}
 			return o
 		}
-		if !errors.Is(err, wire.ErrNotOwner) {
+		switch {
+		case errors.Is(err, errDialing): // it may hold yet what others have lost
+		case !errors.Is(err, wire.ErrNotOwner):
 			failed[s.peer] = true
-		} else if c.members.view() != v {
+		case c.members.view() != v:
 			return o // there is a newer list already: plan anew
 		}
 		if errors.Is(err, wire.ErrUnknownSnapshot) && s.flags == 0 && !s.peer.strange.Load() {
@@ -384,7 +391,7 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 	if end, ok := ctx.Deadline(); ok { // so that the worker stops when nobody waits any more
 		req.WaitMillis = uint32(max(1, min(time.Until(end), wire.WorkerTimeout).Milliseconds()))
 	}
-	conn, first, err := s.peer.start(ctx, req, dst, w.to)
+	conn, first, err := c.start(ctx, s, req, dst, w.to)
 	if err != nil {
 		return err
 	}
@@ -487,6 +494,19 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 			return last()
 		}
 	}
+}
+
+// start sends the first request of a step. Where there is another copy it waits for a connection no longer than for an
+// answer: to a worker that is cut off one takes wire.DialTimeout. It is made all the same, for those that ask later.
+func (c *Client) start(ctx context.Context, s step, req wire.Request, dst []byte, to io.WriterAt) (*conn, *call, error) {
+	if s.hedge != nil && req.Flags == 0 && s.peer.live() == nil && !s.hedge.isDown() {
+		if d, ok := c.latency.hedge(int(req.Length)); ok {
+			var cancel context.CancelFunc
+			ctx, cancel = context.WithTimeoutCause(ctx, max(d, dialPatience), errDialing)
+			defer cancel()
+		}
+	}
+	return s.peer.start(ctx, req, dst, to)
 }
 
 // temporary says whether the failure is the worker's rather than the object's.

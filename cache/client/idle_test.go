@@ -2,7 +2,9 @@ package client
 
 import (
 	"bytes"
+	"context"
 	"math/rand/v2"
+	"net"
 	"sync"
 	"sync/atomic"
 	"testing"
@@ -106,10 +108,7 @@ func TestAHedgeWithoutAConnectionHasOneMade(t *testing.T) {
 	k := newTier(t, map[string][]byte{"f": content(1, 9<<20)})
 	k.start("a", "b")
 	c := k.dial(func(c *Config) { c.Copies = 2 })
-	for range 128 { // experience: answers take no time
-		c.latency.observe(1<<20, 1)
-		c.latency.observe(1<<10, 1)
-	}
+	experienced(c)
 	ws := k.owners("f", 0)
 	second := c.members.view().peers[ws[1].id]
 	second.rest()
@@ -121,5 +120,85 @@ func TestAHedgeWithoutAConnectionHasOneMade(t *testing.T) {
 	close(open)
 	if err := <-done; err != nil {
 		t.Fatal(err)
+	}
+}
+
+// A connection to a worker that is cut off takes seconds to fail: where there is another copy no read waits for that.
+func TestACopyIsReadWhileTheFirstWorkerIsDialled(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": content(1, 9<<20)})
+	k.start("a", "b", "c")
+	var hole atomic.Pointer[string] // what is sent to this address is lost
+	var open chan struct{}
+	c := k.dial(func(c *Config) {
+		c.Copies = 2
+		c.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if lost := hole.Load(); lost != nil && *lost == addr {
+				<-open
+				ctx = context.WithoutCancel(ctx) // however long the test took
+			}
+			return (&net.Dialer{}).DialContext(ctx, network, addr)
+		}
+	})
+	experienced(c)
+	ws := k.owners("f", 0)
+	first := c.members.view().peers[ws[0].id]
+	eventually(t, "the end of its connection", func() bool { first.rest(); return first.live() == nil })
+	open = make(chan struct{})
+	opened := sync.OnceFunc(func() { close(open) })
+	defer opened()
+	hole.Store(&ws[0].addr)
+	read := func(off int64) error {
+		done := make(chan error, 1)
+		go func() { done <- checkRead(testContext(t), c, k.index("f"), k.data["f"], off, 100_000) }()
+		return wait(t, "the read", done)
+	}
+	ws[1].set(func(wire.Request) *answer { return &answer{} }) // as an owner, also of what it does not hold yet
+	if err := read(1 << 20); err != nil {
+		t.Fatal(err)
+	}
+	first.mu.Lock()
+	dialing := first.dialing
+	first.mu.Unlock()
+	if dialing == nil || isClosed(dialing.done) {
+		t.Error("nobody dials the first any more")
+	}
+	// Once there is a connection it is asked for what the bucket has lost.
+	ws[1].set(func(wire.Request) *answer { opened(); return &answer{status: wire.Changed} })
+	if err := read(3 << 20); err != nil {
+		t.Fatal(err)
+	}
+	if len(ws[0].seen()) == 0 || len(ws[2].seen()) > 0 {
+		t.Errorf("the first was asked %d times, and one that is no owner %d times", len(ws[0].seen()), len(ws[2].seen()))
+	}
+}
+
+// Where the other copy's worker is down it is the bucket that would be asked instead.
+func TestASlowDialIsWaitedForWhereTheOtherCopyIsDown(t *testing.T) {
+	k := newTier(t, map[string][]byte{"f": content(1, 9<<20)})
+	k.start("a", "b", "c")
+	var slow atomic.Pointer[string]
+	c := k.dial(func(c *Config) {
+		c.Copies = 2
+		c.Dialer = func(ctx context.Context, network, addr string) (net.Conn, error) {
+			if s := slow.Load(); s != nil && *s == addr {
+				sleep(ctx, 4*dialPatience)
+				ctx = context.WithoutCancel(ctx) // however long the test took
+			}
+			return (&net.Dialer{}).DialContext(ctx, network, addr)
+		}
+	})
+	experienced(c)
+	ws := k.owners("f", 0)
+	peers := c.members.view().peers
+	first, second := peers[ws[0].id], peers[ws[1].id]
+	ws[1].stop()
+	eventually(t, "the second is known to be down", func() bool { second.wake(); return second.isDown() })
+	eventually(t, "the end of the first's connection", func() bool { first.rest(); return first.live() == nil })
+	slow.Store(&ws[0].addr)
+	if err := checkRead(testContext(t), c, k.index("f"), k.data["f"], 1<<20, 100_000); err != nil {
+		t.Fatal(err)
+	}
+	if len(ws[0].seen()) == 0 || len(ws[2].seen()) > 0 {
+		t.Errorf("the first was asked %d times, and one that is no owner %d times", len(ws[0].seen()), len(ws[2].seen()))
 	}
 }

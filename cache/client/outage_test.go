@@ -48,17 +48,12 @@ func TestAWorkerThatCannotBeReachedIsToldOfOnce(t *testing.T) {
 	var log lines
 	c := k.dial(func(c *Config) { c.Logger = log.logger() })
 	p := c.members.view().peers["a"]
-	down := func() bool {
-		p.mu.Lock()
-		defer p.mu.Unlock()
-		return p.down != nil
-	}
 	for range 3 {
 		k.worker("a").stop()
 		c.Forget(k.index("f"))
 		read := make(chan error, 1)
 		go func() { read <- checkRead(testContext(t), c, k.index("f"), k.data["f"], 0, 100) }()
-		eventually(t, "the worker is known to be down", down)
+		eventually(t, "the worker is known to be down", p.isDown)
 		k.worker("a").restart()
 		if err := wait(t, "the read", read); err != nil {
 			t.Fatal(err)

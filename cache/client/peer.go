@@ -108,6 +108,13 @@ func (p *peer) adopt(c *conn) bool {
 	return true
 }
 
+// isDown says whether requests fail at once.
+func (p *peer) isDown() bool {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	return p.down != nil
+}
+
 // get returns a connection, waiting for one to be made unless the peer is known to be down.
 func (p *peer) get(ctx context.Context) (*conn, error) {
 	p.mu.Lock()

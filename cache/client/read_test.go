@@ -840,10 +840,7 @@ func TestASlowFirstCopyIsHedgedWithTheSecondOnlyIfItHoldsTheBlock(t *testing.T) 
 	if _, ok := c.latency.hedge(1 << 20); ok {
 		t.Fatal("a hedge without experience")
 	}
-	for range 128 { // experience: answers take no time
-		c.latency.observe(1<<20, 1)
-		c.latency.observe(1<<10, 1)
-	}
+	experienced(c)
 	open := make(chan struct{})
 	ws := k.owners("f", 0)
 	ws[0].set(func(wire.Request) *answer { return &answer{wait: open} })

@@ -191,6 +191,14 @@ func (k *tier) dial(change func(*Config)) *Client {
 	return c
 }
 
+// experienced gives the client the experience that answers take no time.
+func experienced(c *Client) {
+	for range 128 {
+		c.latency.observe(1<<20, 1)
+		c.latency.observe(1<<10, 1)
+	}
+}
+
 // fake is one worker. It owns what the ring says and serves everything from memory.
 type fake struct {
 	tier       *tier
