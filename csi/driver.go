@@ -266,7 +266,7 @@ func (s *service) begin(ctx, keeping context.Context, g *errgroup.Group, servers
 		if err := s.sweep(ctx, former); err != nil {
 			s.log.Warn("mounts of former node services are not looked after", "error", err)
 		}
-		s.trim()
+		s.trim("")
 	}
 	// Without a keeper nobody could tell what is left from what is parked.
 	select {

@@ -296,7 +296,7 @@ func (s *service) mount(ctx context.Context, set *dataset, digest catalog.Digest
 	}
 	c, err := s.dial(ctx, set, digest)
 	if err != nil {
-		s.trim() // the next call goes on with what came of the snapshot, if that is still the current one
+		s.trim(unfinished) // the next call goes on with what came of the snapshot, if that is still the current one
 		s.shrink(set)
 		return nil, err
 	}
@@ -371,15 +371,20 @@ func (s *service) follow(m *mounted) {
 	s.keeping.drop(m.id)
 	s.hangUp(m.set, m.client)
 	s.clear(m.dir)
-	s.trim()
+	s.trim("")
 	m.set.turn <- struct{}{}
 	s.shrink(m.set)
 	<-m.set.turn
 	s.release(m.set)
 }
 
-// trim removes snapshots that no mount shows. Those that are young may be of a mount that is being made.
-func (s *service) trim() {
+// unfinished starts the names of snapshots of which not all came. No mount shows one: they may go also while nobody can
+// tell which mounts are parked.
+const unfinished = "new-"
+
+// trim removes snapshots that no mount shows, of those whose names start so. Those that are young may be of a mount that is
+// being made.
+func (s *service) trim(prefix string) {
 	dir := s.snapshotDir()
 	entries, err := os.ReadDir(dir)
 	if err != nil {
@@ -395,7 +400,7 @@ func (s *service) trim() {
 	s.mu.Unlock()
 	for _, e := range entries {
 		digest, _, _ := strings.Cut(e.Name(), ".")
-		if info, err := e.Info(); err == nil && !shown[digest] && s.now().Sub(info.ModTime()) > youth {
+		if info, err := e.Info(); err == nil && strings.HasPrefix(digest, prefix) && !shown[digest] && s.now().Sub(info.ModTime()) > youth {
 			_ = os.Remove(filepath.Join(dir, e.Name()))
 		}
 	}

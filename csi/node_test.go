@@ -376,7 +376,8 @@ func TestRequestsThatNoKubeletMakes(t *testing.T) {
 	}
 }
 
-// A mount that does not come about leaves what came of its snapshot, and takes away what came of those before.
+// A mount that does not come about leaves what came of its snapshot, and takes away what came of those before. Whole ones
+// stay: which of them parked mounts show nobody knows before there is a keeper.
 func TestUnfinishedSnapshotsThatNobodyGoesOnWithGo(t *testing.T) {
 	s := newService(Config{
 		Dir: t.TempDir(), Logger: quiet(), Seeds: func(string, string) []string { return []string{"127.0.0.1:1"} },
@@ -384,10 +385,12 @@ func TestUnfinishedSnapshotsThatNobodyGoesOnWithGo(t *testing.T) {
 	if err := os.Mkdir(s.snapshotDir(), 0o700); err != nil {
 		t.Fatal(err)
 	}
-	old, young := filepath.Join(s.snapshotDir(), "new-1"), filepath.Join(s.snapshotDir(), "new-2")
 	past := time.Now().Add(-youth - time.Minute)
-	if err := errors.Join(os.WriteFile(old, nil, 0o600), os.WriteFile(young, nil, 0o600), os.Chtimes(old, past, past)); err != nil {
-		t.Fatal(err)
+	for name, made := range map[string]time.Time{"new-1": past, "new-2": time.Now(), "1.snapshot": past} {
+		path := filepath.Join(s.snapshotDir(), name)
+		if err := errors.Join(os.WriteFile(path, nil, 0o600), os.Chtimes(path, made, made)); err != nil {
+			t.Fatal(err)
+		}
 	}
 	ctx, cancel := context.WithCancel(t.Context())
 	cancel()
@@ -395,9 +398,9 @@ func TestUnfinishedSnapshotsThatNobodyGoesOnWithGo(t *testing.T) {
 	if _, err := s.mount(ctx, set, catalog.Digest{1}); err == nil {
 		t.Fatal("mounted")
 	}
-	for path, want := range map[string]bool{old: false, young: true} {
-		if _, err := os.Stat(path); (err == nil) != want {
-			t.Errorf("%s: kept %v, want %v", filepath.Base(path), err == nil, want)
+	for name, want := range map[string]bool{"new-1": false, "new-2": true, "1.snapshot": true} {
+		if _, err := os.Stat(filepath.Join(s.snapshotDir(), name)); (err == nil) != want {
+			t.Errorf("%s: kept %v, want %v", name, err == nil, want)
 		}
 	}
 }
