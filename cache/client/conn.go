@@ -67,10 +67,10 @@ func (k *call) wait(ctx context.Context, c *conn) error {
 // conn is one authenticated connection, multiplexed: many calls under way, answered in any order. It has
 // two goroutines, which end when it fails; fail and rest are the ways to end it.
 //
-// The writer also watches liveness, and ends a connection over which nothing is asked any more: a worker has thousands of
-// readers, and keeps nothing for one that its connection would have to be there for. Silence is counted in ticks during which the process ran, not in
-// wall-clock time, so that a process that was stopped for a while does not take its own pause for the
-// worker's.
+// The writer also watches liveness, and ends a connection over which nothing is asked any more: a worker has thousands
+// of readers, and keeps nothing for one that its connection would have to be there for. Silence is counted in ticks
+// during which the process ran, not in wall-clock time, so that a process that was stopped for a while does not take its
+// own pause for the worker's.
 type conn struct {
 	nc    net.Conn
 	sends chan *call

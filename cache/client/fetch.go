@@ -499,12 +499,20 @@ func (c *Client) ask(ctx context.Context, s step, flags wire.Flag, w piece, dst 
 // start sends the first request of a step. Where there is another copy it waits for a connection no longer than for an
 // answer: to a worker that is cut off one takes wire.DialTimeout. It is made all the same, for those that ask later.
 func (c *Client) start(ctx context.Context, s step, req wire.Request, dst []byte, to io.WriterAt) (*conn, *call, error) {
-	if s.hedge != nil && req.Flags == 0 && s.peer.live() == nil && !s.hedge.isDown() {
+	patience := time.Duration(0)
+	switch {
+	case s.peer.live() != nil:
+	case req.Flags == wire.FlagGuess: // whoever joins it asks by himself then
+		patience = dialPatience
+	case s.hedge != nil && req.Flags == 0 && !s.hedge.isDown():
 		if d, ok := c.latency.hedge(int(req.Length)); ok {
-			var cancel context.CancelFunc
-			ctx, cancel = context.WithTimeoutCause(ctx, max(d, dialPatience), errDialing)
-			defer cancel()
+			patience = max(d, dialPatience)
 		}
+	}
+	if patience > 0 {
+		var cancel context.CancelFunc
+		ctx, cancel = context.WithTimeoutCause(ctx, patience, errDialing)
+		defer cancel()
 	}
 	return s.peer.start(ctx, req, dst, to)
 }

@@ -40,14 +40,6 @@ func newBuffers(total int64) *buffers {
 	return &buffers{total: total, free: semaphore.NewWeighted(total)}
 }
 
-// BuffersLeft is how many bytes the buffers of fills may still take of the heap.
-func (s *Store) BuffersLeft() int64 {
-	p := s.buffers
-	p.mu.Lock()
-	defer p.mu.Unlock()
-	return max(0, p.total-p.used-p.kept)
-}
-
 func class(n int) int { return max(bits.Len(uint(n-1)), minClass) - minClass }
 
 // get returns a buffer of n bytes, held once.

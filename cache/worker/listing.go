@@ -11,6 +11,7 @@ import (
 	"maps"
 	"os"
 	"path/filepath"
+	"runtime/debug"
 	"strings"
 	"sync"
 	"time"
@@ -178,7 +179,7 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 		})
 	}
 	least := time.Duration(0)
-	room, limited := w.buildRoom(current)
+	room, limited := w.buildRoom()
 	most := int64(0)
 	if limited {
 		most = max(1, room)
@@ -187,7 +188,7 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 		w.listed.Store(files)
 	})
 	if large := (*catalog.LargeError)(nil); errors.As(err, &large) {
-		err = fmt.Errorf("%w: set workers.memory to %dGi, or make several datasets of its prefixes", err, memoryFor(w.config.Memory, large.Need-room, current))
+		err = fmt.Errorf("%w: set workers.memory to %dGi or more, or make several datasets of its prefixes", err, memoryFor(w.config.Memory, large.Need-room))
 		least = largeAgain
 	}
 	if err != nil {
@@ -202,6 +203,9 @@ func (k *snapshotKeeper) list(ctx context.Context) refreshResult {
 			k.pause(least)
 		}
 		return refreshResult{err: err}
+	}
+	if limited {
+		debug.FreeOSMemory() // of what it was made with, before it is written beside that
 	}
 	k.rest = nil
 	k.wait.Reset()

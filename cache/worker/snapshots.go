@@ -4,7 +4,6 @@ import (
 	"errors"
 	"fmt"
 	"maps"
-	"runtime"
 	"runtime/debug"
 	"slices"
 	"sync"
@@ -31,47 +30,17 @@ const (
 // does not take.
 func SnapshotRoom(memory int64) int64 { return min(max(memory/8, 64<<20), 1<<30) }
 
-// HeapRoom is what of the heap of a worker depends on its memory: the room of a snapshot, and what the collector has not
-// collected yet.
-func HeapRoom(memory int64) int64 { return memory/64 + SnapshotRoom(memory) }
-
-// buildRoom is how many bytes a snapshot may take while it is made: what the control group has left, but for a sixteenth and
-// what the buffers may still take of that. Where another is current, the store may fill meanwhile, and has its whole quota.
-// It may be negative; limited is false where there is no limit to be seen.
-func (w *Worker) buildRoom(current bool) (room int64, limited bool) {
+// buildRoom is how many bytes a snapshot may take while it is made: what the control group has left now, but for a
+// sixteenth. limited is false where that is not known.
+func (w *Worker) buildRoom() (room int64, limited bool) {
 	debug.FreeOSMemory() // what is left is in use
 	left, limit, limited := w.deps.Memory()
-	if !limited {
-		return 0, false
-	}
-	var m runtime.MemStats
-	runtime.ReadMemStats(&m)
-	st := w.store.Stats()
-	w.snapshots.mu.Lock()
-	folder := w.snapshots.bytes(inFolder)
-	w.snapshots.mu.Unlock()
-	// What a container that ended left in memory counts for the pod alone, which is not to be seen from within.
-	left = min(left, limit-st.Used-folder-int64(m.Sys-m.HeapReleased))
-	if current {
-		left -= st.Quota - st.Used
-	}
-	return left/16*15 - w.store.BuffersLeft(), true
+	// What a container that ended left in memory counts for the pod alone, whose group is not to be seen from within.
+	return min(left, limit-w.store.Stats().Used) / 16 * 15, limited
 }
 
-// memoryFor is the memory in GiB with which a worker has so many bytes more for the snapshot that it makes: all that is
-// more, or, where another is current, what of that the store does not take.
-func memoryFor(memory, more int64, current bool) int64 {
-	gib := memory >> 30
-	for gained := int64(0); gained < more; {
-		gib++
-		gained = HeapRoom(gib<<30) - HeapRoom(memory) - (buffersFor(gib<<30) - buffersFor(memory))
-		if !current {
-			gained += gib<<30 - memory
-		}
-		gained = gained / 16 * 15
-	}
-	return gib
-}
+// memoryFor is the memory in GiB with which a worker has so many bytes more.
+func memoryFor(memory, more int64) int64 { return (memory + more/15*16 + 1<<30 - 1) >> 30 }
 
 // medium is where the bytes of a snapshot are.
 type medium int

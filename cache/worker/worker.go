@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"math"
 	"net"
 	"net/http"
 	"os"
@@ -34,8 +35,6 @@ const (
 	maxBuffers = 64 * ring.BlockSize
 )
 
-func buffersFor(memory int64) int64 { return min(max(memory/16, minBuffers), maxBuffers) }
-
 // Clock is the time as the worker sees it, apart from the deadlines of connections, which the kernel
 // keeps. Tests drive it by hand.
 type Clock interface {
@@ -57,7 +56,8 @@ type Deps struct {
 	OpenSource func(context.Context, source.Config) (*scheme.Source, error)
 	// Dial connects to other workers; nil means a net.Dialer.
 	Dial func(ctx context.Context, network, addr string) (net.Conn, error)
-	// Memory is what the control groups of this process have left of their limit, and that; nil means meminfo's.
+	// Memory is what the control groups of this process have left of their limit, and that; nil means meminfo's, where
+	// GOMEMLIMIT is set: elsewhere the limit may be of more than this worker, and of page caches that can be given back.
 	Memory func() (left, limit int64, limited bool)
 }
 
@@ -147,7 +147,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 		d.Memory = func() (left, limit int64, limited bool) {
 			left, limited = meminfo.Room()
 			limit, _ = meminfo.Limit()
-			return left, limit, limited
+			return left, limit, limited && meminfo.MoveHeap(0) != math.MaxInt64
 		}
 	}
 	if d.Dial == nil {
@@ -158,7 +158,7 @@ func New(ctx context.Context, c Config, d Deps) (_ *Worker, err error) {
 			return scheme.Open(ctx, s, scheme.Elapsed(wire.SourceTimeout), scheme.Logger(d.Logger))
 		}
 	}
-	buffers := buffersFor(c.Memory)
+	buffers := min(max(c.Memory/16, minBuffers), maxBuffers)
 	w := &Worker{
 		config: c, deps: d, log: d.Logger, clock: d.Clock, scrubRate: c.ScrubBytesPerSecond,
 		refreshes: make(chan refreshRequest), wanted: make(chan wire.Digest, 16), offers: make(chan struct{}, 1),

@@ -67,9 +67,11 @@ func (r *Reconciler) sum(ctx context.Context, p *pass) (tierclient.LoadSum, erro
 	}
 	// The workers forget a run whose end is written down, and what this pass goes by may be from before that.
 	now := &v1alpha1.DataLoad{}
-	if err := r.live.Get(ctx, client.ObjectKeyFromObject(p.load), now); err != nil || now.UID != p.load.UID ||
-		now.Status.Phase != p.load.Status.Phase || !now.Status.StartTime.Equal(p.load.Status.StartTime) {
-		return tierclient.LoadSum{}, errors.Join(errStale, client.IgnoreNotFound(err))
+	switch err := r.live.Get(ctx, client.ObjectKeyFromObject(p.load), now); {
+	case client.IgnoreNotFound(err) != nil:
+		return tierclient.LoadSum{}, err
+	case err != nil, now.UID != p.load.UID, now.Status.Phase != p.load.Status.Phase, !now.Status.StartTime.Equal(p.load.Status.StartTime):
+		return tierclient.LoadSum{}, errStale
 	}
 	if err := k.Load(ctx, request(p)); ignoreMissing(err) != nil {
 		return sum, err

@@ -59,7 +59,8 @@ const mi = 1 << 20
 // TestAFullCacheIsNeverAnOOMKill holds a real worker to it in a control group: of 449 MiB at a quota of 64 MiB
 // it held 234 at most, of 1,552 MiB at 1 GiB 1,200.
 func footprint(quota int64) (store, heap int64) {
-	return quota + worker.SnapshotRoom(quota), 256*mi + worker.HeapRoom(quota)
+	room := worker.SnapshotRoom(quota)
+	return quota + room, 256*mi + quota/64 + room
 }
 
 // memoryOf is the footprint of the Dataset's workers: with other Datasets as sources they also hold those'
