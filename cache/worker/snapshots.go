@@ -40,7 +40,7 @@ func (w *Worker) buildRoom() (room int64, limited bool) {
 }
 
 // memoryFor is the memory in GiB with which a worker has so many bytes more.
-func memoryFor(memory, more int64) int64 { return (memory + more/15*16 + 1<<30 - 1) >> 30 }
+func memoryFor(memory, more int64) int64 { return (memory + more*16/15 + 1<<30 - 1) >> 30 }
 
 // medium is where the bytes of a snapshot are.
 type medium int
