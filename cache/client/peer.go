@@ -272,7 +272,7 @@ const tellEvery = time.Minute
 
 // note is told how an attempt to reach the worker ended.
 func (o *outage) note(c *Client, worker string, err error) {
-	now := c.now()
+	now := time.Now()
 	o.mu.Lock()
 	tell := o.told
 	if err != nil {

@@ -117,9 +117,9 @@ func TestAddressing(t *testing.T) {
 		style            source.Addressing
 		want             string
 	}{
-		{"http://s3.amazonaws.com", "data", "", "data.s3.dualstack.us-east-1.amazonaws.com/key"},
-		{"http://s3.amazonaws.com", "data", source.AddressingPath, "s3.dualstack.us-east-1.amazonaws.com/data/key"},
-		{"http://s3.amazonaws.com", "data", source.AddressingVirtual, "data.s3.dualstack.us-east-1.amazonaws.com/key"},
+		{"http://s3.amazonaws.com", "data", "", "data.s3.us-east-1.amazonaws.com/key"},
+		{"http://s3.amazonaws.com", "data", source.AddressingPath, "s3.us-east-1.amazonaws.com/data/key"},
+		{"http://s3.amazonaws.com", "data", source.AddressingVirtual, "data.s3.us-east-1.amazonaws.com/key"},
 		{"http://cos.ap-beijing.myqcloud.com", "data-125", "", "cos.ap-beijing.myqcloud.com/data-125/key"},
 		{"http://cos.ap-beijing.myqcloud.com", "data-125", source.AddressingVirtual, "data-125.cos.ap-beijing.myqcloud.com/key"},
 	} {
