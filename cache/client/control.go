@@ -29,9 +29,8 @@ type ControlConfig struct {
 	// Membership, or MembershipFile, which is read at every call, says who they are.
 	Membership     ring.Membership
 	MembershipFile string
-	// Keys are the dataset's; Control is used. KeySource, when set, is asked instead at every call.
-	Keys      wire.Keys
-	KeySource func() wire.Keys
+	// Keys are the dataset's; Control is used.
+	Keys wire.Keys
 	// Timeout bounds one request to one worker; zero means 10 s.
 	Timeout time.Duration
 	// Dialer connects to workers; nil means a net.Dialer.
@@ -152,12 +151,8 @@ func (k *Control) do(ctx context.Context, m ring.Member, method, path string, qu
 	if m.Control == "" {
 		return errors.New("its control address is not known")
 	}
-	keys := k.config.Keys
-	if k.config.KeySource != nil {
-		keys = k.config.KeySource()
-	}
 	err := fmt.Errorf("%w: no control key; give the Dataset's", wire.ErrUnauthorized)
-	for _, key := range keys.Control { // during a rotation a worker may know only the older one
+	for _, key := range k.config.Keys.Control { // during a rotation a worker may know only the older one
 		err = k.once(ctx, m, key, method, path, query, in, out)
 		if !errors.Is(err, wire.ErrUnauthorized) {
 			return err
@@ -517,6 +512,7 @@ const (
 	refreshTries = 8
 	// followTimeout bounds how long the other workers may take to get a snapshot of a hundred million bytes and more.
 	followTimeout = 10 * time.Minute
+	followEvery   = 200 * time.Millisecond
 )
 
 // followed waits until the workers have a snapshot, or one that had it has a newer one.
@@ -551,5 +547,3 @@ func (k *Control) followed(ctx context.Context, digest string) error {
 		}
 	}
 }
-
-const followEvery = 200 * time.Millisecond
